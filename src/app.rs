@@ -32,7 +32,7 @@ use self::{
 };
 use crate::{
     auth::{self, Authenticator},
-    config::{Config, Mistakes, Mode},
+    config::{Config, ConfigErrors, Mode},
     feed::ChangeFeed,
     http::{
         admin::{self, AdminService, DataEndpoint, InstanceIdentity, InstanceStatus, Relay},
@@ -65,7 +65,7 @@ pub enum Signal {
     /// Shut down without the drain delay (SIGINT).
     Interrupt,
     /// Apply the options of this configuration that can change at run time.
-    Reload(Result<Box<Config>, Mistakes>),
+    Reload(Result<Box<Config>, ConfigErrors>),
 }
 
 /// An instance that listens and is ready to serve.
@@ -134,11 +134,11 @@ impl App {
             region: config.identity.region,
             started: Timestamp::now(),
         };
-        let mut limits = config.data.limits;
+        let mut limits = config.data.connection_limits;
         let mut streams = config.data.streams;
         let connections = descriptors::divide(Wanted {
             connections: limits.max_connections,
-            is_said: config.data.are_connections_given,
+            is_said: config.data.has_explicit_max_connections,
         });
         if connections.data < limits.max_connections {
             // Limits scale with the available descriptors; streams leave room for polling clients and
@@ -171,7 +171,7 @@ impl App {
         let feed = ChangeFeed::new(snapshots.clone());
         let credentials = mode.admin.take();
         let admin_token = credentials.as_ref().map(|it| it.token.clone());
-        let ticket_key = config.data.ticket_key.unwrap_or_else(|| match &admin_token {
+        let ticket_key = config.data.stream_ticket_key.unwrap_or_else(|| match &admin_token {
             // All edges of a fleet know this token.
             Some(token) => StreamTicketKey::from_token(&token.current()),
             None => StreamTicketKey::random(),
@@ -182,8 +182,8 @@ impl App {
                 token_header: config.data.token_header.clone(),
                 cors: Cors::new(config.data.cors),
                 access: config.data.access,
-                disabled_endpoints: config.data.disabled.clone(),
-                max_body_bytes: config.data.body_bytes,
+                disabled_endpoints: config.data.disabled_endpoints.clone(),
+                max_body_bytes: config.data.max_body_bytes,
                 request_timeout: config.data.request_timeout,
                 first_fetch_timeout: deadline,
                 hostname: hostname().into(),
@@ -221,7 +221,7 @@ impl App {
             data: Arc::clone(&service),
         });
         let reloadable = mode.live.take().expect("taken only once");
-        let reloader = Reload::new(reloadable, auth.clone(), config.effective, config.warnings);
+        let reloader = Reload::new(reloadable, auth.clone(), config.effective_settings, config.warnings);
         let tls: Vec<_> = [&data_tls, &admin_tls].into_iter().flatten().cloned().collect();
         let insight = InstanceStatus {
             identity,
@@ -239,7 +239,7 @@ impl App {
             control_plane: mode.control.as_ref().map(|(control, _)| control.clone()),
             relay: mode.upstream.clone().filter(|_| mode.relays).map(|upstream| Relay { upstream }),
             token_header: config.data.token_header,
-            disabled_endpoints: config.data.disabled,
+            disabled_endpoints: config.data.disabled_endpoints,
             is_tls: admin_tls.is_some(),
             sdk: Arc::clone(&service),
         };
@@ -249,7 +249,7 @@ impl App {
             service: Arc::new(HttpsRedirect::to_port(data_address.port())),
             config: listener::Config {
                 limits: of(connections.admin),
-                load_balancers: config.data.balancers.clone(),
+                load_balancers: config.data.load_balancers.clone(),
                 tls: None,
             },
         });
@@ -258,7 +258,7 @@ impl App {
             service,
             config: listener::Config {
                 limits: of(connections.data),
-                load_balancers: config.data.balancers,
+                load_balancers: config.data.load_balancers,
                 tls: data_tls,
             },
         };
@@ -267,7 +267,7 @@ impl App {
             service: Arc::new(operators),
             config: listener::Config {
                 limits: of(connections.admin),
-                load_balancers: config.admin.balancers,
+                load_balancers: config.admin.load_balancers,
                 tls: admin_tls,
             },
         };
@@ -446,7 +446,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        config::{Command, Mistake},
+        config::{Command, ConfigError},
         token::{Environment, Projects, Scope, TokenDigest},
         usage::{Reporter, SdkKind},
         wire::usage::ClientMetrics,
@@ -475,7 +475,7 @@ mod tests {
         let reporter = Reporter { token, kind: SdkKind::Backend, scope: &scope, snapshot: None };
         app.keeper.usage.record_metrics(&reporter, report, now).expect("there is room");
 
-        let mistake = Mistake { place: "PORT".to_owned(), reason: "of no interest".to_owned() };
+        let mistake = ConfigError { location: "PORT".to_owned(), reason: "of no interest".to_owned() };
         let reload = || Signal::Reload(Err(mistake.clone().into()));
         let signals = [reload(), Signal::Terminate, reload(), Signal::Terminate, reload()];
         let signals = stream::iter(signals).chain(stream::pending());

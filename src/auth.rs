@@ -39,7 +39,7 @@ use crate::{
     telemetry::error_chain,
     token::{Environment, Grant, Token, TokenDigest, TokenKind},
     upstream::{Access, AdminToken, Credentials, Upstream},
-    wire::tokens::{ListedSecret, TokenList, Validated},
+    wire::tokens::{ListedSecret, TokenList, ValidatedToken},
 };
 
 /// How validated and rejected tokens are cached.
@@ -555,12 +555,12 @@ impl Inner {
         for token in tokens {
             if let Some(known) = self.verdicts.valid(&token.digest()) {
                 let grant = Grant::clone(known.grant());
-                let known = Validated { token: token.clone(), grant };
+                let known = ValidatedToken { token: token.clone(), grant };
                 probed.entry(token.digest()).or_insert((known, false));
             }
         }
         let probes: Vec<_> = stream::iter(probed)
-            .map(|(digest, (Validated { token, grant }, is_validated))| async move {
+            .map(|(digest, (ValidatedToken { token, grant }, is_validated))| async move {
                 let access = issuer.upstream.admits(&token, grant.kind).await;
                 (digest, grant, is_validated, access)
             })

@@ -12,7 +12,7 @@ use jiff::Timestamp;
 
 use crate::{
     answers::explained::{self, UnknownFlag},
-    config::Explain,
+    config::ExplainOptions,
     snapshot::Snapshot,
     token::{Projects, Scope},
     wire::{context::FrontendContext, features::Document},
@@ -56,7 +56,7 @@ fn similar_names_suffix(alike: &[String]) -> String {
 /// `parapet explain`: explains the evaluation of a flag in a file, as indented text or as JSON.
 ///
 /// Random rollouts are drawn anew at each call.
-pub fn explain(options: &Explain) -> Result<String, Error> {
+pub fn explain(options: &ExplainOptions) -> Result<String, Error> {
     // A directory contains a file per environment, as in standalone mode.
     let path = if options.flags.is_dir() {
         options.flags.join(format!("{}.json", options.environment))

@@ -19,17 +19,17 @@ use std::ffi::OsString;
 
 pub use self::{
     checked::{
-        AdminListener, Archive, ArchiveAction, Config, Credentials, DataListener, Edge, Explain,
-        FlagsPath, Folder, Identity, Manage, Mode, Offline, Place, Probe, Shutdown, Standalone,
-        Trust,
+        AdminListenerConfig, ArchiveOptions, ArchiveAction, Config, Credentials, DataListenerConfig, EdgeConfig, ExplainOptions,
+        FlagsPath, BackupFolder, InstanceInfo, ManageOptions, Mode, OfflineConfig, Target, ProbeOptions, ShutdownConfig, StandaloneConfig,
+        ProbeTrust,
     },
-    manage::{PasswordSource, Server, Task},
-    mistake::{Mistake, Mistakes},
-    settings::Effective,
+    manage::{PasswordSource, RemoteServer, ManageTask},
+    mistake::{ConfigError, ConfigErrors},
+    settings::EffectiveSettings,
 };
 use self::{
-    cli::{Line, Purpose, Verb},
-    settings::Settings,
+    cli::{Invocation, Purpose, Subcommand},
+    settings::RawSettings,
 };
 
 /// The command that the process was started with.
@@ -38,21 +38,21 @@ pub enum Command {
     /// Serve.
     Run(Box<Config>),
     /// Probe the health or readiness of a running instance.
-    Probe(Probe),
+    Probe(ProbeOptions),
     /// Manage tokens or accounts.
-    Manage(Manage),
+    Manage(ManageOptions),
     /// Back up the database of the control plane, or restore it.
-    Archive(Archive),
+    Archive(ArchiveOptions),
     /// Explain the result of a flag.
-    Explain(Explain),
+    Explain(ExplainOptions),
     /// Print a text: help, the version, or the effective configuration without secrets.
-    Show(String),
+    Print(String),
 }
 
 impl Command {
     /// Parses the command line and the environment of this process.
     #[expect(clippy::disallowed_methods, reason = "nothing else reads the environment")]
-    pub fn from_process() -> Result<Self, Mistakes> {
+    pub fn from_process() -> Result<Self, ConfigErrors> {
         let variable =
             |name: &str| std::env::var_os(name).map(|text| text.to_string_lossy().into_owned());
         Self::parse(std::env::args_os(), &variable)
@@ -64,33 +64,33 @@ impl Command {
     pub fn parse(
         args: impl IntoIterator<Item = OsString>,
         variable: &dyn Fn(&str) -> Option<String>,
-    ) -> Result<Self, Mistakes> {
+    ) -> Result<Self, ConfigErrors> {
         let (verb, purpose, flags) = match cli::parse(args)? {
-            Line::Show(text) => return Ok(Self::Show(text)),
-            Line::Explain(asked) => return Ok(Self::Explain(asked)),
-            Line::Manage { errand, flags } => {
-                let verb = Verb::Serve(cli::Role::Standalone);
-                let settings = Settings::gather(verb, flags, variable);
+            Invocation::Print(text) => return Ok(Self::Print(text)),
+            Invocation::Explain(asked) => return Ok(Self::Explain(asked)),
+            Invocation::Manage { command: errand, values: flags } => {
+                let verb = Subcommand::Serve(cli::ServeMode::Standalone);
+                let settings = RawSettings::merge(verb, flags, variable);
                 return check::manage(settings, errand).map(Self::Manage);
             }
-            Line::Archive { order, flags } => {
-                let verb = Verb::Serve(cli::Role::Standalone);
-                let settings = Settings::gather(verb, flags, variable);
+            Invocation::Archive { command: order, values: flags } => {
+                let verb = Subcommand::Serve(cli::ServeMode::Standalone);
+                let settings = RawSettings::merge(verb, flags, variable);
                 return check::archive(settings, order).map(Self::Archive);
             }
-            Line::Do { verb, purpose, flags } => (verb, purpose, flags),
+            Invocation::RunOrProbe { subcommand: verb, purpose, values: flags } => (verb, purpose, flags),
         };
-        let mut settings = Settings::gather(verb, flags, variable);
+        let mut settings = RawSettings::merge(verb, flags, variable);
         let command = match verb {
-            Verb::Serve(role) => Self::Run(Box::new(check::config(&mut settings, role)?)),
-            Verb::Ask(question) => Self::Probe(check::probe(&mut settings, question)?),
+            Subcommand::Serve(role) => Self::Run(Box::new(check::config(&mut settings, role)?)),
+            Subcommand::Probe(question) => Self::Probe(check::probe(&mut settings, question)?),
         };
         if purpose == Purpose::Run {
             return Ok(command);
         }
         let warnings = if let Self::Run(config) = &command { &config.warnings[..] } else { &[] };
         let warnings = warnings.iter().map(|it| format!("# Warning: {it}\n"));
-        Ok(Self::Show(warnings.chain([settings.to_toml()]).collect()))
+        Ok(Self::Print(warnings.chain([settings.to_toml()]).collect()))
     }
 }
 

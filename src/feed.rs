@@ -151,7 +151,7 @@ mod tests {
     fn swap(snapshots: &Snapshots, text: &str) {
         let mut document = Document::parse(text.as_bytes()).unwrap();
         if let Some(previous) = snapshots.load(&development()) {
-            document = document.sharing(previous.document());
+            document = document.reuse_unchanged(previous.document());
         }
         let scope = Scope { environment: development(), projects: Projects::All };
         snapshots.swap(Snapshot::build(scope, document, None));

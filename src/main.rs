@@ -55,7 +55,7 @@ fn main() -> ExitCode {
 
 fn execute(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Show(text) => write!(io::stdout(), "{text}").context("cannot write"),
+        Command::Print(text) => write!(io::stdout(), "{text}").context("cannot write"),
         Command::Manage(command) => {
             let output = build_runtime()?.block_on(command::manage::run(command))?;
             write!(io::stdout(), "{output}").context("cannot write")

@@ -7,7 +7,7 @@ use std::{io, path::Path, time::Duration};
 use reqwest::{Certificate, Client, StatusCode};
 
 use crate::{
-    config::{Probe, Trust},
+    config::{ProbeOptions, ProbeTrust},
     wire::text::without_byte_order_mark,
 };
 
@@ -32,17 +32,17 @@ pub enum Error {
 }
 
 /// Sends the request; `Ok` means 200.
-pub async fn check(probe: &Probe) -> Result<(), Error> {
+pub async fn check(probe: &ProbeOptions) -> Result<(), Error> {
     // Fails if a provider is installed already, which is fine.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let client = Client::builder().timeout(TIMEOUT).no_proxy();
     let client = match &probe.trust {
-        Trust::Platform(None) => client,
-        Trust::Platform(Some(file)) => client.tls_certs_merge(read_certificates(file)?),
-        Trust::Authority(file) => {
+        ProbeTrust::Platform(None) => client,
+        ProbeTrust::Platform(Some(file)) => client.tls_certs_merge(read_certificates(file)?),
+        ProbeTrust::Authority(file) => {
             client.tls_certs_only(read_certificates(file)?).tls_danger_accept_invalid_hostnames(true)
         }
-        Trust::Any => client.tls_danger_accept_invalid_certs(true),
+        ProbeTrust::Any => client.tls_danger_accept_invalid_certs(true),
     };
     let request = client.build().map_err(Error::Client)?.get(probe.url.clone());
     let url = || probe.url.to_string();
@@ -78,7 +78,7 @@ mod tests {
             let _ = stream.read(&mut head).await.unwrap();
             stream.write_all(answer.as_bytes()).await.unwrap();
         };
-        let probe = Probe { url: url.parse().unwrap(), trust: Trust::Any };
+        let probe = ProbeOptions { url: url.parse().unwrap(), trust: ProbeTrust::Any };
         tokio::join!(check(&probe), instance).0
     }
 
@@ -123,14 +123,14 @@ mod tests {
             .with_single_cert(vec![made.cert.der().clone()], key.into())
             .unwrap();
         for (trust, is_trusted) in [
-            (Trust::Any, true),
-            (Trust::Authority(own.clone()), true),
-            (Trust::Authority(foreign), false),
-            (Trust::Platform(Some(own)), false),
+            (ProbeTrust::Any, true),
+            (ProbeTrust::Authority(own.clone()), true),
+            (ProbeTrust::Authority(foreign), false),
+            (ProbeTrust::Platform(Some(own)), false),
         ] {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let url = format!("https://{}/ready", listener.local_addr().unwrap());
-            let probe = Probe { url: url.parse().unwrap(), trust };
+            let probe = ProbeOptions { url: url.parse().unwrap(), trust };
             let (result, ()) = tokio::join!(check(&probe), answer_over_tls(listener, config.clone()));
             assert_eq!(result.is_ok(), is_trusted, "{:?}: {result:?}", probe.trust);
         }
@@ -141,7 +141,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}/", listener.local_addr().unwrap()).parse().unwrap();
         drop(listener);
-        let probe = Probe { url, trust: Trust::Any };
+        let probe = ProbeOptions { url, trust: ProbeTrust::Any };
         assert!(matches!(check(&probe).await, Err(Error::NoResponse(..))));
     }
 }

@@ -108,7 +108,7 @@ impl Snapshot {
     ) -> Self {
         let times = (Instant::now(), confirmed_at);
         let Self { document: before, engine, problems, fragments, .. } = previous;
-        let document = document.sharing(before);
+        let document = document.reuse_unchanged(before);
         yield_cpu();
         let (new, problems) = engine.recompile(before, problems, &document);
         yield_cpu();

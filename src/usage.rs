@@ -68,7 +68,7 @@ use crate::{
     snapshot::Snapshot,
     token::{Environment, Scope, TokenDigest},
     wire::usage::{
-        Application, Bucket, Bulk, ClientMetrics, ConnectVia, EdgeInstance, Metadata, ToggleStats,
+        ClientApplication, Bucket, BulkReport, ClientMetrics, ConnectVia, EdgeInstance, SdkMetadata, ToggleStats,
     },
 };
 
@@ -175,7 +175,7 @@ impl Usage {
         let instance = self.instance(environment, &app, reporter.kind, instance_id.as_ref());
         let aggregator = &self.shared.pipeline.ledger;
         if !aggregator.touch(&instance, clock()) {
-            let application = Application {
+            let application = ClientApplication {
                 app_name: Arc::clone(&app),
                 instance_id,
                 connection_id,
@@ -186,7 +186,7 @@ impl Usage {
                 started,
                 strategies: None,
                 sdk_kind: None,
-                metadata: Metadata::clone(&metadata),
+                metadata: SdkMetadata::clone(&metadata),
                 extra: serde_json::Map::new(),
             };
             self.register_or_drop(reporter, application);
@@ -200,7 +200,7 @@ impl Usage {
     pub fn record_bulk(
         &self,
         reporter: &Reporter<'_>,
-        bulk: Bulk,
+        bulk: BulkReport,
         now: Timestamp,
     ) -> Result<(), Full> {
         meter::reported(Endpoint::Bulk);
@@ -236,7 +236,7 @@ impl Usage {
     pub fn record_registration(
         &self,
         reporter: &Reporter<'_>,
-        application: Application,
+        application: ClientApplication,
     ) -> Result<(), Full> {
         meter::reported(Endpoint::Register);
         let is_recorded = self.register(reporter, application);
@@ -326,7 +326,7 @@ impl Usage {
     }
 
     /// Records a registration; false if it would exceed the token's quota.
-    fn register(&self, reporter: &Reporter<'_>, mut application: Application) -> bool {
+    fn register(&self, reporter: &Reporter<'_>, mut application: ClientApplication) -> bool {
         let Reporter { token, kind, scope, .. } = *reporter;
         let kind = match (kind, application.sdk_kind) {
             (SdkKind::Frontend, _) => SdkKind::Frontend,
@@ -352,7 +352,7 @@ impl Usage {
 
     /// Records a registration that accompanies counts. If it exceeds the quota it is dropped and
     /// counted; the counts are still accepted.
-    fn register_or_drop(&self, reporter: &Reporter<'_>, application: Application) {
+    fn register_or_drop(&self, reporter: &Reporter<'_>, application: ClientApplication) {
         if !self.register(reporter, application) {
             meter::items_dropped("application", 1);
         }
@@ -424,7 +424,7 @@ impl Counts {
         reporter: &Reporter<'_>,
         (hour, app, flag): (Hour, &Arc<str>, Arc<str>),
         stats: ToggleStats,
-        metadata: &Arc<Metadata>,
+        metadata: &Arc<SdkMetadata>,
     ) {
         let known = reporter.flag(&flag);
         let name = Name::of(known.is_some());

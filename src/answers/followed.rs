@@ -57,7 +57,7 @@ impl Subscription {
         }
         let states = snapshot.evaluation_cache().flag_states(hash, || flag_states(snapshot, view, context, hash));
         let event = |name: &str, data: &str| -> Bytes {
-            sse::event(name, Some(&format_args!("{hash:032x}")), data).into()
+            sse::encode_event(name, Some(&format_args!("{hash:032x}")), data).into()
         };
         let cache = snapshot.evaluation_cache();
         let update = match self {
@@ -118,7 +118,7 @@ mod tests {
     /// Name, id and data of the only event.
     fn read(bytes: &[u8]) -> (String, String, Value) {
         let mut events = Vec::new();
-        Decoder::new(1 << 20).read(bytes, |event| events.push(event)).unwrap();
+        Decoder::new(1 << 20).decode(bytes, |event| events.push(event)).unwrap();
         let [event] = &events[..] else { panic!("{events:?}") };
         (event.name.clone(), event.id.clone(), serde_json::from_str(&event.data).unwrap())
     }

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     auth::Authority,
-    config::{FlagsPath, Offline, Standalone},
+    config::{FlagsPath, OfflineConfig, StandaloneConfig},
     control::{Control, InitialSetting, Location, Opened, grant_of},
     secret_file::parent_dir,
     snapshot::Snapshots,
@@ -35,7 +35,7 @@ use crate::{
 const FALLBACK: &str = "development";
 
 /// The grants of offline mode's configured tokens, and the environments of its SDK tokens.
-pub(super) fn given(offline: &Offline) -> (Vec<(TokenDigest, Grant)>, BTreeSet<Environment>) {
+pub(super) fn given(offline: &OfflineConfig) -> (Vec<(TokenDigest, Grant)>, BTreeSet<Environment>) {
     let fallback = Environment::new(FALLBACK);
     let grants = |kind, tokens: &[Token]| {
         let grant = |token| grant_of(kind, token, &fallback);
@@ -50,7 +50,7 @@ pub(super) fn given(offline: &Offline) -> (Vec<(TokenDigest, Grant)>, BTreeSet<E
 
 /// Offline mode: flags from a file, tokens from the command line.
 pub(super) async fn offline(
-    offline: Offline,
+    offline: OfflineConfig,
     snapshots: &Snapshots,
     latch: Latch,
 ) -> Result<Plan, Error> {
@@ -67,7 +67,7 @@ const DELIVERIES: usize = 16;
 /// Standalone mode: an independent server. Calls `announce` once, after the first start has created
 /// accounts and tokens.
 pub(super) async fn standalone(
-    standalone: Standalone,
+    standalone: StandaloneConfig,
     data_dir: &Path,
     snapshots: &Snapshots,
     latch: Latch,

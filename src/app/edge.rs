@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     auth::{self, Admission, Authenticator, Authority, Denied, Issuer},
-    config::{self, Credentials as Given, Folder},
+    config::{self, Credentials as Given, BackupFolder},
     saver::BackgroundWriter,
     snapshot::Snapshots,
     store::{self, Key, Store, edge_backup},
@@ -48,7 +48,7 @@ pub(super) struct Edge {
 /// Connects the components of an edge and serves the flags that an earlier run, of Parapet or of Unleash
 /// Edge, has left in the backup folder.
 pub(super) async fn plan(
-    edge: config::Edge,
+    edge: config::EdgeConfig,
     auth: &auth::Config,
     snapshots: &Snapshots,
     latch: Latch,
@@ -66,7 +66,7 @@ pub(super) async fn plan(
                 environments.map_or_else(|| Wanted::Enabled(token.clone()), Wanted::Named);
             (credentials, selection, Some(token), Vec::new())
         }
-        Given::Given(tokens) => {
+        Given::BackendTokens(tokens) => {
             if tokens.is_empty() {
                 info!(
                     "No token is configured. An environment's flags are fetched with the first valid client token that an SDK presents; until then this instance is not ready"
@@ -128,10 +128,10 @@ pub(super) async fn plan(
 
 /// Opens the store in a folder. Falls back to memory if the folder is not writable and is only the
 /// default: Unleash Edge starts in a container without a writable folder, and so must its replacement.
-fn keep_in(folder: &Folder) -> Result<Store, store::Error> {
+fn keep_in(folder: &BackupFolder) -> Result<Store, store::Error> {
     Store::directory(folder.path()).or_else(|error| match folder {
-        Folder::Named(_) => Err(error),
-        Folder::Default(_) => {
+        BackupFolder::Configured(_) => Err(error),
+        BackupFolder::Default(_) => {
             warn!(
                 error = error_chain(&error),
                 "State cannot be stored: the next start needs upstream for flags and tokens, and usage still unsent at shutdown is lost. Name a writable folder with --backup-folder"
@@ -293,13 +293,13 @@ mod tests {
     async fn only_a_configured_folder_must_be_writable() {
         let file = tempfile::NamedTempFile::new().expect("file");
         let nowhere = file.path().join("backup");
-        let error = keep_in(&Folder::Named(nowhere.clone())).expect_err("a file is in the way");
+        let error = keep_in(&BackupFolder::Configured(nowhere.clone())).expect_err("a file is in the way");
         assert!(matches!(error, store::Error::Directory { .. }), "{error:?}");
-        let store = keep_in(&Folder::Default(nowhere)).expect("memory");
+        let store = keep_in(&BackupFolder::Default(nowhere)).expect("memory");
         store.save(&Key::Verdicts, "x").await.expect("save");
 
         let folder = tempfile::tempdir().expect("folder");
-        keep_in(&Folder::Default(folder.path().join("backup"))).expect("store");
+        keep_in(&BackupFolder::Default(folder.path().join("backup"))).expect("store");
         assert!(folder.path().join("backup").is_dir());
     }
 }

@@ -9,7 +9,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::TcpListener;
 
 use crate::{
-    config::{AdminListener, DataListener, Mistake, Mistakes},
+    config::{AdminListenerConfig, DataListenerConfig, ConfigError, ConfigErrors},
     telemetry::error_chain,
 };
 
@@ -31,12 +31,12 @@ pub(super) struct Sockets {
 impl Sockets {
     /// Binds all sockets. An error names every address that cannot be bound, with the options that
     /// specify it.
-    pub(super) fn bind(data: &DataListener, admin: &AdminListener) -> Result<Self, Mistakes> {
+    pub(super) fn bind(data: &DataListenerConfig, admin: &AdminListenerConfig) -> Result<Self, ConfigErrors> {
         let mut failures = Vec::new();
         let mut bind = |address, flags: &str| {
             let failed = |error| {
                 let reason = format!("cannot listen on {address}: {}", error_chain(&error));
-                failures.push(Mistake { place: flags.to_owned(), reason });
+                failures.push(ConfigError { location: flags.to_owned(), reason });
             };
             bind(address).map_err(failed).ok()
         };
@@ -45,7 +45,7 @@ impl Sockets {
         let data_socket = bind(data.address, flags);
         let redirect = data.redirect_from.and_then(|address| bind(address, plain));
         let admin = bind(admin.address, "--admin-interface and --admin-port");
-        Mistakes::none_in(failures)?;
+        ConfigErrors::check_empty(failures)?;
         let (data, admin) = data_socket.zip(admin).expect("an unbound socket is an error");
         Ok(Self { data, redirect, admin })
     }

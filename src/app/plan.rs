@@ -7,7 +7,7 @@ use tokio::sync::{Mutex, Notify, mpsc};
 use super::{edge::Edge, reload::Live, tasks::Tasks};
 use crate::{
     auth::{Authenticator, Authority},
-    config::Mistakes,
+    config::ConfigErrors,
     control::{self, Control},
     saver::BackgroundWriter,
     store::{self, Store},
@@ -23,7 +23,7 @@ use crate::{
 pub enum Error {
     /// Addresses cannot be bound: a configuration error that only shows at the start.
     #[error(transparent)]
-    Listen(#[from] Mistakes),
+    Listen(#[from] ConfigErrors),
     /// The certificates of a listener have become unusable since the configuration was checked.
     #[error("cannot use the certificates")]
     Tls(#[from] tls::FileErrors),

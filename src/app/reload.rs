@@ -12,7 +12,7 @@ use tracing::{error, info, warn};
 use super::alone::given;
 use crate::{
     auth::Authenticator,
-    config::{Config, Credentials, Effective, Mistakes, Mode},
+    config::{Config, Credentials, EffectiveSettings, ConfigErrors, Mode},
     http::data::SdkService,
     sync::files::Rereader,
     telemetry,
@@ -49,7 +49,7 @@ pub(super) enum EdgeTokens {
 pub(super) struct Reload {
     live: Live,
     auth: Authenticator,
-    effective: Effective,
+    effective: EffectiveSettings,
     warnings: Vec<String>,
 }
 
@@ -58,14 +58,14 @@ impl Reload {
     pub(super) fn new(
         live: Live,
         auth: Authenticator,
-        effective: Effective,
+        effective: EffectiveSettings,
         warnings: Vec<String>,
     ) -> Self {
         Self { live, auth, effective, warnings }
     }
 
     /// Applies the options that can change at run time, and logs the result in one line.
-    pub(super) fn apply(&mut self, loaded: Result<Box<Config>, Mistakes>, data: &SdkService) {
+    pub(super) fn apply(&mut self, loaded: Result<Box<Config>, ConfigErrors>, data: &SdkService) {
         let config = match loaded {
             Ok(config) => *config,
             Err(mistakes) => {
@@ -79,9 +79,9 @@ impl Reload {
         }
         self.warnings.clone_from(&config.warnings);
         let (mut applied, mut need_restart) = (Vec::new(), Vec::new());
-        for name in config.effective.changed_since(&self.effective) {
+        for name in config.effective_settings.changed_since(&self.effective) {
             if self.apply_one(name, &config, data) {
-                self.effective.update(name, &config.effective);
+                self.effective.update(name, &config.effective_settings);
                 applied.push(name);
             } else {
                 need_restart.push(name);
@@ -107,16 +107,16 @@ impl Reload {
         match (&self.live, &config.mode) {
             _ if name == LOG => telemetry::set_log_filter(&config.log),
             _ if name == TICKET_SECRET => {
-                if let Some(key) = config.data.ticket_key.clone() {
+                if let Some(key) = config.data.stream_ticket_key.clone() {
                     data.stream_tickets.replace_key(key, Timestamp::now());
                 }
-                return config.data.ticket_key.is_some();
+                return config.data.stream_ticket_key.is_some();
             }
             (Live::Edge { tokens, .. }, Mode::Edge(edge)) => {
                 match (tokens, &edge.credentials) {
                     // Applied below, also if the token's file has changed without the option.
                     (EdgeTokens::Admin(_), Credentials::Admin { .. }) if name == ADMIN_TOKEN => {}
-                    (EdgeTokens::Backend(tokens), Credentials::Given(configured))
+                    (EdgeTokens::Backend(tokens), Credentials::BackendTokens(configured))
                         if name == TOKENS =>
                     {
                         tokens.send_replace(configured.clone());

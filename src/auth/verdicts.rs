@@ -30,7 +30,7 @@ use self::saved::{Saved, SavedVerdicts};
 use super::queue::Denied;
 use crate::{
     token::{Environment, Grant, Token, TokenDigest, TokenKind},
-    wire::tokens::{Listed, ListedSecret, TokenList},
+    wire::tokens::{ListedToken, ListedSecret, TokenList},
 };
 
 /// How long a revoked token is rejected from the cache. Upstream's own caches may call it valid for
@@ -449,7 +449,7 @@ impl Verdicts {
         served: &BTreeSet<Environment>,
         start: RequestStart,
     ) -> Changes {
-        let unreadable = list.unreadable_names();
+        let unreadable = list.unreadable_tokens();
         let mut changing = self.lock();
         let mut changes = Changes::default();
         let (mut digests, mut selectors) = (HashSet::new(), HashMap::new());
@@ -478,13 +478,13 @@ impl Verdicts {
         let now_listed = selectors.keys().take(self.capacity).map(|it| (*it).into()).collect();
         let mut gone_selectors = std::mem::replace(&mut changing.listed_selectors, now_listed);
         gone_selectors
-            .retain(|it| !selectors.contains_key(&**it) && !unreadable.may_have_selector(it));
+            .retain(|it| !selectors.contains_key(&**it) && !unreadable.may_include_selector(it));
         for selector in &gone_selectors {
             self.revoke_selector(selector, start.order);
         }
         let now_listed = digests.iter().take(self.capacity).copied().collect();
         let mut gone = std::mem::replace(&mut changing.listed, now_listed);
-        gone.retain(|it| !digests.contains(it) && !unreadable.may_have(it, None));
+        gone.retain(|it| !digests.contains(it) && !unreadable.may_include(it, None));
         for digest in &gone {
             self.revoked.insert(*digest, start.order);
             self.unsaved.store(true, Ordering::Relaxed);
@@ -504,7 +504,7 @@ impl Verdicts {
                 changes.learned += usize::from(self.follow_entry(digest, &cached, entry, start));
             } else if digests.contains(&digest) {
                 self.show(&cached);
-            } else if (cached.is_listed() && !unreadable.may_have(&digest, selector))
+            } else if (cached.is_listed() && !unreadable.may_include(&digest, selector))
                 || selector.map_or(gone.contains(&digest), |it| gone_selectors.contains(it))
             {
                 self.revoke(digest, selector, start.order);
@@ -521,7 +521,7 @@ impl Verdicts {
     fn is_admitted_by_list(
         &self,
         digest: &TokenDigest,
-        entry: &Listed,
+        entry: &ListedToken,
         served: &BTreeSet<Environment>,
     ) -> bool {
         let is_served = entry.kind == TokenKind::Admin || served.contains(&entry.environment);
@@ -530,7 +530,7 @@ impl Verdicts {
     }
 
     /// Makes a listed token eligible for validation again, unless its use is known to be forbidden.
-    fn take_back_refusal(&self, digest: &TokenDigest, entry: &Listed, start: RequestStart) {
+    fn take_back_refusal(&self, digest: &TokenDigest, entry: &ListedToken, start: RequestStart) {
         let is_taken_back = |refusal: &Refusal| {
             refusal.order < start.order
                 && refusal.forbidden.as_deref().is_none_or(|it| *it != entry.grant())
@@ -553,7 +553,7 @@ impl Verdicts {
         &self,
         digest: TokenDigest,
         known: &Arc<Verdict>,
-        entry: &Listed,
+        entry: &ListedToken,
         start: RequestStart,
     ) -> bool {
         self.show(known);

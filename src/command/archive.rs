@@ -1,13 +1,13 @@
 //! `parapet backup` and `parapet restore`: the database of a standalone instance in a file.
 
 use crate::{
-    config::{Archive, ArchiveAction},
+    config::{ArchiveOptions, ArchiveAction},
     control::backup::{self, BackupError},
 };
 
 /// Runs the command; returns the text to print.
-pub async fn run(command: Archive) -> Result<String, BackupError> {
-    let Archive { action, file, replace, location } = command;
+pub async fn run(command: ArchiveOptions) -> Result<String, BackupError> {
+    let ArchiveOptions { action, file, replace, location } = command;
     let shown = file.display();
     match action {
         ArchiveAction::Backup => {

@@ -10,13 +10,13 @@ mod server;
 mod told;
 
 pub use self::error::Error;
-use crate::config::{Manage, Place};
+use crate::config::{ManageOptions, Target};
 
 /// Runs a task; returns the text to print.
-pub async fn run(command: Manage) -> Result<String, Error> {
-    let output = match command.place {
-        Place::Database(location) => database::run(location, command.task).await?,
-        Place::Server(server) => server::run(server, command.task).await?,
+pub async fn run(command: ManageOptions) -> Result<String, Error> {
+    let output = match command.target {
+        Target::Database(location) => database::run(location, command.task).await?,
+        Target::Server(server) => server::run(server, command.task).await?,
     };
     Ok(if command.json { output.json() } else { output.text() })
 }

@@ -13,7 +13,7 @@ const FORCE: &str = "force";
 
 /// The parsed command line of `backup` or `restore`.
 #[derive(Clone, Debug)]
-pub(super) struct Order {
+pub(super) struct ArchiveCommand {
     pub(super) action: ArchiveAction,
     pub(super) file: PathBuf,
     pub(super) replace: bool,
@@ -30,11 +30,11 @@ impl ArchiveAction {
     }
 
     /// The action of the subcommand `name`.
-    pub(super) fn named(name: &str) -> Option<Self> {
+    pub(super) fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|it| it.name() == name)
     }
 
-    fn command(self) -> Command {
+    fn clap_command(self) -> Command {
         let (about, file, force, example) = match self {
             Self::Backup => (
                 "Write accounts, tokens, audit log and usage of a standalone instance to a file",
@@ -64,12 +64,12 @@ impl ArchiveAction {
 
 /// The subcommands `backup` and `restore`.
 pub(super) fn commands() -> [Command; 2] {
-    ArchiveAction::ALL.map(ArchiveAction::command)
+    ArchiveAction::ALL.map(ArchiveAction::clap_command)
 }
 
 /// Parses the arguments of `backup` or `restore`.
-pub(super) fn read(action: ArchiveAction, matches: &ArgMatches) -> Order {
-    Order {
+pub(super) fn parse(action: ArchiveAction, matches: &ArgMatches) -> ArchiveCommand {
+    ArchiveCommand {
         action,
         file: matches.get_one::<PathBuf>(FILE).expect("clap requires it").clone(),
         replace: matches.get_flag(FORCE),

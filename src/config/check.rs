@@ -14,17 +14,17 @@ use reqwest::{
 };
 
 use super::{
-    archive::Order,
+    archive::ArchiveCommand,
     checked::{
-        AdminListener, Archive, Config, Credentials, DataListener, Edge, FlagsPath, Folder,
-        Identity, Manage, Mode, Offline, Place, Probe, Shutdown, Standalone, Trust,
+        AdminListenerConfig, ArchiveOptions, Config, Credentials, DataListenerConfig, EdgeConfig, FlagsPath, BackupFolder,
+        InstanceInfo, ManageOptions, Mode, OfflineConfig, Target, ProbeOptions, ShutdownConfig, StandaloneConfig, ProbeTrust,
     },
-    cli::{Question, Role, Verb},
-    keys::{self, Key},
-    manage::{Errand, Server},
-    mistake::Mistakes,
-    settings::Settings,
-    tls::{self, PEM_PATH, file_path},
+    cli::{Probe, ServeMode, Subcommand},
+    keys::{self, OptionSpec},
+    manage::{ManageCommand, RemoteServer},
+    mistake::ConfigErrors,
+    settings::RawSettings,
+    tls::{self, EXPECTED_PEM_PATH, parse_file_path},
 };
 use crate::{
     auth,
@@ -43,18 +43,18 @@ use crate::{
     usage,
 };
 
-const LEVELS: &str =
+const EXPECTED_LOG_FILTER: &str =
     "a level (off, error, warn, info, debug or trace), or levels by target as in `info,hyper=warn`";
 
 /// Validates the settings of a command that serves.
-pub(super) fn config(s: &mut Settings, role: Role) -> Result<Config, Mistakes> {
+pub(super) fn config(s: &mut RawSettings, role: ServeMode) -> Result<Config, ConfigErrors> {
     s.read_secret_files(|_| true);
     let identity = identity(s);
     let data_dir = path(s, &keys::DATA_DIR);
     let mode = match role {
-        Role::Edge => edge(s, &identity, &data_dir).map(Box::new).map(Mode::Edge),
-        Role::Offline => offline(s).map(Mode::Offline),
-        Role::Standalone => standalone(s, &data_dir).map(Mode::Standalone),
+        ServeMode::Edge => edge(s, &identity, &data_dir).map(Box::new).map(Mode::Edge),
+        ServeMode::Offline => offline(s).map(Mode::Offline),
+        ServeMode::Standalone => standalone(s, &data_dir).map(Mode::Standalone),
     };
     let (data, admin) = listeners(s);
     let auth = auth::Config {
@@ -70,13 +70,13 @@ pub(super) fn config(s: &mut Settings, role: Role) -> Result<Config, Mistakes> {
     };
     let log = telemetry::Config {
         format: s.value(&keys::LOG_FORMAT, "plain, json or pretty", telemetry::LogFormat::parse),
-        filter: s.value(&keys::LOG, LEVELS, telemetry::Config::parse_filter),
+        filter: s.value(&keys::LOG, EXPECTED_LOG_FILTER, telemetry::Config::parse_filter),
     };
-    let shutdown = Shutdown {
+    let shutdown = ShutdownConfig {
         drain_delay: s.delay(&keys::DRAIN_DELAY_SECONDS),
         timeout: s.interval(&keys::SHUTDOWN_TIMEOUT_SECONDS),
     };
-    Mistakes::none_in(take(&mut s.mistakes))?;
+    ConfigErrors::check_empty(take(&mut s.errors))?;
     let mode = mode.expect("an invalid mode is an error");
     let (warnings, effective) = (take(&mut s.warnings), s.effective());
     Ok(Config {
@@ -90,44 +90,44 @@ pub(super) fn config(s: &mut Settings, role: Role) -> Result<Config, Mistakes> {
         shutdown,
         identity,
         warnings,
-        effective,
+        effective_settings: effective,
     })
 }
 
 /// Validates the settings of `health` and `ready`.
-pub(super) fn probe(s: &mut Settings, question: Question) -> Result<Probe, Mistakes> {
-    let ca_file = s.read(&keys::CA_CERTIFICATE_FILE, FILE, existing_file);
-    let sdk_path = format!("{}/internal-backstage/{}", base_path(s), Verb::Ask(question).name());
-    let (url, path, trust) = if s.has(&keys::EDGE_URL) {
-        let url = s.read(&keys::EDGE_URL, HTTP_URL, http_url);
-        (url, sdk_path, Trust::Platform(ca_file))
+pub(super) fn probe(s: &mut RawSettings, question: Probe) -> Result<ProbeOptions, ConfigErrors> {
+    let ca_file = s.read(&keys::CA_CERTIFICATE_FILE, EXPECTED_FILE, existing_file);
+    let sdk_path = format!("{}/internal-backstage/{}", base_path(s), Subcommand::Probe(question).name());
+    let (url, path, trust) = if s.is_set(&keys::EDGE_URL) {
+        let url = s.read(&keys::EDGE_URL, EXPECTED_HTTP_URL, parse_http_url);
+        (url, sdk_path, ProbeTrust::Platform(ca_file))
     } else {
-        let trust = ca_file.map_or(Trust::Any, Trust::Authority);
-        let (address, is_tls, path) = own_address(s, question, sdk_path);
+        let trust = ca_file.map_or(ProbeTrust::Any, ProbeTrust::Authority);
+        let (address, is_tls, path) = local_address(s, question, sdk_path);
         let scheme = if is_tls { "https" } else { "http" };
         let host = if address.ip().is_unspecified() {
             format!("localhost:{}", address.port())
         } else {
             address.to_string()
         };
-        (http_url(&format!("{scheme}://{host}")), path, trust)
+        (parse_http_url(&format!("{scheme}://{host}")), path, trust)
     };
-    Mistakes::none_in(take(&mut s.mistakes))?;
+    ConfigErrors::check_empty(take(&mut s.errors))?;
     let mut url = url.expect("an invalid URL is an error");
     let before = url.path().trim_end_matches('/').to_owned();
     url.set_path(&format!("{before}{path}"));
-    Ok(Probe { url, trust })
+    Ok(ProbeOptions { url, trust })
 }
 
 /// The address, whether it uses TLS, and the path at which the instance on this machine answers
 /// `question` without a client certificate: on the data listener, or else on the admin listener.
-fn own_address(
-    s: &mut Settings,
-    question: Question,
+fn local_address(
+    s: &mut RawSettings,
+    question: Probe,
     sdk_path: String,
 ) -> (SocketAddr, bool, String) {
-    let of_clients = tls::requires_certificates(s, &tls::DATA);
-    let of_operators = tls::requires_certificates(s, &tls::ADMIN);
+    let of_clients = tls::requires_client_certificates(s, &tls::DATA);
+    let of_operators = tls::requires_client_certificates(s, &tls::ADMIN);
     let is_tls = s.switch(&keys::TLS_ENABLE);
     if !is_tls || !of_clients {
         let port_key = if is_tls { &keys::TLS_SERVER_PORT } else { &keys::PORT };
@@ -135,23 +135,23 @@ fn own_address(
         return (address, is_tls, sdk_path);
     }
     let address = SocketAddr::new(interface(s, &keys::ADMIN_INTERFACE), port(s, &keys::ADMIN_PORT));
-    let is_tls = s.has(&keys::ADMIN_TLS_CERT);
+    let is_tls = s.is_set(&keys::ADMIN_TLS_CERT);
     if is_tls && of_operators {
         let reason =
             "is required: both listeners require client certificates, and probes have none";
-        s.mistake(&keys::EDGE_URL, reason);
+        s.report_error(&keys::EDGE_URL, reason);
     }
     let path = match question {
-        Question::Health => "/live",
-        Question::Ready => "/ready",
+        Probe::Health => "/live",
+        Probe::Ready => "/ready",
     };
     (address, is_tls, path.to_owned())
 }
 
-fn identity(s: &mut Settings) -> Identity {
+fn identity(s: &mut RawSettings) -> InstanceInfo {
     const HOSTINGS: [&str; 3] = ["self-hosted", "hosted", "enterprise-self-hosted"];
     let header = |text: &str| HeaderValue::from_str(text).ok().map(|_| text.to_owned());
-    Identity {
+    InstanceInfo {
         app_name: s.value(&keys::APP_NAME, "a name of visible characters", header),
         instance_id: s
             .read(&keys::INSTANCE_ID, "a name of visible characters", header)
@@ -163,7 +163,7 @@ fn identity(s: &mut Settings) -> Identity {
     }
 }
 
-fn edge(s: &mut Settings, identity: &Identity, data_dir: &Path) -> Option<Edge> {
+fn edge(s: &mut RawSettings, identity: &InstanceInfo, data_dir: &Path) -> Option<EdgeConfig> {
     let credentials = credentials(s);
     let upstream = upstream(s, identity);
     let sync = sync::Config {
@@ -172,21 +172,21 @@ fn edge(s: &mut Settings, identity: &Identity, data_dir: &Path) -> Option<Edge> 
     };
     let backup_folder = backup_folder(s, data_dir);
     let admin_relay = s.switch(&keys::ADMIN_RELAY);
-    Some(Edge { upstream: upstream?, credentials: credentials?, sync, backup_folder, admin_relay })
+    Some(EdgeConfig { upstream: upstream?, credentials: credentials?, sync, backup_folder, admin_relay })
 }
 
 /// The backup directory, from either option. An empty `--backup-folder` counts as not set, because
 /// deployments of Unleash Edge set it so.
-fn backup_folder(s: &Settings, data_dir: &Path) -> Folder {
+fn backup_folder(s: &RawSettings, data_dir: &Path) -> BackupFolder {
     let named = s.path(&keys::BACKUP_FOLDER).filter(|path| !path.as_os_str().is_empty());
     match named {
-        Some(path) => Folder::Named(path),
-        None if s.has(&keys::DATA_DIR) => Folder::Named(data_dir.join("backup")),
-        None => Folder::Default(data_dir.join("backup")),
+        Some(path) => BackupFolder::Configured(path),
+        None if s.is_set(&keys::DATA_DIR) => BackupFolder::Configured(data_dir.join("backup")),
+        None => BackupFolder::Default(data_dir.join("backup")),
     }
 }
 
-fn credentials(s: &mut Settings) -> Option<Credentials> {
+fn credentials(s: &mut RawSettings) -> Option<Credentials> {
     let tokens = s.tokens(&keys::TOKENS);
     let environments = s.list(&keys::ENVIRONMENTS, "names of environments", |text| {
         (!text.is_empty()).then(|| Environment::new(text))
@@ -195,9 +195,9 @@ fn credentials(s: &mut Settings) -> Option<Credentials> {
         let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
         (!text.is_empty() && text.len() <= 64 && text.chars().all(fits)).then(|| text.to_owned())
     });
-    if !s.has(&keys::UPSTREAM_ADMIN_TOKEN) {
+    if !s.is_set(&keys::UPSTREAM_ADMIN_TOKEN) {
         for key in [&keys::ENVIRONMENTS, &keys::FLEET_NAME] {
-            if s.has(key) {
+            if s.is_set(key) {
                 s.warnings.push(format!("--{} has no effect without an admin token", key.name));
             }
         }
@@ -208,7 +208,7 @@ fn credentials(s: &mut Settings) -> Option<Credentials> {
                     .to_owned(),
             );
         }
-        return Some(Credentials::Given(tokens));
+        return Some(Credentials::BackendTokens(tokens));
     }
     if !tokens.is_empty() {
         s.warnings.push("--tokens has no effect with an admin token".to_owned());
@@ -219,19 +219,19 @@ fn credentials(s: &mut Settings) -> Option<Credentials> {
     Some(Credentials::Admin { token: admin_token(s)?, file, fleet, environments })
 }
 
-fn admin_token(s: &mut Settings) -> Option<Token> {
+fn admin_token(s: &mut RawSettings) -> Option<Token> {
     let key = &keys::UPSTREAM_ADMIN_TOKEN;
     match AdminToken::parse(s.text(key)?) {
         Ok(token) => Some(token),
         Err(error) => {
-            s.mistake(key, error.to_string());
+            s.report_error(key, error.to_string());
             None
         }
     }
 }
 
-fn upstream(s: &mut Settings, identity: &Identity) -> Option<upstream::Config> {
-    let url = required(s, &keys::UPSTREAM_URL, HTTP_URL, http_url).map(|url| without_api(s, url));
+fn upstream(s: &mut RawSettings, identity: &InstanceInfo) -> Option<upstream::Config> {
+    let url = required(s, &keys::UPSTREAM_URL, EXPECTED_HTTP_URL, parse_http_url).map(|url| strip_api_suffix(s, url));
     let client_identity = client_identity(s);
     let skip_certificate_verification = s.switch(&keys::SKIP_SSL_VERIFICATION);
     if skip_certificate_verification {
@@ -242,11 +242,11 @@ fn upstream(s: &mut Settings, identity: &Identity) -> Option<upstream::Config> {
         );
     }
     let (_, token_header) = token_headers(s);
-    let extra_headers = s.list(&keys::CUSTOM_CLIENT_HEADERS, "headers, `Name: value`", header);
+    let extra_headers = s.list(&keys::CUSTOM_CLIENT_HEADERS, "headers, `Name: value`", parse_header);
     let request_timeout = s.interval(&keys::UPSTREAM_REQUEST_TIMEOUT);
     let connect_timeout = s.interval(&keys::UPSTREAM_SOCKET_TIMEOUT);
     let keepalive = s.interval(&keys::CLIENT_KEEPALIVE_TIMEOUT);
-    let certificate_file = s.read(&keys::UPSTREAM_CERTIFICATE_FILE, FILE, existing_file);
+    let certificate_file = s.read(&keys::UPSTREAM_CERTIFICATE_FILE, EXPECTED_FILE, existing_file);
     Some(upstream::Config {
         url: url?,
         token_header,
@@ -264,28 +264,28 @@ fn upstream(s: &mut Settings, identity: &Identity) -> Option<upstream::Config> {
 }
 
 /// The client certificate for upstream, in one of three forms.
-fn client_identity(s: &mut Settings) -> Option<upstream::Identity> {
+fn client_identity(s: &mut RawSettings) -> Option<upstream::Identity> {
     use keys::{
         PEM_CERT_FILE, PKCS8_CLIENT_CERTIFICATE_FILE, PKCS8_CLIENT_KEY_FILE, PKCS12_IDENTITY_FILE,
         PKCS12_PASSPHRASE,
     };
-    let certificate = s.read(&PKCS8_CLIENT_CERTIFICATE_FILE, PEM_PATH, file_path);
-    let key = s.read(&PKCS8_CLIENT_KEY_FILE, PEM_PATH, file_path);
-    let pkcs12 = s.read(&PKCS12_IDENTITY_FILE, "the path of a file (PKCS #12)", file_path);
-    let pem = s.read(&PEM_CERT_FILE, PEM_PATH, file_path);
-    match (s.has(&PKCS8_CLIENT_CERTIFICATE_FILE), s.has(&PKCS8_CLIENT_KEY_FILE)) {
-        (true, false) => s.mistake(&PKCS8_CLIENT_KEY_FILE, "is required with a certificate"),
-        (false, true) => s.mistake(&PKCS8_CLIENT_CERTIFICATE_FILE, "is required with a key"),
+    let certificate = s.read(&PKCS8_CLIENT_CERTIFICATE_FILE, EXPECTED_PEM_PATH, parse_file_path);
+    let key = s.read(&PKCS8_CLIENT_KEY_FILE, EXPECTED_PEM_PATH, parse_file_path);
+    let pkcs12 = s.read(&PKCS12_IDENTITY_FILE, "the path of a file (PKCS #12)", parse_file_path);
+    let pem = s.read(&PEM_CERT_FILE, EXPECTED_PEM_PATH, parse_file_path);
+    match (s.is_set(&PKCS8_CLIENT_CERTIFICATE_FILE), s.is_set(&PKCS8_CLIENT_KEY_FILE)) {
+        (true, false) => s.report_error(&PKCS8_CLIENT_KEY_FILE, "is required with a certificate"),
+        (false, true) => s.report_error(&PKCS8_CLIENT_CERTIFICATE_FILE, "is required with a key"),
         (true, true) | (false, false) => {}
     }
-    if s.has(&PKCS12_PASSPHRASE) && !s.has(&PKCS12_IDENTITY_FILE) {
+    if s.is_set(&PKCS12_PASSPHRASE) && !s.is_set(&PKCS12_IDENTITY_FILE) {
         let warning = "--pkcs12-passphrase has no effect without --pkcs12-identity-file";
         s.warnings.push(warning.to_owned());
     }
     let forms = [&PKCS8_CLIENT_CERTIFICATE_FILE, &PKCS12_IDENTITY_FILE, &PEM_CERT_FILE];
-    let mut configured = forms.into_iter().filter(|key| s.has(key));
+    let mut configured = forms.into_iter().filter(|key| s.is_set(key));
     if let (Some(first), Some(second)) = (configured.next(), configured.next()) {
-        s.mistake(second, format!("cannot be combined with --{}", first.name));
+        s.report_error(second, format!("cannot be combined with --{}", first.name));
         return None;
     }
     let identity = match (certificate.zip(key), pkcs12, pem) {
@@ -307,25 +307,25 @@ fn client_identity(s: &mut Settings) -> Option<upstream::Identity> {
             (_, IdentityError::Key(_)) => &PKCS8_CLIENT_KEY_FILE,
             (upstream::Identity::Pair { .. }, _) => &PKCS8_CLIENT_CERTIFICATE_FILE,
         };
-        s.mistake(key, error_chain(&error));
+        s.report_error(key, error_chain(&error));
     }
     Some(identity)
 }
 
 /// Removes a final `/api`, with a warning. Unleash's own setting is without it, and the server is the
 /// same.
-fn without_api(s: &mut Settings, mut url: Url) -> Url {
+fn strip_api_suffix(s: &mut RawSettings, mut url: Url) -> Url {
     let path = url.path().trim_end_matches('/').to_owned();
     if let Some(base) = path.strip_suffix("/api") {
         url.set_path(base);
-        s.amend(&keys::UPSTREAM_URL, url.as_str().trim_end_matches('/').to_owned());
+        s.replace(&keys::UPSTREAM_URL, url.as_str().trim_end_matches('/').to_owned());
         s.warnings.push("--upstream-url must not end with /api; the suffix is ignored".to_owned());
     }
     url
 }
 
-fn offline(s: &mut Settings) -> Option<Offline> {
-    let bootstrap_file = required(s, &keys::BOOTSTRAP_FILE, FILE, existing_file);
+fn offline(s: &mut RawSettings) -> Option<OfflineConfig> {
+    let bootstrap_file = required(s, &keys::BOOTSTRAP_FILE, EXPECTED_FILE, existing_file);
     let client_tokens = s.tokens(&keys::CLIENT_TOKENS);
     let frontend_tokens = s.tokens(&keys::FRONTEND_TOKENS);
     if client_tokens.is_empty() && frontend_tokens.is_empty() {
@@ -335,7 +335,7 @@ fn offline(s: &mut Settings) -> Option<Offline> {
         );
     }
     let reload_interval = Some(s.delay(&keys::RELOAD_INTERVAL)).filter(|time| !time.is_zero());
-    Some(Offline {
+    Some(OfflineConfig {
         bootstrap_file: bootstrap_file?,
         client_tokens,
         frontend_tokens,
@@ -344,9 +344,9 @@ fn offline(s: &mut Settings) -> Option<Offline> {
     })
 }
 
-fn standalone(s: &mut Settings, data_dir: &Path) -> Option<Standalone> {
-    let location = location(s, data_dir);
-    let flags = flags(s, location.as_ref());
+fn standalone(s: &mut RawSettings, data_dir: &Path) -> Option<StandaloneConfig> {
+    let location = database_location(s, data_dir);
+    let flags = flags_path(s, location.as_ref());
     let mut client = s.tokens(&keys::INIT_BACKEND_API_TOKENS);
     client.extend(s.tokens(&keys::INIT_CLIENT_API_TOKENS));
     let seed = Seed {
@@ -375,28 +375,28 @@ fn standalone(s: &mut Settings, data_dir: &Path) -> Option<Standalone> {
         event_retention: (!event_retention.is_zero()).then_some(event_retention),
         usage_retention: s.interval(&keys::USAGE_RETENTION_SECONDS),
     };
-    Some(Standalone { flags, environments: environments.into_iter().collect(), control })
+    Some(StandaloneConfig { flags, environments: environments.into_iter().collect(), control })
 }
 
 /// The path of the flags. On a first start without configuration it is a path for an example. With an
 /// existing database, or one that instances share, a missing file is an error.
-fn flags(s: &mut Settings, location: Option<&Location>) -> FlagsPath {
+fn flags_path(s: &mut RawSettings, location: Option<&Location>) -> FlagsPath {
     let path = s.value(&keys::FLAGS, "a file or folder", |text| Some(PathBuf::from(text)));
     if path.exists() {
         return FlagsPath::Existing(path);
     }
     let is_new = matches!(location, Some(Location::Sqlite(file)) if !file.exists());
-    if is_new && !s.has(&keys::FLAGS) {
+    if is_new && !s.is_set(&keys::FLAGS) {
         return FlagsPath::Example(path);
     }
     let reason = format!("expected a file or folder; {} does not exist", path.display());
-    s.mistake(&keys::FLAGS, reason);
+    s.report_error(&keys::FLAGS, reason);
     FlagsPath::Existing(path)
 }
 
 /// The database of accounts and tokens.
-fn location(s: &mut Settings, data_dir: &Path) -> Option<Location> {
-    if !s.has(&keys::DATABASE_URL) {
+fn database_location(s: &mut RawSettings, data_dir: &Path) -> Option<Location> {
+    if !s.is_set(&keys::DATABASE_URL) {
         return Some(Location::Sqlite(data_dir.join("parapet.db")));
     }
     let expected = "postgres://user:password@host:port/database";
@@ -405,32 +405,32 @@ fn location(s: &mut Settings, data_dir: &Path) -> Option<Location> {
 }
 
 /// Validates the settings of `backup` and `restore`.
-pub(super) fn archive(settings: Settings, order: Order) -> Result<Archive, Mistakes> {
-    let Order { action, file, replace } = order;
-    Ok(Archive { action, file, replace, location: database(settings)? })
+pub(super) fn archive(settings: RawSettings, order: ArchiveCommand) -> Result<ArchiveOptions, ConfigErrors> {
+    let ArchiveCommand { action, file, replace } = order;
+    Ok(ArchiveOptions { action, file, replace, location: database(settings)? })
 }
 
 /// The database for a command; a running instance may use it at the same time.
-fn database(mut settings: Settings) -> Result<Location, Mistakes> {
+fn database(mut settings: RawSettings) -> Result<Location, ConfigErrors> {
     settings.read_secret_files(|secret| secret.name == keys::DATABASE_URL.name);
     let data_dir = path(&mut settings, &keys::DATA_DIR);
-    let location = location(&mut settings, &data_dir);
-    Mistakes::none_in(settings.mistakes)?;
+    let location = database_location(&mut settings, &data_dir);
+    ConfigErrors::check_empty(settings.errors)?;
     Ok(location.expect("an invalid database URL is an error"))
 }
 
 /// Validates the settings of `token` and `account`.
-pub(super) fn manage(settings: Settings, errand: Errand) -> Result<Manage, Mistakes> {
-    let Errand { task, json, server } = errand;
+pub(super) fn manage(settings: RawSettings, errand: ManageCommand) -> Result<ManageOptions, ConfigErrors> {
+    let ManageCommand { task, json, server } = errand;
     if let Some(server) = server {
         // Other settings of a shared environment or file are for the server, not for this command.
-        let server = Server { no_proxy: settings.no_proxy, ..server };
-        return Ok(Manage { place: Place::Server(server), task, json });
+        let server = RemoteServer { no_proxy: settings.no_proxy, ..server };
+        return Ok(ManageOptions { target: Target::Server(server), task, json });
     }
-    Ok(Manage { place: Place::Database(database(settings)?), task, json })
+    Ok(ManageOptions { target: Target::Database(database(settings)?), task, json })
 }
 
-fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {
+fn listeners(s: &mut RawSettings) -> (DataListenerConfig, AdminListenerConfig) {
     let is_tls = s.switch(&keys::TLS_ENABLE);
     let redirects = s.switch(&keys::REDIRECT_HTTP_TO_HTTPS);
     let ip = interface(s, &keys::INTERFACE);
@@ -443,12 +443,12 @@ fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {
     };
     let admin = SocketAddr::new(interface(s, &keys::ADMIN_INTERFACE), port(s, &keys::ADMIN_PORT));
     let admin = (admin, &keys::ADMIN_PORT);
-    differ(s, sdks, admin);
+    require_distinct_ports(s, sdks, admin);
     if let Some(redirect_from) = redirect_from {
-        differ(s, redirect_from, sdks);
-        differ(s, redirect_from, admin);
+        require_distinct_ports(s, redirect_from, sdks);
+        require_distinct_ports(s, redirect_from, admin);
     }
-    if is_tls && !redirects && s.has(&keys::PORT) {
+    if is_tls && !redirects && s.is_set(&keys::PORT) {
         let warning = "--port has no effect with --tls-enable: SDKs are served on --tls-server-port \
             alone, unless --redirect-http-to-https redirects them";
         s.warnings.push(warning.to_owned());
@@ -456,7 +456,7 @@ fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {
     let data_tls = tls::data_listener(s);
     let admin_tls = tls::admin_listener(s);
     if data_tls.is_none() && admin_tls.is_none() {
-        tls::warn_of_unused(s);
+        tls::warn_without_tls(s);
     }
     let (token_header, _) = token_headers(s);
     let streams = streams(s);
@@ -464,41 +464,41 @@ fn listeners(s: &mut Settings) -> (DataListener, AdminListener) {
         (text.len() >= 16).then(|| StreamTicketKey::derive(text))
     });
     let access = access(s);
-    let data = DataListener {
+    let data = DataListenerConfig {
         address: sdks.0,
         tls: data_tls,
         redirect_from: redirect_from.map(|(address, _)| address),
         streams,
-        ticket_key,
+        stream_ticket_key: ticket_key,
         base_path: base_path(s),
         token_header,
         cors: cors(s),
-        disabled: disabled(s),
-        limits: limits(s, &access),
-        are_connections_given: s.has(&keys::MAX_CONNECTIONS),
-        balancers: balancers(s, &keys::PROXY_PROTOCOL),
-        body_bytes: s.count(&keys::BODY_LIMIT_BYTES),
+        disabled_endpoints: disabled_endpoints(s),
+        connection_limits: limits(s, &access),
+        has_explicit_max_connections: s.is_set(&keys::MAX_CONNECTIONS),
+        load_balancers: load_balancers(s, &keys::PROXY_PROTOCOL),
+        max_body_bytes: s.count(&keys::BODY_LIMIT_BYTES),
         request_timeout: s.interval(&keys::EDGE_REQUEST_TIMEOUT),
         access,
     };
-    let balancers = balancers(s, &keys::ADMIN_PROXY_PROTOCOL);
-    (data, AdminListener { address: admin.0, tls: admin_tls, balancers })
+    let balancers = load_balancers(s, &keys::ADMIN_PROXY_PROTOCOL);
+    (data, AdminListenerConfig { address: admin.0, tls: admin_tls, load_balancers: balancers })
 }
 
 /// Reports an error if two listeners share a port. Each address comes with the option of its port.
-fn differ(
-    s: &mut Settings,
-    (one, one_key): (SocketAddr, &'static Key),
-    (other, other_key): (SocketAddr, &'static Key),
+fn require_distinct_ports(
+    s: &mut RawSettings,
+    (one, one_key): (SocketAddr, &'static OptionSpec),
+    (other, other_key): (SocketAddr, &'static OptionSpec),
 ) {
     let overlap =
         one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified();
     if one.port() == other.port() && one.port() != 0 && overlap {
-        s.mistake(other_key, format!("expected another port than --{}", one_key.name));
+        s.report_error(other_key, format!("expected another port than --{}", one_key.name));
     }
 }
 
-fn limits(s: &mut Settings, access: &access::Config) -> ConnectionLimits {
+fn limits(s: &mut RawSettings, access: &access::Config) -> ConnectionLimits {
     let connections = s.count(&keys::MAX_CONNECTIONS);
     let is_direct = access.proxies == access::TrustedProxies::None;
     let share = is_direct.then_some(connections.div_ceil(2));
@@ -511,7 +511,7 @@ fn limits(s: &mut Settings, access: &access::Config) -> ConnectionLimits {
     }
 }
 
-fn streams(s: &mut Settings) -> streaming::Config {
+fn streams(s: &mut RawSettings) -> streaming::Config {
     let fetch_mode = s.read(&keys::SDK_FETCH_MODE, "polling or streaming", FetchMode::parse);
     let most = s.count(&keys::MAX_STREAMS);
     let streams = streaming::Config {
@@ -532,23 +532,23 @@ fn streams(s: &mut Settings) -> streaming::Config {
 }
 
 /// The headers that carry tokens: from SDKs, and to upstream.
-fn token_headers(s: &mut Settings) -> (HeaderName, HeaderName) {
+fn token_headers(s: &mut RawSettings) -> (HeaderName, HeaderName) {
     let parse = |text: &str| text.parse::<HeaderName>().ok();
-    if let Some(both) = s.read(&keys::TOKEN_HEADER, HEADER_NAME, parse) {
+    if let Some(both) = s.read(&keys::TOKEN_HEADER, EXPECTED_HEADER_NAME, parse) {
         for key in [&keys::EDGE_AUTH_HEADER, &keys::UPSTREAM_AUTH_HEADER] {
-            if s.has(key) {
-                s.mistake(key, "cannot be combined with --token-header");
+            if s.is_set(key) {
+                s.report_error(key, "cannot be combined with --token-header");
             }
         }
         return (both.clone(), both);
     }
     (
-        s.value(&keys::EDGE_AUTH_HEADER, HEADER_NAME, parse),
-        s.value(&keys::UPSTREAM_AUTH_HEADER, HEADER_NAME, parse),
+        s.value(&keys::EDGE_AUTH_HEADER, EXPECTED_HEADER_NAME, parse),
+        s.value(&keys::UPSTREAM_AUTH_HEADER, EXPECTED_HEADER_NAME, parse),
     )
 }
 
-fn disabled(s: &mut Settings) -> BTreeSet<OptionalEndpoint> {
+fn disabled_endpoints(s: &mut RawSettings) -> BTreeSet<OptionalEndpoint> {
     [
         (&keys::DISABLE_ALL_ENDPOINT, OptionalEndpoint::FrontendAll),
         (&keys::DISABLE_METRICS_ENDPOINT, OptionalEndpoint::Metrics),
@@ -562,22 +562,22 @@ fn disabled(s: &mut Settings) -> BTreeSet<OptionalEndpoint> {
     .collect()
 }
 
-fn cors(s: &mut Settings) -> cors::Config {
-    let origins = any_or(s, &keys::CORS_ORIGIN, "origins as in `https://example.com`", |text| {
+fn cors(s: &mut RawSettings) -> cors::Config {
+    let origins = list_or_any(s, &keys::CORS_ORIGIN, "origins as in `https://example.com`", |text| {
         HeaderValue::from_str(text).ok()
     });
     let credentials = s.switch(&keys::CORS_CREDENTIALS);
     if credentials && origins.is_none() {
         let reason = "requires --cors-origin: browsers reject credentials if any origin is allowed";
-        s.mistake(&keys::CORS_CREDENTIALS, reason);
+        s.report_error(&keys::CORS_CREDENTIALS, reason);
     }
     cors::Config {
         origins,
-        methods: any_or(s, &keys::CORS_METHODS, "HTTP methods", |text| text.parse().ok()),
-        headers: any_or(s, &keys::CORS_ALLOWED_HEADERS, "names of headers", |text| {
+        methods: list_or_any(s, &keys::CORS_METHODS, "HTTP methods", |text| text.parse().ok()),
+        headers: list_or_any(s, &keys::CORS_ALLOWED_HEADERS, "names of headers", |text| {
             text.parse().ok()
         }),
-        exposed_headers: any_or(s, &keys::CORS_EXPOSED_HEADERS, "names of headers", |text| {
+        exposed_headers: list_or_any(s, &keys::CORS_EXPOSED_HEADERS, "names of headers", |text| {
             text.parse().ok()
         }),
         credentials,
@@ -586,9 +586,9 @@ fn cors(s: &mut Settings) -> cors::Config {
 }
 
 /// The items of a list. `None`, which is any, if `*` is among them.
-fn any_or<T>(
-    s: &mut Settings,
-    key: &Key,
+fn list_or_any<T>(
+    s: &mut RawSettings,
+    key: &OptionSpec,
     expected: &str,
     parse: impl Fn(&str) -> Option<T>,
 ) -> Option<Vec<T>> {
@@ -600,18 +600,18 @@ fn any_or<T>(
 }
 
 /// The networks of load balancers whose connections to a listener begin with the PROXY protocol.
-fn balancers(s: &mut Settings, key: &Key) -> Vec<IpNet> {
+fn load_balancers(s: &mut RawSettings, key: &OptionSpec) -> Vec<IpNet> {
     if !s.switch(key) {
         return Vec::new();
     }
-    if !s.has(&keys::PROXY_TRUSTED_SERVERS) {
-        s.mistake(key, "requires the load balancers in --proxy-trusted-servers");
+    if !s.is_set(&keys::PROXY_TRUSTED_SERVERS) {
+        s.report_error(key, "requires the load balancers in --proxy-trusted-servers");
     }
-    s.list(&keys::PROXY_TRUSTED_SERVERS, NETWORKS, network)
+    s.list(&keys::PROXY_TRUSTED_SERVERS, EXPECTED_NETWORKS, parse_network)
 }
 
-fn access(s: &mut Settings) -> access::Config {
-    let servers = s.list(&keys::PROXY_TRUSTED_SERVERS, NETWORKS, network);
+fn access(s: &mut RawSettings) -> access::Config {
+    let servers = s.list(&keys::PROXY_TRUSTED_SERVERS, EXPECTED_NETWORKS, parse_network);
     let trust = s.switch(&keys::TRUST_PROXY);
     let reads_header = s.switch(&keys::PROXY_PROTOCOL) || s.switch(&keys::ADMIN_PROXY_PROTOCOL);
     let proxies = match (trust, servers.is_empty()) {
@@ -634,32 +634,32 @@ fn access(s: &mut Settings) -> access::Config {
         }
     };
     access::Config {
-        allow: s.list(&keys::ALLOW_LIST, NETWORKS, network),
-        deny: s.list(&keys::DENY_LIST, NETWORKS, network),
+        allow: s.list(&keys::ALLOW_LIST, EXPECTED_NETWORKS, parse_network),
+        deny: s.list(&keys::DENY_LIST, EXPECTED_NETWORKS, parse_network),
         proxies,
     }
 }
 
 /// The value of a required key without default.
 fn required<T>(
-    s: &mut Settings,
-    key: &Key,
+    s: &mut RawSettings,
+    key: &OptionSpec,
     expected: &str,
     parse: impl Fn(&str) -> Option<T>,
 ) -> Option<T> {
-    if !s.has(key) {
-        s.mistake(key, format!("is required: {expected}"));
+    if !s.is_set(key) {
+        s.report_error(key, format!("is required: {expected}"));
     }
     s.read(key, expected, parse)
 }
 
-const HTTP_URL: &str =
+const EXPECTED_HTTP_URL: &str =
     "an http or https URL without user or query, as in `https://unleash.example.com`";
-const FILE: &str = "a file that exists";
-const HEADER_NAME: &str = "the name of a header";
-const NETWORKS: &str = "networks or addresses, as in `10.0.0.0/8`";
+const EXPECTED_FILE: &str = "a file that exists";
+const EXPECTED_HEADER_NAME: &str = "the name of a header";
+const EXPECTED_NETWORKS: &str = "networks or addresses, as in `10.0.0.0/8`";
 
-fn path(s: &mut Settings, key: &Key) -> PathBuf {
+fn path(s: &mut RawSettings, key: &OptionSpec) -> PathBuf {
     s.value(key, "a path", |text| (!text.is_empty()).then(|| PathBuf::from(text)))
 }
 
@@ -667,36 +667,36 @@ fn existing_file(text: &str) -> Option<PathBuf> {
     Some(PathBuf::from(text)).filter(|path| path.is_file())
 }
 
-fn port(s: &mut Settings, key: &Key) -> u16 {
+fn port(s: &mut RawSettings, key: &OptionSpec) -> u16 {
     let expected = "a port, 0 to 65535";
-    if key.name == keys::PORT.name && s.verb == Verb::Serve(Role::Edge) && is_pretrusted(s, key) {
+    if key.name == keys::PORT.name && s.subcommand == Subcommand::Serve(ServeMode::Edge) && is_pretrusted_token(s, key) {
         let reason = format!(
             "expected {expected}; in Unleash Edge, -p of `edge` is --pretrusted-tokens, which is not \
              supported: {}",
             keys::PRETRUSTED_TOKENS.help()
         );
-        s.mistake(key, reason);
+        s.report_error(key, reason);
         return 0;
     }
     s.value(key, expected, |text| text.parse().ok())
 }
 
 /// Whether a value looks like a pretrusted token of Unleash Edge: `<token>` or `<token>@<environment>`.
-fn is_pretrusted(s: &Settings, key: &Key) -> bool {
+fn is_pretrusted_token(s: &RawSettings, key: &OptionSpec) -> bool {
     s.text(key).is_some_and(|text| {
         let token = text.split_once('@').map_or(text, |(token, _)| token);
         text.contains('@') || Token::parse(token).is_ok()
     })
 }
 
-fn interface(s: &mut Settings, key: &Key) -> IpAddr {
+fn interface(s: &mut RawSettings, key: &OptionSpec) -> IpAddr {
     s.value(key, "an IP address or localhost", |text| match text {
         "localhost" => Some(Ipv4Addr::LOCALHOST.into()),
         text => text.trim_start_matches('[').trim_end_matches(']').parse().ok(),
     })
 }
 
-fn base_path(s: &mut Settings) -> String {
+fn base_path(s: &mut RawSettings) -> String {
     s.value(&keys::BASE_PATH, "a path as in `/flags`", |text| {
         let path = text.trim_matches('/');
         let fits = |c: char| c.is_ascii_graphic() && !"?#%".contains(c);
@@ -707,12 +707,12 @@ fn base_path(s: &mut Settings) -> String {
     })
 }
 
-fn network(text: &str) -> Option<IpNet> {
+fn parse_network(text: &str) -> Option<IpNet> {
     text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
 }
 
 /// Parses a URL to which paths can be appended.
-fn http_url(text: &str) -> Option<Url> {
+fn parse_http_url(text: &str) -> Option<Url> {
     let url = Url::parse(text).ok()?;
     let plain = matches!(url.scheme(), "http" | "https")
         && url.has_host()
@@ -725,7 +725,7 @@ fn http_url(text: &str) -> Option<Url> {
 
 /// Parses a header, as `Name: value` (the form of curl) or `name=value`. The value is marked as
 /// sensitive.
-fn header(text: &str) -> Option<(HeaderName, HeaderValue)> {
+fn parse_header(text: &str) -> Option<(HeaderName, HeaderValue)> {
     let (name, value) = text.split_once([':', '='])?;
     let mut value = HeaderValue::from_str(value.trim()).ok()?;
     value.set_sensitive(true);

@@ -14,8 +14,8 @@ use jiff::Timestamp;
 use reqwest::{Url, header::HeaderName};
 
 use super::{
-    manage::{Server, Task},
-    settings::Effective,
+    manage::{RemoteServer, ManageTask},
+    settings::EffectiveSettings,
 };
 use ipnet::IpNet;
 
@@ -35,9 +35,9 @@ pub struct Config {
     /// The source of flags and token validation, and the destination of usage.
     pub mode: Mode,
     /// The listener for SDKs.
-    pub data: DataListener,
+    pub data: DataListenerConfig,
     /// The listener for operators.
-    pub admin: AdminListener,
+    pub admin: AdminListenerConfig,
     /// Intervals and capacity of the token cache.
     pub auth: auth::Config,
     /// Interval and bound of usage reports.
@@ -47,29 +47,29 @@ pub struct Config {
     /// The directory where state is stored between runs.
     pub data_dir: PathBuf,
     /// The timing of a shutdown.
-    pub shutdown: Shutdown,
+    pub shutdown: ShutdownConfig,
     /// The names under which this instance reports.
-    pub identity: Identity,
+    pub identity: InstanceInfo,
     /// Warnings for the operator, one sentence each, to be logged at the start.
     pub warnings: Vec<String>,
     /// Digests of the effective values, to be compared with those of a later configuration.
-    pub effective: Effective,
+    pub effective_settings: EffectiveSettings,
 }
 
 /// The source of flags and token validation, and the destination of usage.
 #[derive(Clone, Debug)]
 pub enum Mode {
     /// In front of an Unleash server.
-    Edge(Box<Edge>),
+    Edge(Box<EdgeConfig>),
     /// Flags from a file and a fixed list of tokens; usage is not reported.
-    Offline(Offline),
+    Offline(OfflineConfig),
     /// A server without upstream: flags from files, accounts and tokens in a database.
-    Standalone(Standalone),
+    Standalone(StandaloneConfig),
 }
 
 /// The configuration of edge mode, in front of an Unleash server.
 #[derive(Clone, Debug)]
-pub struct Edge {
+pub struct EdgeConfig {
     /// The connection to upstream.
     pub upstream: upstream::Config,
     /// The tokens for upstream.
@@ -77,25 +77,25 @@ pub struct Edge {
     /// Polling and streaming of flags.
     pub sync: sync::Config,
     /// The directory for flags and token digests, which allow a start without upstream.
-    pub backup_folder: Folder,
+    pub backup_folder: BackupFolder,
     /// Whether upstream's admin API is relayed.
     pub admin_relay: bool,
 }
 
 /// The directory in which an edge stores its backup.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Folder {
+pub enum BackupFolder {
     /// Set by the operator; it must be writable.
-    Named(PathBuf),
+    Configured(PathBuf),
     /// The default; it need not be writable.
     Default(PathBuf),
 }
 
-impl Folder {
+impl BackupFolder {
     /// The path of the directory.
     pub fn path(&self) -> &Path {
         match self {
-            Self::Named(path) | Self::Default(path) => path,
+            Self::Configured(path) | Self::Default(path) => path,
         }
     }
 }
@@ -116,12 +116,12 @@ pub enum Credentials {
     },
     /// Backend tokens. If the list is empty, each environment is fetched with the first of its SDK
     /// tokens that upstream finds valid.
-    Given(Vec<Token>),
+    BackendTokens(Vec<Token>),
 }
 
 /// The configuration of offline mode: flags from a file, and a fixed list of tokens.
 #[derive(Clone, Debug)]
-pub struct Offline {
+pub struct OfflineConfig {
     /// The file with the flags.
     pub bootstrap_file: PathBuf,
     /// Tokens that may read flag configuration.
@@ -136,7 +136,7 @@ pub struct Offline {
 
 /// The configuration of standalone mode: a server without upstream.
 #[derive(Clone, Debug)]
-pub struct Standalone {
+pub struct StandaloneConfig {
     /// The file or folder of flags.
     pub flags: FlagsPath,
     /// The environments that a single file of flags serves, in addition to those of the first tokens.
@@ -157,7 +157,7 @@ pub enum FlagsPath {
 
 /// The listener for SDKs.
 #[derive(Clone, Debug)]
-pub struct DataListener {
+pub struct DataListenerConfig {
     /// The address to listen on, with TLS if `tls` is set. `[::]` includes IPv4, and means `0.0.0.0` on
     /// a machine without IPv6.
     pub address: SocketAddr,
@@ -174,15 +174,15 @@ pub struct DataListener {
     /// The addresses that are served, and the trusted proxies.
     pub access: access::Config,
     /// Endpoints that respond as if they did not exist.
-    pub disabled: BTreeSet<OptionalEndpoint>,
+    pub disabled_endpoints: BTreeSet<OptionalEndpoint>,
     /// Limits and timeouts of connections.
-    pub limits: ConnectionLimits,
+    pub connection_limits: ConnectionLimits,
     /// Whether the operator has set the maximum number of connections; otherwise it is the default.
-    pub are_connections_given: bool,
+    pub has_explicit_max_connections: bool,
     /// Networks of load balancers whose connections begin with the PROXY protocol.
-    pub balancers: Vec<IpNet>,
+    pub load_balancers: Vec<IpNet>,
     /// The maximum size of a request body, in bytes, after decompression.
-    pub body_bytes: usize,
+    pub max_body_bytes: usize,
     /// The timeout of a request, from its head until its body has been received. It is the longest
     /// timeout of a service.
     pub request_timeout: Duration,
@@ -190,23 +190,23 @@ pub struct DataListener {
     pub streams: streaming::Config,
     /// Signs the event stream URLs of OpenFeature providers. `None` derives the key from the admin
     /// token, or without one generates a key for this run.
-    pub ticket_key: Option<StreamTicketKey>,
+    pub stream_ticket_key: Option<StreamTicketKey>,
 }
 
 /// The listener for operators.
 #[derive(Clone, Debug)]
-pub struct AdminListener {
+pub struct AdminListenerConfig {
     /// The address to listen on, with TLS if `tls` is set.
     pub address: SocketAddr,
     /// Certificates and their settings; `None` is plain HTTP.
     pub tls: Option<tls::Config>,
     /// Networks of load balancers whose connections begin with the PROXY protocol.
-    pub balancers: Vec<IpNet>,
+    pub load_balancers: Vec<IpNet>,
 }
 
 /// The timing of a shutdown.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Shutdown {
+pub struct ShutdownConfig {
     /// How long requests are still accepted after readiness is withdrawn.
     pub drain_delay: Duration,
     /// The timeout after that for requests in progress and the last usage.
@@ -215,7 +215,7 @@ pub struct Shutdown {
 
 /// The names under which this instance reports to upstream and in its instance data.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Identity {
+pub struct InstanceInfo {
     /// The name that all instances of a deployment share.
     pub app_name: String,
     /// The name of this instance.
@@ -228,16 +228,16 @@ pub struct Identity {
 
 /// The options of the `health` and `ready` commands.
 #[derive(Clone, Debug)]
-pub struct Probe {
+pub struct ProbeOptions {
     /// The full URL of the endpoint.
     pub url: Url,
     /// The certificates to accept.
-    pub trust: Trust,
+    pub trust: ProbeTrust,
 }
 
 /// The certificates that a probe accepts.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Trust {
+pub enum ProbeTrust {
     /// Certificates for the host name, issued by an authority of the platform or of a file (PEM).
     Platform(Option<PathBuf>),
     /// Certificates for any name, issued by an authority of a file (PEM): the probe stays on this
@@ -249,27 +249,27 @@ pub enum Trust {
 
 /// The options of the `token` and `account` commands.
 #[derive(Clone, Debug)]
-pub struct Manage {
+pub struct ManageOptions {
     /// The database or server to work on.
-    pub place: Place,
+    pub target: Target,
     /// The task.
-    pub task: Task,
+    pub task: ManageTask,
     /// Whether the result is printed as JSON.
     pub json: bool,
 }
 
 /// The database or server where tokens and accounts are managed.
 #[derive(Clone, Debug)]
-pub enum Place {
+pub enum Target {
     /// The database of a standalone instance.
     Database(control::Location),
     /// A running server.
-    Server(Server),
+    Server(RemoteServer),
 }
 
 /// The options of the `backup` and `restore` commands.
 #[derive(Clone, Debug)]
-pub struct Archive {
+pub struct ArchiveOptions {
     /// Backup or restore.
     pub action: ArchiveAction,
     /// The file of the backup.
@@ -291,7 +291,7 @@ pub enum ArchiveAction {
 
 /// The options of the `explain` command.
 #[derive(Clone, Debug)]
-pub struct Explain {
+pub struct ExplainOptions {
     /// The file with the flags, or the folder with one file per environment.
     pub flags: PathBuf,
     /// The name of the flag.

@@ -10,11 +10,11 @@ use clap::{
 };
 
 use super::{
-    archive::{self, Order},
-    checked::{ArchiveAction, Explain},
-    keys::{CONFIG, DATA_DIR, DATABASE_URL, KEYS, Key, Scope, Shape, Support},
-    manage::{self, Errand},
-    mistake::{Mistake, Mistakes},
+    archive::{self, ArchiveCommand},
+    checked::{ArchiveAction, ExplainOptions},
+    keys::{CONFIG, DATA_DIR, DATABASE_URL, OPTIONS, OptionSpec, CommandScope, Arity, Compatibility},
+    manage::{self, ManageCommand},
+    mistake::{ConfigError, ConfigErrors},
 };
 use crate::{
     telemetry::REVISION,
@@ -28,29 +28,29 @@ const EXPLAIN: &str = "explain";
 
 /// A parsed command line.
 #[derive(Debug)]
-pub(super) enum Line {
+pub(super) enum Invocation {
     /// Print a text, such as the help.
-    Show(String),
+    Print(String),
     /// Explain a flag; needs no settings.
-    Explain(Explain),
+    Explain(ExplainOptions),
     /// A task of the control plane.
-    Manage { errand: Errand, flags: Flags },
+    Manage { command: ManageCommand, values: CliValues },
     /// Back up the control plane, or restore it.
-    Archive { order: Order, flags: Flags },
+    Archive { command: ArchiveCommand, values: CliValues },
     /// Serve, probe, or print the configuration; needs the settings.
-    Do { verb: Verb, purpose: Purpose, flags: Flags },
+    RunOrProbe { subcommand: Subcommand, purpose: Purpose, values: CliValues },
 }
 
 /// The subcommands that use the settings.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Verb {
-    Serve(Role),
-    Ask(Question),
+pub(super) enum Subcommand {
+    Serve(ServeMode),
+    Probe(Probe),
 }
 
 /// The mode to serve in.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Role {
+pub(super) enum ServeMode {
     Edge,
     Offline,
     Standalone,
@@ -58,7 +58,7 @@ pub(super) enum Role {
 
 /// The probe of a running instance.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Question {
+pub(super) enum Probe {
     Health,
     Ready,
 }
@@ -67,21 +67,21 @@ pub(super) enum Question {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Purpose {
     Run,
-    Print,
+    PrintConfig,
 }
 
 /// The values of the command line, by option. `Debug` shows the names only, because values may be
 /// secret.
-pub(super) struct Flags(Vec<(&'static Key, Vec<String>)>);
+pub(super) struct CliValues(Vec<(&'static OptionSpec, Vec<String>)>);
 
-impl std::fmt::Debug for Flags {
+impl std::fmt::Debug for CliValues {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_list().entries(self.0.iter().map(|(key, _)| key.name)).finish()
     }
 }
 
-impl IntoIterator for Flags {
-    type Item = (&'static Key, Vec<String>);
+impl IntoIterator for CliValues {
+    type Item = (&'static OptionSpec, Vec<String>);
     type IntoIter = std::vec::IntoIter<Self::Item>;
 
     fn into_iter(self) -> Self::IntoIter {
@@ -89,45 +89,45 @@ impl IntoIterator for Flags {
     }
 }
 
-impl Verb {
+impl Subcommand {
     const ALL: [Self; 5] = [
-        Self::Serve(Role::Edge),
-        Self::Serve(Role::Offline),
-        Self::Serve(Role::Standalone),
-        Self::Ask(Question::Health),
-        Self::Ask(Question::Ready),
+        Self::Serve(ServeMode::Edge),
+        Self::Serve(ServeMode::Offline),
+        Self::Serve(ServeMode::Standalone),
+        Self::Probe(Probe::Health),
+        Self::Probe(Probe::Ready),
     ];
 
     pub(super) fn name(self) -> &'static str {
         match self {
-            Self::Serve(Role::Edge) => "edge",
-            Self::Serve(Role::Offline) => "offline",
-            Self::Serve(Role::Standalone) => "standalone",
-            Self::Ask(Question::Health) => "health",
-            Self::Ask(Question::Ready) => "ready",
+            Self::Serve(ServeMode::Edge) => "edge",
+            Self::Serve(ServeMode::Offline) => "offline",
+            Self::Serve(ServeMode::Standalone) => "standalone",
+            Self::Probe(Probe::Health) => "health",
+            Self::Probe(Probe::Ready) => "ready",
         }
     }
 
-    pub(super) fn scope(self) -> Scope {
+    pub(super) fn scope(self) -> CommandScope {
         match self {
-            Self::Serve(Role::Edge) => Scope::Edge,
-            Self::Serve(Role::Offline) => Scope::Offline,
-            Self::Serve(Role::Standalone) => Scope::Standalone,
-            Self::Ask(_) => Scope::Probe,
+            Self::Serve(ServeMode::Edge) => CommandScope::Edge,
+            Self::Serve(ServeMode::Offline) => CommandScope::Offline,
+            Self::Serve(ServeMode::Standalone) => CommandScope::Standalone,
+            Self::Probe(_) => CommandScope::Probe,
         }
     }
 
     fn about(self) -> &'static str {
         match self {
-            Self::Serve(Role::Edge) => "Run as an edge in front of an Unleash server",
-            Self::Serve(Role::Offline) => "Serve the flags of a file to a fixed list of tokens",
-            Self::Serve(Role::Standalone) => {
+            Self::Serve(ServeMode::Edge) => "Run as an edge in front of an Unleash server",
+            Self::Serve(ServeMode::Offline) => "Serve the flags of a file to a fixed list of tokens",
+            Self::Serve(ServeMode::Standalone) => {
                 "Run without Unleash, with flags from files and its own tokens (the default)"
             }
-            Self::Ask(Question::Health) => {
+            Self::Probe(Probe::Health) => {
                 "Check whether a running instance is alive; exit 0 if so, else 1"
             }
-            Self::Ask(Question::Ready) => {
+            Self::Probe(Probe::Ready) => {
                 "Check whether a running instance is ready; exit 0 if so, else 1"
             }
         }
@@ -135,16 +135,16 @@ impl Verb {
 }
 
 /// Parses the command line, which starts with the name of the program.
-pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Line, Mistakes> {
+pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, ConfigErrors> {
     let args: Vec<OsString> = args.into_iter().collect();
-    let matches = match command().try_get_matches_from(&args) {
+    let matches = match clap_command().try_get_matches_from(&args) {
         Ok(matches) => matches,
         Err(error) => {
             return match error.kind() {
                 ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
-                    Ok(Line::Show(error.render().to_string()))
+                    Ok(Invocation::Print(error.render().to_string()))
                 }
-                _ => Err(Mistake { place: "command line".to_owned(), reason: told(&error, &args) }
+                _ => Err(ConfigError { location: "command line".to_owned(), reason: describe_error(&error, &args) }
                     .into()),
             };
         }
@@ -152,36 +152,36 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Line, Mi
     let (verb, below) = match matches.subcommand() {
         Some((name, below)) => {
             if matches!(name, "token" | "account") {
-                return manage(name, &matches, below);
+                return parse_manage(name, &matches, below);
             }
-            if let Some(action) = ArchiveAction::named(name) {
-                let order = archive::read(action, below);
-                refuse_checking(name, below)?;
-                let flags = database_flags(name, &[below, &matches])?;
-                return Ok(Line::Archive { order, flags });
+            if let Some(action) = ArchiveAction::from_name(name) {
+                let order = archive::parse(action, below);
+                reject_config_flags(name, below)?;
+                let flags = location_values(name, &[below, &matches])?;
+                return Ok(Invocation::Archive { command: order, values: flags });
             }
             if name == EXPLAIN {
-                return explain(&matches, below).map(Line::Explain);
+                return parse_explain(&matches, below).map(Invocation::Explain);
             }
-            let verb = Verb::ALL.into_iter().find(|verb| verb.name() == name);
+            let verb = Subcommand::ALL.into_iter().find(|verb| verb.name() == name);
             (verb.expect("clap accepts no other subcommand"), below)
         }
-        None => (Verb::Serve(Role::Standalone), &matches),
+        None => (Subcommand::Serve(ServeMode::Standalone), &matches),
     };
     let purpose = if [PRINT_CONFIG, CHECK_CONFIG].iter().any(|flag| below.get_flag(flag)) {
-        Purpose::Print
+        Purpose::PrintConfig
     } else {
         Purpose::Run
     };
-    let flags = KEYS.iter().filter_map(|key| {
-        let values = values(below, key).or_else(|| values(&matches, key))?;
+    let flags = OPTIONS.iter().filter_map(|key| {
+        let values = values_of(below, key).or_else(|| values_of(&matches, key))?;
         Some((*key, values))
     });
-    Ok(Line::Do { verb, purpose, flags: Flags(flags.collect()) })
+    Ok(Invocation::RunOrProbe { subcommand: verb, purpose, values: CliValues(flags.collect()) })
 }
 
 /// The values of `key` at this level of the command line.
-fn values(matches: &ArgMatches, key: &Key) -> Option<Vec<String>> {
+fn values_of(matches: &ArgMatches, key: &OptionSpec) -> Option<Vec<String>> {
     let values = matches.try_get_many::<String>(key.name).ok().flatten()?;
     Some(values.cloned().collect())
 }
@@ -190,26 +190,26 @@ fn values(matches: &ArgMatches, key: &Key) -> Option<Vec<String>> {
 ///
 /// Options of all commands may precede the subcommand or follow it. Options of `standalone` may be used
 /// without naming it.
-fn command() -> Command {
+fn clap_command() -> Command {
     let switch =
         |name, help| Arg::new(name).long(name).help(help).action(ArgAction::SetTrue).global(true);
     // Hidden and rejected for commands that have no configuration to print.
     let refused = || [CHECK_CONFIG, PRINT_CONFIG].map(|name| switch(name, "").hide(true));
-    Verb::ALL
+    Subcommand::ALL
         .into_iter()
         .fold(Command::new("parapet"), |command, verb| {
             let own = Command::new(verb.name()).about(verb.about());
-            command.subcommand(own.args(own_args(verb)))
+            command.subcommand(own.args(subcommand_args(verb)))
         })
-        .subcommand(explain_command().args(refused()))
+        .subcommand(explain_clap_command().args(refused()))
         .subcommands(manage::commands().into_iter().chain(archive::commands()).map(|command| {
             // Only the options that locate the database are shared with the server.
-            let foreign = args_of(|scope| scope == Scope::Everywhere);
+            let foreign = args_in_scope(|scope| scope == CommandScope::All);
             let foreign = foreign.map(|arg| {
-                let ours = finds().any(|key| arg.get_id().as_str() == key.name);
+                let ours = location_options().any(|key| arg.get_id().as_str() == key.name);
                 arg.global(true).hide(!ours)
             });
-            let database = finds().filter(|key| key.scope != Scope::Everywhere);
+            let database = location_options().filter(|key| key.scope != CommandScope::All);
             let database = database.map(|key| arg(key).global(true));
             command.args(database).args(foreign).args(refused())
         }))
@@ -223,88 +223,88 @@ fn command() -> Command {
         .version(env!("CARGO_PKG_VERSION"))
         .propagate_version(true)
         .long_version(format!("{} ({REVISION})", env!("CARGO_PKG_VERSION")))
-        .args(args_of(|scope| scope == Scope::Everywhere).map(|arg| arg.global(true)))
-        .args(own_args(Verb::Serve(Role::Standalone)))
+        .args(args_in_scope(|scope| scope == CommandScope::All).map(|arg| arg.global(true)))
+        .args(subcommand_args(Subcommand::Serve(ServeMode::Standalone)))
         .arg(switch(CHECK_CONFIG, "Check the configuration, print it without secrets, and exit"))
         .arg(switch(PRINT_CONFIG, "The same as --check-config"))
 }
 
 /// The options of a command, without those of all commands.
-fn own_args(verb: Verb) -> impl Iterator<Item = Arg> {
-    args_of(move |scope| scope != Scope::Everywhere && scope.concerns(verb.scope()))
+fn subcommand_args(verb: Subcommand) -> impl Iterator<Item = Arg> {
+    args_in_scope(move |scope| scope != CommandScope::All && scope.applies_to(verb.scope()))
 }
 
-fn args_of(wanted: impl Fn(Scope) -> bool) -> impl Iterator<Item = Arg> {
-    KEYS.iter().filter(move |key| wanted(key.scope)).map(|key| arg(key))
+fn args_in_scope(wanted: impl Fn(CommandScope) -> bool) -> impl Iterator<Item = Arg> {
+    OPTIONS.iter().filter(move |key| wanted(key.scope)).map(|key| arg(key))
 }
 
-fn arg(key: &'static Key) -> Arg {
+fn arg(key: &'static OptionSpec) -> Arg {
     let arg = Arg::new(key.name)
         .long(key.name)
-        .help(key.help_text())
+        .help(key.cli_help())
         .help_heading(key.heading)
-        .value_name(key.file_name().to_ascii_uppercase())
-        .hide_short_help(key.support != Support::Full);
+        .value_name(key.toml_name().to_ascii_uppercase())
+        .hide_short_help(key.compatibility != Compatibility::Supported);
     let arg = match key.short {
         Some(short) => arg.short(short),
         None => arg,
     };
-    match key.shape {
-        Shape::One => arg.action(ArgAction::Set),
-        Shape::List => arg.action(ArgAction::Append),
-        Shape::Switch => arg.num_args(0..=1).require_equals(true).default_missing_value("true"),
+    match key.arity {
+        Arity::One => arg.action(ArgAction::Set),
+        Arity::List => arg.action(ArgAction::Append),
+        Arity::Switch => arg.num_args(0..=1).require_equals(true).default_missing_value("true"),
     }
 }
 
 /// The options that locate the accounts and tokens of a standalone instance.
-fn finds() -> impl Iterator<Item = &'static Key> {
+fn location_options() -> impl Iterator<Item = &'static OptionSpec> {
     let is_one =
-        |key: &Key| [&CONFIG, &DATA_DIR, &DATABASE_URL].iter().any(|it| it.name == key.name);
-    KEYS.iter().copied().filter(move |key| is_one(key) || key.file_of.is_some_and(is_one))
+        |key: &OptionSpec| [&CONFIG, &DATA_DIR, &DATABASE_URL].iter().any(|it| it.name == key.name);
+    OPTIONS.iter().copied().filter(move |key| is_one(key) || key.file_for.is_some_and(is_one))
 }
 
-fn manage(name: &str, above: &ArgMatches, below: &ArgMatches) -> Result<Line, Mistakes> {
-    let errand = manage::read(name, below)?;
+fn parse_manage(name: &str, above: &ArgMatches, below: &ArgMatches) -> Result<Invocation, ConfigErrors> {
+    let errand = manage::parse(name, below)?;
     let deepest = below.subcommand().map_or(below, |(_, deepest)| deepest);
-    refuse_checking(name, deepest)?;
-    let flags = database_flags(name, &[deepest, below, above])?;
+    reject_config_flags(name, deepest)?;
+    let flags = location_values(name, &[deepest, below, above])?;
     if let (Some(_), Some((key, _))) = (&errand.server, flags.0.first()) {
         let reason = "cannot be combined with --url".to_owned();
-        return Err(Mistake { place: format!("--{}", key.name), reason }.into());
+        return Err(ConfigError { location: format!("--{}", key.name), reason }.into());
     }
-    Ok(Line::Manage { errand, flags })
+    Ok(Invocation::Manage { command: errand, values: flags })
 }
 
 /// The values of the options that locate the database. `levels` are those of the command line, deepest
 /// first.
-fn database_flags(name: &str, levels: &[&ArgMatches]) -> Result<Flags, Mistakes> {
+fn location_values(name: &str, levels: &[&ArgMatches]) -> Result<CliValues, ConfigErrors> {
     let mut flags = Vec::new();
-    for key in KEYS.iter().copied() {
-        let Some(values) = levels.iter().find_map(|level| values(level, key)) else { continue };
-        if !finds().any(|ours| ours.name == key.name) {
+    for key in OPTIONS.iter().copied() {
+        let Some(values) = levels.iter().find_map(|level| values_of(level, key)) else { continue };
+        if !location_options().any(|ours| ours.name == key.name) {
             let reason = format!("does not apply to `{name}`");
-            return Err(Mistake { place: format!("--{}", key.name), reason }.into());
+            return Err(ConfigError { location: format!("--{}", key.name), reason }.into());
         }
         flags.push((key, values));
     }
-    Ok(Flags(flags))
+    Ok(CliValues(flags))
 }
 
 /// Rejects `--check-config` and `--print-config` for a command that has no configuration to print.
-fn refuse_checking(name: &str, matches: &ArgMatches) -> Result<(), Mistakes> {
+fn reject_config_flags(name: &str, matches: &ArgMatches) -> Result<(), ConfigErrors> {
     for flag in [CHECK_CONFIG, PRINT_CONFIG] {
         if matches.get_flag(flag) {
             let reason = format!("does not apply to `{name}`");
-            return Err(Mistake { place: format!("--{flag}"), reason }.into());
+            return Err(ConfigError { location: format!("--{flag}"), reason }.into());
         }
     }
     Ok(())
 }
 
 /// `parapet explain`. Its options are neither environment variables nor keys of the file.
-fn explain_command() -> Command {
+fn explain_clap_command() -> Command {
     let text = |name: &'static str, value: &'static str, help: &'static str| {
-        Arg::new(id_of(name)).long(name).value_name(value).help(help)
+        Arg::new(explain_arg_id(name)).long(name).value_name(value).help(help)
     };
     let options = [
         text("flags", "PATH", "The file with the flags, or the folder of such files")
@@ -327,9 +327,9 @@ fn explain_command() -> Command {
             "The time of the evaluation, as in 2030-01-01T00:00:00Z; now by default",
         ),
     ];
-    let json = Arg::new(id_of("json")).long("json").action(ArgAction::SetTrue);
+    let json = Arg::new(explain_arg_id("json")).long("json").action(ArgAction::SetTrue);
     // Options for serving do not apply here; clap would list them otherwise.
-    let foreign = args_of(|scope| scope == Scope::Everywhere).map(|arg| arg.hide(true));
+    let foreign = args_in_scope(|scope| scope == CommandScope::All).map(|arg| arg.hide(true));
     Command::new(EXPLAIN)
         .about("Explain how a flag from a file is evaluated for a context")
         .after_help(
@@ -342,25 +342,25 @@ fn explain_command() -> Command {
 }
 
 /// A clap id that differs from those of the options, which share some names.
-fn id_of(name: &str) -> String {
+fn explain_arg_id(name: &str) -> String {
     format!("{EXPLAIN}-{name}")
 }
 
-fn explain(above: &ArgMatches, own: &ArgMatches) -> Result<Explain, Mistakes> {
-    refuse_checking(EXPLAIN, own)?;
-    for key in KEYS.iter() {
-        if values(own, key).or_else(|| values(above, key)).is_some() {
+fn parse_explain(above: &ArgMatches, own: &ArgMatches) -> Result<ExplainOptions, ConfigErrors> {
+    reject_config_flags(EXPLAIN, own)?;
+    for key in OPTIONS.iter() {
+        if values_of(own, key).or_else(|| values_of(above, key)).is_some() {
             let reason = format!("does not apply to `{EXPLAIN}`");
-            return Err(Mistake { place: format!("--{}", key.name), reason }.into());
+            return Err(ConfigError { location: format!("--{}", key.name), reason }.into());
         }
     }
-    let text = |name: &str| own.get_one::<String>(&id_of(name)).cloned();
+    let text = |name: &str| own.get_one::<String>(&explain_arg_id(name)).cloned();
     let mut properties = Vec::new();
-    for property in own.get_many::<String>(&id_of("property")).into_iter().flatten() {
+    for property in own.get_many::<String>(&explain_arg_id("property")).into_iter().flatten() {
         let Some((name, value)) = property.split_once('=').filter(|(name, _)| !name.is_empty())
         else {
             let (place, reason) = ("--property".to_owned(), "expected NAME=VALUE".to_owned());
-            return Err(Mistake { place, reason }.into());
+            return Err(ConfigError { location: place, reason }.into());
         };
         properties.push((name.to_owned(), value.to_owned()));
     }
@@ -369,10 +369,10 @@ fn explain(above: &ArgMatches, own: &ArgMatches) -> Result<Explain, Mistakes> {
         Some(Some(at)) => Some(at),
         Some(None) => {
             let reason = "expected a time, as in 2030-01-01T00:00:00Z".to_owned();
-            return Err(Mistake { place: "--at".to_owned(), reason }.into());
+            return Err(ConfigError { location: "--at".to_owned(), reason }.into());
         }
     };
-    Ok(Explain {
+    Ok(ExplainOptions {
         flags: text("flags").expect("clap requires it").into(),
         flag: text("flag").expect("clap requires it"),
         environment: Environment::new(&text("environment").expect("it has a default")),
@@ -381,7 +381,7 @@ fn explain(above: &ArgMatches, own: &ArgMatches) -> Result<Explain, Mistakes> {
         remote_address: text("remote-address"),
         properties,
         at,
-        json: own.get_flag(&id_of("json")),
+        json: own.get_flag(&explain_arg_id("json")),
     })
 }
 
@@ -389,7 +389,7 @@ fn explain(above: &ArgMatches, own: &ArgMatches) -> Result<Explain, Mistakes> {
 ///
 /// Clap's own message repeats unknown arguments, and such an argument may be a misplaced token or
 /// password.
-fn told(error: &clap::Error, args: &[OsString]) -> String {
+fn describe_error(error: &clap::Error, args: &[OsString]) -> String {
     if error.kind() == ErrorKind::UnknownArgument
         && let Some(ContextValue::String(found)) = error.get(ContextKind::InvalidArg)
     {
@@ -399,22 +399,22 @@ fn told(error: &clap::Error, args: &[OsString]) -> String {
                     password. Use --password-file for passwords"
                 .to_owned();
         }
-        if let Some(message) = found.strip_prefix("--").and_then(belongs_elsewhere) {
+        if let Some(message) = found.strip_prefix("--").and_then(belongs_to_other_command) {
             return message;
         }
     }
-    without_tokens(&error.render().to_string(), args)
+    mask_tokens(&error.render().to_string(), args)
 }
 
 /// The message for an option that belongs to other commands; `None` if there is no such option.
-fn belongs_elsewhere(name: &str) -> Option<String> {
-    let key = KEYS.iter().find(|key| key.name == name)?;
-    let verbs = Verb::ALL.iter().filter(|verb| key.scope.concerns(verb.scope()));
+fn belongs_to_other_command(name: &str) -> Option<String> {
+    let key = OPTIONS.iter().find(|key| key.name == name)?;
+    let verbs = Subcommand::ALL.iter().filter(|verb| key.scope.applies_to(verb.scope()));
     let verbs: Vec<_> = verbs.map(|verb| format!("`parapet {}`", verb.name())).collect();
     Some(format!("`--{name}` belongs to {}", verbs.join(" and ")))
 }
 
-fn without_tokens(message: &str, args: &[OsString]) -> String {
+fn mask_tokens(message: &str, args: &[OsString]) -> String {
     let message = message.trim().trim_start_matches("error: ").to_owned();
     args.iter().filter_map(|arg| arg.to_str()).fold(message, |message, arg| {
         let value = arg.split_once('=').map_or(arg, |(_, value)| value);

@@ -7,26 +7,26 @@ use std::{io, path::Path};
 use toml::de::{DeTable, DeValue};
 
 use super::{
-    keys::{CONFIG, KEYS, Key, Shape, split},
-    mistake::Mistake,
+    keys::{CONFIG, OPTIONS, OptionSpec, Arity, split_list},
+    mistake::ConfigError,
 };
 use crate::wire::text::remove_byte_order_mark;
 
 /// A key of the file with its values.
 pub(super) struct Entry {
-    pub(super) key: &'static Key,
+    pub(super) key: &'static OptionSpec,
     pub(super) texts: Vec<String>,
     /// The line number, counted from 1.
     pub(super) line: usize,
 }
 
 /// Reads the file; adds an error for each key that is unknown or has a value of the wrong type.
-pub(super) fn read(path: &Path, errors: &mut Vec<Mistake>) -> Vec<Entry> {
+pub(super) fn read(path: &Path, errors: &mut Vec<ConfigError>) -> Vec<Entry> {
     match read_text(path) {
         Ok(text) => parse(path, &text, errors),
         Err(error) => {
             let reason = format!("expected a readable file: {error}");
-            errors.push(Mistake { place: path.display().to_string(), reason });
+            errors.push(ConfigError { location: path.display().to_string(), reason });
             Vec::new()
         }
     }
@@ -39,10 +39,10 @@ pub(super) fn read_text(path: &Path) -> io::Result<String> {
     Ok(text)
 }
 
-fn parse(path: &Path, text: &str, errors: &mut Vec<Mistake>) -> Vec<Entry> {
+fn parse(path: &Path, text: &str, errors: &mut Vec<ConfigError>) -> Vec<Entry> {
     let line_at = |offset: usize| 1 + text[..offset].matches('\n').count();
     let mut report = |line: usize, reason: String| {
-        errors.push(Mistake { place: format!("{}:{line}", path.display()), reason });
+        errors.push(ConfigError { location: format!("{}:{line}", path.display()), reason });
     };
     let table = match DeTable::parse(text) {
         Ok(table) => table.into_inner(),
@@ -59,14 +59,14 @@ fn parse(path: &Path, text: &str, errors: &mut Vec<Mistake>) -> Vec<Entry> {
             let line = line_at(name.span().start);
             let name = name.get_ref();
             let known =
-                KEYS.iter().find(|key| key.file_name() == **name && key.name != CONFIG.name);
+                OPTIONS.iter().find(|key| key.toml_name() == **name && key.name != CONFIG.name);
             let Some(&key) = known else {
                 report(line, format!("unknown key `{name}`"));
                 return None;
             };
-            let texts = texts(key, value.get_ref());
+            let texts = value_texts(key, value.get_ref());
             if texts.is_none() {
-                report(line, format!("`{name}`: expected {}", form(key)));
+                report(line, format!("`{name}`: expected {}", expected_form(key)));
             }
             Some(Entry { key, texts: texts?, line })
         })
@@ -75,27 +75,27 @@ fn parse(path: &Path, text: &str, errors: &mut Vec<Mistake>) -> Vec<Entry> {
     entries
 }
 
-fn form(key: &Key) -> &'static str {
-    match key.shape {
-        Shape::One => "a string or a number",
-        Shape::List => "an array of strings, or a string with commas",
-        Shape::Switch => "true or false",
+fn expected_form(key: &OptionSpec) -> &'static str {
+    match key.arity {
+        Arity::One => "a string or a number",
+        Arity::List => "an array of strings, or a string with commas",
+        Arity::Switch => "true or false",
     }
 }
 
-fn texts(key: &Key, value: &DeValue<'_>) -> Option<Vec<String>> {
-    match (key.shape, value) {
-        (Shape::List, DeValue::Array(items)) => {
-            items.iter().map(|item| scalar(item.get_ref())).collect()
+fn value_texts(key: &OptionSpec, value: &DeValue<'_>) -> Option<Vec<String>> {
+    match (key.arity, value) {
+        (Arity::List, DeValue::Array(items)) => {
+            items.iter().map(|item| scalar_text(item.get_ref())).collect()
         }
-        (Shape::List, DeValue::String(text)) => Some(split(text)),
-        (Shape::Switch, DeValue::Boolean(on)) => Some(vec![on.to_string()]),
-        (Shape::One, value) => Some(vec![scalar(value)?]),
-        (Shape::List | Shape::Switch, _) => None,
+        (Arity::List, DeValue::String(text)) => Some(split_list(text)),
+        (Arity::Switch, DeValue::Boolean(on)) => Some(vec![on.to_string()]),
+        (Arity::One, value) => Some(vec![scalar_text(value)?]),
+        (Arity::List | Arity::Switch, _) => None,
     }
 }
 
-fn scalar(value: &DeValue<'_>) -> Option<String> {
+fn scalar_text(value: &DeValue<'_>) -> Option<String> {
     match value {
         DeValue::String(text) => Some(text.clone().into_owned()),
         DeValue::Integer(number) => Some(number.to_string()),

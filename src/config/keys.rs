@@ -8,32 +8,32 @@ use std::{iter, sync::LazyLock};
 
 use clap::builder::StyledStr;
 
-use self::Shape::{List, One, Switch};
+use self::Arity::{List, One, Switch};
 
 /// An option.
 #[derive(Debug)]
-pub(super) struct Key {
+pub(super) struct OptionSpec {
     /// The name on the command line, without dashes; every other name derives from it.
     pub(super) name: &'static str,
     pub(super) short: Option<char>,
     env: Option<&'static str>,
-    pub(super) shape: Shape,
-    pub(super) scope: Scope,
+    pub(super) arity: Arity,
+    pub(super) scope: CommandScope,
     pub(super) heading: &'static str,
     /// The default as an operator would write it. `None` if it is computed; the help text describes it
     /// then.
     pub(super) default: Option<&'static str>,
     help: &'static str,
-    pub(super) support: Support,
+    pub(super) compatibility: Compatibility,
     /// The value is neither printed nor repeated in errors.
     pub(super) secret: bool,
     /// The secret whose value is in the file that this option names.
-    pub(super) file_of: Option<&'static Self>,
+    pub(super) file_for: Option<&'static Self>,
 }
 
 /// How many values an option takes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Shape {
+pub(super) enum Arity {
     /// One string.
     One,
     /// Several strings, separated by commas or by repeating the option.
@@ -44,26 +44,26 @@ pub(super) enum Shape {
 
 /// The commands that an option applies to.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Scope {
-    Everywhere,
+pub(super) enum CommandScope {
+    All,
     Edge,
     Offline,
     Standalone,
     /// `offline` and `standalone`, which have no upstream.
-    Local,
+    WithoutUpstream,
     /// `edge` and `standalone`, which send or store usage.
-    Serving,
+    WithUsage,
     /// `health` and `ready`.
     Probe,
 }
 
-impl Scope {
+impl CommandScope {
     /// Whether an option of this scope applies to the command whose own scope is `command`.
-    pub(super) fn concerns(self, command: Self) -> bool {
+    pub(super) fn applies_to(self, command: Self) -> bool {
         match self {
-            Self::Everywhere => true,
-            Self::Serving => matches!(command, Self::Edge | Self::Standalone),
-            Self::Local => matches!(command, Self::Offline | Self::Standalone),
+            Self::All => true,
+            Self::WithUsage => matches!(command, Self::Edge | Self::Standalone),
+            Self::WithoutUpstream => matches!(command, Self::Offline | Self::Standalone),
             own => own == command,
         }
     }
@@ -71,53 +71,53 @@ impl Scope {
 
 /// How a value is treated, with regard to Unleash Edge.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Support {
+pub(super) enum Compatibility {
     /// It has the effect that its help text describes.
-    Full,
+    Supported,
     /// An option of Unleash Edge that has no effect here; it is accepted with a warning.
     Ignored,
     /// An option of Unleash Edge without which a start would not be what the operator wants; an error.
-    Refused,
+    Rejected,
 }
 
 /// An option with one value.
-const fn one(name: &'static str) -> Key {
-    Key {
+const fn one(name: &'static str) -> OptionSpec {
+    OptionSpec {
         name,
         short: None,
         env: None,
-        shape: One,
-        scope: Scope::Everywhere,
+        arity: One,
+        scope: CommandScope::All,
         heading: "",
         default: None,
         help: "",
-        support: Support::Full,
+        compatibility: Compatibility::Supported,
         secret: false,
-        file_of: None,
+        file_for: None,
     }
 }
 
 /// An option with several values.
-const fn list(name: &'static str) -> Key {
-    Key { shape: List, ..one(name) }
+const fn list(name: &'static str) -> OptionSpec {
+    OptionSpec { arity: List, ..one(name) }
 }
 
 /// A boolean option, off by default.
-const fn switch(name: &'static str) -> Key {
-    Key { shape: Switch, default: Some("false"), ..one(name) }
+const fn switch(name: &'static str) -> OptionSpec {
+    OptionSpec { arity: Switch, default: Some("false"), ..one(name) }
 }
 
 /// An option of Unleash Edge that is accepted with a warning; its help text says why it has no effect.
-const fn ignored(name: &'static str, shape: Shape) -> Key {
-    Key { shape, support: Support::Ignored, secret: true, ..one(name) }
+const fn ignored(name: &'static str, shape: Arity) -> OptionSpec {
+    OptionSpec { arity: shape, compatibility: Compatibility::Ignored, secret: true, ..one(name) }
 }
 
 /// An option of Unleash Edge that prevents a start; its help text says what to do instead.
-const fn refused(name: &'static str, shape: Shape) -> Key {
-    Key { shape, support: Support::Refused, secret: true, ..one(name) }
+const fn rejected(name: &'static str, shape: Arity) -> OptionSpec {
+    OptionSpec { arity: shape, compatibility: Compatibility::Rejected, secret: true, ..one(name) }
 }
 
-impl Key {
+impl OptionSpec {
     const fn short(self, short: char) -> Self {
         Self { short: Some(short), ..self }
     }
@@ -134,22 +134,22 @@ impl Key {
         Self { secret: true, ..self }
     }
 
-    const fn placed(self, scope: Scope, heading: &'static str, help: &'static str) -> Self {
+    const fn in_section(self, scope: CommandScope, heading: &'static str, help: &'static str) -> Self {
         Self { scope, heading, help, ..self }
     }
 
     /// Whether the value may be in a file instead: true for every secret that has an effect.
-    pub(super) fn has_file(&self) -> bool {
-        self.secret && self.support == Support::Full
+    pub(super) fn accepts_file(&self) -> bool {
+        self.secret && self.compatibility == Compatibility::Supported
     }
 
     /// The option that names a file with the value of this one; created once, for [`OPTIONS`].
-    fn file_key(&'static self) -> Option<&'static Self> {
-        if !self.has_file() {
+    fn file_option(&'static self) -> Option<&'static Self> {
+        if !self.accepts_file() {
             return None;
         }
         let text = |text: String| -> &'static str { text.leak() };
-        let help = match self.shape {
+        let help = match self.arity {
             List => {
                 format!("A file with the values of --{}, separated by commas or lines.", self.name)
             }
@@ -160,7 +160,7 @@ impl Key {
             scope: self.scope,
             heading: self.heading,
             help: text(help),
-            file_of: Some(self),
+            file_for: Some(self),
             ..one(text(format!("{}-file", self.name)))
         };
         Some(Box::leak(Box::new(file)))
@@ -177,13 +177,13 @@ impl Key {
     }
 
     /// The name as a key of the configuration file.
-    pub(super) fn file_name(&self) -> String {
+    pub(super) fn toml_name(&self) -> String {
         self.name.replace('-', "_")
     }
 
     /// The text in `--help`, with default and environment variable.
-    pub(super) fn help_text(&self) -> StyledStr {
-        let default = match (self.shape, self.default) {
+    pub(super) fn cli_help(&self) -> StyledStr {
+        let default = match (self.arity, self.default) {
             (Switch, _) | (_, None | Some("")) => String::new(),
             (_, Some(default)) => format!(" [default: {default}]"),
         };
@@ -192,12 +192,12 @@ impl Key {
 }
 
 /// The items of a list in one string, separated by commas.
-pub(super) fn split(text: &str) -> Vec<String> {
+pub(super) fn split_list(text: &str) -> Vec<String> {
     split_at(text, &[','])
 }
 
 /// The items of a list in a file, separated by commas or lines.
-pub(super) fn split_lines(text: &str) -> Vec<String> {
+pub(super) fn split_list_file(text: &str) -> Vec<String> {
     split_at(text, &[',', '\n', '\r'])
 }
 
@@ -226,12 +226,12 @@ macro_rules! keys {
 
 /// All options, in the order of `--help` and of `config/parapet.toml`. Each secret is followed by the
 /// option that names its file.
-pub(super) static KEYS: LazyLock<Vec<&'static Key>> = LazyLock::new(|| {
-    DECLARED.iter().flat_map(|key| iter::once(*key).chain(key.file_key())).collect()
+pub(super) static OPTIONS: LazyLock<Vec<&'static OptionSpec>> = LazyLock::new(|| {
+    DECLARED.iter().flat_map(|key| iter::once(*key).chain(key.file_option())).collect()
 });
 
 keys! {
-    Everywhere, "Serving": {
+    All, "Serving": {
         /// The port for SDKs; 0 lets the system choose one.
         PORT = one("port").short('p').default("3063");
         /// The IP address to listen on for SDKs; `::` is every address, IPv4 included.
@@ -261,7 +261,7 @@ keys! {
         /// Do not serve /internal-backstage/instancedata.
         DISABLE_INSTANCE_DATA_ENDPOINT = switch("disable-instance-data-endpoint");
     }
-    Everywhere, "TLS": {
+    All, "TLS": {
         /// Serve SDKs over TLS on --tls-server-port. Nothing listens on --port then, unless
         /// --redirect-http-to-https is set.
         TLS_ENABLE = switch("tls-enable");
@@ -304,7 +304,7 @@ keys! {
         /// With --admin-tls-client-ca-file: certificate revocation lists (PEM) of all its authorities.
         ADMIN_TLS_CRL_FILE = one("admin-tls-crl-file");
     }
-    Everywhere, "Streams": {
+    All, "Streams": {
         /// The mode to which SDKs that support both are switched: `streaming` or `polling`. If not set,
         /// each SDK uses the mode that it is configured for.
         SDK_FETCH_MODE = one("sdk-fetch-mode");
@@ -323,7 +323,7 @@ keys! {
         /// else a random secret per run.
         OFREP_TICKET_SECRET = one("ofrep-ticket-secret").secret();
     }
-    Everywhere, "Browsers": {
+    All, "Browsers": {
         /// Origins that may read responses; `*` is any.
         CORS_ORIGIN = list("cors-origin").default("*");
         /// Methods that other origins may use; `*` is any.
@@ -337,7 +337,7 @@ keys! {
         /// How long browsers may cache these rules, in seconds.
         CORS_MAX_AGE = one("cors-max-age").default("172800");
     }
-    Everywhere, "Access": {
+    All, "Access": {
         /// The only networks (CIDR) or addresses that are served, on both listeners, including health,
         /// metrics and the console. Empty allows all.
         ALLOW_LIST = list("allow-list");
@@ -359,7 +359,7 @@ keys! {
         /// The same as --proxy-protocol, for the admin listener.
         ADMIN_PROXY_PROTOCOL = switch("admin-proxy-protocol");
     }
-    Everywhere, "Limits": {
+    All, "Limits": {
         /// The maximum size of a request body, in bytes, after decompression.
         BODY_LIMIT_BYTES = one("body-limit-bytes").default("2097152");
         /// The maximum number of open connections on each listener.
@@ -387,7 +387,7 @@ keys! {
         /// not see.
         USAGE_MAX_COUNTERS = one("usage-max-counters").default("100000");
     }
-    Everywhere, "Running": {
+    All, "Running": {
         /// The configuration file (TOML). Default: config/parapet.toml, if it exists.
         CONFIG = one("config").env("PARAPET_CONFIG");
         /// The directory where state is stored between runs.
@@ -411,7 +411,7 @@ keys! {
         /// The timeout at shutdown for requests in progress and for the last usage, in seconds.
         SHUTDOWN_TIMEOUT_SECONDS = one("shutdown-timeout-seconds").default("10");
     }
-    Serving, "Usage": {
+    WithUsage, "Usage": {
         /// The interval at which usage is sent to upstream, or stored in standalone mode, in seconds.
         METRICS_INTERVAL_SECONDS = one("metrics-interval-seconds").short('m').default("60");
     }
@@ -480,7 +480,7 @@ keys! {
         /// turns this off.
         RELOAD_INTERVAL = one("reload-interval").short('r').default("0");
     }
-    Local, "Without upstream": {
+    WithoutUpstream, "Without upstream": {
         /// Admin tokens for the admin listener. Offline mode accepts exactly these; in standalone mode
         /// the first start creates them.
         INIT_ADMIN_API_TOKENS = list("init-admin-api-tokens").secret();
@@ -527,7 +527,7 @@ keys! {
         CA_CERTIFICATE_FILE = one("ca-certificate-file").short('c');
     }
     // Options of Unleash Edge, accepted so that existing deployments start and report what has changed.
-    Everywhere, "Without effect": {
+    All, "Without effect": {
         /// there are as many threads as processors.
         WORKERS = ignored("workers", One).short('w');
         /// nothing is sent to Sentry; errors are logged.
@@ -572,9 +572,9 @@ keys! {
     }
     Edge, "Not supported": {
         /// use --backup-folder on a volume that outlives the instance.
-        REDIS_URL = refused("redis-url", List);
+        REDIS_URL = rejected("redis-url", List);
         /// use --backup-folder on a volume that outlives the instance.
-        REDIS_HOST = refused("redis-host", One);
+        REDIS_HOST = rejected("redis-host", One);
         /// Redis is not used.
         REDIS_MODE = ignored("redis-mode", One);
         /// Redis is not used.
@@ -594,13 +594,13 @@ keys! {
         REDIS_WRITE_CONNECTION_TIMEOUT_MILLISECONDS =
             ignored("redis-write-connection-timeout-milliseconds", One);
         /// use --backup-folder on a volume that outlives the instance.
-        S3_BUCKET_NAME = refused("s3-bucket-name", One);
+        S3_BUCKET_NAME = rejected("s3-bucket-name", One);
         /// let Prometheus scrape /internal-backstage/metrics.
-        PROMETHEUS_REMOTE_WRITE_URL = refused("prometheus-remote-write-url", One);
+        PROMETHEUS_REMOTE_WRITE_URL = rejected("prometheus-remote-write-url", One);
         /// create the tokens in upstream, or run `offline` with --frontend-tokens.
-        PRETRUSTED_TOKENS = refused("pretrusted-tokens", List);
+        PRETRUSTED_TOKENS = rejected("pretrusted-tokens", List);
         /// use --upstream-admin-token or --tokens.
-        UNLEASH_CLIENT_SECRET = refused("unleash-client-secret", One);
+        UNLEASH_CLIENT_SECRET = rejected("unleash-client-secret", One);
     }
 }
 
@@ -612,12 +612,12 @@ mod tests {
 
     #[test]
     fn option_names_and_short_names_are_unique_within_a_command() {
-        let names: HashSet<_> = KEYS.iter().map(|key| key.name).collect();
-        let variables: HashSet<_> = KEYS.iter().map(|key| key.env_name()).collect();
-        assert_eq!((names.len(), variables.len()), (KEYS.len(), KEYS.len()));
-        for scope in [Scope::Edge, Scope::Offline, Scope::Standalone, Scope::Probe] {
+        let names: HashSet<_> = OPTIONS.iter().map(|key| key.name).collect();
+        let variables: HashSet<_> = OPTIONS.iter().map(|key| key.env_name()).collect();
+        assert_eq!((names.len(), variables.len()), (OPTIONS.len(), OPTIONS.len()));
+        for scope in [CommandScope::Edge, CommandScope::Offline, CommandScope::Standalone, CommandScope::Probe] {
             let mut letters = HashSet::from(['h', 'V']);
-            for key in KEYS.iter().filter(|key| key.scope.concerns(scope)) {
+            for key in OPTIONS.iter().filter(|key| key.scope.applies_to(scope)) {
                 assert!(key.short.is_none_or(|letter| letters.insert(letter)), "{}", key.name);
             }
         }

@@ -7,7 +7,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command, parser::ValueSource};
 use jiff::Timestamp;
 use reqwest::Url;
 
-use super::mistake::Mistake;
+use super::mistake::ConfigError;
 use crate::{
     control::{Permission, RootRole},
     token::TokenKind,
@@ -16,7 +16,7 @@ use crate::{
 
 /// A task of `token` or `account`.
 #[derive(Clone, Debug)]
-pub enum Task {
+pub enum ManageTask {
     /// `token create`
     CreateToken {
         /// The name of the token.
@@ -75,16 +75,16 @@ pub enum Task {
 
 /// A parsed command line: the task, the server if there is one, and the output format.
 #[derive(Clone, Debug)]
-pub(super) struct Errand {
-    pub(super) task: Task,
+pub(super) struct ManageCommand {
+    pub(super) task: ManageTask,
     pub(super) json: bool,
     /// `None` is the database of a standalone instance.
-    pub(super) server: Option<Server>,
+    pub(super) server: Option<RemoteServer>,
 }
 
 /// A running server with an admin API.
 #[derive(Clone, Debug)]
-pub struct Server {
+pub struct RemoteServer {
     /// The base URL of its admin API.
     pub url: Url,
     /// The file with the admin token in its first line; `-` is the standard input. The token is never an
@@ -227,17 +227,17 @@ const TOKEN_FILE: &str = "token-file";
 const JSON: &str = "json";
 
 /// Parses the arguments of `token` or `account`.
-pub(super) fn read(command: &str, below: &ArgMatches) -> Result<Errand, Mistake> {
-    let task = task(command, below)?;
+pub(super) fn parse(command: &str, below: &ArgMatches) -> Result<ManageCommand, ConfigError> {
+    let task = parse_task(command, below)?;
     let (_, args) = below.subcommand().expect("clap requires one");
     let mistake = |place: &str, reason: &str| {
-        Err(Mistake { place: format!("--{place}"), reason: reason.to_owned() })
+        Err(ConfigError { location: format!("--{place}"), reason: reason.to_owned() })
     };
     let given = |name| args.get_one::<String>(name);
     let server = match (given(URL), given(TOKEN_FILE)) {
         (Some(url), Some(token_file)) => match url.parse::<Url>() {
             Ok(url) if matches!(url.scheme(), "http" | "https") => {
-                Some(Server { url, token_file: token_file.clone(), no_proxy: String::new() })
+                Some(RemoteServer { url, token_file: token_file.clone(), no_proxy: String::new() })
             }
             _ => return mistake(URL, "expected a URL, as in http://127.0.0.1:3064"),
         },
@@ -246,8 +246,8 @@ pub(super) fn read(command: &str, below: &ArgMatches) -> Result<Errand, Mistake>
         (None, Some(_)) => return mistake(URL, "is required with --token-file"),
     };
     let reads_input = match &task {
-        Task::RevokeToken { identifier } => identifier.is_none(),
-        Task::AddAccount { password, .. } | Task::SetPassword { password, .. } => {
+        ManageTask::RevokeToken { identifier } => identifier.is_none(),
+        ManageTask::AddAccount { password, .. } | ManageTask::SetPassword { password, .. } => {
             matches!(password, PasswordSource::File(path) if path == "-")
         }
         _ => false,
@@ -255,14 +255,14 @@ pub(super) fn read(command: &str, below: &ArgMatches) -> Result<Errand, Mistake>
     if reads_input && server.as_ref().is_some_and(|server| server.token_file == "-") {
         return mistake(TOKEN_FILE, "the standard input cannot be read twice");
     }
-    Ok(Errand { task, json: args.get_flag(JSON), server })
+    Ok(ManageCommand { task, json: args.get_flag(JSON), server })
 }
 
-fn task(command: &str, below: &ArgMatches) -> Result<Task, Mistake> {
+fn parse_task(command: &str, below: &ArgMatches) -> Result<ManageTask, ConfigError> {
     let (verb, args) = below.subcommand().expect("clap requires one");
     let text = |name: &str| args.get_one::<String>(name).cloned();
     let needed = |name: &str| text(name).expect("clap requires it, or it has a default");
-    let wrong = |place: &str, reason: String| Mistake { place: place.to_owned(), reason };
+    let wrong = |place: &str, reason: String| ConfigError { location: place.to_owned(), reason };
     let password = || text("password-file").map_or(PasswordSource::Generated, PasswordSource::File);
     let expiry = |text: String| {
         let expected = || "expected a time, as in 2030-01-01T00:00:00Z".to_owned();
@@ -278,7 +278,7 @@ fn task(command: &str, below: &ArgMatches) -> Result<Task, Mistake> {
                 let reason = "does not apply to an admin token, which can access all".to_owned();
                 return Err(wrong(&format!("--{name}"), reason));
             }
-            Task::CreateToken {
+            ManageTask::CreateToken {
                 name: needed("name"),
                 kind,
                 environment: needed("environment"),
@@ -286,14 +286,14 @@ fn task(command: &str, below: &ArgMatches) -> Result<Task, Mistake> {
                 expires_at: text("expires").map(expiry).transpose()?,
             }
         }
-        ("token", "list") => Task::ListTokens { name: text("name") },
+        ("token", "list") => ManageTask::ListTokens { name: text("name") },
         ("token", _) => {
-            Task::RevokeToken { identifier: text("identifier").filter(|text| text != "-") }
+            ManageTask::RevokeToken { identifier: text("identifier").filter(|text| text != "-") }
         }
         (_, "add") => {
             let name = needed("role");
             let role = RootRole::ALL.into_iter().find(|it| it.name().eq_ignore_ascii_case(&name));
-            Task::AddAccount {
+            ManageTask::AddAccount {
                 username: needed("username"),
                 role: role.ok_or_else(|| {
                     wrong("--role", "expected Admin, Editor or Viewer".to_owned())
@@ -303,7 +303,7 @@ fn task(command: &str, below: &ArgMatches) -> Result<Task, Mistake> {
                 password: password(),
             }
         }
-        (_, "list") => Task::ListAccounts,
+        (_, "list") => ManageTask::ListAccounts,
         (_, "grant") => {
             let mut permissions = Vec::new();
             for name in args.get_many::<String>("permission").into_iter().flatten() {
@@ -314,8 +314,8 @@ fn task(command: &str, below: &ArgMatches) -> Result<Task, Mistake> {
                 permissions.extend(granted);
             }
             let (username, revoke) = (needed("username"), args.get_flag("revoke"));
-            Task::Grant { username, permissions, revoke }
+            ManageTask::Grant { username, permissions, revoke }
         }
-        _ => Task::SetPassword { username: needed("username"), password: password() },
+        _ => ManageTask::SetPassword { username: needed("username"), password: password() },
     })
 }

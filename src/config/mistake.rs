@@ -6,42 +6,42 @@ use std::fmt;
 ///
 /// Its text never repeats a secret; the code that creates one makes sure of that.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Mistake {
+pub struct ConfigError {
     /// The option, the environment variable or the line of the file to correct.
-    pub place: String,
+    pub location: String,
     /// The expectation that the value does not meet.
     pub reason: String,
 }
 
-impl fmt::Display for Mistake {
+impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.place, self.reason)
+        write!(f, "{}: {}", self.location, self.reason)
     }
 }
 
 /// All errors of a configuration; never empty.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
-pub struct Mistakes(Vec<Mistake>);
+pub struct ConfigErrors(Vec<ConfigError>);
 
-impl Mistakes {
+impl ConfigErrors {
     /// `Ok` if the list is empty.
-    pub(crate) fn none_in(list: Vec<Mistake>) -> Result<(), Self> {
+    pub(crate) fn check_empty(list: Vec<ConfigError>) -> Result<(), Self> {
         if list.is_empty() { Ok(()) } else { Err(Self(list)) }
     }
 
     /// The errors, in the order of the options.
-    pub fn iter(&self) -> impl Iterator<Item = &Mistake> {
+    pub fn iter(&self) -> impl Iterator<Item = &ConfigError> {
         self.0.iter()
     }
 }
 
-impl From<Mistake> for Mistakes {
-    fn from(mistake: Mistake) -> Self {
+impl From<ConfigError> for ConfigErrors {
+    fn from(mistake: ConfigError) -> Self {
         Self(vec![mistake])
     }
 }
 
-impl fmt::Display for Mistakes {
+impl fmt::Display for ConfigErrors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut lines = self.0.iter();
         if let Some(first) = lines.next() {

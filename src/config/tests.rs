@@ -5,7 +5,7 @@ use std::{collections::HashMap, fmt::Write as _, time::Duration};
 use proptest::prelude::*;
 
 use super::{
-    keys::{CONFIG, KEYS, Key, Scope, Shape, Support},
+    keys::{CONFIG, OPTIONS, OptionSpec, CommandScope, Arity, Compatibility},
     settings, *,
 };
 use crate::{http::access::TrustedProxies, sync, telemetry::LogFormat};
@@ -17,7 +17,7 @@ const ADMIN: &str = "*:*.0123456789abcdef0123456789abcdef";
 const EDGE: &str = "edge -u http://unleash:4242";
 
 /// Parses `line`, split at spaces, with `env` as environment variables.
-fn parse(line: &str, env: &[(&str, &str)]) -> Result<Command, Mistakes> {
+fn parse(line: &str, env: &[(&str, &str)]) -> Result<Command, ConfigErrors> {
     let args = std::iter::once("parapet").chain(line.split_whitespace()).map(OsString::from);
     let env: HashMap<_, _> = env.iter().copied().collect();
     Command::parse(args, &|name| env.get(name).map(|&text| text.to_owned()))
@@ -32,7 +32,7 @@ fn config(line: &str, env: &[(&str, &str)]) -> Config {
 }
 
 #[track_caller]
-fn edge(line: &str, env: &[(&str, &str)]) -> Edge {
+fn edge(line: &str, env: &[(&str, &str)]) -> EdgeConfig {
     match config(line, env).mode {
         Mode::Edge(edge) => *edge,
         other => panic!("{line}: {other:?}"),
@@ -40,15 +40,15 @@ fn edge(line: &str, env: &[(&str, &str)]) -> Edge {
 }
 
 #[track_caller]
-fn shown(line: &str, env: &[(&str, &str)]) -> String {
+fn printed(line: &str, env: &[(&str, &str)]) -> String {
     match parse(line, env) {
-        Ok(Command::Show(text)) => text,
+        Ok(Command::Print(text)) => text,
         other => panic!("{line}: {other:?}"),
     }
 }
 
 #[track_caller]
-fn mistakes(line: &str, env: &[(&str, &str)]) -> Vec<String> {
+fn errors(line: &str, env: &[(&str, &str)]) -> Vec<String> {
     parse(line, env).expect_err(line).iter().map(ToString::to_string).collect()
 }
 
@@ -87,7 +87,7 @@ fn certificates() -> Certificates {
     }
 }
 
-fn file(text: &str) -> (tempfile::TempDir, String) {
+fn config_file(text: &str) -> (tempfile::TempDir, String) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("parapet.toml");
     std::fs::write(&path, text).unwrap();
@@ -119,20 +119,20 @@ fn defaults_match_unleash_edge() {
     assert_eq!(edge.sync.interval, Duration::from_secs(15));
     assert_eq!(edge.sync.mode, sync::Mode::Auto);
     assert_eq!(edge.upstream.request_timeout, Duration::from_secs(5));
-    assert_eq!(edge.backup_folder, Folder::Default("data/backup".into()));
-    assert!(matches!(edge.credentials, Credentials::Given(tokens) if tokens.is_empty()));
+    assert_eq!(edge.backup_folder, BackupFolder::Default("data/backup".into()));
+    assert!(matches!(edge.credentials, Credentials::BackendTokens(tokens) if tokens.is_empty()));
 }
 
 #[test]
 fn backup_folder_is_set_by_either_option_unless_empty() {
     let of = |line: &str, env: &[(&str, &str)]| edge(&format!("{EDGE} {line}"), env).backup_folder;
-    let default = Folder::Default("data/backup".into());
+    let default = BackupFolder::Default("data/backup".into());
     assert_eq!(of("", &[("BACKUP_FOLDER", "")]), default);
     assert_eq!(of("--backup-folder=", &[]), default);
-    assert_eq!(of("", &[("BACKUP_FOLDER", "/b")]), Folder::Named("/b".into()));
-    assert_eq!(of("--backup-folder= --data-dir /d", &[]), Folder::Named("/d/backup".into()));
-    let (_folder, path) = file("data_dir = '/d'");
-    assert_eq!(of("", &[("PARAPET_CONFIG", &path)]), Folder::Named("/d/backup".into()));
+    assert_eq!(of("", &[("BACKUP_FOLDER", "/b")]), BackupFolder::Configured("/b".into()));
+    assert_eq!(of("--backup-folder= --data-dir /d", &[]), BackupFolder::Configured("/d/backup".into()));
+    let (_folder, path) = config_file("data_dir = '/d'");
+    assert_eq!(of("", &[("PARAPET_CONFIG", &path)]), BackupFolder::Configured("/d/backup".into()));
 }
 
 #[test]
@@ -142,38 +142,38 @@ fn upstream_mode_is_auto_poll_or_stream() {
         assert_eq!(edge(EDGE, &[("UPSTREAM_MODE", name)]).sync.mode, mode);
     }
     assert_eq!(
-        mistakes(&format!("{EDGE} --upstream-mode delta"), &[]),
+        errors(&format!("{EDGE} --upstream-mode delta"), &[]),
         ["--upstream-mode: expected auto, poll or stream, not `delta`"]
     );
 }
 
 #[test]
 fn command_line_overrides_environment_overrides_file() {
-    let (_folder, path) = file("port = 1001\nlog_format = 'json'\nmax_connections = 7\n");
+    let (_folder, path) = config_file("port = 1001\nlog_format = 'json'\nmax_connections = 7\n");
     let env = [("PARAPET_CONFIG", &*path), ("PORT", "1002"), ("LOG_FORMAT", "pretty")];
     let config = config("-p 1003", &env);
     assert_eq!(config.data.address.port(), 1003);
     assert_eq!(config.log.format, LogFormat::Pretty);
-    assert_eq!(config.data.limits.max_connections, 7);
+    assert_eq!(config.data.connection_limits.max_connections, 7);
     assert_eq!(config.admin.address.port(), 3064);
 }
 
 #[test]
 fn pretrusted_token_as_port_is_explained() {
     for text in [TOKEN, "secret-123@development"] {
-        let messages = mistakes(&format!("{EDGE} -p {text}"), &[]);
+        let messages = errors(&format!("{EDGE} -p {text}"), &[]);
         assert!(messages[0].contains("-p of `edge` is --pretrusted-tokens"), "{messages:?}");
         assert!(
             !messages[0].contains("secret-123") && !messages[0].contains(SECRET),
             "{messages:?}"
         );
     }
-    assert_eq!(mistakes("-p x", &[])[0], "--port: expected a port, 0 to 65535, not `x`");
+    assert_eq!(errors("-p x", &[])[0], "--port: expected a port, 0 to 65535, not `x`");
 }
 
 #[test]
 fn upstream_url_with_api_is_printed_without_it() {
-    let shown = shown("edge -u http://unleash:4242/base/api/ --check-config", &[]);
+    let shown = printed("edge -u http://unleash:4242/base/api/ --check-config", &[]);
     assert!(shown.contains("# Warning: --upstream-url must not end with /api"), "{shown}");
     assert!(shown.contains("upstream_url = \"http://unleash:4242/base\" # -"), "{shown}");
 }
@@ -181,14 +181,14 @@ fn upstream_url_with_api_is_printed_without_it() {
 #[test]
 fn every_command_prints_version() {
     for line in ["--version", "edge --version", "standalone -V", "token --version", "health -V"] {
-        let messages = shown(line, &[]);
+        let messages = printed(line, &[]);
         assert!(messages.contains(env!("CARGO_PKG_VERSION")), "{line}: {messages}");
     }
 }
 
 #[test]
 fn unknown_log_level_is_rejected() {
-    let messages = mistakes("--log debugg", &[]);
+    let messages = errors("--log debugg", &[]);
     let expected = "--log: expected a level (off, error, warn, info, debug or trace)";
     assert!(
         messages[0].starts_with(expected) && messages[0].ends_with("not `debugg`"),
@@ -204,15 +204,15 @@ fn common_options_are_accepted_before_and_after_subcommand() {
     {
         assert_eq!(config(line, &[]).data.address.port(), 7, "{line}");
     }
-    assert_eq!(mistakes("--flags x edge -u http://u", &[]), ["--flags: does not apply to `edge`"]);
+    assert_eq!(errors("--flags x edge -u http://u", &[]), ["--flags: does not apply to `edge`"]);
 }
 
 #[test]
 fn all_errors_are_reported_at_once() {
-    let (_folder, path) = file("max_connections = 0\nprot = 1\nbase_path = false\n");
+    let (_folder, path) = config_file("max_connections = 0\nprot = 1\nbase_path = false\n");
     let line = format!("--config {path} edge --allow-list 10.0.0.0/40 --admin-port 99999");
     let messages =
-        mistakes(&line, &[("PORT", "x"), ("TOKENS", "a:b,c"), ("REDIS_URL", "redis://r")]);
+        errors(&line, &[("PORT", "x"), ("TOKENS", "a:b,c"), ("REDIS_URL", "redis://r")]);
     for part in [
         "--upstream-url (UPSTREAM_URL): is required",
         "--allow-list: expected networks or addresses, as in `10.0.0.0/8`, not `10.0.0.0/40`",
@@ -232,9 +232,9 @@ fn all_errors_are_reported_at_once() {
 
 #[test]
 fn named_config_file_must_exist_and_be_toml() {
-    assert!(mistakes("--config /nowhere.toml", &[])[0].contains("expected a readable file"));
-    let (_folder, path) = file(&format!("port = 1\nupstream_admin_token = {ADMIN}\n"));
-    let messages = mistakes(&format!("--config {path}"), &[]);
+    assert!(errors("--config /nowhere.toml", &[])[0].contains("expected a readable file"));
+    let (_folder, path) = config_file(&format!("port = 1\nupstream_admin_token = {ADMIN}\n"));
+    let messages = errors(&format!("--config {path}"), &[]);
     assert!(messages[0].contains("parapet.toml:2: expected TOML"), "{messages:?}");
     assert!(!messages[0].contains(SECRET));
 }
@@ -321,7 +321,7 @@ const UNLEASH_EDGE: &[(&str, &str)] = &[
 fn every_variable_of_unleash_edge_takes_effect_or_warns_or_is_rejected() {
     let files = certificates();
     for &(name, text) in UNLEASH_EDGE {
-        let key = KEYS.iter().find(|key| key.env_name() == name).expect(name);
+        let key = OPTIONS.iter().find(|key| key.env_name() == name).expect(name);
         let text = match text {
             "<key>" => &*files.key,
             "<certificate>" => &*files.certificate,
@@ -337,23 +337,23 @@ fn every_variable_of_unleash_edge_takes_effect_or_warns_or_is_rejected() {
             "PKCS12_IDENTITY_FILE" => "--pkcs12-passphrase word".to_owned(),
             _ => String::new(),
         };
-        match key.support {
-            Support::Full => {
-                let shown = shown(&format!("{EDGE} {others} --check-config"), &[(name, text)]);
-                let start = format!("{} = ", key.file_name());
+        match key.compatibility {
+            Compatibility::Supported => {
+                let shown = printed(&format!("{EDGE} {others} --check-config"), &[(name, text)]);
+                let start = format!("{} = ", key.toml_name());
                 let line = shown.lines().find(|line| line.starts_with(&start)).unwrap();
                 let overridden = name == "UPSTREAM_URL";
                 assert!(overridden || line.ends_with(&format!("# {name}")), "{line}");
             }
-            Support::Ignored => {
+            Compatibility::Ignored => {
                 let messages = config(EDGE, &[(name, text)]).warnings;
                 assert!(
                     messages.contains(&format!("{name} has no effect: {}", key.help())),
                     "{messages:?}"
                 );
             }
-            Support::Refused => {
-                let messages = mistakes(EDGE, &[(name, text)]);
+            Compatibility::Rejected => {
+                let messages = errors(EDGE, &[(name, text)]);
                 assert_eq!(
                     messages,
                     [format!("{name}: is not supported by Parapet; {}", key.help())]
@@ -412,7 +412,7 @@ fn all_tls_errors_are_reported_at_once() {
          --admin-tls-key /nowhere.key",
         files.certificate, others.key
     );
-    let mut messages = mistakes(&line, &[]);
+    let mut messages = errors(&line, &[]);
     messages.sort();
     let mut expected = [
         "--admin-port: expected another port than --tls-server-port".to_owned(),
@@ -438,14 +438,14 @@ fn all_tls_errors_are_reported_at_once() {
     assert_eq!(messages, expected);
     let env = [("TLS_ENABLE", "1")];
     for key in ["TLS_SERVER_CERT", "TLS_SERVER_KEY"] {
-        let messages = mistakes(EDGE, &env);
+        let messages = errors(EDGE, &env);
         assert!(
             messages.iter().any(|it| it.contains(&format!("({key}): is required"))),
             "{messages:?}"
         );
     }
     let same = "--tls-server-port 3063 --redirect-http-to-https";
-    let messages = mistakes(&format!("{EDGE} {same}"), &env);
+    let messages = errors(&format!("{EDGE} {same}"), &env);
     assert!(messages.contains(&"--tls-server-port: expected another port than --port".to_owned()));
 }
 
@@ -453,7 +453,7 @@ fn all_tls_errors_are_reported_at_once() {
 fn private_key_in_place_of_its_path_is_not_repeated() {
     let key = std::fs::read_to_string(certificates().key).unwrap();
     let env = [("TLS_ENABLE", "true"), ("TLS_SERVER_KEY", &*key), ("PEM_CERT_FILE", &*key)];
-    let messages = mistakes(EDGE, &env);
+    let messages = errors(EDGE, &env);
     for name in ["TLS_SERVER_KEY", "PEM_CERT_FILE"] {
         assert!(
             messages.contains(&format!("{name}: expected the path of a file (PEM)")),
@@ -497,17 +497,17 @@ fn client_certificate_for_upstream_has_three_forms() {
     check(&env, Identity::Pkcs12 { file: pkcs12.into(), passphrase });
 
     let messages =
-        mistakes(EDGE, &[("PKCS12_IDENTITY_FILE", pkcs12), ("PKCS12_PASSPHRASE", "w0rd")]);
+        errors(EDGE, &[("PKCS12_IDENTITY_FILE", pkcs12), ("PKCS12_PASSPHRASE", "w0rd")]);
     assert_eq!(messages, [format!("PKCS12_PASSPHRASE: the passphrase does not open {pkcs12}")]);
-    let messages = mistakes(EDGE, &[("PKCS12_IDENTITY_FILE", both)]);
+    let messages = errors(EDGE, &[("PKCS12_IDENTITY_FILE", both)]);
     let expected = format!("PKCS12_IDENTITY_FILE: {both} is not a PKCS #12 file that can be read");
     assert!(messages.len() == 1 && messages[0].starts_with(&expected), "{messages:?}");
-    let messages = mistakes(EDGE, &[("PEM_CERT_FILE", certificate)]);
+    let messages = errors(EDGE, &[("PEM_CERT_FILE", certificate)]);
     assert!(messages[0].contains("contains no private key") && messages.len() == 1, "{messages:?}");
-    let messages = mistakes(EDGE, &[("PEM_CERT_FILE", both), ("PKCS12_IDENTITY_FILE", pkcs12)]);
+    let messages = errors(EDGE, &[("PEM_CERT_FILE", both), ("PKCS12_IDENTITY_FILE", pkcs12)]);
     assert_eq!(messages, ["PEM_CERT_FILE: cannot be combined with --pkcs12-identity-file"]);
     let other = certificates();
-    let messages = mistakes(EDGE, &[pair[0], ("PKCS8_CLIENT_KEY_FILE", &other.key)]);
+    let messages = errors(EDGE, &[pair[0], ("PKCS8_CLIENT_KEY_FILE", &other.key)]);
     assert!(messages[0].starts_with("PKCS8_CLIENT_KEY_FILE: the private key in "), "{messages:?}");
 }
 
@@ -536,7 +536,7 @@ fn variable_of_another_command_warns() {
 
 #[test]
 fn secrets_are_never_printed() {
-    let (_folder, token_file) = file(ADMIN);
+    let (_folder, token_file) = config_file(ADMIN);
     let lines = [
         format!("{EDGE} -t {TOKEN},{SECRET} -H X-Key:{SECRET}"),
         format!("{EDGE} -t {TOKEN} -H X-Key={SECRET} --check-config"),
@@ -561,7 +561,7 @@ fn secrets_are_never_printed() {
     ];
     for line in lines {
         let text = match parse(&line, &[]) {
-            Ok(Command::Show(text)) => text,
+            Ok(Command::Print(text)) => text,
             Ok(command) => format!("{command:?} {command:#?}"),
             Err(mistakes) => format!("{mistakes} {mistakes:?}"),
         };
@@ -572,10 +572,10 @@ fn secrets_are_never_printed() {
 #[test]
 fn help_mentions_every_option_with_its_variable_and_default() {
     let help = ["", "edge", "offline", "standalone", "health", "ready"]
-        .map(|verb| shown(&format!("{verb} --help"), &[]))
+        .map(|verb| printed(&format!("{verb} --help"), &[]))
         .concat();
     let words = help.split_whitespace().collect::<Vec<_>>().join(" ");
-    for key in KEYS.iter() {
+    for key in OPTIONS.iter() {
         assert!(words.contains(&format!("--{}", key.name)), "--{}", key.name);
         assert!(words.contains(&format!("[env: {}]", key.env_name())), "{}", key.env_name());
     }
@@ -584,7 +584,7 @@ fn help_mentions_every_option_with_its_variable_and_default() {
 
 #[test]
 fn admin_token_is_read_from_option_or_file_but_not_both() {
-    let (_folder, path) = file(&format!("{ADMIN}\n"));
+    let (_folder, path) = config_file(&format!("{ADMIN}\n"));
     for env in [[("UPSTREAM_ADMIN_TOKEN", ADMIN)], [("UPSTREAM_ADMIN_TOKEN_FILE", &*path)]] {
         let line = format!("{EDGE} --environments dev,prod --fleet-name eu");
         let Credentials::Admin { token, file, fleet, environments } = edge(&line, &env).credentials
@@ -596,21 +596,21 @@ fn admin_token_is_read_from_option_or_file_but_not_both() {
         assert_eq!(environments.map(|names| names.len()), Some(2));
     }
     let both = [("UPSTREAM_ADMIN_TOKEN", ADMIN), ("UPSTREAM_ADMIN_TOKEN_FILE", &*path)];
-    assert!(mistakes(EDGE, &both)[0].contains("cannot be combined with --upstream-admin-token"));
+    assert!(errors(EDGE, &both)[0].contains("cannot be combined with --upstream-admin-token"));
 }
 
 /// A command to which `key` applies.
-fn command_of(key: &Key) -> &'static str {
+fn command_of(key: &OptionSpec) -> &'static str {
     match key.scope {
-        Scope::Everywhere | Scope::Edge | Scope::Serving => EDGE,
-        Scope::Offline | Scope::Local => "offline -b config/flags.json",
-        Scope::Standalone => "standalone",
-        Scope::Probe => "ready",
+        CommandScope::All | CommandScope::Edge | CommandScope::WithUsage => EDGE,
+        CommandScope::Offline | CommandScope::WithoutUpstream => "offline -b config/flags.json",
+        CommandScope::Standalone => "standalone",
+        CommandScope::Probe => "ready",
     }
 }
 
 /// A valid value for a secret.
-fn value_of(secret: &Key) -> &'static str {
+fn value_of(secret: &OptionSpec) -> &'static str {
     match secret.name {
         "upstream-admin-token" => ADMIN,
         "custom-client-headers" => "X-Key: 0123456789abcdef",
@@ -622,7 +622,7 @@ fn value_of(secret: &Key) -> &'static str {
 
 #[test]
 fn every_secret_may_be_in_a_file() {
-    let secrets = KEYS.iter().filter(|key| key.has_file()).collect::<Vec<_>>();
+    let secrets = OPTIONS.iter().filter(|key| key.accepts_file()).collect::<Vec<_>>();
     let variables: Vec<_> = secrets.iter().map(|key| key.env_name()).collect();
     for known in ["TOKENS", "CLIENT_TOKENS", "DATABASE_URL", "UNLEASH_DEFAULT_ADMIN_PASSWORD"] {
         assert!(variables.contains(&known.to_owned()), "{known}: {variables:?}");
@@ -630,26 +630,26 @@ fn every_secret_may_be_in_a_file() {
     for secret in secrets {
         let (line, variable) = (command_of(secret), secret.env_name());
         let value = value_of(secret);
-        let (_folder, path) = file(&format!("\u{feff} {value}\r\n"));
+        let (_folder, path) = config_file(&format!("\u{feff} {value}\r\n"));
         let in_environment = config(line, &[(&variable, value)]);
         let variable = format!("{variable}_FILE");
         let in_file = config(line, &[(&variable, &path)]);
-        let changed = in_file.effective.changed_since(&in_environment.effective);
+        let changed = in_file.effective_settings.changed_since(&in_environment.effective_settings);
         assert_eq!(changed, Vec::<&str>::new(), "{variable}");
         config(&format!("{line} --{}-file {path}", secret.name), &[]);
-        let text = format!("{}_file = {path:?}", secret.file_name());
-        let (_folder, toml) = file(&text);
+        let text = format!("{}_file = {path:?}", secret.toml_name());
+        let (_folder, toml) = config_file(&text);
         config(&format!("{line} --config {toml}"), &[]);
-        let checked = shown(&format!("{line} --check-config"), &[(&variable, &path)]);
-        assert!(checked.contains(&format!("{}_file = {path:?}", secret.file_name())), "{checked}");
+        let checked = printed(&format!("{line} --check-config"), &[(&variable, &path)]);
+        assert!(checked.contains(&format!("{}_file = {path:?}", secret.toml_name())), "{checked}");
         assert!(!checked.contains("456789abcdef"), "{checked}");
     }
 }
 
 #[test]
 fn list_in_secret_file_is_separated_by_commas_or_lines() {
-    let (_folder, path) = file("*:development.a, *:development.b\n\n*:development.c,\r\n");
-    let Credentials::Given(tokens) = edge(EDGE, &[("TOKENS_FILE", &path)]).credentials else {
+    let (_folder, path) = config_file("*:development.a, *:development.b\n\n*:development.c,\r\n");
+    let Credentials::BackendTokens(tokens) = edge(EDGE, &[("TOKENS_FILE", &path)]).credentials else {
         panic!()
     };
     let tokens: Vec<_> = tokens.iter().map(|token| token.expose().to_owned()).collect();
@@ -658,15 +658,15 @@ fn list_in_secret_file_is_separated_by_commas_or_lines() {
 
 #[test]
 fn unusable_secret_file_is_named_without_its_contents() {
-    let (_folder, empty) = file(" \n");
-    let (_other, wrong) = file(&format!("{SECRET}\n"));
+    let (_folder, empty) = config_file(" \n");
+    let (_other, wrong) = config_file(&format!("{SECRET}\n"));
     for (path, expect) in [
         (&*empty, format!("TOKENS_FILE: expected a file with a secret: {empty} is empty")),
         (&*wrong, format!("TOKENS_FILE ({wrong}): expected tokens; token 1: ")),
         (TOKEN, "TOKENS_FILE: expected the path of a file".to_owned()),
         ("/nowhere/tokens", "cannot read /nowhere/tokens: No such file".to_owned()),
     ] {
-        let messages = mistakes(EDGE, &[("TOKENS_FILE", path)]);
+        let messages = errors(EDGE, &[("TOKENS_FILE", path)]);
         assert!(messages[0].contains(&expect) && messages.len() == 1, "{messages:?}");
         assert!(!messages[0].contains(SECRET), "{messages:?}");
     }
@@ -680,7 +680,7 @@ fn secret_file_is_read_from_any_path() {
         std::fs::create_dir(&folder).expect("folder");
         let path = folder.join("tokens").display().to_string();
         std::fs::write(&path, TOKEN).expect("file");
-        let Credentials::Given(tokens) = edge(EDGE, &[("TOKENS_FILE", &path)]).credentials else {
+        let Credentials::BackendTokens(tokens) = edge(EDGE, &[("TOKENS_FILE", &path)]).credentials else {
             panic!()
         };
         assert_eq!(tokens[0].expose(), TOKEN, "{path}");
@@ -694,7 +694,7 @@ fn secret_in_place_of_its_path_is_not_repeated() {
         ("TOKENS_FILE", "https://me:secret@unleash.test/api"),
         ("UPSTREAM_ADMIN_TOKEN_FILE", ADMIN),
     ] {
-        let messages = mistakes(EDGE, &[(variable, secret)]);
+        let messages = errors(EDGE, &[(variable, secret)]);
         assert!(messages[0].contains("expected the path of a file: No such file"), "{messages:?}");
         assert!(messages.len() == 1 && !messages[0].contains(secret), "{messages:?}");
     }
@@ -702,11 +702,11 @@ fn secret_in_place_of_its_path_is_not_repeated() {
 
 #[test]
 fn secret_and_its_file_cannot_be_combined() {
-    let (_folder, path) = file(TOKEN);
+    let (_folder, path) = config_file(TOKEN);
     let env = [("TOKENS_FILE", &*path), ("TOKENS", TOKEN)];
-    assert_eq!(mistakes(EDGE, &env), ["TOKENS_FILE: cannot be combined with --tokens"]);
+    assert_eq!(errors(EDGE, &env), ["TOKENS_FILE: cannot be combined with --tokens"]);
     let line = format!("{EDGE} --tokens {TOKEN}");
-    assert_eq!(mistakes(&line, &env[..1]), ["TOKENS_FILE: cannot be combined with --tokens"]);
+    assert_eq!(errors(&line, &env[..1]), ["TOKENS_FILE: cannot be combined with --tokens"]);
     // A secret file of another command is never read.
     let messages = config("standalone", &[("TOKENS_FILE", "/nowhere")]).warnings;
     assert_eq!(messages, ["TOKENS_FILE does not apply to `standalone`"]);
@@ -714,7 +714,7 @@ fn secret_and_its_file_cannot_be_combined() {
 
 #[test]
 fn file_variable_of_non_secret_option_is_an_error() {
-    let messages = mistakes(EDGE, &[("PORT_FILE", "/run/port"), ("UPSTREAM_URL_FILE", "/run/url")]);
+    let messages = errors(EDGE, &[("PORT_FILE", "/run/port"), ("UPSTREAM_URL_FILE", "/run/url")]);
     assert_eq!(
         messages,
         [
@@ -722,7 +722,7 @@ fn file_variable_of_non_secret_option_is_an_error() {
             "UPSTREAM_URL_FILE: UPSTREAM_URL cannot be read from a file"
         ]
     );
-    let messages = mistakes(EDGE, &[("REDIS_URL_FILE", "/run/redis")]);
+    let messages = errors(EDGE, &[("REDIS_URL_FILE", "/run/redis")]);
     assert!(messages[0].starts_with("REDIS_URL_FILE: is not supported by Parapet"), "{messages:?}");
     let messages = config(EDGE, &[("SENTRY_DSN_FILE", "/run/dsn")]).warnings;
     assert!(messages[0].starts_with("SENTRY_DSN_FILE has no effect"), "{messages:?}");
@@ -743,11 +743,11 @@ fn file_variable_of_non_secret_option_is_an_error() {
 
 #[test]
 fn manage_reads_database_url_file_and_no_other_file() {
-    let (_folder, path) = file("postgres://user:secret@host/db\n");
+    let (_folder, path) = config_file("postgres://user:secret@host/db\n");
     let other = ("UNLEASH_DEFAULT_ADMIN_PASSWORD_FILE", "/nowhere");
     let env = [("DATABASE_URL_FILE", &*path), other];
     let Ok(Command::Manage(manage)) = parse("token list", &env) else { panic!() };
-    assert!(matches!(manage.place, Place::Database(crate::control::Location::Postgres(_))));
+    assert!(matches!(manage.target, Target::Database(crate::control::Location::Postgres(_))));
     let line = format!("token list --database-url-file {path}");
     assert!(matches!(parse(&line, &[other]), Ok(Command::Manage(_))));
     assert!(parse("token list", &[("DATABASE_URL_FILE", "/nowhere")]).is_err());
@@ -755,10 +755,10 @@ fn manage_reads_database_url_file_and_no_other_file() {
 
 #[test]
 fn changed_options_are_listed_by_name() {
-    let before = config(&format!("{EDGE} --tokens {TOKEN} --port 0"), &[]).effective;
-    let same = config(EDGE, &[("TOKENS", TOKEN), ("PORT", "0")]).effective;
+    let before = config(&format!("{EDGE} --tokens {TOKEN} --port 0"), &[]).effective_settings;
+    let same = config(EDGE, &[("TOKENS", TOKEN), ("PORT", "0")]).effective_settings;
     assert!(same.changed_since(&before).is_empty(), "a generated name is no change");
-    let after = config(EDGE, &[("LOG_FORMAT", "json")]).effective;
+    let after = config(EDGE, &[("LOG_FORMAT", "json")]).effective_settings;
     let mut changed = after.changed_since(&before);
     changed.sort_unstable();
     assert_eq!(changed, ["log-format", "port", "tokens"]);
@@ -778,7 +778,7 @@ fn option_of_another_command_names_that_command() {
         ("edge --flag-environments=x", "`--flag-environments` belongs to `parapet standalone`"),
         ("health --tokens x", "`--tokens` belongs to `parapet edge`"),
     ] {
-        let messages = mistakes(line, &[]);
+        let messages = errors(line, &[]);
         assert!(messages[0].contains(expect), "{line}: {messages:?}");
     }
 }
@@ -786,13 +786,13 @@ fn option_of_another_command_names_that_command() {
 #[test]
 fn misplaced_password_is_not_repeated() {
     for line in ["account add bob Pa55word-in-clear", "account password bob Pa55word-in-clear"] {
-        let messages = mistakes(line, &[]);
+        let messages = errors(line, &[]);
         assert!(
             messages[0].contains("--password-file") && !messages[0].contains("Pa55"),
             "{messages:?}"
         );
     }
-    let messages = mistakes("edge -u http://u/?key=Pa55word-in-clear", &[]);
+    let messages = errors("edge -u http://u/?key=Pa55word-in-clear", &[]);
     assert!(
         messages[0].contains("without user or query") && !messages[0].contains("Pa55"),
         "{messages:?}"
@@ -822,7 +822,7 @@ fn token_identifier_may_begin_with_hyphen() {
 
 #[test]
 fn token_of_one_environment_is_rejected_as_admin_token() {
-    let messages = mistakes(EDGE, &[("UPSTREAM_ADMIN_TOKEN", TOKEN)]);
+    let messages = errors(EDGE, &[("UPSTREAM_ADMIN_TOKEN", TOKEN)]);
     assert!(
         messages[0].contains("expected an admin token; this one is for the environment"),
         "{messages:?}"
@@ -835,18 +835,18 @@ fn token_of_one_environment_is_rejected_as_admin_token() {
 #[test]
 fn retention_may_exceed_the_limit_of_intervals() {
     let seven_years = "220898664";
-    let audit = |text: &str| mistakes("standalone", &[("AUDIT_RETENTION_SECONDS", text)]);
+    let audit = |text: &str| errors("standalone", &[("AUDIT_RETENTION_SECONDS", text)]);
     let kept = config("standalone", &[("AUDIT_RETENTION_SECONDS", seven_years)]);
     assert!(format!("{kept:?}").contains("event_retention: Some(220898664s)"), "{kept:?}");
     assert!(audit("1e10")[0].contains("at most a hundred years"));
-    let interval = mistakes(EDGE, &[("METRICS_INTERVAL_SECONDS", seven_years)]);
+    let interval = errors(EDGE, &[("METRICS_INTERVAL_SECONDS", seven_years)]);
     assert!(interval[0].contains("at most a year"), "{interval:?}");
 }
 
 #[test]
 fn check_config_prints_warnings() {
     let both = [("UPSTREAM_ADMIN_TOKEN", ADMIN), ("TOKENS", TOKEN)];
-    let shown = shown(&format!("{EDGE} --check-config"), &both);
+    let shown = printed(&format!("{EDGE} --check-config"), &both);
     assert!(shown.starts_with("# Warning: --tokens has no effect with an admin token"), "{shown}");
     assert!(shown.parse::<toml::Table>().is_ok(), "{shown}");
 }
@@ -866,7 +866,7 @@ fn upstream_url_is_used_without_api() {
     check("https://unleash.example/eu/", "https://unleash.example/eu/");
     check("https://unleash.example/eu/api/", "https://unleash.example/eu");
     for wrong in ["unleash:4242", "ftp://unleash", "http://a:b@unleash", "http://unleash?x"] {
-        assert_eq!(mistakes(&format!("edge -u {wrong}"), &[]).len(), 1, "{wrong}");
+        assert_eq!(errors(&format!("edge -u {wrong}"), &[]).len(), 1, "{wrong}");
     }
 }
 
@@ -885,7 +885,7 @@ fn token_header_applies_to_both_directions() {
     assert_eq!(config(&line, &[]).data.token_header, "x-token");
     assert_eq!(edge(&line, &[]).upstream.token_header, "x-token");
     let conflict = format!("{line} --edge-auth-header x-other");
-    assert_eq!(mistakes(&conflict, &[]).len(), 1);
+    assert_eq!(errors(&conflict, &[]).len(), 1);
 }
 
 #[test]
@@ -904,7 +904,7 @@ fn trusted_proxies_follow_options() {
 
 #[test]
 fn cors_credentials_require_named_origins() {
-    assert_eq!(mistakes("--cors-credentials", &[]).len(), 1);
+    assert_eq!(errors("--cors-credentials", &[]).len(), 1);
     let cors = config("--cors-credentials --cors-origin https://a.example", &[]).data.cors;
     assert!(cors.credentials && cors.origins.is_some());
 }
@@ -915,12 +915,12 @@ fn base_path_has_leading_and_no_trailing_slash() {
         assert_eq!(config(&format!("--base-path {given}"), &[]).data.base_path, "/flags");
     }
     assert_eq!(config("--base-path /", &[]).data.base_path, "");
-    assert_eq!(mistakes("--base-path /a?b", &[]).len(), 1);
+    assert_eq!(errors("--base-path /a?b", &[]).len(), 1);
 }
 
 #[test]
 fn listeners_cannot_share_a_port() {
-    assert_eq!(mistakes("--admin-port 3063", &[]).len(), 1);
+    assert_eq!(errors("--admin-port 3063", &[]).len(), 1);
     assert_eq!(config("-p 0 --admin-port 0", &[]).admin.address.port(), 0);
 }
 
@@ -946,28 +946,28 @@ fn probe_uses_local_instance_by_default() {
         "https://localhost:3043/internal-backstage/health",
     );
     let both = "ready --admin-tls-cert tls.crt --admin-tls-client-ca-file ca.crt";
-    assert!(mistakes(both, &env)[0].contains("both listeners require client certificates"));
+    assert!(errors(both, &env)[0].contains("both listeners require client certificates"));
 }
 
 #[test]
 fn probe_verifies_certificates_of_remote_instances() {
-    let check = |line: &str, expected: Trust| match parse(line, &[("TLS_ENABLE", "true")]) {
+    let check = |line: &str, expected: ProbeTrust| match parse(line, &[("TLS_ENABLE", "true")]) {
         Ok(Command::Probe(probe)) => assert_eq!(probe.trust, expected, "{line}"),
         other => panic!("{line}: {other:?}"),
     };
     let file = "config/flags.json";
-    check("ready", Trust::Any);
-    check(&format!("ready -c {file}"), Trust::Authority(file.into()));
-    check("ready -e https://edge", Trust::Platform(None));
-    check(&format!("ready -e https://edge -c {file}"), Trust::Platform(Some(file.into())));
+    check("ready", ProbeTrust::Any);
+    check(&format!("ready -c {file}"), ProbeTrust::Authority(file.into()));
+    check("ready -e https://edge", ProbeTrust::Platform(None));
+    check(&format!("ready -e https://edge -c {file}"), ProbeTrust::Platform(Some(file.into())));
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn no_value_of_any_option_makes_validation_panic(at in 0..KEYS.len(), text in ".{0,40}") {
-        let key = KEYS[at];
+    fn no_value_of_any_option_makes_validation_panic(at in 0..OPTIONS.len(), text in ".{0,40}") {
+        let key = OPTIONS[at];
         for verb in ["edge", "offline", "standalone", "ready"] {
             let flag = format!("--{}={text}", key.name);
             let args = ["parapet", verb, &flag].map(OsString::from);
@@ -990,24 +990,24 @@ fn sample(comment: &str) -> String {
          # seconds, whole or decimal. `parapet --check-config` prints the effective configuration.\n",
     );
     let mut heading = "";
-    for key in KEYS.iter().filter(|key| is_in_file(key)) {
+    for key in OPTIONS.iter().filter(|key| is_in_file(key)) {
         if key.heading != heading {
             heading = key.heading;
             let rule = "-".repeat(70 - heading.len());
             writeln!(text, "\n# ---- {heading} {rule}").unwrap();
         }
-        let default = match key.shape {
-            Shape::List => key.default.map(keys::split).unwrap_or_default(),
-            Shape::One | Shape::Switch => vec![key.default.unwrap_or_default().to_owned()],
+        let default = match key.arity {
+            Arity::List => key.default.map(keys::split_list).unwrap_or_default(),
+            Arity::One | Arity::Switch => vec![key.default.unwrap_or_default().to_owned()],
         };
-        let (name, value) = (key.file_name(), settings::toml(key, &default));
+        let (name, value) = (key.toml_name(), settings::to_toml_value(key, &default));
         writeln!(text, "\n# {}.\n{comment}{name} = {value}", key.help()).unwrap();
     }
     text
 }
 
-fn is_in_file(key: &Key) -> bool {
-    key.support == Support::Full && key.name != CONFIG.name
+fn is_in_file(key: &OptionSpec) -> bool {
+    key.compatibility == Compatibility::Supported && key.name != CONFIG.name
 }
 
 #[test]
@@ -1018,19 +1018,19 @@ fn sample_file_lists_every_option_with_its_default() {
 
 #[test]
 fn uncommented_sample_file_changes_nothing() {
-    let (_folder, path) = file(&sample(""));
+    let (_folder, path) = config_file(&sample(""));
     for (line, env) in [
         (EDGE, &[][..]),
         ("standalone", &[]),
         ("offline", &[("BOOTSTRAP_FILE", "config/flags.json")]),
     ] {
         let values = |line: &str| -> Vec<String> {
-            let shown = shown(&format!("{line} --check-config"), env);
+            let shown = printed(&format!("{line} --check-config"), env);
             let lines = shown.lines().filter(|line| !line.starts_with('#'));
             let values = lines.filter_map(|line| line.split(" # ").next());
             values.map(str::to_owned).collect()
         };
         assert_eq!(values(line), values(&format!("{line} --config {path}")));
     }
-    assert!(KEYS.iter().any(|key| key.scope == Scope::Probe && is_in_file(key)));
+    assert!(OPTIONS.iter().any(|key| key.scope == CommandScope::Probe && is_in_file(key)));
 }

@@ -6,37 +6,37 @@ use std::path::PathBuf;
 use jiff::Timestamp;
 
 use super::{
-    keys::{self, Key},
-    settings::Settings,
+    keys::{self, OptionSpec},
+    settings::RawSettings,
 };
 use crate::tls::{
     ClientAuth, ClientVerification, Config, FileError, FileSetting, KeyPairFiles, TlsAcceptor,
     Version,
 };
 
-pub(super) const PEM_PATH: &str = "the path of a file (PEM)";
+pub(super) const EXPECTED_PEM_PATH: &str = "the path of a file (PEM)";
 
 /// The path of a file, which is read elsewhere. Rejects PEM text: it is the contents of such a file, and
 /// must not be repeated in an error.
-pub(super) fn file_path(text: &str) -> Option<PathBuf> {
+pub(super) fn parse_file_path(text: &str) -> Option<PathBuf> {
     (!text.is_empty() && !text.contains("-----BEGIN")).then(|| PathBuf::from(text))
 }
 
 /// The TLS options of one listener.
-pub(super) struct Keys {
+pub(super) struct ListenerOptions {
     listener: &'static str,
     /// The option that enables TLS; without it the others have no effect.
-    enable: &'static Key,
-    certificate: &'static Key,
-    private_key: &'static Key,
-    client_ca: &'static Key,
-    client_auth: &'static Key,
-    crl: &'static Key,
+    enabled_by: &'static OptionSpec,
+    certificate: &'static OptionSpec,
+    private_key: &'static OptionSpec,
+    client_ca: &'static OptionSpec,
+    client_auth: &'static OptionSpec,
+    crl: &'static OptionSpec,
 }
 
-pub(super) static DATA: Keys = Keys {
+pub(super) static DATA: ListenerOptions = ListenerOptions {
     listener: "data",
-    enable: &keys::TLS_ENABLE,
+    enabled_by: &keys::TLS_ENABLE,
     certificate: &keys::TLS_SERVER_CERT,
     private_key: &keys::TLS_SERVER_KEY,
     client_ca: &keys::TLS_CLIENT_CA_FILE,
@@ -44,9 +44,9 @@ pub(super) static DATA: Keys = Keys {
     crl: &keys::TLS_CRL_FILE,
 };
 
-pub(super) static ADMIN: Keys = Keys {
+pub(super) static ADMIN: ListenerOptions = ListenerOptions {
     listener: "admin",
-    enable: &keys::ADMIN_TLS_CERT,
+    enabled_by: &keys::ADMIN_TLS_CERT,
     certificate: &keys::ADMIN_TLS_CERT,
     private_key: &keys::ADMIN_TLS_KEY,
     client_ca: &keys::ADMIN_TLS_CLIENT_CA_FILE,
@@ -55,50 +55,50 @@ pub(super) static ADMIN: Keys = Keys {
 };
 
 /// The TLS configuration of the data listener, if it is enabled.
-pub(super) fn data_listener(s: &mut Settings) -> Option<Config> {
+pub(super) fn data_listener(s: &mut RawSettings) -> Option<Config> {
     let is_enabled = s.switch(&keys::TLS_ENABLE);
     if s.switch(&keys::REDIRECT_HTTP_TO_HTTPS) && !is_enabled {
-        warn_without(s, &keys::REDIRECT_HTTP_TO_HTTPS, &keys::TLS_ENABLE);
+        warn_no_effect_without(s, &keys::REDIRECT_HTTP_TO_HTTPS, &keys::TLS_ENABLE);
     }
     listener(s, &DATA, is_enabled)
 }
 
 /// The TLS configuration of the admin listener, if a certificate or a key is set.
-pub(super) fn admin_listener(s: &mut Settings) -> Option<Config> {
-    let is_enabled = s.has(ADMIN.certificate) || s.has(ADMIN.private_key);
+pub(super) fn admin_listener(s: &mut RawSettings) -> Option<Config> {
+    let is_enabled = s.is_set(ADMIN.certificate) || s.is_set(ADMIN.private_key);
     listener(s, &ADMIN, is_enabled)
 }
 
 /// Whether a listener with TLS rejects clients without a certificate.
-pub(super) fn requires_certificates(s: &mut Settings, keys: &Keys) -> bool {
-    client_auth(s, keys) == ClientAuth::Required && s.has(keys.client_ca)
+pub(super) fn requires_client_certificates(s: &mut RawSettings, keys: &ListenerOptions) -> bool {
+    client_auth(s, keys) == ClientAuth::Required && s.is_set(keys.client_ca)
 }
 
-fn client_auth(s: &mut Settings, keys: &Keys) -> ClientAuth {
+fn client_auth(s: &mut RawSettings, keys: &ListenerOptions) -> ClientAuth {
     s.value(keys.client_auth, "required or optional", ClientAuth::parse)
 }
 
 /// Warns of options that apply to both listeners if neither has TLS.
-pub(super) fn warn_of_unused(s: &mut Settings) {
+pub(super) fn warn_without_tls(s: &mut RawSettings) {
     let keys =
         [&keys::TLS_MIN_VERSION, &keys::TLS_HANDSHAKE_TIMEOUT_SECONDS, &keys::TLS_MAX_HANDSHAKES];
     for key in keys {
-        if s.has(key) {
-            warn_without(s, key, &keys::TLS_ENABLE);
+        if s.is_set(key) {
+            warn_no_effect_without(s, key, &keys::TLS_ENABLE);
         }
     }
 }
 
-fn warn_without(s: &mut Settings, key: &Key, other: &Key) {
+fn warn_no_effect_without(s: &mut RawSettings, key: &OptionSpec, other: &OptionSpec) {
     s.warnings.push(format!("--{} has no effect without --{}", key.name, other.name));
 }
 
-fn listener(s: &mut Settings, keys: &Keys, is_enabled: bool) -> Option<Config> {
-    let certificates = s.list(keys.certificate, PEM_PATH, file_path);
-    let private_keys = s.list(keys.private_key, PEM_PATH, file_path);
-    let ca_file = s.read(keys.client_ca, PEM_PATH, file_path);
+fn listener(s: &mut RawSettings, keys: &ListenerOptions, is_enabled: bool) -> Option<Config> {
+    let certificates = s.list(keys.certificate, EXPECTED_PEM_PATH, parse_file_path);
+    let private_keys = s.list(keys.private_key, EXPECTED_PEM_PATH, parse_file_path);
+    let ca_file = s.read(keys.client_ca, EXPECTED_PEM_PATH, parse_file_path);
     let auth = client_auth(s, keys);
-    let crl_file = s.read(keys.crl, PEM_PATH, file_path);
+    let crl_file = s.read(keys.crl, EXPECTED_PEM_PATH, parse_file_path);
     let min_version = s.value(&keys::TLS_MIN_VERSION, "1.2 or 1.3", Version::parse);
     let handshake_timeout = s.interval(&keys::TLS_HANDSHAKE_TIMEOUT_SECONDS);
     let half = std::thread::available_parallelism().map_or(1, NonZero::get).div_ceil(2);
@@ -106,19 +106,19 @@ fn listener(s: &mut Settings, keys: &Keys, is_enabled: bool) -> Option<Config> {
     if !is_enabled {
         for key in [keys.certificate, keys.private_key, keys.client_ca, keys.client_auth, keys.crl]
         {
-            if s.has(key) {
-                warn_without(s, key, keys.enable);
+            if s.is_set(key) {
+                warn_no_effect_without(s, key, keys.enabled_by);
             }
         }
         return None;
     }
     for key in [keys.certificate, keys.private_key] {
-        if !s.has(key) {
-            s.mistake(key, format!("is required for TLS: {PEM_PATH}"));
+        if !s.is_set(key) {
+            s.report_error(key, format!("is required for TLS: {EXPECTED_PEM_PATH}"));
         }
     }
-    if s.has(keys.certificate)
-        && s.has(keys.private_key)
+    if s.is_set(keys.certificate)
+        && s.is_set(keys.private_key)
         && certificates.len() != private_keys.len()
     {
         let (name, expected) = (keys.certificate.name, certificates.len());
@@ -126,11 +126,11 @@ fn listener(s: &mut Settings, keys: &Keys, is_enabled: bool) -> Option<Config> {
             "expected {expected} files, one for each of --{name}, not {}",
             private_keys.len()
         );
-        s.mistake(keys.private_key, reason);
+        s.report_error(keys.private_key, reason);
     }
     for key in [keys.client_auth, keys.crl] {
-        if s.has(key) && !s.has(keys.client_ca) {
-            s.mistake(key, format!("requires --{}", keys.client_ca.name));
+        if s.is_set(key) && !s.is_set(keys.client_ca) {
+            s.report_error(key, format!("requires --{}", keys.client_ca.name));
         }
     }
     let pair = |(certificate_file, key_file)| KeyPairFiles { certificate_file, key_file };
@@ -152,7 +152,7 @@ fn listener(s: &mut Settings, keys: &Keys, is_enabled: bool) -> Option<Config> {
                     FileSetting::ClientCa => keys.client_ca,
                     FileSetting::Crl => keys.crl,
                 };
-                s.mistake(key, reason.as_str());
+                s.report_error(key, reason.as_str());
             }
         }
     }

@@ -18,7 +18,7 @@ use crate::{
     snapshot::{Snapshot, Snapshots},
     token::Environment,
     usage::Delivery,
-    wire::usage::{Application, Bulk, BulkMetric},
+    wire::usage::{ClientApplication, BulkReport, BulkMetric},
 };
 
 const HOUR: i64 = 3_600_000;
@@ -90,7 +90,7 @@ pub(super) async fn store(
     snapshots: &Snapshots,
     delivery: &Delivery,
 ) -> Result<bool, Error> {
-    let Ok(bulk) = Bulk::parse(&delivery.body) else { return Ok(false) };
+    let Ok(bulk) = BulkReport::parse(&delivery.body) else { return Ok(false) };
     let mut transaction = database.write(Lane::Usage).await?;
     let mark = sqlx::query(
         "INSERT INTO usage_batches (id, stored_at) VALUES ($1, $2) ON CONFLICT DO NOTHING",
@@ -179,7 +179,7 @@ fn text(name: &str) -> String {
 struct Seen(BTreeMap<String, BTreeSet<(&'static str, String)>>);
 
 impl Seen {
-    fn application(&mut self, application: &Application) {
+    fn application(&mut self, application: &ClientApplication) {
         let traits = self.0.entry(text(&application.app_name)).or_default();
         let named = [
             ("environment", &application.environment),

@@ -18,7 +18,7 @@ use super::flag::{self, Flag, FlagId, Outcome};
 use super::plan::{Conditions, Parent, FlagPlan};
 use super::problem::{Defect, DefinitionPart, Problem};
 use super::strategy::{self, StrategyCompiler, Strategy};
-use crate::wire::features::{self as wire, Document, Loose};
+use crate::wire::features::{self as wire, Document, Lenient};
 
 /// The parts of an engine.
 #[derive(Clone, Debug)]
@@ -112,7 +112,7 @@ pub(super) struct Dependency<'d> {
 impl<'d> Builder<'d> {
     fn new(document: &'d Document, previous: Option<&CompiledFlags>) -> Self {
         let duplicate = |flag| Problem { flag: Arc::clone(flag), defect: Defect::DuplicateName };
-        let left_out = |flag: &wire::Unreadable| Problem {
+        let left_out = |flag: &wire::UnreadableFlag| Problem {
             flag: format!("#{}", flag.position).into(),
             defect: Defect::UnreadableName(flag.reason.clone()),
         };
@@ -124,7 +124,7 @@ impl<'d> Builder<'d> {
             flags: Vec::with_capacity(flags),
             plans: Vec::with_capacity(flags),
             dependants: Vec::new(),
-            problems: problems.chain(document.shadowed().iter().map(duplicate)).collect(),
+            problems: problems.chain(document.duplicates().iter().map(duplicate)).collect(),
         }
     }
 
@@ -181,13 +181,13 @@ impl<'d> Builder<'d> {
         let stickiness = strategy::first_stickiness(&definition.variants);
         let variants = compiler.compile_variants(&definition.variants, feature.name(), stickiness);
         let strategies = match &definition.strategies {
-            Loose::Is(list) if list.is_empty() => vec![Strategy::unconditional()],
-            Loose::Is(list) => list.iter().filter_map(|source| compiler.compile_strategy(source)).collect(),
-            Loose::Missing => {
+            Lenient::Valid(list) if list.is_empty() => vec![Strategy::unconditional()],
+            Lenient::Valid(list) => list.iter().filter_map(|source| compiler.compile_strategy(source)).collect(),
+            Lenient::Missing => {
                 compiler.defects.push(Defect::NoStrategies);
                 Vec::new()
             }
-            Loose::Malformed => {
+            Lenient::Malformed => {
                 compiler.defects.push(Defect::Malformed(DefinitionPart::Strategies));
                 Vec::new()
             }
@@ -211,7 +211,7 @@ impl<'d> Builder<'d> {
             name: Arc::clone(feature.name()),
             project: Arc::clone(feature.project()),
             enabled,
-            impression_data: definition.impression_data.is().unwrap_or_default(),
+            impression_data: definition.impression_data.valid().unwrap_or_default(),
             variants: all_variants.into(),
         };
         (flag, plan)
@@ -298,21 +298,21 @@ impl Dependency<'_> {
 
 /// Reads the dependencies of a flag; `None` if any is malformed.
 pub(super) fn read_dependencies(
-    source: Loose<Vec<Loose<wire::Dependency<'_>>>>,
+    source: Lenient<Vec<Lenient<wire::Dependency<'_>>>>,
 ) -> Option<Vec<Dependency<'_>>> {
     source.or_default()?.into_iter().map(read_dependency).collect()
 }
 
 /// Reads one dependency; `None` if it is malformed.
-pub(super) fn read_dependency(source: Loose<wire::Dependency<'_>>) -> Option<Dependency<'_>> {
-    let source = source.is()?;
-    let variants = source.variants.or_default()?.into_iter().map(Loose::is);
+pub(super) fn read_dependency(source: Lenient<wire::Dependency<'_>>) -> Option<Dependency<'_>> {
+    let source = source.valid()?;
+    let variants = source.variants.or_default()?.into_iter().map(Lenient::valid);
     Some(Dependency {
-        parent: source.feature.is()?,
+        parent: source.feature.valid()?,
         enabled: match source.enabled {
-            Loose::Is(enabled) => enabled,
-            Loose::Missing => true,
-            Loose::Malformed => return None,
+            Lenient::Valid(enabled) => enabled,
+            Lenient::Missing => true,
+            Lenient::Malformed => return None,
         },
         variants: variants.collect::<Option<_>>()?,
     })

@@ -16,7 +16,7 @@ use super::pattern;
 use super::problem::{Defect, DefinitionPart};
 use super::reads::EvaluationInputs;
 use super::scalar::{self, Version};
-use crate::wire::features::{self as wire, Loose};
+use crate::wire::features::{self as wire, Lenient};
 
 /// A compiled constraint.
 #[derive(Debug)]
@@ -76,13 +76,13 @@ enum CaseSensitivity {
 impl Constraint {
     /// Compiles a constraint and adds its defects to `defects`.
     pub(super) fn compile(
-        source: &Loose<wire::Constraint<'_>>,
+        source: &Lenient<wire::Constraint<'_>>,
         schema: &mut ContextSchema,
         defects: &mut Vec<Defect>,
     ) -> CompiledConstraint {
         let constraint = match source {
-            Loose::Is(source) => ConstraintSource::parse(source),
-            Loose::Missing | Loose::Malformed => None,
+            Lenient::Valid(source) => ConstraintSource::parse(source),
+            Lenient::Missing | Lenient::Malformed => None,
         };
         let Some(constraint) = constraint else {
             defects.push(Defect::Malformed(DefinitionPart::Constraint));
@@ -224,28 +224,28 @@ struct ConstraintSource<'a> {
 
 impl<'a> ConstraintSource<'a> {
     fn parse(source: &'a wire::Constraint<'_>) -> Option<Self> {
-        let (Loose::Is(field), Loose::Is(operator)) = (&source.context_name, &source.operator)
+        let (Lenient::Valid(field), Lenient::Valid(operator)) = (&source.context_name, &source.operator)
         else {
             return None;
         };
         let value = match &source.value {
-            Loose::Is(value) => Some(&**value),
-            Loose::Missing => None,
-            Loose::Malformed => return None,
+            Lenient::Valid(value) => Some(&**value),
+            Lenient::Missing => None,
+            Lenient::Malformed => return None,
         };
         let mut values = Vec::new();
         match &source.values {
-            Loose::Is(list) => {
+            Lenient::Valid(list) => {
                 for item in list {
                     match item {
-                        Loose::Is(text) if !text.is_empty() => values.push(text.trim()),
-                        Loose::Is(_) | Loose::Missing => {}
-                        Loose::Malformed => return None,
+                        Lenient::Valid(text) if !text.is_empty() => values.push(text.trim()),
+                        Lenient::Valid(_) | Lenient::Missing => {}
+                        Lenient::Malformed => return None,
                     }
                 }
             }
-            Loose::Missing => {}
-            Loose::Malformed => return None,
+            Lenient::Missing => {}
+            Lenient::Malformed => return None,
         }
         let ignored = source.case_insensitive.or_default()?;
         let case = if ignored { CaseSensitivity::Insensitive } else { CaseSensitivity::Sensitive };

@@ -21,7 +21,7 @@ use super::flag::{self, Flag, FlagId, Outcome};
 use super::problem::{Defect, DefinitionPart};
 use super::strategy::{self, StrategyCompiler, StrategySource, ParsedRule};
 use super::variant::{self, Stickiness};
-use crate::wire::features::{self as wire, Document, Loose, Parameters};
+use crate::wire::features::{self as wire, Document, Lenient, Parameters};
 
 /// An engine with the document that it was compiled from, and a context.
 #[derive(Clone, Copy, Debug)]
@@ -37,7 +37,7 @@ impl Explainer<'_> {
     pub(super) fn explain(self, id: FlagId) -> (Outcome, Explanation) {
         let feature = &self.document.features()[id.index()];
         let mut defects = Vec::new();
-        if self.document.shadowed().contains(feature.name()) {
+        if self.document.duplicates().contains(feature.name()) {
             defects.push(Defect::DuplicateName);
         }
         let mut explanation = Explanation {
@@ -97,7 +97,7 @@ impl Explainer<'_> {
         let mut chosen = Vec::new();
         let mut is_unconditional = false;
         match &definition.strategies {
-            Loose::Is(list) => {
+            Lenient::Valid(list) => {
                 is_unconditional = list.is_empty();
                 for source in list {
                     let (index, strategy) = explainer.explain_strategy(source);
@@ -105,8 +105,8 @@ impl Explainer<'_> {
                     explanation.strategies.push(strategy);
                 }
             }
-            Loose::Missing => explainer.compiler.defects.push(Defect::NoStrategies),
-            Loose::Malformed => {
+            Lenient::Missing => explainer.compiler.defects.push(Defect::NoStrategies),
+            Lenient::Malformed => {
                 explainer.compiler.defects.push(Defect::Malformed(DefinitionPart::Strategies));
             }
         }
@@ -153,19 +153,19 @@ impl Explainer<'_> {
 
     fn explain_parents(
         self,
-        source: Loose<Vec<Loose<wire::Dependency<'_>>>>,
+        source: Lenient<Vec<Lenient<wire::Dependency<'_>>>>,
         explanation: &mut Explanation,
         defects: &mut Vec<Defect>,
     ) {
         let list = match source {
-            Loose::Is(list) => list,
-            Loose::Missing => Vec::new(),
-            Loose::Malformed => vec![Loose::Malformed],
+            Lenient::Valid(list) => list,
+            Lenient::Missing => Vec::new(),
+            Lenient::Malformed => vec![Lenient::Malformed],
         };
         explanation.parents = list.into_iter().map(|source| self.explain_parent(source, defects)).collect();
     }
 
-    fn explain_parent(self, source: Loose<wire::Dependency<'_>>, defects: &mut Vec<Defect>) -> Parent {
+    fn explain_parent(self, source: Lenient<wire::Dependency<'_>>, defects: &mut Vec<Defect>) -> Parent {
         let Some(dependency) = compile::read_dependency(source) else {
             let defect = Defect::Malformed(DefinitionPart::Dependency);
             let why = defect.to_string();
@@ -231,8 +231,8 @@ struct FlagExplainer<'c, 'b, 'v> {
 
 impl FlagExplainer<'_, '_, '_> {
     /// Explains a strategy. Also returns the variant selected from the strategy's list, if any.
-    fn explain_strategy(&mut self, source: &Loose<wire::Strategy<'_>>) -> (Option<u32>, Strategy) {
-        let text = |text: &Loose<wire::Text<'_>>| text.clone().is().map(String::from);
+    fn explain_strategy(&mut self, source: &Lenient<wire::Strategy<'_>>) -> (Option<u32>, Strategy) {
+        let text = |text: &Lenient<wire::Text<'_>>| text.clone().valid().map(String::from);
         let mut explained = Strategy {
             name: String::new(),
             title: None,
@@ -245,10 +245,10 @@ impl FlagExplainer<'_, '_, '_> {
             why: String::new(),
             variants: None,
         };
-        if let Loose::Is(strategy) = source {
+        if let Lenient::Valid(strategy) = source {
             explained.name = text(&strategy.name).unwrap_or_default();
             explained.title = text(&strategy.title).filter(|title| !title.is_empty());
-            explained.disabled = strategy.disabled.is().unwrap_or_default();
+            explained.disabled = strategy.disabled.valid().unwrap_or_default();
         }
         let Some(StrategySource { strategy, name, parameters }) = StrategySource::parse(source) else {
             explained.why = self.report_problem(Defect::Malformed(DefinitionPart::Strategy));
@@ -262,9 +262,9 @@ impl FlagExplainer<'_, '_, '_> {
         let failing = explained.constraints.iter().filter(|constraint| !constraint.holds);
         obstacles.extend(failing.map(|it| format!("the constraint fails: {}", it.why)));
         match &strategy.segments {
-            Loose::Is(ids) => explained.segments = ids.iter().map(|id| self.explain_segment(*id)).collect(),
-            Loose::Missing => {}
-            Loose::Malformed => obstacles.push(self.report_problem(Defect::Malformed(DefinitionPart::Strategy))),
+            Lenient::Valid(ids) => explained.segments = ids.iter().map(|id| self.explain_segment(*id)).collect(),
+            Lenient::Missing => {}
+            Lenient::Malformed => obstacles.push(self.report_problem(Defect::Malformed(DefinitionPart::Strategy))),
         }
         let failing = explained.segments.iter().filter(|segment| !segment.holds);
         obstacles.extend(failing.map(|segment| segment.why.clone()));
@@ -302,17 +302,17 @@ impl FlagExplainer<'_, '_, '_> {
     /// Explains a list of constraints. Fails with the text of the defect if the list is malformed.
     fn explain_constraints(
         &mut self,
-        source: &Loose<Vec<Loose<wire::Constraint<'_>>>>,
+        source: &Lenient<Vec<Lenient<wire::Constraint<'_>>>>,
         part: DefinitionPart,
     ) -> Result<Vec<Constraint>, String> {
         match source {
-            Loose::Is(list) => Ok(list.iter().map(|source| self.explain_constraint(source)).collect()),
-            Loose::Missing => Ok(Vec::new()),
-            Loose::Malformed => Err(self.report_problem(Defect::Malformed(part))),
+            Lenient::Valid(list) => Ok(list.iter().map(|source| self.explain_constraint(source)).collect()),
+            Lenient::Missing => Ok(Vec::new()),
+            Lenient::Malformed => Err(self.report_problem(Defect::Malformed(part))),
         }
     }
 
-    fn explain_constraint(&mut self, source: &Loose<wire::Constraint<'_>>) -> Constraint {
+    fn explain_constraint(&mut self, source: &Lenient<wire::Constraint<'_>>) -> Constraint {
         let before = self.compiler.defects.len();
         let StrategyCompiler { schema, defects, .. } = &mut self.compiler;
         let compiled = constraint::Constraint::compile(source, schema, defects);
@@ -331,18 +331,18 @@ impl FlagExplainer<'_, '_, '_> {
             },
             why: String::new(),
         };
-        if let Loose::Is(source) = source {
-            let text = |text: &Loose<wire::Text<'_>>| text.clone().is().map(String::from);
+        if let Lenient::Valid(source) = source {
+            let text = |text: &Lenient<wire::Text<'_>>| text.clone().valid().map(String::from);
             explained.field = text(&source.context_name).unwrap_or_default();
             explained.operator = text(&source.operator).unwrap_or_default();
             explained.values = match &source.values {
-                Loose::Is(list) if constraint::is_list_operator(&explained.operator) => {
+                Lenient::Valid(list) if constraint::is_list_operator(&explained.operator) => {
                     list.iter().filter_map(text).collect()
                 }
                 _ => text(&source.value).into_iter().collect(),
             };
-            explained.inverted = source.inverted.is().unwrap_or_default();
-            explained.case_insensitive = source.case_insensitive.is().unwrap_or_default();
+            explained.inverted = source.inverted.valid().unwrap_or_default();
+            explained.case_insensitive = source.case_insensitive.valid().unwrap_or_default();
             explained.context_value = if constraint::is_time_operator(&explained.operator) {
                 Some(self.evaluation_time())
             } else {
@@ -364,16 +364,16 @@ impl FlagExplainer<'_, '_, '_> {
         }
     }
 
-    fn explain_segment(&mut self, id: Loose<i64>) -> Segment {
+    fn explain_segment(&mut self, id: Lenient<i64>) -> Segment {
         let mut explained = Segment {
-            id: id.is(),
+            id: id.valid(),
             name: None,
             missing: false,
             constraints: Vec::new(),
             holds: false,
             why: String::new(),
         };
-        let Loose::Is(id) = id else {
+        let Lenient::Valid(id) = id else {
             explained.why = self.report_problem(Defect::Malformed(DefinitionPart::Strategy));
             return explained;
         };
@@ -474,15 +474,15 @@ impl FlagExplainer<'_, '_, '_> {
     /// flag.
     fn explain_variants(
         &mut self,
-        source: &Loose<Vec<Loose<wire::Variant<'_>>>>,
+        source: &Lenient<Vec<Lenient<wire::Variant<'_>>>>,
         group: &str,
         stickiness: Option<&str>,
     ) -> (Option<u32>, Option<Variants>) {
         let choice = self.compiler.compile_variants(source, group, stickiness);
         let chosen = choice.select(self.bound);
         let list = match source {
-            Loose::Is(list) if !list.is_empty() => list,
-            Loose::Is(_) | Loose::Missing | Loose::Malformed => return (chosen, None),
+            Lenient::Valid(list) if !list.is_empty() => list,
+            Lenient::Valid(_) | Lenient::Missing | Lenient::Malformed => return (chosen, None),
         };
         let (mut shares, mut total) = (Vec::new(), 0);
         for source in list {

@@ -12,7 +12,7 @@ use super::problem::{Defect, DefinitionPart};
 use super::reads::EvaluationInputs;
 use super::scalar;
 use super::variant::{self, VariantSelection, Stickiness, Variant};
-use crate::wire::features::{self as wire, Loose, Parameters};
+use crate::wire::features::{self as wire, Lenient, Parameters};
 
 /// A strategy that can match.
 #[derive(Debug, Clone)]
@@ -78,7 +78,7 @@ pub(super) struct StrategyCompiler<'c> {
 
 impl<'c> StrategyCompiler<'c> {
     /// Compiles a strategy; `None` if it can never match.
-    pub(super) fn compile_strategy(&mut self, source: &Loose<wire::Strategy<'_>>) -> Option<Strategy> {
+    pub(super) fn compile_strategy(&mut self, source: &Lenient<wire::Strategy<'_>>) -> Option<Strategy> {
         let Some(StrategySource { strategy, name, parameters }) = StrategySource::parse(source) else {
             self.defects.push(Defect::Malformed(DefinitionPart::Strategy));
             return None;
@@ -93,14 +93,14 @@ impl<'c> StrategyCompiler<'c> {
     /// Compiles a list of variants of this flag.
     pub(super) fn compile_variants(
         &mut self,
-        source: &Loose<Vec<Loose<wire::Variant<'_>>>>,
+        source: &Lenient<Vec<Lenient<wire::Variant<'_>>>>,
         group: &str,
         stickiness: Option<&str>,
     ) -> VariantSelection {
         let source = match source {
-            Loose::Is(list) => &list[..],
-            Loose::Missing => &[],
-            Loose::Malformed => &[Loose::Malformed],
+            Lenient::Valid(list) => &list[..],
+            Lenient::Missing => &[],
+            Lenient::Malformed => &[Lenient::Malformed],
         };
         let draw_id = self.next_draw_id.take_next();
         variant::compile(source, group, stickiness, draw_id, self.variants, self.schema, self.defects)
@@ -111,9 +111,9 @@ impl<'c> StrategyCompiler<'c> {
         let mut tests = Some(Vec::new());
         self.add_constraints(&strategy.constraints, DefinitionPart::Strategy, &mut tests);
         match &strategy.segments {
-            Loose::Is(ids) => {
+            Lenient::Valid(ids) => {
                 for id in ids {
-                    let Loose::Is(id) = id else {
+                    let Lenient::Valid(id) = id else {
                         self.defects.push(Defect::Malformed(DefinitionPart::Strategy));
                         tests = None;
                         continue;
@@ -126,8 +126,8 @@ impl<'c> StrategyCompiler<'c> {
                     }
                 }
             }
-            Loose::Missing => {}
-            Loose::Malformed => {
+            Lenient::Missing => {}
+            Lenient::Malformed => {
                 self.defects.push(Defect::Malformed(DefinitionPart::Strategy));
                 tests = None;
             }
@@ -145,12 +145,12 @@ impl<'c> StrategyCompiler<'c> {
 
     fn add_constraints(
         &mut self,
-        source: &Loose<Vec<Loose<wire::Constraint<'_>>>>,
+        source: &Lenient<Vec<Lenient<wire::Constraint<'_>>>>,
         part: DefinitionPart,
         tests: &mut Option<Vec<Constraint>>,
     ) {
         match source {
-            Loose::Is(list) => {
+            Lenient::Valid(list) => {
                 for constraint in list {
                     match Constraint::compile(constraint, self.schema, self.defects) {
                         CompiledConstraint::Always => {}
@@ -163,8 +163,8 @@ impl<'c> StrategyCompiler<'c> {
                     }
                 }
             }
-            Loose::Missing => {}
-            Loose::Malformed => {
+            Lenient::Missing => {}
+            Lenient::Malformed => {
                 self.defects.push(Defect::Malformed(part));
                 *tests = None;
             }
@@ -177,13 +177,13 @@ impl<'c> StrategyCompiler<'c> {
         name: &str,
         parameters: &'p Parameters<'_>,
     ) -> Option<ParsedRule<'p>> {
-        let text = |name| parameters.find(name).or_default();
+        let text = |name| parameters.get(name).or_default();
         let rule = match name {
             "default" => Rule::Always,
             "flexibleRollout" => {
                 let percent = self.percent(parameters, "rollout")?;
                 // The Node SDK and Unleash itself do not fall back to the flag's name.
-                let group = parameters.find("groupId").is().unwrap_or_default();
+                let group = parameters.get("groupId").valid().unwrap_or_default();
                 let stickiness = match text("stickiness")? {
                     "" | "default" => Stickiness::FirstOf(DEFAULT_STICKINESS),
                     "random" => Stickiness::FirstOf(&[]),
@@ -233,7 +233,7 @@ impl<'c> StrategyCompiler<'c> {
     /// The older rollouts that `flexibleRollout` replaced. Their group is empty by default.
     fn gradual_rollout<'p>(&mut self, parameters: &'p Parameters<'_>, field: FieldId) -> Option<ParsedRule<'p>> {
         let percent = self.percent(parameters, "percentage")?;
-        let group = parameters.find("groupId").or_default()?;
+        let group = parameters.get("groupId").or_default()?;
         Some(self.rollout(Stickiness::Field(field), group, percent))
     }
 
@@ -245,7 +245,7 @@ impl<'c> StrategyCompiler<'c> {
 
     /// A percentage as a number of buckets, of 100.
     fn percent(&mut self, parameters: &Parameters<'_>, name: &str) -> Option<u32> {
-        let text = parameters.find(name).is();
+        let text = parameters.get(name).valid();
         let Some(percent) = text.and_then(scalar::number) else {
             self.defects.push(Defect::InvalidPercentage(text.unwrap_or_default().to_owned()));
             return None;
@@ -271,17 +271,17 @@ pub(super) struct StrategySource<'s, 'a> {
 
 impl<'s, 'a> StrategySource<'s, 'a> {
     /// The strategy, if name and parameters are well-formed.
-    pub(super) fn parse(source: &'s Loose<wire::Strategy<'a>>) -> Option<Self> {
-        let Loose::Is(strategy) = source else {
+    pub(super) fn parse(source: &'s Lenient<wire::Strategy<'a>>) -> Option<Self> {
+        let Lenient::Valid(strategy) = source else {
             return None;
         };
-        let Loose::Is(name) = &strategy.name else {
+        let Lenient::Valid(name) = &strategy.name else {
             return None;
         };
         let parameters = match &strategy.parameters {
-            Loose::Is(parameters) => parameters,
-            Loose::Missing => Parameters::NONE,
-            Loose::Malformed => return None,
+            Lenient::Valid(parameters) => parameters,
+            Lenient::Missing => Parameters::EMPTY,
+            Lenient::Malformed => return None,
         };
         Some(Self { strategy, name, parameters })
     }
@@ -289,14 +289,14 @@ impl<'s, 'a> StrategySource<'s, 'a> {
 
 /// The stickiness of a list of variants is that of the first.
 pub(super) fn first_stickiness<'v>(
-    variants: &'v Loose<Vec<Loose<wire::Variant<'_>>>>,
+    variants: &'v Lenient<Vec<Lenient<wire::Variant<'_>>>>,
 ) -> Option<&'v str> {
-    let Loose::Is(variants) = variants else {
+    let Lenient::Valid(variants) = variants else {
         return None;
     };
     match variants.first()? {
-        Loose::Is(wire::Variant { stickiness: Loose::Is(stickiness), .. }) => Some(stickiness),
-        Loose::Is(_) | Loose::Missing | Loose::Malformed => None,
+        Lenient::Valid(wire::Variant { stickiness: Lenient::Valid(stickiness), .. }) => Some(stickiness),
+        Lenient::Valid(_) | Lenient::Missing | Lenient::Malformed => None,
     }
 }
 
@@ -304,7 +304,7 @@ pub(super) fn first_stickiness<'v>(
 ///
 /// Without a group the Node SDK, and with it Unleash, hashes JavaScript's `undefined` as text.
 pub(super) fn variant_group<'p>(parameters: &'p Parameters<'_>) -> &'p str {
-    parameters.find("groupId").is().unwrap_or("undefined")
+    parameters.get("groupId").valid().unwrap_or("undefined")
 }
 
 /// The stickiness of a strategy's variants: that of the first variant, else that of the strategy.
@@ -313,7 +313,7 @@ pub(super) fn variant_stickiness<'p>(
     parameters: &'p Parameters<'_>,
 ) -> Option<&'p str> {
     let own = first_stickiness(&strategy.variants).filter(|field| !field.is_empty());
-    own.or(parameters.find("stickiness").is())
+    own.or(parameters.get("stickiness").valid())
 }
 
 impl Strategy {

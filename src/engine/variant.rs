@@ -4,7 +4,7 @@ use super::bucket::{self, HashPrefix, DrawId, VARIANT_SEED};
 use super::context::{BoundContext, FieldId, ContextSchema, StringSet};
 use super::problem::{Defect, DefinitionPart};
 use super::reads::EvaluationInputs;
-use crate::wire::features::{self as wire, Loose};
+use crate::wire::features::{self as wire, Lenient};
 
 /// A variant of a flag.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,7 +80,7 @@ const DEFAULT_STICKINESS: &[FieldId] = &[FieldId::USER_ID, FieldId::SESSION_ID, 
 /// `group` and `stickiness` (by default [`DEFAULT_STICKINESS`]) determine the bucket of contexts with an
 /// identifier, `draw_id` that of contexts without.
 pub(super) fn compile(
-    source: &[Loose<wire::Variant<'_>>],
+    source: &[Lenient<wire::Variant<'_>>],
     group: &str,
     stickiness: Option<&str>,
     draw_id: DrawId,
@@ -123,13 +123,13 @@ pub(super) fn compile(
 
 /// A variant with its name and weight, if both are well-formed and the sum of weights fits 32 bits.
 pub(super) fn parse_variant<'w, 'a>(
-    variant: &'w Loose<wire::Variant<'a>>,
+    variant: &'w Lenient<wire::Variant<'a>>,
     total: u32,
 ) -> Option<(&'w wire::Variant<'a>, &'w str, u32)> {
-    let Loose::Is(variant) = variant else {
+    let Lenient::Valid(variant) = variant else {
         return None;
     };
-    let (Loose::Is(name), Loose::Is(weight)) = (&variant.name, variant.weight) else {
+    let (Lenient::Valid(name), Lenient::Valid(weight)) = (&variant.name, variant.weight) else {
         return None;
     };
     total.checked_add(weight)?;
@@ -138,11 +138,11 @@ pub(super) fn parse_variant<'w, 'a>(
 
 fn compile_payload(variant: &wire::Variant<'_>, defects: &mut Vec<Defect>) -> Option<Payload> {
     match &variant.payload {
-        Loose::Missing => None,
-        Loose::Is(wire::Payload { kind: Loose::Is(kind), value: Loose::Is(value) }) => {
+        Lenient::Missing => None,
+        Lenient::Valid(wire::Payload { kind: Lenient::Valid(kind), value: Lenient::Valid(value) }) => {
             Some(Payload { kind: (&**kind).into(), value: (&**value).into() })
         }
-        Loose::Is(_) | Loose::Malformed => {
+        Lenient::Valid(_) | Lenient::Malformed => {
             defects.push(Defect::Malformed(DefinitionPart::Payload));
             None
         }
@@ -157,26 +157,26 @@ fn compile_overrides(
     defects: &mut Vec<Defect>,
 ) {
     let list = match &variant.overrides {
-        Loose::Is(list) => &list[..],
-        Loose::Missing => &[],
-        Loose::Malformed => &[Loose::Malformed],
+        Lenient::Valid(list) => &list[..],
+        Lenient::Missing => &[],
+        Lenient::Malformed => &[Lenient::Malformed],
     };
     for item in list {
         match item {
-            Loose::Is(wire::Override {
-                context_name: Loose::Is(name),
-                values: Loose::Is(values),
+            Lenient::Valid(wire::Override {
+                context_name: Lenient::Valid(name),
+                values: Lenient::Valid(values),
             }) => {
                 let values = values.iter().filter_map(|value| match value {
-                    Loose::Is(value) => Some(&**value),
-                    Loose::Missing | Loose::Malformed => None,
+                    Lenient::Valid(value) => Some(&**value),
+                    Lenient::Missing | Lenient::Malformed => None,
                 });
                 let set = StringSet::new(schema, values);
                 if !set.is_empty() {
                     overrides.push((schema.intern_field(name), set, index));
                 }
             }
-            Loose::Is(_) | Loose::Missing | Loose::Malformed => {
+            Lenient::Valid(_) | Lenient::Missing | Lenient::Malformed => {
                 defects.push(Defect::Malformed(DefinitionPart::Override));
             }
         }

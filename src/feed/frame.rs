@@ -104,7 +104,7 @@ impl Update {
     fn write_event(&self, name: &str) -> Bytes {
         // Never lossy: the text of flags was read from UTF-8.
         let json = String::from_utf8_lossy(self.json());
-        sse::event(name, Some(&self.event_id), &json).into()
+        sse::encode_event(name, Some(&self.event_id), &json).into()
     }
 
     /// Its maximum memory in bytes. Counts one of the two events, because both are hardly ever written.

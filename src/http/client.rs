@@ -44,7 +44,7 @@ pub async fn feature(
     }
     let text = match segment_format(headers) {
         SegmentFormat::Separate => feature.raw().to_owned(),
-        SegmentFormat::Inlined => feature.inlined(snapshot.document().segments()),
+        SegmentFormat::Inlined => feature.with_inlined_segments(snapshot.document().segments()),
     };
     Ok(reply::negotiate_body(headers, &Arc::new(PreparedBody::new(text.into())), CachePolicy::Unspecified).await)
 }

@@ -40,7 +40,7 @@ use crate::{
     usage::{Reporter, SdkKind, Usage},
     wire::{
         self,
-        context::{FrontendContext, MAX_CONTEXT},
+        context::{FrontendContext, MAX_CONTEXT_BYTES},
     },
 };
 
@@ -113,7 +113,7 @@ const RETRY_AFTER: Duration = Duration::from_secs(5);
 
 /// The largest body with a context, in bytes: the largest accepted context with every character written
 /// as a six-byte escape.
-const MAX_CONTEXT_BODY_BYTES: usize = 6 * MAX_CONTEXT + (16 << 10);
+const MAX_CONTEXT_BODY_BYTES: usize = 6 * MAX_CONTEXT_BYTES + (16 << 10);
 
 /// Alternative token header of OpenFeature providers, accepted on every route.
 const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
@@ -386,7 +386,7 @@ impl SdkService {
         let AuthorizedRead { grant, digest, snapshot } =
             self.authorize(headers, &[TokenKind::Frontend]).await?;
         let body = self.read_context_body(headers, body).await?;
-        let sent = wire::ofrep::context(&body)?;
+        let sent = wire::ofrep::parse_context(&body)?;
         let request = self.evaluation_request(&sent, client, &snapshot, &grant.scope);
         let events = format!("{}/ofrep/v1/events", self.settings.base_path);
         Ok(ofrep::evaluate_flags(headers, request, &digest, &self.stream_tickets, &events).await)
@@ -404,7 +404,7 @@ impl SdkService {
         let accepted = [TokenKind::Frontend, TokenKind::Client];
         let AuthorizedRead { grant, snapshot, .. } = self.authorize(headers, &accepted).await?;
         let body = self.read_context_body(headers, body).await?;
-        let sent = wire::ofrep::context(&body)?;
+        let sent = wire::ofrep::parse_context(&body)?;
         let request = self.evaluation_request(&sent, client, &snapshot, &grant.scope);
         ofrep::evaluate_flag(headers, key, request).await
     }

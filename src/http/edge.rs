@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     auth::Authenticator,
-    wire::tokens::{MAX_VALIDATED, ValidateReply, ValidateRequest, Validated},
+    wire::tokens::{MAX_VALIDATED_TOKENS, ValidateResponse, ValidateRequest, ValidatedToken},
 };
 
 /// The largest request, in bytes after decompression. The endpoint needs no token, so the limit is
@@ -19,15 +19,15 @@ pub async fn validate(auth: &Authenticator, body: &[u8]) -> Result<Attempt<HttpR
         let (line, column) = (error.line(), error.column());
         // serde's error text could contain a token.
         HttpError::Malformed(format!(
-            "the body is not {{\"tokens\":[…]}} with at most {MAX_VALIDATED} tokens, line {line} column {column}"
+            "the body is not {{\"tokens\":[…]}} with at most {MAX_VALIDATED_TOKENS} tokens, line {line} column {column}"
         ))
     })?;
     let grants = auth.judge(&request.tokens).await?;
     let valid = request.tokens.iter().zip(grants).filter_map(|(token, grant)| {
-        Some(Validated { token: token.clone(), grant: (*grant?).clone() })
+        Some(ValidatedToken { token: token.clone(), grant: (*grant?).clone() })
     });
     let tokens: Vec<_> = valid.collect();
     let all_valid = tokens.len() == request.tokens.len();
-    let reply = reply::json_document(&ValidateReply { tokens });
+    let reply = reply::json_document(&ValidateResponse { tokens });
     Ok(if all_valid { Attempt::Valid(reply) } else { Attempt::Invalid(reply) })
 }

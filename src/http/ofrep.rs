@@ -28,14 +28,14 @@ use crate::{
         body::{Reuse, PreparedBody, etag_from_hash},
     },
     token::TokenDigest,
-    wire::ofrep::{ErrorCode, Evaluations, EventStream, Refusal, Unreadable},
+    wire::ofrep::{ErrorCode, BulkEvaluationSuccess, EventStream, EvaluationFailure, RequestError},
 };
 
-impl From<Unreadable> for HttpError {
-    fn from(unreadable: Unreadable) -> Self {
+impl From<RequestError> for HttpError {
+    fn from(unreadable: RequestError) -> Self {
         match unreadable {
-            Unreadable::Body(_) => Self::Malformed(unreadable.to_string()),
-            Unreadable::NoObject | Unreadable::Context(_) => Self::InvalidContext(unreadable.to_string()),
+            RequestError::Body(_) => Self::Malformed(unreadable.to_string()),
+            RequestError::ContextNotObject | RequestError::Context(_) => Self::InvalidContext(unreadable.to_string()),
         }
     }
 }
@@ -84,7 +84,7 @@ pub async fn evaluate_flags(
             engine.ids().filter(|&id| scope.projects.contains(engine.flag(id).project()));
         let flags =
             in_scope.map(|id| to_evaluation(engine, id, engine.evaluate(id, &bound))).collect();
-        let all = Evaluations { flags, event_streams: ticket.map(stream) };
+        let all = BulkEvaluationSuccess { flags, event_streams: ticket.map(stream) };
         Ok(PreparedBody::with_hash(to_json(&all), hash).with_reuse(Reuse::Once))
     });
     match body {
@@ -126,5 +126,5 @@ fn error_response(key: Option<&str>, failure: &HttpError) -> HttpResponse {
     };
     let key = key.and_then(|key| decode_flag_name(key).ok());
     let error_details = failure.to_string();
-    reply::error_with_body(failure, &Refusal { key: key.as_deref(), error_code, error_details })
+    reply::error_with_body(failure, &EvaluationFailure { key: key.as_deref(), error_code, error_details })
 }

@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use super::reply::{self, HttpError, HttpResponse};
 use crate::{
     usage::{Full, Reporter, Usage},
-    wire::usage::{Application, Bulk, ClientMetrics, EdgeInstance, Metadata, ParseError},
+    wire::usage::{ClientApplication, BulkReport, ClientMetrics, EdgeInstance, SdkMetadata, ParseError},
 };
 
 /// The longest SDK header value that is recorded, in bytes.
@@ -22,7 +22,7 @@ pub fn register(
     headers: &HeaderMap,
     body: &[u8],
 ) -> Result<HttpResponse, HttpError> {
-    let mut application = Application::parse(body)?;
+    let mut application = ClientApplication::parse(body)?;
     complete_from_headers(&mut application.metadata, headers);
     usage.record_registration(reporter, application)?;
     Ok(reply::accepted())
@@ -43,7 +43,7 @@ pub fn client_metrics(
 
 /// Records the counts and registrations that another edge has collected.
 pub fn bulk_metrics(usage: &Usage, reporter: &Reporter<'_>, body: &[u8]) -> Result<HttpResponse, HttpError> {
-    let bulk = Bulk::parse(body)?;
+    let bulk = BulkReport::parse(body)?;
     usage.record_bulk(reporter, bulk, Timestamp::now())?;
     Ok(reply::accepted())
 }
@@ -55,7 +55,7 @@ pub fn edge_instance(usage: &Usage, reporter: &Reporter<'_>, body: &[u8]) -> Res
 }
 
 /// Completes the metadata from headers: frontend SDKs send it only there.
-fn complete_from_headers(metadata: &mut Metadata, headers: &HeaderMap) {
+fn complete_from_headers(metadata: &mut SdkMetadata, headers: &HeaderMap) {
     let header = |name| headers.get(name).and_then(|value| value.to_str().ok()).map(Arc::from);
     let fields = [
         (&mut metadata.sdk_version, "unleash-sdk"),

@@ -254,7 +254,7 @@ mod tests {
         };
         let document = |flags: &[Value], before: &Document| {
             let text = json!({ "features": flags }).to_string();
-            Document::parse(text.as_bytes()).unwrap().sharing(before)
+            Document::parse(text.as_bytes()).unwrap().reuse_unchanged(before)
         };
         let before = document(
             &[flag("a", "1"), flag("b", "1"), flag("c", "1"), flag("e", "1")],

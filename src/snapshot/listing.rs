@@ -65,7 +65,7 @@ pub fn filter_document(document: &Document, projects: &Projects, filter: &Filter
         features.iter().flat_map(|feature| feature.segment_ids().iter().copied()).collect();
     let segments = document.segments().iter().filter(|it| segment_ids.contains(&it.id())).cloned();
     let segments = segments.collect();
-    Document::of(features, segments)
+    Document::from_parts(features, segments)
 }
 
 /// A filtered body, and how often it was requested from the snapshot. Identical requests that the server
@@ -129,7 +129,7 @@ pub(super) fn build(
         SegmentFormat::Inlined => {
             push_list(
                 &mut text,
-                filtered.features().iter().map(|it| it.inlined(filtered.segments())),
+                filtered.features().iter().map(|it| it.with_inlined_segments(filtered.segments())),
             );
         }
     }

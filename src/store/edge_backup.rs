@@ -16,7 +16,7 @@ use crate::{
     token::{Environment, Grant, Token},
     wire::{
         text::without_byte_order_mark,
-        tokens::{Validated, readable},
+        tokens::{ValidatedToken, readable},
     },
 };
 
@@ -51,7 +51,7 @@ pub async fn tokens(folder: &Path) -> Result<Vec<(Token, Grant)>, Error> {
     #[serde(transparent)]
     struct Tokens {
         #[serde(deserialize_with = "readable")]
-        tokens: Vec<Validated>,
+        tokens: Vec<ValidatedToken>,
     }
     let file = folder.join("unleash_tokens.json");
     let Some(json) = read(&file).await? else { return Ok(Vec::new()) };

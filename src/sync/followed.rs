@@ -31,7 +31,7 @@ use crate::{
     token::{Environment, Scope},
     upstream::{Credentials, Upstream},
     wire::{
-        features::{Document, EarlierRun},
+        features::{Document, PreviousRun},
         sse::Event,
     },
 };
@@ -241,7 +241,7 @@ impl Followed {
             let published = publish(&dependencies.snapshots, scope, confirmed, make).await?;
             documents.published();
             if let Some(snapshot) = published {
-                let run = EarlierRun { upstream_revision: documents.revision() };
+                let run = PreviousRun { upstream_revision: documents.revision() };
                 let key = Key::Flags(environment.clone());
                 dependencies.saver.save(key, move || stored_form(&snapshot, run));
             }
@@ -424,9 +424,9 @@ impl Followed {
 
 /// Serializes a snapshot's flags for the store, with the state that the next run needs from this one.
 /// The projects are stored as the query of the document.
-fn stored_form(snapshot: &Snapshot, run: EarlierRun) -> Bytes {
+fn stored_form(snapshot: &Snapshot, run: PreviousRun) -> Bytes {
     let all = snapshot.client_features(snapshot.projects(), Filter::default(), SegmentFormat::Separate);
-    Document::to_store(&all.get_or_encode(ContentCoding::Identity).bytes, run).into()
+    Document::encode_stored(&all.get_or_encode(ContentCoding::Identity).bytes, run).into()
 }
 
 /// Why events of a stream cannot be applied.

@@ -21,7 +21,7 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use crate::{
     token::{Projects, TokenDigest},
-    wire::features::{Document, EarlierRun},
+    wire::features::{Document, PreviousRun},
 };
 
 /// How long to wait for more states before the last change wins, if the order of two states is
@@ -174,7 +174,7 @@ impl Precedence {
         token: &TokenDigest,
         projects: &Projects,
         states: &States,
-        served: Option<EarlierRun>,
+        served: Option<PreviousRun>,
         now: Instant,
     ) {
         self.observe(token, projects, states, served.and_then(|it| it.upstream_revision), now);

@@ -136,7 +136,7 @@ async fn take(
                 let (document, (is_changed, removed)) = match known {
                     None => (Document::parse(&body)?, (true, Vec::new())),
                     Some(known) => {
-                        let document = Document::parse_after(&body, &known)?;
+                        let document = Document::parse_reusing(&body, &known)?;
                         let differences = differences(&known, &document);
                         (document, differences)
                     }

@@ -167,7 +167,7 @@ impl Sources {
 
     fn inherit(&mut self, projects: Projects, document: Arc<Document>, now: Instant) {
         let digest = nobody();
-        let (states, run) = (States::of(&document), document.earlier_run());
+        let (states, run) = (States::of(&document), document.previous_run());
         self.precedence.inherit(&digest, &projects, &states, run, now);
         let appeared = Arc::default();
         let view = Part { projects, document, is_narrowed: false, first: self.count, appeared };
@@ -332,7 +332,7 @@ impl Sources {
         }
         let ids: BTreeSet<_> = removed.iter().flat_map(Feature::segment_ids).collect();
         let segments = ids.into_iter().filter_map(|id| document.segment(*id)).cloned().collect();
-        self.held.push((until, Arc::new(Document::of(removed, segments))));
+        self.held.push((until, Arc::new(Document::from_parts(removed, segments))));
         true
     }
 
@@ -604,7 +604,7 @@ mod tests {
     use super::*;
     use crate::{
         token::{Environment, Scope, Token},
-        wire::features::EarlierRun,
+        wire::features::PreviousRun,
     };
     use proptest::{collection::vec, prelude::*};
 
@@ -925,8 +925,8 @@ mod tests {
         let segments: Vec<_> = document.segments().iter().map(Segment::raw).collect();
         let (flags, segments) = (flags.join(","), segments.join(","));
         let text = format!(r#"{{"features":[{flags}],"segments":[{segments}]}}"#);
-        let run = EarlierRun { upstream_revision: documents.revision() };
-        let stored = Document::to_store(text.as_bytes(), run);
+        let run = PreviousRun { upstream_revision: documents.revision() };
+        let stored = Document::encode_stored(text.as_bytes(), run);
         let document = Document::parse_stored(&stored).unwrap();
         let scope = Scope { environment: Environment::new("dev"), projects: documents.projects() };
         Sources::new(Some(&Snapshot::build(scope, document, None)), now)
@@ -961,7 +961,7 @@ mod tests {
                         let before = seen(sees, &changes[..views[token]]).document;
                         views[token] = changes.len().min(views[token] + by);
                         let now = seen(sees, &changes[..views[token]]);
-                        let is_changed = !before.reports_as(&now.document)
+                        let is_changed = !before.has_same_diagnostics(&now.document)
                             || before.features() != now.document.features();
                         let is_known = documents.document(&credential.token.digest()).is_some();
                         if by_stream {

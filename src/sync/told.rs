@@ -6,7 +6,7 @@
 use std::{mem, sync::Arc};
 
 use crate::wire::{
-    delta::{self, Change, EventId, Unreadable},
+    delta::{self, Change, EventId, ParseError},
     features::Document,
     sse::Event,
 };
@@ -48,7 +48,7 @@ const PASSED: usize = 16;
 pub(super) enum Error {
     /// An event cannot be parsed.
     #[error("an event of upstream's stream cannot be read")]
-    Unreadable(#[from] Unreadable),
+    Unreadable(#[from] ParseError),
     /// A delta to a state that is not known.
     #[error("upstream's stream starts with a delta to an unknown state")]
     Unfounded,
@@ -112,7 +112,7 @@ pub(super) fn follow(
 /// Whether `state` differs from `known`, including its diagnostics, and the names of removed flags.
 pub(super) fn differences(known: &Document, state: &Document) -> (bool, Vec<Arc<str>>) {
     let changes = delta::diff(known, state);
-    let is_changed = !changes.is_empty() || !state.reports_as(known);
+    let is_changed = !changes.is_empty() || !state.has_same_diagnostics(known);
     let removed_flags = changes.into_iter().filter_map(|change| match change {
         Change::FeatureRemoved { name, .. } => Some(name),
         Change::Hydration(_)
@@ -125,7 +125,7 @@ pub(super) fn differences(known: &Document, state: &Document) -> (bool, Vec<Arc<
 
 /// Whether `state` differs from `known`, including its diagnostics.
 pub(super) fn differs(known: &Document, state: &Document) -> bool {
-    !delta::diff(known, state).is_empty() || !state.reports_as(known)
+    !delta::diff(known, state).is_empty() || !state.has_same_diagnostics(known)
 }
 
 #[cfg(test)]

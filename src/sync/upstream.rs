@@ -28,7 +28,7 @@ use crate::{
     telemetry::{Latch, error_chain},
     token::{Environment, Scope},
     upstream::{AdminToken, Credentials, Upstream},
-    wire::features::{Document, projects_of},
+    wire::features::{Document, query_projects},
 };
 
 /// The interval at which upstream's environments are listed.
@@ -88,7 +88,7 @@ impl Follower {
         for environment in stored {
             match self.store.load(&Key::Flags(environment.clone())).await {
                 Ok(Some(bytes)) => {
-                    let scope = Scope { environment, projects: projects_of(&bytes) };
+                    let scope = Scope { environment, projects: query_projects(&bytes) };
                     self.serve(scope, &bytes).await;
                 }
                 Ok(None) => {}

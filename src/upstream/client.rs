@@ -32,8 +32,8 @@ use crate::{
         delta::EventId,
         text::without_byte_order_mark,
         tokens::{
-            CreateRequest, Created, EnvironmentList, Listed, ListedEnvironment, ListedSecret,
-            TokenList, ValidateReply, ValidateRequest, Validated,
+            CreateTokenRequest, CreatedToken, EnvironmentList, ListedToken, ListedEnvironment, ListedSecret,
+            TokenList, ValidateResponse, ValidateRequest, ValidatedToken,
         },
     },
 };
@@ -208,14 +208,14 @@ impl Upstream {
     ///
     /// The requests (Unleash's `POST /edge/validate`) carry no `Authorization`. The tokens are split
     /// into several requests if one would exceed upstream's size limit.
-    pub async fn validate(&self, tokens: &[Token]) -> Result<Vec<Validated>, Error> {
+    pub async fn validate(&self, tokens: &[Token]) -> Result<Vec<ValidatedToken>, Error> {
         let mut valid = Vec::new();
         let mut rest = tokens;
         while !rest.is_empty() {
             let (batch, more) = rest.split_at(batch_len(rest));
             let body = ValidateRequest { tokens: batch.into() };
             let request = json(self.request(Method::POST, &["edge", "validate"], None), &body);
-            let reply: ValidateReply = self.call(Purpose::Validate, request, read).await?;
+            let reply: ValidateResponse = self.call(Purpose::Validate, request, read).await?;
             valid.extend(reply.tokens);
             rest = more;
         }
@@ -282,7 +282,7 @@ impl Upstream {
         &self,
         admin: &AdminToken,
         name: &str,
-    ) -> Result<Vec<Listed>, Error> {
+    ) -> Result<Vec<ListedToken>, Error> {
         let path = &["api", "admin", "api-tokens", name];
         let request = |token: &Token| self.request(Method::GET, path, Some(token));
         let list: TokenList = self.call_as_admin(admin, Purpose::ListTokens, request, read).await?;
@@ -296,12 +296,12 @@ impl Upstream {
         name: &str,
         environment: &Environment,
     ) -> Result<Token, Error> {
-        let body = CreateRequest::backend(name, environment);
+        let body = CreateTokenRequest::backend(name, environment);
         let path = &["api", "admin", "api-tokens"];
         let request = |token: &Token| {
             json(self.request(Method::POST, path, Some(token)), &body).timeout(PATIENT_TIMEOUT)
         };
-        let created: Created =
+        let created: CreatedToken =
             self.call_as_admin(admin, Purpose::CreateToken, request, read).await?;
         Ok(created.secret)
     }

@@ -28,7 +28,7 @@ use crate::{
     store::{self, Key},
     telemetry::error_chain,
     token::{Environment, Projects, Token, TokenDigest, TokenKind},
-    wire::tokens::{Listed, ListedSecret},
+    wire::tokens::{ListedToken, ListedSecret},
 };
 
 /// A token with our name that was not used for this long counts as abandoned.
@@ -237,7 +237,7 @@ impl Exchange {
     }
 
     /// Whether a listed token may be the one in a record that has not been read yet.
-    fn may_be_stored(&self, listed: &Listed, now: Timestamp) -> bool {
+    fn may_be_stored(&self, listed: &ListedToken, now: Timestamp) -> bool {
         matches!(listed.secret, ListedSecret::Selector(_))
             && !listed.is_expired(now)
             && listed.created_at.is_none_or(|at| at < self.started)
@@ -387,7 +387,7 @@ impl Record {
 
 /// The fleet's token to use: one for all projects if there is one, then the newest, so that all edges
 /// choose the same.
-fn best(fleet: &[Listed], history: &Past, now: Timestamp) -> Option<Credential> {
+fn best(fleet: &[ListedToken], history: &Past, now: Timestamp) -> Option<Credential> {
     let usable = fleet.iter().filter(|it| !it.is_expired(now)).filter_map(|it| match &it.secret {
         ListedSecret::Full(token) if !history.refused.contains(&token.digest()) => {
             Some((it, token))
@@ -404,7 +404,7 @@ fn best(fleet: &[Listed], history: &Past, now: Timestamp) -> Option<Credential> 
 /// Another edge of the fleet may use it. So it must be one that this edge created and can no longer use,
 /// or an abandoned one.
 fn is_ours_to_delete(
-    listed: &Listed,
+    listed: &ListedToken,
     previous: Option<&Kept>,
     history: &Past,
     now: Timestamp,
@@ -412,7 +412,7 @@ fn is_ours_to_delete(
     let replaced = previous.filter(|previous| previous.minted).is_some_and(|previous| {
         match &previous.credential {
             Some(Credential { token, .. }) => {
-                listed.secret.is_of(token) && history.refused.contains(&token.digest())
+                listed.secret.matches(token) && history.refused.contains(&token.digest())
             }
             None => match &listed.secret {
                 ListedSecret::Selector(selector) => previous.selector.as_ref() == Some(selector),

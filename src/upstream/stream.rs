@@ -10,7 +10,7 @@ use reqwest::Response;
 use tokio::time::{Instant, timeout_at};
 
 use super::{error::Error, outcome::Pulse};
-use crate::wire::sse::{Decoder, Event, TooLong};
+use crate::wire::sse::{Decoder, Event, EventTooLong};
 
 /// A stream without data for this long is dead: servers send a comment every 30 s.
 const SILENCE: Duration = Duration::from_secs(90);
@@ -60,7 +60,7 @@ impl Stream {
         let (mut events, mut size) = (Vec::new(), 0);
         loop {
             size += bytes.len();
-            if let Err(TooLong(limit)) = self.decoder.read(&bytes, |event| events.push(event)) {
+            if let Err(EventTooLong(limit)) = self.decoder.decode(&bytes, |event| events.push(event)) {
                 self.end = Some(Err(self.missed(Error::TooLarge { limit })));
                 break;
             }
@@ -85,7 +85,7 @@ impl Stream {
 
     /// The reconnect delay that upstream sent (`retry:`), if any.
     pub fn retry(&self) -> Option<Duration> {
-        self.decoder.retry()
+        self.decoder.retry_delay()
     }
 
     /// Records a failure in upstream's health.

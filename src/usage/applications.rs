@@ -18,7 +18,7 @@ use super::{
     lane::ApplicationKey,
     pool::{Account, Charge},
 };
-use crate::{token::Environment, wire::usage::Application};
+use crate::{token::Environment, wire::usage::ClientApplication};
 
 /// Interval after which an active instance is registered again.
 const TELL_AGAIN: Duration = Duration::from_hours(1);
@@ -42,7 +42,7 @@ pub(super) struct InstanceKey {
 /// A registration and its memory reservation.
 #[derive(Debug)]
 pub(super) struct Registration {
-    application: Application,
+    application: ClientApplication,
     charge: Charge,
 }
 
@@ -61,19 +61,19 @@ pub(super) struct Applications {
 
 impl Registration {
     /// A registration that was restored from a store. It is kept even if it exceeds the quota.
-    pub(super) fn restored(application: Application, quota: &Account) -> Self {
+    pub(super) fn restored(application: ClientApplication, quota: &Account) -> Self {
         let reservation = quota.charge(size(&application));
         Self { application, charge: reservation }
     }
 
-    pub(super) fn application(&self) -> &Application {
+    pub(super) fn application(&self) -> &ClientApplication {
         &self.application
     }
 
     /// This registration with the strategies of an earlier one.
     pub(super) fn with_strategies_of(&self, earlier: &Self) -> Self {
         let strategies = earlier.application.strategies.clone();
-        let application = Application { strategies, ..self.application.clone() };
+        let application = ClientApplication { strategies, ..self.application.clone() };
         let reservation = self.charge.resized(size(&application));
         Self { application, charge: reservation }
     }
@@ -84,7 +84,7 @@ impl Applications {
     pub(super) fn register(
         &mut self,
         key: InstanceKey,
-        mut application: Application,
+        mut application: ClientApplication,
         quota: &Account,
         now: Instant,
     ) -> bool {
@@ -140,8 +140,8 @@ impl Known {
 }
 
 /// Approximate bytes that an instance takes while it is tracked and queued for upstream.
-fn size(application: &Application) -> usize {
-    let Application {
+fn size(application: &ClientApplication) -> usize {
+    let ClientApplication {
         app_name,
         instance_id,
         connection_id,
@@ -157,7 +157,7 @@ fn size(application: &Application) -> usize {
     let lists = projects.iter().chain(strategies).flatten();
     let hops = connect_via.iter().flat_map(|hop| [&hop.app_name, &hop.instance_id]);
     let texts = [app_name].into_iter().chain(optional).chain(lists).chain(hops);
-    let texts = texts.chain(metadata.texts()).map(|text| PER_TEXT + text.len()).sum::<usize>();
+    let texts = texts.chain(metadata.values()).map(|text| PER_TEXT + text.len()).sum::<usize>();
     let extra = extra.iter().map(|(name, value)| PER_TEXT + name.len() + size_of_json(value));
     let tracked = size_of::<InstanceKey>() + size_of::<Known>() + size_of::<Registration>();
     let queued = size_of::<(ApplicationKey, Arc<Registration>)>();
@@ -186,16 +186,16 @@ mod tests {
         Pool::new(capacity).account(&TokenDigest::of("token"))
     }
 
-    fn told(applications: &mut Applications, now: Instant) -> Vec<Application> {
+    fn told(applications: &mut Applications, now: Instant) -> Vec<ClientApplication> {
         let due = applications.due(now).into_iter();
         due.map(|(_, registration)| registration.application().clone()).collect()
     }
 
-    fn application(interval: u64) -> Application {
+    fn application(interval: u64) -> ClientApplication {
         let body = format!(
             r#"{{"appName":"a","instanceId":"i","started":"2026-01-02T03:04:05Z","interval":{interval}}}"#
         );
-        Application::parse(body.as_bytes()).unwrap()
+        ClientApplication::parse(body.as_bytes()).unwrap()
     }
 
     fn key(instance: &str) -> InstanceKey {
@@ -235,13 +235,13 @@ mod tests {
         let at = minute(Instant::now());
         let mut applications = Applications::default();
         let quota = account(10_000);
-        let listed = Application { strategies: Some(vec!["x".into()]), ..application(1) };
+        let listed = ClientApplication { strategies: Some(vec!["x".into()]), ..application(1) };
         assert!(applications.register(key("i"), listed.clone(), &quota, at(0)));
         assert_eq!(applications.due(at(0)).len(), 1);
         assert!(applications.register(key("i"), application(1), &quota, at(1)));
         assert_eq!(told(&mut applications, at(1)), []);
         assert!(applications.register(key("i"), application(2), &quota, at(2)));
-        let updated = Application { interval: 2, ..listed };
+        let updated = ClientApplication { interval: 2, ..listed };
         assert_eq!(told(&mut applications, at(2)), [updated]);
     }
 
@@ -250,10 +250,10 @@ mod tests {
         let at = minute(Instant::now());
         let mut applications = Applications::default();
         let strategies = |count: usize| Some(vec!["x".repeat(255).into(); count]);
-        let large = Application { strategies: strategies(200), ..application(1) };
+        let large = ClientApplication { strategies: strategies(200), ..application(1) };
         assert!((50_000..80_000).contains(&size(&large)));
         let quota = account(4 * size(&large));
-        let mut register = |instance: usize, application: &Application| {
+        let mut register = |instance: usize, application: &ClientApplication| {
             let key = key(&instance.to_string());
             applications.register(key, application.clone(), &quota, at(0))
         };
@@ -261,7 +261,7 @@ mod tests {
         assert_eq!(accepted, [true, true, true, false, false]);
         // An unchanged registration needs no additional memory; a larger one does.
         assert!(register(0, &large));
-        let larger = Application { strategies: strategies(400), ..application(1) };
+        let larger = ClientApplication { strategies: strategies(400), ..application(1) };
         assert!(!register(0, &larger));
         // A queued registration uses the quota until it is sent.
         let queued = applications.due(at(0));

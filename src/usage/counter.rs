@@ -12,7 +12,7 @@ use std::{
 use jiff::Timestamp;
 
 use super::pool::{Account, Charge};
-use crate::wire::usage::{BulkMetric, MAX_INTEGER, Metadata, ToggleStats};
+use crate::wire::usage::{BulkMetric, MAX_INTEGER, SdkMetadata, ToggleStats};
 
 /// The longest accepted name, in bytes. Upstream's limit is 255 characters, but its index over four
 /// names allows 2704 bytes in total.
@@ -95,7 +95,7 @@ pub(super) struct Counter {
     yes: u64,
     no: u64,
     variants: BTreeMap<Arc<str>, Variant>,
-    metadata: Arc<Metadata>,
+    metadata: Arc<SdkMetadata>,
     /// Reservation for the counter without its variants.
     charge: Charge,
 }
@@ -117,7 +117,7 @@ impl Counter {
     /// variant is known.
     pub(super) fn of(
         stats: ToggleStats,
-        metadata: &Arc<Metadata>,
+        metadata: &Arc<SdkMetadata>,
         name: impl Fn(&str) -> Name,
     ) -> (Self, Lost) {
         let mut counter = Self { metadata: Arc::clone(metadata), ..Self::default() };
@@ -147,7 +147,7 @@ impl Counter {
 
     /// Its weight without variants; long texts add to it.
     pub(super) fn own_weight(&self, key: &CounterKey) -> usize {
-        let metadata = self.metadata.texts().map(|text| text.len()).sum::<usize>();
+        let metadata = self.metadata.values().map(|text| text.len()).sum::<usize>();
         1 + (key.app.len() + key.flag.len() + metadata) / WEIGHT_BYTES
     }
 
@@ -223,7 +223,7 @@ impl Counter {
             environment: environment.into(),
             timestamp: key.hour.start(),
             stats: ToggleStats { yes: self.yes, no: self.no, variants },
-            metadata: Metadata::clone(&self.metadata),
+            metadata: SdkMetadata::clone(&self.metadata),
         }
     }
 
@@ -314,7 +314,7 @@ mod tests {
     fn long_texts_increase_the_weight() {
         let check = |app: usize, flag: usize, sdk: usize, weight: usize| {
             let metadata =
-                Metadata { sdk_version: Some("s".repeat(sdk).into()), ..Metadata::default() };
+                SdkMetadata { sdk_version: Some("s".repeat(sdk).into()), ..SdkMetadata::default() };
             let counter = Counter::of(ToggleStats::default(), &Arc::new(metadata), name).0;
             assert_eq!(counter.weight(&key(&"a".repeat(app), &"f".repeat(flag))), weight);
         };

@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     token::Environment,
-    wire::usage::{Application, ImpactMetric, Samples},
+    wire::usage::{ClientApplication, ImpactMetric, Samples},
 };
 
 /// The smallest body limit to choose when upstream rejects bodies as too large, in bytes.
@@ -252,7 +252,7 @@ impl Lane {
 
     /// Adds a registration. Unknown strategies do not replace a list.
     pub(super) fn register(&mut self, registration: Arc<Registration>, age: Age) {
-        let key = |is_unlisted, it: &Application| -> ApplicationKey {
+        let key = |is_unlisted, it: &ClientApplication| -> ApplicationKey {
             (is_unlisted, Arc::clone(&it.app_name), it.instance_id.clone())
         };
         let application = registration.application();

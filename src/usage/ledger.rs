@@ -33,7 +33,7 @@ use super::{
 };
 use crate::{
     token::{Environment, TokenDigest},
-    wire::usage::{Application, ImpactMetric},
+    wire::usage::{ClientApplication, ImpactMetric},
 };
 
 /// Memory for registrations in bytes: about fifteen thousand of ordinary size for one token.
@@ -183,7 +183,7 @@ impl Ledger {
     pub(super) fn register(
         &self,
         key: InstanceKey,
-        app: Application,
+        app: ClientApplication,
         token: &TokenDigest,
         now: Instant,
     ) -> bool {

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     token::Environment,
-    wire::usage::{Application, BulkMetric, ImpactMetric, Samples},
+    wire::usage::{ClientApplication, BulkMetric, ImpactMetric, Samples},
 };
 
 const VERSION: u32 = 1;
@@ -218,8 +218,8 @@ fn piece(json: &str) -> Option<Item> {
     serde_json::from_str::<Piece>(json).ok()?.into_item()
 }
 
-fn application(json: &str) -> Option<Application> {
-    Application::parse(json.as_bytes()).ok()
+fn application(json: &str) -> Option<ClientApplication> {
+    ClientApplication::parse(json.as_bytes()).ok()
 }
 
 fn metric(json: &str) -> Option<BulkMetric> {

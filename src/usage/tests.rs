@@ -55,11 +55,11 @@ impl<'a> Client<'a> {
     }
 
     fn send_bulk(&self, body: &Value) {
-        let bulk = Bulk::parse(body.to_string().as_bytes()).unwrap();
+        let bulk = BulkReport::parse(body.to_string().as_bytes()).unwrap();
         self.usage.record_bulk(&self.reporter(), bulk, at(0)).unwrap();
     }
 
-    fn register(&self, application: Application) -> Result<(), Full> {
+    fn register(&self, application: ClientApplication) -> Result<(), Full> {
         self.usage.record_registration(&self.reporter(), application)
     }
 }
@@ -157,7 +157,7 @@ fn registration_gets_scope_from_token_and_own_connect_via_entry() {
         "appName": "a", "started": at(0).to_string(), "interval": 15, "strategies": ["default"],
         "environment": "prod", "projects": ["x"], "connectVia": [{ "appName": "edge", "instanceId": "e" }],
     });
-    let application = Application::parse(body.to_string().as_bytes()).unwrap();
+    let application = ClientApplication::parse(body.to_string().as_bytes()).unwrap();
     let register = |kind| {
         Client::new(&usage, kind, "dev").register(application.clone()).unwrap();
         sent(&usage, []).remove(0)["applications"][0].take()
@@ -187,7 +187,7 @@ fn every_accepted_registration_is_sent() {
         let accepted = instances.take_while(|instance| {
             let body = json!({ "appName": "a", "instanceId": instance.to_string(),
                                "started": at(0).to_string(), "interval": 15 });
-            let application = Application::parse(body.to_string().as_bytes()).unwrap();
+            let application = ClientApplication::parse(body.to_string().as_bytes()).unwrap();
             client.register(application).is_ok()
         });
         accepted.count()

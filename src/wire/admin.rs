@@ -15,10 +15,10 @@ use serde::{Serialize, Serializer};
 use serde_json::Value;
 
 pub use self::{
-    field::{Blank, Field, Member, Problem, Problems},
+    field::{BlankAsNull, Field, FieldType, FieldError, FieldErrors},
     request::{
-        ChangePassword, CreateToken, CreateUser, Email, Hidden, Id, Instant, Kind, Login,
-        MAX_PROJECTS, Name, ResetPassword, Role, SetPermissions, UpdateToken, UpdateUser, Username,
+        ChangePassword, CreateToken, CreateUser, Email, SecretString, ScopeId, Rfc3339, TokenKindField, Login,
+        MAX_PROJECTS, Name, ResetPassword, RoleRef, SetPermissions, UpdateToken, UpdateUser, Username,
     },
 };
 
@@ -26,15 +26,15 @@ use crate::token::Token;
 
 /// A timestamp as Unleash writes it: RFC 3339 with milliseconds.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Time(pub Timestamp);
+pub struct Rfc3339Millis(pub Timestamp);
 
-impl Serialize for Time {
+impl Serialize for Rfc3339Millis {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(&self.0.strftime("%Y-%m-%dT%H:%M:%S%.3fZ"))
     }
 }
 
-impl JsonSchema for Time {
+impl JsonSchema for Rfc3339Millis {
     fn schema_name() -> Cow<'static, str> {
         "Time".into()
     }
@@ -85,14 +85,14 @@ pub struct Detail {
 
 /// A token in a response: its secret, only once and only for its creator, or else its identifier.
 #[derive(Debug)]
-pub enum Shown {
+pub enum SecretOrIdentifier {
     /// The whole token, which has just been created.
     Secret(Token),
     /// The identifier of the token in the admin API.
     Identifier(String),
 }
 
-impl Serialize for Shown {
+impl Serialize for SecretOrIdentifier {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
             Self::Secret(token) => serializer.serialize_str(token.expose()),
@@ -101,7 +101,7 @@ impl Serialize for Shown {
     }
 }
 
-impl JsonSchema for Shown {
+impl JsonSchema for SecretOrIdentifier {
     fn schema_name() -> Cow<'static, str> {
         "Shown".into()
     }
@@ -120,7 +120,7 @@ impl JsonSchema for Shown {
 #[serde(rename_all = "camelCase")]
 pub struct ApiToken {
     /// The whole token if it has just been created, otherwise its identifier.
-    pub secret: Shown,
+    pub secret: SecretOrIdentifier,
     /// The name of the token.
     pub token_name: String,
     /// `backend`, `frontend` or `admin`.
@@ -132,13 +132,13 @@ pub struct ApiToken {
     /// The projects that it can access; `*` for all.
     pub projects: Vec<String>,
     /// The time when it expires, if ever.
-    pub expires_at: Option<Time>,
+    pub expires_at: Option<Rfc3339Millis>,
     /// The time when it was created.
-    pub created_at: Time,
+    pub created_at: Rfc3339Millis,
     /// The account or token that created it.
     pub created_by: String,
     /// The time when it was last used, accurate to about a minute.
-    pub seen_at: Option<Time>,
+    pub seen_at: Option<Rfc3339Millis>,
     /// Always null here.
     pub alias: Option<String>,
     /// Whether only a digest of the secret is stored: always true.
@@ -171,9 +171,9 @@ pub struct User {
     /// The permissions granted in addition to those of the role.
     pub permissions: Vec<&'static str>,
     /// The time when it was created.
-    pub created_at: Time,
+    pub created_at: Rfc3339Millis,
     /// The time of the last sign-in.
-    pub seen_at: Option<Time>,
+    pub seen_at: Option<Rfc3339Millis>,
     /// Whether it is an API token and not an account: always false.
     #[serde(rename = "isAPI")]
     pub is_api: bool,
@@ -315,7 +315,7 @@ pub struct Event {
     /// The id of the account, if an account caused it.
     pub created_by_user_id: Option<i64>,
     /// The time of the event.
-    pub created_at: Time,
+    pub created_at: Rfc3339Millis,
     /// The address of the client.
     pub ip: Option<String>,
     /// The environment of the changed object, if it has one.
@@ -396,9 +396,9 @@ pub struct Application {
     /// The number of its instances.
     pub instances: u64,
     /// The time when it was first seen.
-    pub created_at: Time,
+    pub created_at: Rfc3339Millis,
     /// The time when it was last seen.
-    pub seen_at: Time,
+    pub seen_at: Rfc3339Millis,
 }
 
 /// `GET /api/admin/client-metrics/features/{name}/raw`
@@ -426,7 +426,7 @@ pub struct UsageHour {
     /// The environment.
     pub environment: String,
     /// The start of the hour.
-    pub timestamp: Time,
+    pub timestamp: Rfc3339Millis,
     /// The number of evaluations to on.
     pub yes: u64,
     /// The number of evaluations to off.

@@ -38,14 +38,14 @@ const MAX_PROPERTIES: usize = 256;
 const MAX_FIELDS: usize = 1024;
 
 /// The maximum length of a value, in bytes.
-const MAX_VALUE: usize = 4 << 10;
+const MAX_VALUE_BYTES: usize = 4 << 10;
 
 /// The memory of a property besides the bytes of its name and value: the list entry, and the overhead of
 /// the allocator for two short strings.
-const PER_PROPERTY: usize = size_of::<(Cow<'_, str>, Cow<'_, str>)>() + 2 * 16;
+const PROPERTY_OVERHEAD: usize = size_of::<(Cow<'_, str>, Cow<'_, str>)>() + 2 * 16;
 
 /// The maximum size of all names and values of a context, in bytes.
-pub const MAX_CONTEXT: usize = 64 << 10;
+pub const MAX_CONTEXT_BYTES: usize = 64 << 10;
 
 /// The error of an invalid context.
 #[derive(Debug, thiserror::Error)]
@@ -55,18 +55,18 @@ pub enum Error {
     Json(#[from] serde_json::Error),
     /// There are too many fields.
     #[error("it has more than {MAX_FIELDS} fields")]
-    TooMany,
+    TooManyFields,
     /// A value is too long.
-    #[error("a value is longer than {MAX_VALUE} bytes")]
-    LongValue,
+    #[error("a value is longer than {MAX_VALUE_BYTES} bytes")]
+    ValueTooLong,
     /// All names and values together are too large.
-    #[error("its names and values are more than {MAX_CONTEXT} bytes")]
+    #[error("its names and values are more than {MAX_CONTEXT_BYTES} bytes")]
     TooLarge,
 }
 
 impl<'a> FrontendContext<'a> {
     /// The names of the standard fields; all others are properties.
-    const KNOWN: [&'static str; 6] =
+    const STANDARD_FIELDS: [&'static str; 6] =
         ["userId", "sessionId", "environment", "appName", "currentTime", "remoteAddress"];
 
     /// Parses `userId=…&properties[plan]=…`. Other names are properties too.
@@ -75,33 +75,33 @@ impl<'a> FrontendContext<'a> {
     /// order of the query. Unleash's frontend API treats such arrays the same way (measured on 8.2.0).
     pub fn from_query(query: &'a str) -> Result<Self, Error> {
         let (mut context, mut misplaced) = (Self::default(), Misplaced::default());
-        for (count, (name, value)) in pairs(query).enumerate() {
+        for (count, (name, value)) in query_pairs(query).enumerate() {
             if count == MAX_FIELDS {
-                return Err(Error::TooMany);
+                return Err(Error::TooManyFields);
             }
-            let value = decoded(value);
-            if let Some(property) = plain_property(name) {
+            let value = decode(value);
+            if let Some(property) = plain_property_name(name) {
                 context.add_property(&mut misplaced, Cow::Borrowed(property), value);
                 continue;
             }
-            let name = decoded(name);
+            let name = decode(name);
             if !has_bracket(&name) {
                 context.add_top_level(&mut misplaced, name, value);
-            } else if let Some((origin, key)) = key_of(&name) {
+            } else if let Some((origin, key)) = parse_bracketed_name(&name) {
                 let key = match &name {
-                    Cow::Borrowed(name) => key_of(name).map_or_else(Cow::default, |it| it.1.into()),
+                    Cow::Borrowed(name) => parse_bracketed_name(name).map_or_else(Cow::default, |it| it.1.into()),
                     Cow::Owned(_) => Cow::Owned(key.to_owned()),
                 };
                 match origin {
-                    Origin::TopLevel => context.add_top_level(&mut misplaced, key, value),
-                    Origin::Properties => context.add_property(&mut misplaced, key, value),
+                    Placement::TopLevel => context.add_top_level(&mut misplaced, key, value),
+                    Placement::Properties => context.add_property(&mut misplaced, key, value),
                 }
             }
         }
         if !misplaced.is_empty() {
             context.add_misplaced(misplaced);
         }
-        context.within_bounds()
+        context.check_size()
     }
 
     /// Parses an object of fields, or `{"context": fields}`. An empty body is an empty context.
@@ -110,7 +110,7 @@ impl<'a> FrontendContext<'a> {
             return Ok(Self::default());
         }
         let Envelope(context) = serde_json::from_slice(body)?;
-        context.within_bounds()
+        context.check_size()
     }
 
     /// Converts the context to one that borrows nothing and has no spare capacity.
@@ -142,14 +142,14 @@ impl<'a> FrontendContext<'a> {
     }
 
     /// The approximate heap memory of the context once it borrows nothing, in bytes.
-    pub fn memory(&self) -> usize {
-        self.size() + self.properties.len() * PER_PROPERTY
+    pub fn estimated_memory(&self) -> usize {
+        self.size() + self.properties.len() * PROPERTY_OVERHEAD
     }
 
     /// Keeps only the fields for whose names `is_kept` is true.
     pub fn retain(&mut self, mut is_kept: impl FnMut(&str) -> bool) {
-        for name in Self::KNOWN {
-            let field = self.known(name);
+        for name in Self::STANDARD_FIELDS {
+            let field = self.standard_field_mut(name);
             if let Some(field) = field.filter(|it| it.is_some())
                 && !is_kept(name)
             {
@@ -181,11 +181,11 @@ impl<'a> FrontendContext<'a> {
         serde_json::Value::Object(object).to_string()
     }
 
-    fn within_bounds(self) -> Result<Self, Error> {
-        if self.values().any(|value| value.len() > MAX_VALUE) {
-            return Err(Error::LongValue);
+    fn check_size(self) -> Result<Self, Error> {
+        if self.values().any(|value| value.len() > MAX_VALUE_BYTES) {
+            return Err(Error::ValueTooLong);
         }
-        if self.size() > MAX_CONTEXT { Err(Error::TooLarge) } else { Ok(self) }
+        if self.size() > MAX_CONTEXT_BYTES { Err(Error::TooLarge) } else { Ok(self) }
     }
 
     fn values(&self) -> impl Iterator<Item = &Cow<'a, str>> {
@@ -196,7 +196,7 @@ impl<'a> FrontendContext<'a> {
         fields.into_iter().flatten().chain(self.properties.iter().map(|(_, value)| value))
     }
 
-    fn known(&mut self, name: &str) -> Option<&mut Option<Cow<'a, str>>> {
+    fn standard_field_mut(&mut self, name: &str) -> Option<&mut Option<Cow<'a, str>>> {
         Some(match name {
             "userId" => &mut self.user_id,
             "sessionId" => &mut self.session_id,
@@ -209,7 +209,7 @@ impl<'a> FrontendContext<'a> {
     }
 
     fn set(&mut self, name: Cow<'a, str>, value: Cow<'a, str>) {
-        match self.known(&name) {
+        match self.standard_field_mut(&name) {
             Some(field) => *field = Some(value),
             None => self.set_property(name, value),
         }
@@ -218,7 +218,7 @@ impl<'a> FrontendContext<'a> {
     /// Sets a property. A standard field among the properties is used only if the field is missing or
     /// empty at the top level.
     fn set_property(&mut self, name: Cow<'a, str>, value: Cow<'a, str>) {
-        if let Some(field) = self.known(&name) {
+        if let Some(field) = self.standard_field_mut(&name) {
             if field.as_deref().is_none_or(str::is_empty) {
                 *field = Some(value);
             }
@@ -246,18 +246,18 @@ impl<'a> FrontendContext<'a> {
 }
 
 /// The pairs of a query, as in a form (URL standard, 5.1). Names and values still need [`decode`].
-fn pairs(query: &str) -> impl Iterator<Item = (&str, &str)> {
+fn query_pairs(query: &str) -> impl Iterator<Item = (&str, &str)> {
     let mut rest = query;
     let pairs = iter::from_fn(move || {
-        let (pair, next) = split(rest, b'&')?;
+        let (pair, next) = split_first(rest, b'&')?;
         rest = next;
         Some(pair)
     });
-    pairs.filter(|pair| !pair.is_empty()).map(|pair| split(pair, b'=').unwrap_or_default())
+    pairs.filter(|pair| !pair.is_empty()).map(|pair| split_first(pair, b'=').unwrap_or_default())
 }
 
 /// Splits `text` at the first `separator`, which is ASCII. `None` if `text` is empty.
-fn split(text: &str, separator: u8) -> Option<(&str, &str)> {
+fn split_first(text: &str, separator: u8) -> Option<(&str, &str)> {
     let first = || match memchr(separator, text.as_bytes()) {
         Some(at) => (&text[..at], &text[at + 1..]),
         None => (text, ""),
@@ -266,11 +266,11 @@ fn split(text: &str, separator: u8) -> Option<(&str, &str)> {
 }
 
 /// The length in bytes up to which a simple loop is faster than `memchr`.
-const SHORT: usize = 24;
+const MEMCHR_THRESHOLD: usize = 24;
 
 /// Whether a name contains `[`. Most names are short and do not.
 fn has_bracket(name: &str) -> bool {
-    if name.len() <= SHORT {
+    if name.len() <= MEMCHR_THRESHOLD {
         name.bytes().any(|byte| byte == b'[')
     } else {
         memchr(b'[', name.as_bytes()).is_some()
@@ -278,8 +278,8 @@ fn has_bracket(name: &str) -> bool {
 }
 
 /// Decodes a name or value of a form. Most need no decoding and are borrowed after one scan.
-fn decoded(text: &str) -> Cow<'_, str> {
-    let is_plain = if text.len() <= SHORT {
+fn decode(text: &str) -> Cow<'_, str> {
+    let is_plain = if text.len() <= MEMCHR_THRESHOLD {
         text.bytes().all(|byte| byte != b'%' && byte != b'+')
     } else {
         memchr2(b'%', b'+', text.as_bytes()).is_none()
@@ -296,7 +296,7 @@ fn decoded(text: &str) -> Cow<'_, str> {
 
 /// The name `k` in `properties%5Bk%5D`, which is how browsers and SDKs write `properties[k]`. `None` if
 /// anything else needs decoding.
-fn plain_property(name: &str) -> Option<&str> {
+fn plain_property_name(name: &str) -> Option<&str> {
     let property = name.strip_prefix("properties%5B")?.strip_suffix("%5D")?;
     let is_plain = |byte: u8| !matches!(byte, b'%' | b'+' | b'[' | b']');
     (!property.is_empty() && property.bytes().all(is_plain)).then_some(property)
@@ -304,7 +304,7 @@ fn plain_property(name: &str) -> Option<&str> {
 
 /// The part of a query that contains a field.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Origin {
+enum Placement {
     /// `k=`
     TopLevel,
     /// `properties[k]=`
@@ -313,13 +313,13 @@ enum Origin {
 
 /// Parses a name with a bracket: `properties[k]` or `k`, with an optional `[]` or index at the end.
 /// `None` for a name that no flag could use, such as `properties[a][b]`.
-fn key_of(name: &str) -> Option<(Origin, &str)> {
+fn parse_bracketed_name(name: &str) -> Option<(Placement, &str)> {
     let of_properties = name.strip_prefix("properties[").and_then(|rest| rest.split_once(']'));
     let (origin, key, rest) = if let Some((key, rest)) = of_properties {
-        (Origin::Properties, key, rest)
+        (Placement::Properties, key, rest)
     } else {
         let (key, rest) = name.split_at(name.find('[')?);
-        (Origin::TopLevel, key, rest)
+        (Placement::TopLevel, key, rest)
     };
     let is_index = |rest: &str| {
         let index = rest.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
@@ -353,10 +353,10 @@ impl<'a> FrontendContext<'a> {
         name: Cow<'a, str>,
         value: Cow<'a, str>,
     ) {
-        match self.known(&name) {
+        match self.standard_field_mut(&name) {
             Some(field @ None) => *field = Some(value),
-            Some(Some(values)) => join(values, &value),
-            None => add_or_join(&mut misplaced.properties, name, value),
+            Some(Some(values)) => append_value(values, &value),
+            None => insert_or_append(&mut misplaced.properties, name, value),
         }
     }
 
@@ -367,10 +367,10 @@ impl<'a> FrontendContext<'a> {
         name: Cow<'a, str>,
         value: Cow<'a, str>,
     ) {
-        if self.known(&name).is_some() {
-            add_or_join(&mut misplaced.fields, name, value);
+        if self.standard_field_mut(&name).is_some() {
+            insert_or_append(&mut misplaced.fields, name, value);
         } else {
-            add_or_join(&mut self.properties, name, value);
+            insert_or_append(&mut self.properties, name, value);
         }
     }
 
@@ -391,20 +391,20 @@ impl<'a> FrontendContext<'a> {
 }
 
 /// Adds a field, or appends the value to that of an existing one.
-fn add_or_join<'a>(
+fn insert_or_append<'a>(
     list: &mut Vec<(Cow<'a, str>, Cow<'a, str>)>,
     name: Cow<'a, str>,
     value: Cow<'a, str>,
 ) {
     if let Some((_, values)) = list.iter_mut().find(|(known, _)| *known == name) {
-        join(values, &value);
+        append_value(values, &value);
     } else if list.len() < MAX_PROPERTIES {
         list.push((name, value));
     }
 }
 
 #[cold]
-fn join(values: &mut Cow<'_, str>, value: &str) {
+fn append_value(values: &mut Cow<'_, str>, value: &str) {
     let values = values.to_mut();
     values.push(',');
     values.push_str(value);
@@ -509,9 +509,9 @@ impl<'de> Visitor<'de> for ValueVisitor {
 
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Self::Value, A::Error> {
         let mut fields = Vec::new();
-        while let Some(Key(name)) = entries.next_key()? {
+        while let Some(ObjectKey(name)) = entries.next_key()? {
             if fields.len() == MAX_FIELDS {
-                return Err(serde::de::Error::custom(Error::TooMany));
+                return Err(serde::de::Error::custom(Error::TooManyFields));
             }
             fields.push((name, entries.next_value()?));
         }
@@ -520,9 +520,9 @@ impl<'de> Visitor<'de> for ValueVisitor {
 }
 
 /// An object's key, borrowed if it has no escapes.
-struct Key<'a>(Cow<'a, str>);
+struct ObjectKey<'a>(Cow<'a, str>);
 
-impl<'de> Deserialize<'de> for Key<'de> {
+impl<'de> Deserialize<'de> for ObjectKey<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         match deserializer.deserialize_str(ValueVisitor)? {
             Value::Scalar(name) => Ok(Self(name)),
@@ -558,7 +558,7 @@ mod tests {
 
         #[test]
         fn query_is_decoded_like_a_form(query in "[ab%+&=0-9A-Fé]{0,40}") {
-            let pairs = pairs(&query).map(|(name, value)| (decoded(name), decoded(value)));
+            let pairs = query_pairs(&query).map(|(name, value)| (decode(name), decode(value)));
             let ours: Vec<_> = pairs.collect();
             let standard: Vec<_> = form_urlencoded::parse(query.as_bytes()).collect();
             prop_assert_eq!(ours, standard);
@@ -579,7 +579,7 @@ mod tests {
         }
     }
 
-    fn expected() -> FrontendContext<'static> {
+    fn expected_context() -> FrontendContext<'static> {
         FrontendContext {
             user_id: Some("7".into()),
             app_name: Some("shop".into()),
@@ -591,12 +591,12 @@ mod tests {
     #[test]
     fn query_and_both_forms_of_body_are_equivalent() {
         let query = "userId=7&appName=shop&properties[plan]=gold+%26%20co";
-        assert_eq!(FrontendContext::from_query(query).unwrap(), expected());
+        assert_eq!(FrontendContext::from_query(query).unwrap(), expected_context());
         let escaped = "userId=7&appName=shop&properties%5Bplan%5D=gold%20%26%20co";
-        assert_eq!(FrontendContext::from_query(escaped).unwrap(), expected());
+        assert_eq!(FrontendContext::from_query(escaped).unwrap(), expected_context());
         let fields = r#"{"userId": 7, "appName": "shop", "properties": {"plan": "gold & co"}}"#;
         for body in [fields.to_owned(), format!(r#"{{"context": {fields}, "toggles": []}}"#)] {
-            assert_eq!(FrontendContext::from_json(body.as_bytes()).unwrap(), expected(), "{body}");
+            assert_eq!(FrontendContext::from_json(body.as_bytes()).unwrap(), expected_context(), "{body}");
         }
     }
 
@@ -607,10 +607,10 @@ mod tests {
 
     #[test]
     fn unknown_names_are_properties_and_unusable_values_are_ignored() {
-        check(r#"{"userId":"7","appName":"shop","plan":"gold & co"}"#, &expected());
+        check(r#"{"userId":"7","appName":"shop","plan":"gold & co"}"#, &expected_context());
         check(
             r#"{"userId":"7","appName":"shop","plan":"gold \u0026 co","x":null,"y":[{}],"z":{"a":1}}"#,
-            &expected(),
+            &expected_context(),
         );
         check("", &FrontendContext::default());
         check("{}", &FrontendContext::default());
@@ -638,7 +638,7 @@ mod tests {
             let mut context = FrontendContext::from_query(query).unwrap();
             let mut fields = std::mem::take(&mut context.properties);
             for name in ["userId", "sessionId", "appName"] {
-                let field = context.known(name).unwrap();
+                let field = context.standard_field_mut(name).unwrap();
                 fields.extend(field.take().map(|value| (name.into(), value)));
             }
             assert_eq!(context, FrontendContext::default(), "{query}");
@@ -724,13 +724,13 @@ mod tests {
             let error = FrontendContext::from_json(body.as_bytes()).err();
             assert_eq!(error.map(|it| it.to_string()).as_deref(), expect);
         };
-        check(&[MAX_VALUE], MAX_VALUE, None);
-        check(&[], MAX_VALUE + 1, Some("a value is longer than 4096 bytes"));
-        check(&[MAX_VALUE + 1], 0, Some("a value is longer than 4096 bytes"));
-        let many = [MAX_VALUE - 4; 16];
+        check(&[MAX_VALUE_BYTES], MAX_VALUE_BYTES, None);
+        check(&[], MAX_VALUE_BYTES + 1, Some("a value is longer than 4096 bytes"));
+        check(&[MAX_VALUE_BYTES + 1], 0, Some("a value is longer than 4096 bytes"));
+        let many = [MAX_VALUE_BYTES - 4; 16];
         check(&many, 0, None);
         check(&many, 1, Some("its names and values are more than 65536 bytes"));
-        let long = format!("plan={}", "x".repeat(MAX_VALUE + 1));
+        let long = format!("plan={}", "x".repeat(MAX_VALUE_BYTES + 1));
         assert!(FrontendContext::from_query(&long).is_err());
     }
 }

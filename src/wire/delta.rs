@@ -50,7 +50,7 @@ pub enum Change {
 /// The error of a list of events that cannot be applied. The resulting state is unknown, so the whole
 /// state has to be fetched.
 #[derive(Debug, thiserror::Error)]
-pub enum Unreadable {
+pub enum ParseError {
     /// The JSON does not have the shape of events.
     #[error("the events cannot be read: {0}")]
     Malformed(#[from] serde_json::Error),
@@ -59,7 +59,7 @@ pub enum Unreadable {
     UnknownType,
     /// A segment has no numeric id.
     #[error("a segment has no numeric id")]
-    Segment,
+    SegmentWithoutId,
 }
 
 /// The changes that turn `old` into `new`, ordered so that no flag lacks a segment in between.
@@ -112,8 +112,8 @@ pub fn apply<'a>(state: &Document, changes: impl IntoIterator<Item = &'a Change>
             Change::SegmentRemoved(id) => drop(segments.remove(id)),
         }
     }
-    let state = Document::of(features.into_values().collect(), segments.into_values().collect());
-    state.with_reports_of(reported)
+    let state = Document::from_parts(features.into_values().collect(), segments.into_values().collect());
+    state.with_diagnostics_of(reported)
 }
 
 /// Encodes `{"events":[…]}`.
@@ -123,13 +123,13 @@ pub fn encode<'a>(events: impl IntoIterator<Item = &'a Event>) -> String {
         if n > 0 {
             text.push(',');
         }
-        push(&mut text, event);
+        write_event(&mut text, event);
     }
     text.push_str("]}");
     text
 }
 
-fn push(text: &mut String, Event { id, change }: &Event) {
+fn write_event(text: &mut String, Event { id, change }: &Event) {
     let kind = match change {
         Change::Hydration(_) => HYDRATION,
         Change::FeatureUpdated(_) => FEATURE_UPDATED,
@@ -142,9 +142,9 @@ fn push(text: &mut String, Event { id, change }: &Event) {
     let _ = match change {
         Change::Hydration(whole) => {
             text.push_str(r#""features":["#);
-            push_list(text, whole.features().iter().map(Feature::raw));
+            write_list(text, whole.features().iter().map(Feature::raw));
             text.push_str(r#"],"segments":["#);
-            push_list(text, whole.segments().iter().map(Segment::raw));
+            write_list(text, whole.segments().iter().map(Segment::raw));
             text.write_str("]}")
         }
         Change::FeatureUpdated(feature) => write!(text, r#""feature":{}}}"#, feature.raw()),
@@ -157,7 +157,7 @@ fn push(text: &mut String, Event { id, change }: &Event) {
     };
 }
 
-fn push_list<'a>(text: &mut String, items: impl Iterator<Item = &'a str>) {
+fn write_list<'a>(text: &mut String, items: impl Iterator<Item = &'a str>) {
     for (n, item) in items.enumerate() {
         if n > 0 {
             text.push(',');
@@ -177,17 +177,17 @@ const SEGMENT_REMOVED: &str = "segment-removed";
 /// # Errors
 /// If a single event is malformed or of an unknown type: the other events alone would lead to a state
 /// that never existed.
-pub fn parse(body: &[u8]) -> Result<Vec<Event>, Unreadable> {
+pub fn parse(body: &[u8]) -> Result<Vec<Event>, ParseError> {
     #[derive(Deserialize)]
     struct Body<'a> {
         #[serde(borrow)]
         events: Vec<&'a RawValue>,
     }
     let Body { events } = serde_json::from_slice(body)?;
-    events.into_iter().map(|event| parse_one(event.get())).collect()
+    events.into_iter().map(|event| parse_event(event.get())).collect()
 }
 
-fn parse_one(text: &str) -> Result<Event, Unreadable> {
+fn parse_event(text: &str) -> Result<Event, ParseError> {
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct Head<'a> {
@@ -232,14 +232,14 @@ fn parse_one(text: &str) -> Result<Event, Unreadable> {
         }
         SEGMENT_UPDATED => {
             let WithSegment { segment } = serde_json::from_str(text)?;
-            let segment = Segment::parse(segment).ok_or(Unreadable::Segment)?;
+            let segment = Segment::parse(segment).ok_or(ParseError::SegmentWithoutId)?;
             Change::SegmentUpdated(segment)
         }
         SEGMENT_REMOVED => {
             let WithoutSegment { segment_id } = serde_json::from_str(text)?;
             Change::SegmentRemoved(segment_id)
         }
-        _ => return Err(Unreadable::UnknownType),
+        _ => return Err(ParseError::UnknownType),
     };
     Ok(Event { id: event_id, change })
 }
@@ -250,13 +250,13 @@ mod tests {
 
     use super::*;
 
-    fn texts(document: &Document) -> (Vec<&str>, Vec<&str>) {
+    fn raw_texts(document: &Document) -> (Vec<&str>, Vec<&str>) {
         let features = document.features().iter().map(Feature::raw).collect();
         (features, document.segments().iter().map(Segment::raw).collect())
     }
 
     /// A state of few flags and segments, so that two states often share some.
-    fn state() -> impl Strategy<Value = Document> {
+    fn any_document() -> impl Strategy<Value = Document> {
         let feature = (0..6_u8, 0..3_u8, 0..3_u8).prop_map(|(name, project, rest)| {
             // The spaces, the unknown field and the escape must be preserved.
             format!(
@@ -283,7 +283,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn received_events_lead_to_new_state(states in vec(state(), 2..5)) {
+        fn received_events_lead_to_new_state(states in vec(any_document(), 2..5)) {
             // Step by step from the first state, and then directly from the first to the last.
             let mut follower = states[0].clone();
             for (n, pair) in (1..).zip(states.windows(2)) {
@@ -291,20 +291,20 @@ mod tests {
                 let received = received(&sent);
                 prop_assert!(received.iter().all(|event| event.id == n));
                 follower = apply(&follower, received.iter().map(|event| &event.change));
-                prop_assert_eq!(texts(&follower), texts(&pair[1]));
+                prop_assert_eq!(raw_texts(&follower), raw_texts(&pair[1]));
             }
             let (first, last) = (&states[0], &states[states.len() - 1]);
             let jump = apply(first, &diff(first, last));
-            prop_assert_eq!(texts(&jump), texts(last));
+            prop_assert_eq!(raw_texts(&jump), raw_texts(last));
             prop_assert!(diff(&follower, last).is_empty());
         }
 
         #[test]
-        fn hydration_replaces_whole_state(before in state(), after in state()) {
+        fn hydration_replaces_whole_state(before in any_document(), after in any_document()) {
             let sent = [Event { id: 7, change: Change::Hydration(after.clone()) }];
             let received = received(&sent);
             let state = apply(&before, received.iter().map(|event| &event.change));
-            prop_assert_eq!(texts(&state), texts(&after));
+            prop_assert_eq!(raw_texts(&state), raw_texts(&after));
         }
 
         #[test]
@@ -326,11 +326,11 @@ mod tests {
         for _ in 0..2 {
             let [unreadable] = state.unreadable() else { panic!("{:?}", state.unreadable()) };
             assert_eq!(unreadable.position, 3);
-            assert_eq!(state.shadowed(), [Arc::from("a")]);
+            assert_eq!(state.duplicates(), [Arc::from("a")]);
             state = apply(&state, [&update]);
         }
         state = apply(&state, [&hydration(r#"{"name":"a"}"#)]);
-        assert!(state.unreadable().is_empty() && state.shadowed().is_empty());
+        assert!(state.unreadable().is_empty() && state.duplicates().is_empty());
     }
 
     #[test]
@@ -359,13 +359,13 @@ mod tests {
     fn parse_errors_are_distinguished() {
         let parse = |event: &str| parse(format!(r#"{{"events":[{event}]}}"#).as_bytes());
         let unknown = parse(r#"{"type":"environment-renamed","eventId":3}"#);
-        assert!(matches!(unknown, Err(Unreadable::UnknownType)), "{unknown:?}");
+        assert!(matches!(unknown, Err(ParseError::UnknownType)), "{unknown:?}");
         let nameless = parse(r#"{"type":"feature-updated","eventId":3,"feature":{}}"#);
-        assert!(matches!(nameless, Err(Unreadable::Malformed(_))), "{nameless:?}");
+        assert!(matches!(nameless, Err(ParseError::Malformed(_))), "{nameless:?}");
         let segment = parse(r#"{"type":"segment-updated","eventId":3,"segment":{}}"#);
-        assert!(matches!(segment, Err(Unreadable::Segment)), "{segment:?}");
+        assert!(matches!(segment, Err(ParseError::SegmentWithoutId)), "{segment:?}");
         let numberless = parse(r#"{"type":"segment-removed","segmentId":3}"#);
-        assert!(matches!(numberless, Err(Unreadable::Malformed(_))), "{numberless:?}");
+        assert!(matches!(numberless, Err(ParseError::Malformed(_))), "{numberless:?}");
         let known = parse(r#"{"type":"segment-removed","segmentId":3,"eventId":4,"more":{}}"#);
         let known = known.unwrap();
         assert!(matches!(known[..], [Event { id: 4, change: Change::SegmentRemoved(3) }]));

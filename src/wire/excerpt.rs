@@ -14,11 +14,11 @@ pub struct Excerpt<'a> {
 
 impl<'a> Excerpt<'a> {
     /// The default length of an excerpt, in bytes.
-    pub const LEN: usize = 200;
+    pub const DEFAULT_LEN: usize = 200;
 
     /// An excerpt of at most [`Excerpt::DEFAULT_LEN`] bytes.
     pub fn of(text: &'a str) -> Self {
-        Self::up_to(Self::LEN, text)
+        Self::up_to(Self::DEFAULT_LEN, text)
     }
 
     /// An excerpt of at most `len` bytes.

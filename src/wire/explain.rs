@@ -11,12 +11,12 @@ use serde_json::value::RawValue;
 
 use super::{
     context::{self, FrontendContext},
-    features::{Loose, Text},
+    features::{Lenient, Text},
 };
 
 /// A request to explain a flag.
 #[derive(Debug)]
-pub struct Question<'a> {
+pub struct ExplainRequest<'a> {
     /// The environment of the flag.
     pub environment: Text<'a>,
     /// The name of the flag.
@@ -33,27 +33,27 @@ pub enum Error {
     Json(#[from] serde_json::Error),
     /// A name is missing, empty, or not a string.
     #[error("`{0}` must be a name")]
-    Name(&'static str),
+    InvalidName(&'static str),
     /// The context is invalid.
     #[error("`context` cannot be read: {0}")]
     Context(#[from] context::Error),
 }
 
-impl<'a> Question<'a> {
+impl<'a> ExplainRequest<'a> {
     /// Parses a body. A context that is absent or `null` is empty.
     pub fn parse(body: &'a [u8]) -> Result<Self, Error> {
         #[derive(Deserialize)]
         struct Body<'a> {
             #[serde(borrow, default)]
-            environment: Loose<Text<'a>>,
+            environment: Lenient<Text<'a>>,
             #[serde(borrow, default)]
-            flag: Loose<Text<'a>>,
+            flag: Lenient<Text<'a>>,
             #[serde(borrow, default)]
             context: Option<&'a RawValue>,
         }
         let body: Body<'a> = serde_json::from_slice(body)?;
-        let name = |text: Loose<Text<'a>>, field| {
-            text.is().filter(|text| !text.is_empty()).ok_or(Error::Name(field))
+        let name = |text: Lenient<Text<'a>>, field| {
+            text.valid().filter(|text| !text.is_empty()).ok_or(Error::InvalidName(field))
         };
         Ok(Self {
             environment: name(body.environment, "environment")?,
@@ -66,7 +66,7 @@ impl<'a> Question<'a> {
     }
 }
 
-impl JsonSchema for Question<'_> {
+impl JsonSchema for ExplainRequest<'_> {
     fn schema_name() -> Cow<'static, str> {
         "Question".into()
     }
@@ -95,13 +95,13 @@ mod tests {
     #[test]
     fn context_is_optional() {
         let body = br#"{"environment":"dev","flag":"a","context":{"userId":7,"plan":"gold"}}"#;
-        let request = Question::parse(body).unwrap();
+        let request = ExplainRequest::parse(body).unwrap();
         assert_eq!((&*request.environment, &*request.flag), ("dev", "a"));
         assert_eq!(request.context.user_id.as_deref(), Some("7"));
         assert_eq!(request.context.properties, [("plan".into(), "gold".into())]);
         for context in ["", r#","context":null"#, r#","context":{}"#] {
             let body = format!(r#"{{"environment":"dev","flag":"a"{context}}}"#);
-            let request = Question::parse(body.as_bytes()).unwrap();
+            let request = ExplainRequest::parse(body.as_bytes()).unwrap();
             assert_eq!(request.context, FrontendContext::default(), "{body}");
         }
     }
@@ -109,7 +109,7 @@ mod tests {
     #[test]
     fn error_names_invalid_field() {
         let check = |body: &str, expect: &str| {
-            let error = Question::parse(body.as_bytes()).unwrap_err().to_string();
+            let error = ExplainRequest::parse(body.as_bytes()).unwrap_err().to_string();
             assert!(error.starts_with(expect), "{body}: {error}");
         };
         check("[", "the body must be a JSON object");

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 pub use self::definition::{
-    Constraint, Definition, Dependency, Loose, Override, Parameters, Payload, Strategy, Text,
+    Constraint, Definition, Dependency, Lenient, Override, Parameters, Payload, Strategy, Text,
     Variant,
 };
 use self::definition::{Meta, SegmentBody};
@@ -36,28 +36,28 @@ pub struct Document {
     segments: Vec<Segment>,
     revision: Option<u64>,
     stored_revision: Option<u64>,
-    earlier_run: Option<EarlierRun>,
-    shadowed: Vec<Arc<str>>,
-    unreadable: Vec<Unreadable>,
+    previous_run: Option<PreviousRun>,
+    duplicates: Vec<Arc<str>>,
+    unreadable: Vec<UnreadableFlag>,
 }
 
 /// Information about the run that served and stored a document.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct EarlierRun {
+pub struct PreviousRun {
     /// The upstream revision of the document, if upstream's revisions can be compared.
     pub upstream_revision: Option<u64>,
 }
 
 /// The field that Parapet adds to a stored listing.
 #[derive(Deserialize, Serialize)]
-struct Addition {
-    parapet: Option<EarlierRun>,
+struct StoredExtension {
+    parapet: Option<PreviousRun>,
 }
 
 /// A flag that was left out of its document because its name could not be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Unreadable {
+pub struct UnreadableFlag {
     /// The position in the received list, counted from 1.
     pub position: usize,
     /// The parse error.
@@ -72,7 +72,7 @@ impl Document {
     /// that contains items but no flag. A malformed flag is kept if its name can be read, and left out
     /// otherwise ([`Document::unreadable`]). Both are reported at compilation.
     pub fn parse(body: &[u8]) -> Result<Self, serde_json::Error> {
-        Self::parse_after(body, &Self::default())
+        Self::parse_reusing(body, &Self::default())
     }
 
     /// Parses a client-features body and shares unchanged flags and segments with `before`. Unchanged
@@ -80,30 +80,30 @@ impl Document {
     ///
     /// # Errors
     /// As [`Document::parse`].
-    pub fn parse_after(body: &[u8], before: &Self) -> Result<Self, serde_json::Error> {
+    pub fn parse_reusing(body: &[u8], before: &Self) -> Result<Self, serde_json::Error> {
         let body = without_byte_order_mark(body);
         // serde would accept a list of the fields in place of an object.
         if body.trim_ascii_start().starts_with(b"[") {
             return Err(serde::de::Error::custom(format_args!(
-                "a list, where {EXPECTED} is expected"
+                "a list, where {EXPECTED_SHAPE} is expected"
             )));
         }
         let body: Body<'_> = serde_json::from_slice(body)?;
         // Half of the work is done; yields to other threads before the rest.
         thread::yield_now();
         let features = match body.features {
-            Loose::Is(features) => features,
+            Lenient::Valid(features) => features,
             // A response without flags is an error; it must not be taken for an empty configuration.
-            Loose::Missing | Loose::Malformed => {
+            Lenient::Missing | Lenient::Malformed => {
                 return Err(serde::de::Error::custom("`features` is not a list"));
             }
         };
-        let (features, unreadable) = readable(features, &before.by_text())?;
-        let segments = body.segments.is().unwrap_or_default();
+        let (features, unreadable) = parse_features(features, &before.index_by_text())?;
+        let segments = body.segments.valid().unwrap_or_default();
         let segments = segments.into_iter().filter_map(Segment::parse).collect();
-        let revision = body.meta.is().and_then(|meta| meta.revision_id.is());
-        let mut document = Self { unreadable, ..Self::sorted(features, segments, revision) };
-        document.share_segments(before);
+        let revision = body.meta.valid().and_then(|meta| meta.revision_id.valid());
+        let mut document = Self { unreadable, ..Self::from_unsorted(features, segments, revision) };
+        document.reuse_unchanged_segments(before);
         Ok(document)
     }
 
@@ -115,10 +115,10 @@ impl Document {
     pub fn parse_file(text: &[u8]) -> Result<Self, serde_json::Error> {
         match Self::parse(text) {
             Err(error) if error.is_data() => {
-                let flags = simple::flags(without_byte_order_mark(text), &error)?;
+                let flags = simple::parse_flags(without_byte_order_mark(text), &error)?;
                 let features =
                     flags.iter().map(|flag| Feature::parse(flag)).collect::<Result<_, _>>();
-                Ok(Self::of(features?, Vec::new()))
+                Ok(Self::from_parts(features?, Vec::new()))
             }
             other => other,
         }
@@ -131,15 +131,15 @@ impl Document {
     /// As [`Document::parse`].
     pub fn parse_stored(text: &[u8]) -> Result<Self, serde_json::Error> {
         let document = Self::parse(text)?;
-        let Addition { parapet: earlier_run } =
+        let StoredExtension { parapet: earlier_run } =
             serde_json::from_slice(without_byte_order_mark(text))?;
         let stored_revision = document.revision;
-        Ok(Self { revision: None, stored_revision, earlier_run, ..document })
+        Ok(Self { revision: None, stored_revision, previous_run: earlier_run, ..document })
     }
 
     /// The text to store for a listing; [`Document::parse_stored`] parses it.
-    pub fn to_store(listing: &[u8], run: EarlierRun) -> Vec<u8> {
-        let mut text = serde_json::to_vec(&Addition { parapet: Some(run) })
+    pub fn encode_stored(listing: &[u8], run: PreviousRun) -> Vec<u8> {
+        let mut text = serde_json::to_vec(&StoredExtension { parapet: Some(run) })
             .expect("an object of numbers serializes");
         text.pop();
         text.push(b',');
@@ -157,12 +157,12 @@ impl Document {
             union.features.extend(document.features);
             union.segments.extend(document.segments);
             union.revision = union.revision.max(document.revision);
-            union.shadowed.extend(document.shadowed);
+            union.duplicates.extend(document.duplicates);
             union.unreadable.extend(document.unreadable);
         }
         // A flag that tokens of two projects can access is not a duplicate to report.
-        let sorted = Self::sorted(union.features, union.segments, union.revision);
-        Self { shadowed: union.shadowed, unreadable: union.unreadable, ..sorted }
+        let sorted = Self::from_unsorted(union.features, union.segments, union.revision);
+        Self { duplicates: union.duplicates, unreadable: union.unreadable, ..sorted }
     }
 
     /// The document with only the flags and segments for which the predicates are true.
@@ -177,8 +177,8 @@ impl Document {
             segments: self.segments.iter().filter(|it| has_segment(it)).cloned().collect(),
             revision: self.revision,
             stored_revision: self.stored_revision,
-            earlier_run: self.earlier_run,
-            shadowed: self.shadowed.clone(),
+            previous_run: self.previous_run,
+            duplicates: self.duplicates.clone(),
             unreadable: self.unreadable.clone(),
         }
     }
@@ -215,43 +215,43 @@ impl Document {
     }
 
     /// The run that stored this document, if one did.
-    pub fn earlier_run(&self) -> Option<EarlierRun> {
-        self.earlier_run
+    pub fn previous_run(&self) -> Option<PreviousRun> {
+        self.previous_run
     }
 
     /// The names that the body defined more than once; the last definition is used.
-    pub fn shadowed(&self) -> &[Arc<str>] {
-        &self.shadowed
+    pub fn duplicates(&self) -> &[Arc<str>] {
+        &self.duplicates
     }
 
     /// The flags that were left out because their names could not be read.
-    pub fn unreadable(&self) -> &[Unreadable] {
+    pub fn unreadable(&self) -> &[UnreadableFlag] {
         &self.unreadable
     }
 
     /// Creates a document. Of several flags with the same name, or segments with the same id, the last
     /// is used.
-    pub fn of(features: Vec<Feature>, segments: Vec<Segment>) -> Self {
-        Self::sorted(features, segments, None)
+    pub fn from_parts(features: Vec<Feature>, segments: Vec<Segment>) -> Self {
+        Self::from_unsorted(features, segments, None)
     }
 
     /// The same flags and segments, with the diagnostics of `other`: unreadable flags and duplicate
     /// names.
     #[must_use]
-    pub(super) fn with_reports_of(self, other: &Self) -> Self {
-        let (shadowed, unreadable) = (other.shadowed.clone(), other.unreadable.clone());
-        Self { shadowed, unreadable, ..self }
+    pub(super) fn with_diagnostics_of(self, other: &Self) -> Self {
+        let (shadowed, unreadable) = (other.duplicates.clone(), other.unreadable.clone());
+        Self { duplicates: shadowed, unreadable, ..self }
     }
 
     /// Whether both have the same diagnostics: unreadable flags and duplicate names.
-    pub fn reports_as(&self, other: &Self) -> bool {
-        self.shadowed == other.shadowed && self.unreadable == other.unreadable
+    pub fn has_same_diagnostics(&self, other: &Self) -> bool {
+        self.duplicates == other.duplicates && self.unreadable == other.unreadable
     }
 
     /// The same document, sharing unchanged flags and segments with `previous`. Several states in memory
     /// then cost only their differences.
     #[must_use]
-    pub fn sharing(mut self, previous: &Self) -> Self {
+    pub fn reuse_unchanged(mut self, previous: &Self) -> Self {
         let features = previous.features.iter();
         for pair in features.merge_join_by(&mut self.features, |a, b| a.name().cmp(b.name())) {
             if let Both(before, now) = pair
@@ -260,11 +260,11 @@ impl Document {
                 *now = before.clone();
             }
         }
-        self.share_segments(previous);
+        self.reuse_unchanged_segments(previous);
         self
     }
 
-    fn share_segments(&mut self, previous: &Self) {
+    fn reuse_unchanged_segments(&mut self, previous: &Self) {
         for segment in &mut self.segments {
             if let Some(before) = previous.segment(segment.id)
                 && before == segment
@@ -274,37 +274,37 @@ impl Document {
         }
     }
 
-    fn by_text(&self) -> ByText<'_> {
+    fn index_by_text(&self) -> FeaturesByText<'_> {
         self.features.iter().map(|feature| (feature.raw(), feature)).collect()
     }
 
-    fn sorted(features: Vec<Feature>, segments: Vec<Segment>, revision: Option<u64>) -> Self {
-        let mut shadowed = Vec::new();
-        let mut note = |feature: &Feature| shadowed.push(Arc::clone(feature.name()));
-        let features = last_of_each(features, Feature::name, &mut note);
-        let segments = last_of_each(segments, |segment| &segment.id, |_| {});
-        shadowed.dedup();
+    fn from_unsorted(features: Vec<Feature>, segments: Vec<Segment>, revision: Option<u64>) -> Self {
+        let mut duplicates = Vec::new();
+        let mut note = |feature: &Feature| duplicates.push(Arc::clone(feature.name()));
+        let features = sort_keeping_last(features, Feature::name, &mut note);
+        let segments = sort_keeping_last(segments, |segment| &segment.id, |_| {});
+        duplicates.dedup();
         Self {
             features,
             segments,
             revision,
             stored_revision: None,
-            earlier_run: None,
-            shadowed,
+            previous_run: None,
+            duplicates,
             unreadable: Vec::new(),
         }
     }
 }
 
 /// Flags by their JSON text.
-type ByText<'d> = HashMap<&'d str, &'d Feature, RandomState>;
+type FeaturesByText<'d> = HashMap<&'d str, &'d Feature, RandomState>;
 
 /// Parses flags and collects unreadable ones. Known flags are reused without parsing. If there is no
 /// readable flag, the last error is that of the whole body.
-fn readable(
+fn parse_features(
     items: Vec<&RawValue>,
-    known: &ByText<'_>,
-) -> Result<(Vec<Feature>, Vec<Unreadable>), serde_json::Error> {
+    known: &FeaturesByText<'_>,
+) -> Result<(Vec<Feature>, Vec<UnreadableFlag>), serde_json::Error> {
     let mut features = Vec::with_capacity(items.len());
     let mut unreadable = Vec::new();
     let mut last = None;
@@ -316,7 +316,7 @@ fn readable(
         match Feature::parse(item) {
             Ok(feature) => features.push(feature),
             Err(error) => {
-                unreadable.push(Unreadable { position, reason: error.to_string() });
+                unreadable.push(UnreadableFlag { position, reason: error.to_string() });
                 last = Some(error);
             }
         }
@@ -328,7 +328,7 @@ fn readable(
 }
 
 /// Sorts by key and keeps the last item of each key; the others are passed to `drop`.
-fn last_of_each<T, K: Ord>(
+fn sort_keeping_last<T, K: Ord>(
     mut items: Vec<T>,
     key: impl Fn(&T) -> &K,
     mut drop: impl FnMut(&T),
@@ -354,7 +354,7 @@ fn find_segment(segments: &[Segment], id: i64) -> Option<&Segment> {
 }
 
 /// The projects in the `query` of a listing; all if there is none.
-pub fn projects_of(listing: &[u8]) -> Projects {
+pub fn query_projects(listing: &[u8]) -> Projects {
     #[derive(Deserialize)]
     struct Listing {
         query: Query,
@@ -369,27 +369,27 @@ pub fn projects_of(listing: &[u8]) -> Projects {
     }
 }
 
-const EXPECTED: &str = "an object with a list `features`";
+const EXPECTED_SHAPE: &str = "an object with a list `features`";
 
 #[derive(Deserialize)]
 #[serde(expecting = "an object with a list `features`")]
 struct Body<'a> {
     #[serde(borrow)]
-    features: Loose<Vec<&'a RawValue>>,
+    features: Lenient<Vec<&'a RawValue>>,
     #[serde(borrow, default)]
-    segments: Loose<Vec<&'a RawValue>>,
+    segments: Lenient<Vec<&'a RawValue>>,
     #[serde(default)]
-    meta: Loose<Meta>,
+    meta: Lenient<Meta>,
 }
 
 /// A flag: its JSON text, and the few values that are needed without compiling it.
 ///
 /// Clones share the text. Flags are equal if their texts are equal.
 #[derive(Debug, Clone)]
-pub struct Feature(Arc<Flag>);
+pub struct Feature(Arc<FeatureData>);
 
 #[derive(Debug)]
-struct Flag {
+struct FeatureData {
     name: Arc<str>,
     project: Arc<str>,
     segment_ids: Box<[i64]>,
@@ -410,11 +410,11 @@ impl Feature {
         struct Named<'a> {
             name: Arc<str>,
             #[serde(borrow, default)]
-            project: Loose<Text<'a>>,
+            project: Lenient<Text<'a>>,
         }
         let Named { name, project } = serde_json::from_str(raw.get())?;
-        let project = project.is().filter(|project| !project.is_empty());
-        Ok(Self(Arc::new(Flag {
+        let project = project.valid().filter(|project| !project.is_empty());
+        Ok(Self(Arc::new(FeatureData {
             name,
             project: Arc::from(project.as_deref().unwrap_or(DEFAULT_PROJECT)),
             segment_ids: segment_ids(raw.get()),
@@ -456,8 +456,8 @@ impl Feature {
     /// In every strategy, the constraints of its segments are added to `constraints`, and `segments` is
     /// removed. All other values keep their text and order. A reference to an unknown segment becomes a
     /// constraint that never matches.
-    pub fn inlined(&self, segments: &[Segment]) -> String {
-        inline::feature(self.0.raw.get(), |id| find_segment(segments, id).map(|it| &*it.raw))
+    pub fn with_inlined_segments(&self, segments: &[Segment]) -> String {
+        inline::inline_segments(self.0.raw.get(), |id| find_segment(segments, id).map(|it| &*it.raw))
     }
 }
 
@@ -466,13 +466,13 @@ fn segment_ids(text: &str) -> Box<[i64]> {
     if !text.contains("\"segments\"") {
         return Box::default();
     }
-    let Ok(Definition { strategies: Loose::Is(strategies), .. }) = serde_json::from_str(text)
+    let Ok(Definition { strategies: Lenient::Valid(strategies), .. }) = serde_json::from_str(text)
     else {
         return Box::default();
     };
-    let of_strategy = |strategy: Loose<Strategy<'_>>| strategy.is()?.segments.is();
+    let of_strategy = |strategy: Lenient<Strategy<'_>>| strategy.valid()?.segments.valid();
     let ids = strategies.into_iter().filter_map(of_strategy).flatten();
-    let mut ids: Vec<i64> = ids.filter_map(Loose::is).collect();
+    let mut ids: Vec<i64> = ids.filter_map(Lenient::valid).collect();
     ids.sort_unstable();
     ids.dedup();
     ids.into_boxed_slice()
@@ -518,14 +518,14 @@ impl Segment {
 
     /// The name of the segment, if it has one.
     pub fn name(&self) -> Option<Text<'_>> {
-        serde_json::from_str::<SegmentBody<'_>>(self.raw.get()).ok()?.name.is()
+        serde_json::from_str::<SegmentBody<'_>>(self.raw.get()).ok()?.name.valid()
     }
 
     /// The constraints, all of which must match.
-    pub fn constraints(&self) -> Loose<Vec<Loose<Constraint<'_>>>> {
+    pub fn constraints(&self) -> Lenient<Vec<Lenient<Constraint<'_>>>> {
         match serde_json::from_str::<SegmentBody<'_>>(self.raw.get()) {
             Ok(body) => body.constraints,
-            Err(_) => Loose::Malformed,
+            Err(_) => Lenient::Malformed,
         }
     }
 }
@@ -555,7 +555,7 @@ mod tests {
         let flags: Vec<_> =
             document.features().iter().map(|f| (&**f.name(), &**f.project())).collect();
         assert_eq!(flags, [("a", "x"), ("b", "web")]);
-        assert_eq!(document.shadowed(), [Arc::from("b")]);
+        assert_eq!(document.duplicates(), [Arc::from("b")]);
         assert_eq!(document.revision(), Some(7));
     }
 
@@ -625,11 +625,11 @@ mod tests {
         let text = br#"{"features":[],"meta":{"revisionId":7}}"#;
         let document = Document::parse_stored(text).unwrap();
         assert_eq!((document.revision(), document.stored_revision()), (None, Some(7)));
-        assert_eq!(document.earlier_run(), None, "not stored by Parapet");
+        assert_eq!(document.previous_run(), None, "not stored by Parapet");
         for upstream_revision in [None, Some(9)] {
-            let run = EarlierRun { upstream_revision };
-            let document = Document::parse_stored(&Document::to_store(text, run)).unwrap();
-            assert_eq!((document.stored_revision(), document.earlier_run()), (Some(7), Some(run)));
+            let run = PreviousRun { upstream_revision };
+            let document = Document::parse_stored(&Document::encode_stored(text, run)).unwrap();
+            assert_eq!((document.stored_revision(), document.previous_run()), (Some(7), Some(run)));
         }
     }
 
@@ -640,7 +640,7 @@ mod tests {
             let document = parse(&body);
             let names: Vec<_> = document.features().iter().map(|it| &**it.name()).collect();
             assert_eq!(names, ["a", "b"], "{odd}");
-            let [Unreadable { position: 2, reason: actual }] = document.unreadable() else {
+            let [UnreadableFlag { position: 2, reason: actual }] = document.unreadable() else {
                 panic!("{odd}: {:?}", document.unreadable());
             };
             assert!(actual.starts_with(reason), "{odd}: {actual}");
@@ -666,8 +666,8 @@ mod tests {
         let first = r#"{"features":[{"name":"a"},{"name":"b"}],"segments":[{"id":1},{"id":2}]}"#;
         let then = r#"{"features":[{"name":"a"},{"name":"b","x":1},{"name":"c"}],"segments":[{"id":1},{"id":2,"x":1}]}"#;
         let (first, text, then) = (parse(first), then, parse(then));
-        let read = Document::parse_after(text.as_bytes(), &first).unwrap();
-        for shared in [then.clone().sharing(&first), read] {
+        let read = Document::parse_reusing(text.as_bytes(), &first).unwrap();
+        for shared in [then.clone().reuse_unchanged(&first), read] {
             assert_eq!(shared.features(), then.features());
             assert_eq!(shared.segments(), then.segments());
             let same = |n: usize| {
@@ -688,10 +688,10 @@ mod tests {
         let body = format!(
             r#"{{"features":[{{"name":7}},{b},{{"name":"a"}},{{"name":"b"}},{b}],"meta":{{"revisionId":3}}}}"#
         );
-        let (read, expect) = (Document::parse_after(body.as_bytes(), &before), parse(&body));
+        let (read, expect) = (Document::parse_reusing(body.as_bytes(), &before), parse(&body));
         assert_eq!(format!("{:?}", read.unwrap()), format!("{expect:?}"));
         for body in [r#"{"features":7}"#, r#"{"features":[{"name":7}]}"#, "["] {
-            assert!(Document::parse_after(body.as_bytes(), &before).is_err());
+            assert!(Document::parse_reusing(body.as_bytes(), &before).is_err());
         }
     }
 
@@ -709,12 +709,12 @@ mod tests {
         assert_eq!(flags, [("a", "new"), ("b", "default")]);
         assert_eq!(union.segments().iter().map(Segment::id).collect::<Vec<_>>(), [1, 2]);
         assert_eq!(union.revision(), Some(5));
-        assert!(union.shadowed().is_empty());
+        assert!(union.duplicates().is_empty());
     }
 
     #[test]
     fn projects_are_read_from_query_of_listing() {
-        let of = |query: &str| projects_of(format!(r#"{{"features":[]{query}}}"#).as_bytes());
+        let of = |query: &str| query_projects(format!(r#"{{"features":[]{query}}}"#).as_bytes());
         assert_eq!(of(r#","query":{"projects":["a","b"]}"#), Projects::from_list(["a", "b"]));
         assert_eq!(of(r#","query":{"projects":["*"]}"#), Projects::All);
         assert_eq!(of(r#","query":{"environment":"dev"}"#), Projects::All);

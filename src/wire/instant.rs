@@ -7,17 +7,17 @@ use jiff::{Timestamp, fmt::temporal::Pieces};
 
 /// Parses a timestamp with an offset from UTC. One beyond the range of [`Timestamp`] is clamped to it.
 pub fn parse(text: &str) -> Option<Timestamp> {
-    text.parse().ok().or_else(|| beyond(text))
+    text.parse().ok().or_else(|| parse_out_of_range(text))
 }
 
-fn beyond(text: &str) -> Option<Timestamp> {
+fn parse_out_of_range(text: &str) -> Option<Timestamp> {
     let pieces = Pieces::parse(text).ok()?;
     let is_whole = pieces.time().is_some() && pieces.to_numeric_offset().is_some();
-    is_whole.then(|| farthest(pieces.date().year())).flatten()
+    is_whole.then(|| limit_in_year(pieces.date().year())).flatten()
 }
 
 /// The limit of [`Timestamp`] that lies in `year`.
-pub fn farthest(year: i16) -> Option<Timestamp> {
+pub fn limit_in_year(year: i16) -> Option<Timestamp> {
     match year {
         9999 => Some(Timestamp::MAX),
         -9999 => Some(Timestamp::MIN),

@@ -10,7 +10,7 @@ use super::context::{self, FrontendContext};
 
 /// The evaluated flag.
 #[derive(Debug, Serialize)]
-pub struct Evaluation<'a> {
+pub struct EvaluationSuccess<'a> {
     /// The name of the flag.
     pub key: &'a str,
     /// The value; without one, the application uses its default.
@@ -68,9 +68,9 @@ pub struct Metadata<'a> {
 
 /// All evaluated flags of a scope, sorted by name.
 #[derive(Debug, Serialize)]
-pub struct Evaluations<'a> {
+pub struct BulkEvaluationSuccess<'a> {
     /// One for each flag.
-    pub flags: Vec<Evaluation<'a>>,
+    pub flags: Vec<EvaluationSuccess<'a>>,
     /// The stream that announces changes.
     #[serde(rename = "eventStreams", skip_serializing_if = "Option::is_none")]
     pub event_streams: Option<[EventStream; 1]>,
@@ -81,34 +81,34 @@ pub struct Evaluations<'a> {
 #[serde(rename_all = "camelCase")]
 pub struct EventStream {
     r#type: &'static str,
-    endpoint: Endpoint,
+    endpoint: EventStreamEndpoint,
     /// The number of seconds in the background after which a provider should close it.
     inactivity_delay_sec: u32,
 }
 
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Endpoint {
+struct EventStreamEndpoint {
     request_uri: String,
 }
 
 impl EventStream {
     /// Server-sent events at this path and query, on the host that the provider uses.
     pub fn sse(request_uri: String) -> Self {
-        let endpoint = Endpoint { request_uri };
+        let endpoint = EventStreamEndpoint { request_uri };
         Self { r#type: "sse", endpoint, inactivity_delay_sec: 120 }
     }
 }
 
 /// The name of the stream's events.
-pub const EVENT: &str = "message";
+pub const EVENT_NAME: &str = "message";
 /// The data of an event that requests another evaluation.
-pub const REFETCH: &str = r#"{"type":"refetchEvaluation"}"#;
+pub const REFETCH_EVENT_DATA: &str = r#"{"type":"refetchEvaluation"}"#;
 
 /// The response to a request that failed.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Refusal<'a> {
+pub struct EvaluationFailure<'a> {
     /// The requested flag, if the request is for a single one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key: Option<&'a str>,
@@ -133,13 +133,13 @@ pub enum ErrorCode {
 
 /// The error of a request whose context cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum Unreadable {
+pub enum RequestError {
     /// The body is not a JSON object.
     #[error("the body is no JSON object: {0}")]
     Body(serde_json::Error),
     /// The context is not an object.
     #[error("it is no JSON object")]
-    NoObject,
+    ContextNotObject,
     /// The context is invalid.
     #[error(transparent)]
     Context(#[from] context::Error),
@@ -149,7 +149,7 @@ pub enum Unreadable {
 ///
 /// The targeting key is used as the user id unless `userId` is present, and it remains a property. The
 /// other fields are parsed as in `/api/frontend`.
-pub fn context(body: &[u8]) -> Result<FrontendContext<'_>, Unreadable> {
+pub fn parse_context(body: &[u8]) -> Result<FrontendContext<'_>, RequestError> {
     #[derive(Deserialize)]
     struct Request<'a> {
         #[serde(borrow, default)]
@@ -158,14 +158,14 @@ pub fn context(body: &[u8]) -> Result<FrontendContext<'_>, Unreadable> {
     if body.iter().all(u8::is_ascii_whitespace) {
         return Ok(FrontendContext::default());
     }
-    let request: &RawValue = serde_json::from_slice(body).map_err(Unreadable::Body)?;
+    let request: &RawValue = serde_json::from_slice(body).map_err(RequestError::Body)?;
     if !request.get().starts_with('{') {
-        return Err(Unreadable::Body(serde::de::Error::custom("it is of another type")));
+        return Err(RequestError::Body(serde::de::Error::custom("it is of another type")));
     }
-    let Request { context } = serde_json::from_str(request.get()).map_err(Unreadable::Body)?;
+    let Request { context } = serde_json::from_str(request.get()).map_err(RequestError::Body)?;
     let Some(context) = context else { return Ok(FrontendContext::default()) };
     if !context.get().starts_with('{') {
-        return Err(Unreadable::NoObject);
+        return Err(RequestError::ContextNotObject);
     }
     let mut context = FrontendContext::from_json(context.get().as_bytes())?;
     if context.user_id.is_none() {
@@ -177,7 +177,7 @@ pub fn context(body: &[u8]) -> Result<FrontendContext<'_>, Unreadable> {
 
 /// The value of a variant, from the type and text of its payload. A JSON payload that is not an object,
 /// and a number that JSON cannot represent, become strings.
-pub fn value<'a>(kind: &str, text: &'a str) -> Value<'a> {
+pub fn payload_value<'a>(kind: &str, text: &'a str) -> Value<'a> {
     match kind {
         "number" => text.trim().parse().map_or(Value::Text(text), Value::Number),
         "json" => match serde_json::from_str::<&RawValue>(text.trim()) {
@@ -194,7 +194,7 @@ mod tests {
 
     #[test]
     fn targeting_key_is_the_user_unless_user_id_is_present() {
-        let read = |body: &'static str| context(body.as_bytes()).unwrap();
+        let read = |body: &'static str| parse_context(body.as_bytes()).unwrap();
         let user = |body| read(body).user_id.map(std::borrow::Cow::into_owned);
         assert_eq!(user(r#"{"context":{"targetingKey":"7"}}"#).as_deref(), Some("7"));
         assert_eq!(user(r#"{"context":{"targetingKey":"7","userId":"8"}}"#).as_deref(), Some("8"));
@@ -205,16 +205,16 @@ mod tests {
         for empty in ["", " ", "{}", r#"{"context":null}"#, r#"{"context":{}}"#] {
             assert_eq!(read(empty), FrontendContext::default(), "{empty}");
         }
-        let error = |body: &'static str| context(body.as_bytes()).unwrap_err();
-        assert!(matches!(error("{"), Unreadable::Body(_)));
-        assert!(matches!(error("[]"), Unreadable::Body(_)));
-        assert!(matches!(error(r#"{"context":7}"#), Unreadable::NoObject));
+        let error = |body: &'static str| parse_context(body.as_bytes()).unwrap_err();
+        assert!(matches!(error("{"), RequestError::Body(_)));
+        assert!(matches!(error("[]"), RequestError::Body(_)));
+        assert!(matches!(error(r#"{"context":7}"#), RequestError::ContextNotObject));
     }
 
     #[test]
     fn payload_has_its_declared_type_if_possible() {
         let check = |kind, text, expect: &str| {
-            assert_eq!(serde_json::to_string(&value(kind, text)).unwrap(), expect, "{kind} {text}");
+            assert_eq!(serde_json::to_string(&payload_value(kind, text)).unwrap(), expect, "{kind} {text}");
         };
         check("string", "a", r#""a""#);
         check("csv", "a,b", r#""a,b""#);

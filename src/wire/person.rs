@@ -4,7 +4,7 @@ use serde::Deserialize;
 
 /// An account of the server.
 #[derive(Clone, Debug, Deserialize)]
-pub struct Person {
+pub struct User {
     /// The numeric id.
     pub id: i64,
     /// The name to sign in with.
@@ -16,18 +16,18 @@ pub struct Person {
 }
 
 #[derive(Deserialize)]
-struct Answer {
-    user: Person,
+struct UserResponse {
+    user: User,
 }
 
-impl Person {
+impl User {
     /// Parses the response.
     pub fn parse(body: &[u8]) -> Result<Self, serde_json::Error> {
-        serde_json::from_slice(body).map(|Answer { user }| user)
+        serde_json::from_slice(body).map(|UserResponse { user }| user)
     }
 
     /// The first of user name and email address that is not empty, or else the id.
-    pub fn name(&self) -> String {
+    pub fn display_name(&self) -> String {
         let name = [&self.username, &self.email].into_iter().flatten().find(|it| !it.is_empty());
         name.cloned().unwrap_or_else(|| format!("account {}", self.id))
     }

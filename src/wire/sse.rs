@@ -9,7 +9,7 @@ use std::{
 };
 
 /// A comment that keeps proxies from closing an idle stream.
-pub const COMMENT: &[u8] = b": keep-alive\n\n";
+pub const KEEP_ALIVE_COMMENT: &[u8] = b": keep-alive\n\n";
 
 /// A decoded event.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -23,7 +23,7 @@ pub struct Event {
 }
 
 /// Encodes one event. `name` and `id` must not contain line breaks; `data` may.
-pub fn event(name: &str, id: Option<&dyn Display>, data: &str) -> String {
+pub fn encode_event(name: &str, id: Option<&dyn Display>, data: &str) -> String {
     let mut text = String::with_capacity(data.len() + 64);
     // Writing to a string cannot fail.
     let _ = writeln!(text, "event: {name}");
@@ -38,19 +38,19 @@ pub fn event(name: &str, id: Option<&dyn Display>, data: &str) -> String {
 }
 
 /// Encodes an id without an event: it sets the client's last event id.
-pub fn state(id: &dyn Display) -> String {
+pub fn encode_id(id: &dyn Display) -> String {
     format!("id: {id}\n\n")
 }
 
 /// Encodes the time in milliseconds that a client waits before it reconnects.
-pub fn retry(milliseconds: u64) -> String {
+pub fn encode_retry(milliseconds: u64) -> String {
     format!("retry: {milliseconds}\n\n")
 }
 
 /// An event, or a line of one, exceeds the limit of the [`Decoder`] in bytes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 #[error("an event of the stream is longer than {0} bytes")]
-pub struct TooLong(pub usize);
+pub struct EventTooLong(pub usize);
 
 /// Decodes events from the chunks of a stream. Chunks may end anywhere.
 #[derive(Debug)]
@@ -58,57 +58,57 @@ pub struct Decoder {
     /// The maximum size of an event, in bytes.
     limit: usize,
     /// The line received so far.
-    line: Vec<u8>,
+    partial_line: Vec<u8>,
     /// The last byte ended a line and was a carriage return.
-    after_return: bool,
+    after_carriage_return: bool,
     is_first_line: bool,
     /// The event received so far. Its id is carried over to the next event.
     event: Event,
     has_data: bool,
-    retry: Option<Duration>,
+    retry_delay: Option<Duration>,
 }
 
 impl Decoder {
     /// Creates a decoder for events of up to `limit` bytes.
     pub fn new(limit: usize) -> Self {
-        let (line, event, retry) = Default::default();
+        let (partial_line, event, retry_delay) = Default::default();
         Self {
             limit,
-            line,
-            after_return: false,
+            partial_line,
+            after_carriage_return: false,
             is_first_line: true,
             event,
             has_data: false,
-            retry,
+            retry_delay,
         }
     }
 
     /// The time to wait before a reconnect, if the stream has set it.
-    pub fn retry(&self) -> Option<Duration> {
-        self.retry
+    pub fn retry_delay(&self) -> Option<Duration> {
+        self.retry_delay
     }
 
     /// Decodes the next bytes, and passes each complete event to `on_event`.
     ///
     /// # Errors
     /// If an event is too long. The stream cannot be decoded further then.
-    pub fn read(&mut self, bytes: &[u8], mut on_event: impl FnMut(Event)) -> Result<(), TooLong> {
+    pub fn decode(&mut self, bytes: &[u8], mut on_event: impl FnMut(Event)) -> Result<(), EventTooLong> {
         let mut rest = bytes;
         while !rest.is_empty() {
-            if std::mem::take(&mut self.after_return) && rest[0] == b'\n' {
+            if std::mem::take(&mut self.after_carriage_return) && rest[0] == b'\n' {
                 rest = &rest[1..];
                 continue;
             }
             let end = rest.iter().position(|byte| matches!(byte, b'\r' | b'\n'));
             let (part, after) = rest.split_at(end.unwrap_or(rest.len()));
-            if self.line.len() + self.event.data.len() + part.len() > self.limit {
-                return Err(TooLong(self.limit));
+            if self.partial_line.len() + self.event.data.len() + part.len() > self.limit {
+                return Err(EventTooLong(self.limit));
             }
-            self.line.extend_from_slice(part);
+            self.partial_line.extend_from_slice(part);
             let Some((&ending, after)) = after.split_first() else { return Ok(()) };
-            self.after_return = ending == b'\r';
+            self.after_carriage_return = ending == b'\r';
             rest = after;
-            if let Some(event) = self.take_line() {
+            if let Some(event) = self.process_line() {
                 on_event(event);
             }
         }
@@ -116,8 +116,8 @@ impl Decoder {
     }
 
     /// Processes a complete line. An empty line ends an event.
-    fn take_line(&mut self) -> Option<Event> {
-        let line = std::mem::take(&mut self.line);
+    fn process_line(&mut self) -> Option<Event> {
+        let line = std::mem::take(&mut self.partial_line);
         let line = String::from_utf8_lossy(&line);
         let is_first = std::mem::take(&mut self.is_first_line);
         let line = if is_first { line.strip_prefix('\u{feff}').unwrap_or(&line) } else { &line };
@@ -136,7 +136,7 @@ impl Decoder {
                 self.event.data.push_str(value);
             }
             "retry" if value.bytes().all(|byte| byte.is_ascii_digit()) => {
-                self.retry = value.parse().ok().map(Duration::from_millis).or(self.retry);
+                self.retry_delay = value.parse().ok().map(Duration::from_millis).or(self.retry_delay);
             }
             // A comment starts with a colon and is parsed as a field without a name.
             _ => {}
@@ -167,7 +167,7 @@ mod tests {
         let mut decoder = Decoder::new(10_000);
         let mut events = vec![];
         for chunk in chunks {
-            decoder.read(chunk, |event| events.push(event)).unwrap();
+            decoder.decode(chunk, |event| events.push(event)).unwrap();
         }
         events
     }
@@ -201,11 +201,11 @@ mod tests {
             events in vec(("[a-z-]{1,9}", any::<u32>(), "[ -~é\r\n:]{0,40}"), 0..6),
             cuts in vec(0..9_usize, 0..60),
         ) {
-            let mut text = retry(100);
+            let mut text = encode_retry(100);
             let mut expect = vec![];
             for (name, id, data) in events {
-                text += &event(&name, Some(&id), &data);
-                text += std::str::from_utf8(COMMENT).unwrap();
+                text += &encode_event(&name, Some(&id), &data);
+                text += std::str::from_utf8(KEEP_ALIVE_COMMENT).unwrap();
                 let data = data.replace("\r\n", "\n").replace('\r', "\n");
                 expect.push(Event { name, id: id.to_string(), data });
             }
@@ -216,10 +216,10 @@ mod tests {
         fn buffer_is_bounded_by_limit(stream in vec(any::<u8>(), 0..300), limit in 0..50_usize) {
             let mut decoder = Decoder::new(limit);
             for byte in stream {
-                if decoder.read(&[byte], |_| {}).is_err() {
+                if decoder.decode(&[byte], |_| {}).is_err() {
                     break;
                 }
-                prop_assert!(decoder.line.len() <= limit);
+                prop_assert!(decoder.partial_line.len() <= limit);
                 prop_assert!(decoder.event.data.len() <= 3 * limit + 1);
             }
         }
@@ -248,8 +248,8 @@ mod tests {
     fn last_valid_retry_is_used() {
         let mut decoder = Decoder::new(100);
         let mut read = |text: &str| {
-            decoder.read(text.as_bytes(), |event| panic!("{event:?}")).unwrap();
-            decoder.retry()
+            decoder.decode(text.as_bytes(), |event| panic!("{event:?}")).unwrap();
+            decoder.retry_delay()
         };
         assert_eq!(read("retry: soon\n\nretry:\n\nretry: -1\n\n"), None);
         let expected = Some(Duration::from_millis(700));

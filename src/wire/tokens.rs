@@ -19,7 +19,7 @@ use crate::token::{
 };
 
 /// The maximum number of tokens in a validate request.
-pub const MAX_VALIDATED: usize = 1_000;
+pub const MAX_VALIDATED_TOKENS: usize = 1_000;
 
 /// The body of `POST /edge/validate`: up to [`MAX_VALIDATED_TOKENS`] tokens to validate.
 #[derive(Debug, Deserialize, Serialize)]
@@ -31,16 +31,16 @@ pub struct ValidateRequest<'a> {
 
 /// The response of `POST /edge/validate`: those tokens of the request that are valid.
 #[derive(Debug, Deserialize, Serialize)]
-pub struct ValidateReply {
+pub struct ValidateResponse {
     /// The valid tokens with their grants.
     #[serde(deserialize_with = "readable")]
-    pub tokens: Vec<Validated>,
+    pub tokens: Vec<ValidatedToken>,
 }
 
 /// A token that upstream found valid.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq)]
 #[serde(try_from = "RawValidated<'_>")]
-pub struct Validated {
+pub struct ValidatedToken {
     /// The token as it was sent.
     pub token: Token,
     /// The grant; its kind may be [`TokenKind::Admin`].
@@ -52,24 +52,24 @@ pub struct Validated {
 #[serde(from = "RawTokenList<'_>")]
 pub struct TokenList {
     /// The readable items.
-    pub tokens: Vec<Listed>,
+    pub tokens: Vec<ListedToken>,
     /// The secrets of the unreadable items; `None` for an item without a usable secret.
     pub unreadable: Vec<Option<ListedSecret>>,
 }
 
 /// The tokens that the unreadable items of a list may be.
 #[derive(Debug, Default)]
-pub struct UnreadableNames<'a> {
+pub struct UnreadableTokens<'a> {
     digests: HashSet<TokenDigest>,
     selectors: HashSet<&'a str>,
     /// Whether an item has no usable secret, and so may be any token.
-    has_nameless: bool,
+    has_unidentified: bool,
 }
 
 /// A token as the admin API lists it.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq)]
 #[serde(try_from = "RawListed<'_>")]
-pub struct Listed {
+pub struct ListedToken {
     /// The name of the token.
     pub name: String,
     /// The kind of the token.
@@ -100,7 +100,7 @@ pub enum ListedSecret {
 /// The body of `POST /api/admin/api-tokens`, for a token of one environment and all its projects.
 #[derive(Clone, Copy, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct CreateRequest<'a> {
+pub struct CreateTokenRequest<'a> {
     token_name: &'a str,
     r#type: &'static str,
     environment: &'a str,
@@ -109,7 +109,7 @@ pub struct CreateRequest<'a> {
 
 /// The response of `POST /api/admin/api-tokens`: the only one that contains the secret of a v2 token.
 #[derive(Debug, Deserialize)]
-pub struct Created {
+pub struct CreatedToken {
     /// The new token.
     #[serde(deserialize_with = "deserialize_token")]
     pub secret: Token,
@@ -133,7 +133,7 @@ pub struct ListedEnvironment {
     pub enabled: bool,
 }
 
-impl<'a> CreateRequest<'a> {
+impl<'a> CreateTokenRequest<'a> {
     /// A request for a backend token of `environment`, named `name`.
     pub fn backend(name: &'a str, environment: &'a Environment) -> Self {
         Self {
@@ -145,7 +145,7 @@ impl<'a> CreateRequest<'a> {
     }
 }
 
-impl Serialize for Validated {
+impl Serialize for ValidatedToken {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         #[derive(Serialize)]
         struct Shape<'a> {
@@ -167,7 +167,7 @@ impl Serialize for Validated {
     }
 }
 
-impl Listed {
+impl ListedToken {
     /// The grant of the token.
     pub fn grant(&self) -> Grant {
         let (environment, projects) = (self.environment.clone(), self.projects.clone());
@@ -182,11 +182,11 @@ impl Listed {
 
 impl TokenList {
     /// The tokens that the unreadable items may be. Hashes each of them once.
-    pub fn unreadable_names(&self) -> UnreadableNames<'_> {
-        let mut names = UnreadableNames::default();
+    pub fn unreadable_tokens(&self) -> UnreadableTokens<'_> {
+        let mut names = UnreadableTokens::default();
         for item in &self.unreadable {
             let Some(secret) = item else {
-                names.has_nameless = true;
+                names.has_unidentified = true;
                 continue;
             };
             names.selectors.extend(secret.selector());
@@ -198,23 +198,23 @@ impl TokenList {
     }
 }
 
-impl UnreadableNames<'_> {
+impl UnreadableTokens<'_> {
     /// Whether an unreadable item may be the token of this digest and selector.
-    pub fn may_have(&self, digest: &TokenDigest, selector: Option<&str>) -> bool {
-        self.has_nameless
+    pub fn may_include(&self, digest: &TokenDigest, selector: Option<&str>) -> bool {
+        self.has_unidentified
             || self.digests.contains(digest)
             || selector.is_some_and(|it| self.selectors.contains(it))
     }
 
     /// Whether an unreadable item may be the token of this selector.
-    pub fn may_have_selector(&self, selector: &str) -> bool {
-        self.has_nameless || self.selectors.contains(selector)
+    pub fn may_include_selector(&self, selector: &str) -> bool {
+        self.has_unidentified || self.selectors.contains(selector)
     }
 }
 
 impl ListedSecret {
     /// Whether this is the listed form of `token`.
-    pub fn is_of(&self, token: &Token) -> bool {
+    pub fn matches(&self, token: &Token) -> bool {
         match self {
             Self::Full(full) => full == token,
             Self::Selector(selector) => token.selector() == Some(selector),
@@ -251,7 +251,7 @@ impl ListedSecret {
 
 /// The error of an unreadable item. Repeats nothing of the item, because it contains secrets.
 #[derive(Debug, thiserror::Error)]
-enum Unreadable {
+enum ItemError {
     #[error("the token cannot be read")]
     Secret,
     #[error("the token's type is unknown")]
@@ -272,27 +272,27 @@ struct RawValidated<'a> {
     #[serde(deserialize_with = "deserialize_token")]
     token: Token,
     #[serde(borrow)]
-    r#type: Text<'a>,
+    r#type: CowStr<'a>,
     #[serde(borrow, default)]
-    environment: Option<Text<'a>>,
+    environment: Option<CowStr<'a>>,
     #[serde(borrow, default)]
-    projects: Option<Vec<Text<'a>>>,
+    projects: Option<Vec<CowStr<'a>>>,
     #[serde(borrow, default)]
-    project: Option<Text<'a>>,
+    project: Option<CowStr<'a>>,
     #[serde(borrow, default)]
-    status: Option<Text<'a>>,
+    status: Option<CowStr<'a>>,
 }
 
-impl TryFrom<RawValidated<'_>> for Validated {
-    type Error = Unreadable;
+impl TryFrom<RawValidated<'_>> for ValidatedToken {
+    type Error = ItemError;
 
-    fn try_from(raw: RawValidated<'_>) -> Result<Self, Unreadable> {
+    fn try_from(raw: RawValidated<'_>) -> Result<Self, ItemError> {
         if raw.status.is_some_and(|status| !status.0.eq_ignore_ascii_case("validated")) {
-            return Err(Unreadable::Status);
+            return Err(ItemError::Status);
         }
-        let kind = TokenKind::parse(&raw.r#type.0).ok_or(Unreadable::Kind)?;
-        let environment = environment_of(kind, raw.environment, Some(&raw.token))?;
-        let projects = projects_of(raw.projects, raw.project, Some(&raw.token))?;
+        let kind = TokenKind::parse(&raw.r#type.0).ok_or(ItemError::Kind)?;
+        let environment = resolve_environment(kind, raw.environment, Some(&raw.token))?;
+        let projects = resolve_projects(raw.projects, raw.project, Some(&raw.token))?;
         let scope = Scope { environment, projects };
         Ok(Self { token: raw.token, grant: Grant { kind, scope } })
     }
@@ -332,41 +332,41 @@ struct RawListed<'a> {
     #[serde(deserialize_with = "deserialize_listed_secret")]
     secret: Option<ListedSecret>,
     #[serde(borrow, default)]
-    token_name: Option<Text<'a>>,
+    token_name: Option<CowStr<'a>>,
     #[serde(borrow, default)]
-    username: Option<Text<'a>>,
+    username: Option<CowStr<'a>>,
     #[serde(borrow)]
-    r#type: Text<'a>,
+    r#type: CowStr<'a>,
     #[serde(borrow, default)]
-    environment: Option<Text<'a>>,
+    environment: Option<CowStr<'a>>,
     #[serde(borrow, default)]
-    projects: Option<Vec<Text<'a>>>,
+    projects: Option<Vec<CowStr<'a>>>,
     #[serde(borrow, default)]
-    project: Option<Text<'a>>,
+    project: Option<CowStr<'a>>,
     #[serde(borrow, default)]
-    expires_at: Option<Text<'a>>,
+    expires_at: Option<CowStr<'a>>,
     #[serde(borrow, default)]
-    created_at: Option<Text<'a>>,
+    created_at: Option<CowStr<'a>>,
     #[serde(borrow, default)]
-    seen_at: Option<Text<'a>>,
+    seen_at: Option<CowStr<'a>>,
 }
 
-impl TryFrom<RawListed<'_>> for Listed {
-    type Error = Unreadable;
+impl TryFrom<RawListed<'_>> for ListedToken {
+    type Error = ItemError;
 
-    fn try_from(raw: RawListed<'_>) -> Result<Self, Unreadable> {
-        let secret = raw.secret.ok_or(Unreadable::Secret)?;
+    fn try_from(raw: RawListed<'_>) -> Result<Self, ItemError> {
+        let secret = raw.secret.ok_or(ItemError::Secret)?;
         let text = match &secret {
             ListedSecret::Full(token) => Some(token),
             ListedSecret::Selector(_) => None,
         };
-        let kind = TokenKind::parse(&raw.r#type.0).ok_or(Unreadable::Kind)?;
-        let environment = environment_of(kind, raw.environment, text)?;
-        let projects = projects_of(raw.projects, raw.project, text)?;
+        let kind = TokenKind::parse(&raw.r#type.0).ok_or(ItemError::Kind)?;
+        let environment = resolve_environment(kind, raw.environment, text)?;
+        let projects = resolve_projects(raw.projects, raw.project, text)?;
         // A token with an unreadable expiry must not be treated as one that never expires.
-        let end = |text: Text<'_>| instant::parse(&text.0).ok_or(Unreadable::Expiry);
+        let end = |text: CowStr<'_>| instant::parse(&text.0).ok_or(ItemError::Expiry);
         let expires_at = raw.expires_at.map(end).transpose()?;
-        let time = |text: Option<Text<'_>>| text.and_then(|it| instant::parse(&it.0));
+        let time = |text: Option<CowStr<'_>>| text.and_then(|it| instant::parse(&it.0));
         Ok(Self {
             name: raw.token_name.or(raw.username).map_or_else(String::new, |it| it.0.into_owned()),
             kind,
@@ -381,34 +381,34 @@ impl TryFrom<RawListed<'_>> for Listed {
 }
 
 /// The environment of a token object. Servers before 7.4.2 have it only in the token itself.
-fn environment_of(
+fn resolve_environment(
     kind: TokenKind,
-    field: Option<Text<'_>>,
+    field: Option<CowStr<'_>>,
     token: Option<&Token>,
-) -> Result<Environment, Unreadable> {
+) -> Result<Environment, ItemError> {
     field
         .map(|name| Environment::new(&name.0))
         .or_else(|| token.and_then(Token::environment))
         .or_else(|| (kind == TokenKind::Admin).then(|| Environment::new("*")))
-        .ok_or(Unreadable::Environment)
+        .ok_or(ItemError::Environment)
 }
 
 /// The projects of a token object: from the list, else from the older single field, else from the token.
-fn projects_of(
-    list: Option<Vec<Text<'_>>>,
-    single: Option<Text<'_>>,
+fn resolve_projects(
+    list: Option<Vec<CowStr<'_>>>,
+    single: Option<CowStr<'_>>,
     token: Option<&Token>,
-) -> Result<Projects, Unreadable> {
+) -> Result<Projects, ItemError> {
     list.or_else(|| single.map(|id| vec![id]))
         .map(|ids| Projects::from_list(ids.iter().map(|id| &*id.0)))
         .or_else(|| token.and_then(Token::projects))
-        .ok_or(Unreadable::Projects)
+        .ok_or(ItemError::Projects)
 }
 
 /// A string, borrowed from the JSON unless it has escapes.
 #[derive(Deserialize)]
 #[serde(transparent)]
-struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+struct CowStr<'a>(#[serde(borrow)] Cow<'a, str>);
 
 /// Deserializes a list and skips unreadable items.
 pub(crate) fn readable<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
@@ -432,7 +432,7 @@ where
         type Value = Vec<Token>;
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            write!(f, "at most {MAX_VALIDATED} tokens")
+            write!(f, "at most {MAX_VALIDATED_TOKENS} tokens")
         }
 
         fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Self::Value, A::Error> {
@@ -440,7 +440,7 @@ where
             while let Some(item) = items.next_element::<&RawValue>()? {
                 count += 1;
                 // Counted while parsing, so that an oversized list is not parsed to its end.
-                if count > MAX_VALIDATED {
+                if count > MAX_VALIDATED_TOKENS {
                     return Err(de::Error::invalid_length(count, &self));
                 }
                 tokens.extend(serde_json::from_str(item.get()).map(|Item(token)| token));
@@ -457,7 +457,7 @@ fn serialize_tokens<S: Serializer>(tokens: &[Token], serializer: S) -> Result<S:
 
 fn deserialize_token<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Token, D::Error> {
     deserializer
-        .deserialize_str(Parsed(Token::parse))?
+        .deserialize_str(ParseStr(Token::parse))?
         .map_err(|error: ParseError| de::Error::custom(error))
 }
 
@@ -465,19 +465,19 @@ fn deserialize_listed_secret<'de, D>(deserializer: D) -> Result<Option<ListedSec
 where
     D: Deserializer<'de>,
 {
-    deserializer.deserialize_str(Parsed(ListedSecret::parse))
+    deserializer.deserialize_str(ParseStr(ListedSecret::parse))
 }
 
 fn deserialize_environment<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Environment, D::Error> {
-    deserializer.deserialize_str(Parsed(Environment::new))
+    deserializer.deserialize_str(ParseStr(Environment::new))
 }
 
 /// Passes a JSON string to a parser, without leaving a copy of it in memory.
-struct Parsed<F>(F);
+struct ParseStr<F>(F);
 
-impl<T, F: Fn(&str) -> T> Visitor<'_> for Parsed<F> {
+impl<T, F: Fn(&str) -> T> Visitor<'_> for ParseStr<F> {
     type Value = T;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -497,7 +497,7 @@ mod tests {
 
     #[track_caller]
     fn check(item: &str, expected: Option<(TokenKind, &str, &[&str])>) {
-        let reply: ValidateReply =
+        let reply: ValidateResponse =
             serde_json::from_str(&format!(r#"{{"tokens":[{item}],"more":1}}"#)).expect("reply");
         let grants: Vec<_> = reply
             .tokens
@@ -538,7 +538,7 @@ mod tests {
         let body = format!(
             r#"{{"tokens":[{{"token":"no","type":"client"}},7,{{"token":"{V1}","type":"client"}}]}}"#
         );
-        let reply: ValidateReply = serde_json::from_str(&body).expect("reply");
+        let reply: ValidateResponse = serde_json::from_str(&body).expect("reply");
         assert_eq!(reply.tokens.len(), 1);
         let request: ValidateRequest<'_> =
             serde_json::from_str(&format!(r#"{{"tokens":["no",null,"{V1}"]}}"#)).expect("request");
@@ -555,7 +555,7 @@ mod tests {
         );
         let scope = Scope { environment: Environment::new("development"), projects: Projects::All };
         let grant = Grant { kind: TokenKind::Client, scope };
-        let reply = ValidateReply { tokens: vec![Validated { token, grant }] };
+        let reply = ValidateResponse { tokens: vec![ValidatedToken { token, grant }] };
         let json = serde_json::to_string(&reply).expect("json");
         assert_eq!(
             json,
@@ -563,7 +563,7 @@ mod tests {
                 r#"{{"tokens":[{{"token":"{V1}","type":"backend","environment":"development","projects":["*"],"status":"Validated"}}]}}"#
             )
         );
-        let read: ValidateReply = serde_json::from_str(&json).expect("reply");
+        let read: ValidateResponse = serde_json::from_str(&json).expect("reply");
         assert_eq!(read.tokens, reply.tokens);
     }
 
@@ -602,25 +602,25 @@ mod tests {
         };
         let of_a_later_release =
             list(&format!(r#"{{"secret":"{V1}","tokenName":"a","type":"gateway"}}"#));
-        assert!(of_a_later_release.unreadable_names().may_have(&one, None));
-        assert!(!of_a_later_release.unreadable_names().may_have(&other, None));
+        assert!(of_a_later_release.unreadable_tokens().may_include(&one, None));
+        assert!(!of_a_later_release.unreadable_tokens().may_include(&other, None));
         let secure = list(r#"{"secret":"AbCdEfGhIjKlMnOpQrStUv","type":7}"#);
-        assert!(secure.unreadable_names().may_have(&one, Some("AbCdEfGhIjKlMnOpQrStUv")));
-        assert!(!secure.unreadable_names().may_have(&one, Some("anotherSelector_012345")));
+        assert!(secure.unreadable_tokens().may_include(&one, Some("AbCdEfGhIjKlMnOpQrStUv")));
+        assert!(!secure.unreadable_tokens().may_include(&one, Some("anotherSelector_012345")));
         for unnamed in [r#"{"type":"client"}"#, r#"{"secret":null}"#, r#"{"secret":"x"}"#, "7"] {
             let list = list(unnamed);
-            let names = list.unreadable_names();
-            assert!(names.may_have(&one, None) && names.may_have(&other, None), "{unnamed}");
-            assert!(names.may_have_selector("anotherSelector_012345"), "{unnamed}");
+            let names = list.unreadable_tokens();
+            assert!(names.may_include(&one, None) && names.may_include(&other, None), "{unnamed}");
+            assert!(names.may_include_selector("anotherSelector_012345"), "{unnamed}");
             assert_eq!((list.tokens.len(), list.unreadable.len()), (0, 1));
         }
-        assert!(!list("").unreadable_names().may_have(&one, None));
+        assert!(!list("").unreadable_tokens().may_include(&one, None));
     }
 
     #[test]
     fn parse_error_contains_no_secret() {
         let body = format!(r#"{{"secret":"{V1} {V1}"}}"#);
-        let error = serde_json::from_str::<Created>(&body).expect_err("no token");
+        let error = serde_json::from_str::<CreatedToken>(&body).expect_err("no token");
         assert!(!error.to_string().contains("964a"), "{error}");
     }
 

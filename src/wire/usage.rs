@@ -15,7 +15,7 @@ use jiff::Timestamp;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Map, Value};
 
-use self::object::{Object, lenient_text};
+use self::object::{ObjectReader, lenient_text};
 pub use self::{
     impact::{HistogramSample, ImpactMetric, Labels, NumericSample, Samples, UpperBound},
     object::{MAX_INTEGER, MAX_NUMBER, ParseError},
@@ -23,13 +23,13 @@ pub use self::{
 
 /// The maximum length of a metadata field, in bytes (upstream: `varchar(255)`); longer ones are
 /// truncated.
-const MAX_TEXT: usize = 255;
+const MAX_TEXT_BYTES: usize = 255;
 /// The maximum number of strategies of a registration; further ones are ignored.
 const MAX_STRATEGIES: usize = 256;
 /// The maximum number of hops in `connectVia`; further ones are ignored.
 const MAX_HOPS: usize = 16;
 /// The maximum size of all unknown fields of a registration, in bytes of JSON.
-const MAX_EXTRA: usize = 4096;
+const MAX_EXTRA_BYTES: usize = 4096;
 
 /// The kind of an SDK.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -60,7 +60,7 @@ impl SdkKind {
 
 /// The metadata of an SDK.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct Metadata {
+pub struct SdkMetadata {
     /// `<sdk>:<version>`.
     pub sdk_version: Option<Arc<str>>,
     /// The version of its Yggdrasil engine.
@@ -77,21 +77,21 @@ pub struct Metadata {
     pub spec_version: Option<Arc<str>>,
 }
 
-impl Metadata {
+impl SdkMetadata {
     /// The values of the fields that are set.
-    pub fn texts(&self) -> impl Iterator<Item = &Arc<str>> {
+    pub fn values(&self) -> impl Iterator<Item = &Arc<str>> {
         self.fields().into_iter().filter_map(|(_, text)| text.as_ref())
     }
 
-    fn take(object: &mut Object) -> Self {
+    fn from_object(object: &mut ObjectReader) -> Self {
         Self {
-            sdk_version: object.text("sdkVersion", MAX_TEXT),
-            yggdrasil_version: object.text("yggdrasilVersion", MAX_TEXT),
-            platform_name: object.text("platformName", MAX_TEXT),
-            platform_version: object.text("platformVersion", MAX_TEXT),
-            sdk_flavor: object.text("sdkFlavor", MAX_TEXT),
-            sdk_flavor_version: object.text("sdkFlavorVersion", MAX_TEXT),
-            spec_version: object.text("specVersion", MAX_TEXT),
+            sdk_version: object.optional_text("sdkVersion", MAX_TEXT_BYTES),
+            yggdrasil_version: object.optional_text("yggdrasilVersion", MAX_TEXT_BYTES),
+            platform_name: object.optional_text("platformName", MAX_TEXT_BYTES),
+            platform_version: object.optional_text("platformVersion", MAX_TEXT_BYTES),
+            sdk_flavor: object.optional_text("sdkFlavor", MAX_TEXT_BYTES),
+            sdk_flavor_version: object.optional_text("sdkFlavorVersion", MAX_TEXT_BYTES),
+            spec_version: object.optional_text("specVersion", MAX_TEXT_BYTES),
         }
     }
 
@@ -110,7 +110,7 @@ impl Metadata {
     /// Serializes the fields that are set; upstream rejects `null` for a string.
     fn write<M: SerializeMap>(&self, map: &mut M) -> Result<(), M::Error> {
         for (name, value) in self.fields() {
-            write_some(map, name, value.as_deref())?;
+            serialize_some(map, name, value.as_deref())?;
         }
         Ok(())
     }
@@ -136,7 +136,7 @@ impl Serialize for ConnectVia {
 
 /// The registration of an instance of an application.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Application {
+pub struct ClientApplication {
     /// The name of the application; never empty.
     pub app_name: Arc<str>,
     /// The instance; upstream requires it in bulk reports.
@@ -159,69 +159,69 @@ pub struct Application {
     /// The kind of its SDK.
     pub sdk_kind: Option<SdkKind>,
     /// The metadata of its SDK.
-    pub metadata: Metadata,
+    pub metadata: SdkMetadata,
     /// Unknown fields, forwarded unchanged.
     pub extra: Map<String, Value>,
 }
 
-impl Application {
+impl ClientApplication {
     /// Parses the body of a registration.
     pub fn parse(body: &[u8]) -> Result<Self, ParseError> {
-        Self::take(Object::parse(body)?)
+        Self::from_object(ObjectReader::parse(body)?)
     }
 
     /// Parses a registration that is part of a larger body.
     pub fn from_value(value: Value) -> Result<Self, ParseError> {
-        Self::take(Object::of(value, String::new())?)
+        Self::from_object(ObjectReader::from_value(value, String::new())?)
     }
 
-    fn take(mut object: Object) -> Result<Self, ParseError> {
-        let app_name = object.name("appName")?;
+    fn from_object(mut object: ObjectReader) -> Result<Self, ParseError> {
+        let app_name = object.required_text("appName")?;
         let started = object.timestamp("started")?;
         let interval = object.required_count("interval")?.min(MAX_INTEGER);
         let strategies = object.array("strategies")?;
-        let projects = object.array("projects")?.map(|values| texts(&values, MAX_STRATEGIES));
+        let projects = object.array("projects")?.map(|values| parse_texts(&values, MAX_STRATEGIES));
         let hops = object.array("connectVia")?.unwrap_or_default();
         let mut application = Self {
             app_name,
             started,
             interval,
-            strategies: strategies.map(|values| texts(&values, MAX_STRATEGIES)),
+            strategies: strategies.map(|values| parse_texts(&values, MAX_STRATEGIES)),
             projects,
-            connect_via: hops.into_iter().filter_map(hop).take(MAX_HOPS).collect(),
-            instance_id: object.text("instanceId", MAX_TEXT),
-            connection_id: object.text("connectionId", MAX_TEXT),
-            environment: object.text("environment", MAX_TEXT),
-            sdk_kind: object.text("sdkType", MAX_TEXT).and_then(|kind| SdkKind::parse(&kind)),
-            metadata: Metadata::take(&mut object),
+            connect_via: hops.into_iter().filter_map(parse_hop).take(MAX_HOPS).collect(),
+            instance_id: object.optional_text("instanceId", MAX_TEXT_BYTES),
+            connection_id: object.optional_text("connectionId", MAX_TEXT_BYTES),
+            environment: object.optional_text("environment", MAX_TEXT_BYTES),
+            sdk_kind: object.optional_text("sdkType", MAX_TEXT_BYTES).and_then(|kind| SdkKind::parse(&kind)),
+            metadata: SdkMetadata::from_object(&mut object),
             extra: Map::new(),
         };
         // Upstream's schema has a type for this field too, and rejects anything but a string.
         if object.has("project") {
-            let project = object.text("project", MAX_TEXT);
+            let project = object.optional_text("project", MAX_TEXT_BYTES);
             application.extra.extend(project.map(|id| ("project".to_owned(), Value::from(&*id))));
         }
-        let rest = object.rest();
-        if serde_json::to_vec(&rest).is_ok_and(|json| json.len() <= MAX_EXTRA) {
+        let rest = object.into_remaining();
+        if serde_json::to_vec(&rest).is_ok_and(|json| json.len() <= MAX_EXTRA_BYTES) {
             application.extra.extend(rest);
         }
         Ok(application)
     }
 }
 
-impl Serialize for Application {
+impl Serialize for ClientApplication {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut map = serializer.serialize_map(None)?;
         map.serialize_entry("appName", &*self.app_name)?;
-        write_some(&mut map, "instanceId", self.instance_id.as_deref())?;
-        write_some(&mut map, "connectionId", self.connection_id.as_deref())?;
-        write_some(&mut map, "environment", self.environment.as_deref())?;
-        write_some(&mut map, "projects", self.projects.as_ref())?;
+        serialize_some(&mut map, "instanceId", self.instance_id.as_deref())?;
+        serialize_some(&mut map, "connectionId", self.connection_id.as_deref())?;
+        serialize_some(&mut map, "environment", self.environment.as_deref())?;
+        serialize_some(&mut map, "projects", self.projects.as_ref())?;
         map.serialize_entry("connectVia", &self.connect_via)?;
         map.serialize_entry("interval", &self.interval)?;
         map.serialize_entry("started", &self.started.to_string())?;
-        write_some(&mut map, "strategies", self.strategies.as_ref())?;
-        write_some(&mut map, "sdkType", self.sdk_kind.map(SdkKind::as_str))?;
+        serialize_some(&mut map, "strategies", self.strategies.as_ref())?;
+        serialize_some(&mut map, "sdkType", self.sdk_kind.map(SdkKind::as_str))?;
         self.metadata.write(&mut map)?;
         for (name, value) in &self.extra {
             map.serialize_entry(name, value)?;
@@ -242,12 +242,12 @@ pub struct ToggleStats {
 }
 
 impl ToggleStats {
-    fn take(object: &mut Object) -> Result<Self, ParseError> {
+    fn from_object(object: &mut ObjectReader) -> Result<Self, ParseError> {
         let mut stats =
             Self { yes: object.count("yes")?, no: object.count("no")?, ..Self::default() };
         for (name, count) in object.entries("variants")? {
             let path = || object.path(&format!("variants.{name}"));
-            stats.variants.insert(name.as_str().into(), object::count(Some(&count), path)?);
+            stats.variants.insert(name.as_str().into(), object::parse_count(Some(&count), path)?);
         }
         Ok(stats)
     }
@@ -285,36 +285,36 @@ pub struct ClientMetrics {
     /// The impact metrics; malformed ones are ignored, as by upstream.
     pub impact_metrics: Vec<ImpactMetric>,
     /// The metadata of the SDK.
-    pub metadata: Metadata,
+    pub metadata: SdkMetadata,
 }
 
 impl ClientMetrics {
     /// Parses the body of a usage report.
     pub fn parse(body: &[u8]) -> Result<Self, ParseError> {
-        let mut object = Object::parse(body)?;
+        let mut object = ObjectReader::parse(body)?;
         let bucket = match object.take("bucket") {
             None => None,
             Some(bucket) => {
-                let mut bucket = Object::of(bucket, object.path("bucket"))?;
+                let mut bucket = ObjectReader::from_value(bucket, object.path("bucket"))?;
                 let start = bucket.timestamp("start")?;
                 // An unreadable end is no error: the start determines the hour then.
                 let stop = bucket.timestamp("stop").ok();
                 let mut toggles = Vec::new();
                 for (name, stats) in bucket.entries("toggles")? {
                     let path = bucket.path(&format!("toggles.{name}"));
-                    let stats = ToggleStats::take(&mut Object::of(stats, path)?)?;
+                    let stats = ToggleStats::from_object(&mut ObjectReader::from_value(stats, path)?)?;
                     toggles.push((name.into(), stats));
                 }
                 Some(Bucket { start, stop, toggles })
             }
         };
         Ok(Self {
-            app_name: object.name("appName")?,
-            instance_id: object.text("instanceId", MAX_TEXT),
-            connection_id: object.text("connectionId", MAX_TEXT),
+            app_name: object.required_text("appName")?,
+            instance_id: object.optional_text("instanceId", MAX_TEXT_BYTES),
+            connection_id: object.optional_text("connectionId", MAX_TEXT_BYTES),
             bucket,
-            impact_metrics: impact::list(object.take("impactMetrics")).0,
-            metadata: Metadata::take(&mut object),
+            impact_metrics: impact::parse_list(object.take("impactMetrics")).0,
+            metadata: SdkMetadata::from_object(&mut object),
         })
     }
 }
@@ -333,20 +333,20 @@ pub struct BulkMetric {
     /// The counts.
     pub stats: ToggleStats,
     /// The metadata of the SDK that reported last; upstream does not store it.
-    pub metadata: Metadata,
+    pub metadata: SdkMetadata,
 }
 
 impl BulkMetric {
     /// Parses a counter that is part of a larger body.
     pub fn from_value(value: Value) -> Result<Self, ParseError> {
-        let mut object = Object::of(value, String::new())?;
+        let mut object = ObjectReader::from_value(value, String::new())?;
         Ok(Self {
-            feature_name: object.name("featureName")?,
-            app_name: object.name("appName")?,
-            environment: object.name("environment")?,
+            feature_name: object.required_text("featureName")?,
+            app_name: object.required_text("appName")?,
+            environment: object.required_text("environment")?,
             timestamp: object.timestamp("timestamp")?,
-            stats: ToggleStats::take(&mut object)?,
-            metadata: Metadata::take(&mut object),
+            stats: ToggleStats::from_object(&mut object)?,
+            metadata: SdkMetadata::from_object(&mut object),
         })
     }
 }
@@ -368,9 +368,9 @@ impl Serialize for BulkMetric {
 
 /// The report of another edge about the SDKs behind it.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Bulk {
+pub struct BulkReport {
     /// The registrations.
-    pub applications: Vec<Application>,
+    pub applications: Vec<ClientApplication>,
     /// The counts.
     pub metrics: Vec<BulkMetric>,
     /// The impact metrics.
@@ -379,22 +379,22 @@ pub struct Bulk {
     pub malformed: usize,
 }
 
-impl Bulk {
+impl BulkReport {
     /// Parses the body of a bulk report.
     pub fn parse(body: &[u8]) -> Result<Self, ParseError> {
-        let mut object = Object::parse(body)?;
+        let mut object = ObjectReader::parse(body)?;
         let mut malformed = 0;
         let applications = object.required_array("applications")?;
         let metrics = object.required_array("metrics")?;
-        let applications = readable(applications, Application::from_value, &mut malformed);
-        let metrics = readable(metrics, BulkMetric::from_value, &mut malformed);
-        let (impact_metrics, unread) = impact::list(object.take("impactMetrics"));
+        let applications = parse_items(applications, ClientApplication::from_value, &mut malformed);
+        let metrics = parse_items(metrics, BulkMetric::from_value, &mut malformed);
+        let (impact_metrics, unread) = impact::parse_list(object.take("impactMetrics"));
         Ok(Self { applications, metrics, impact_metrics, malformed: malformed + unread })
     }
 }
 
 /// Parses `values` and skips malformed ones, which it counts.
-fn readable<T>(
+fn parse_items<T>(
     values: Vec<Value>,
     parse: impl Fn(Value) -> Result<T, ParseError>,
     malformed: &mut usize,
@@ -415,9 +415,9 @@ pub struct EdgeInstance {
 impl EdgeInstance {
     /// Parses the instance data of an edge.
     pub fn parse(body: &[u8]) -> Result<Self, ParseError> {
-        let mut object = Object::parse(body)?;
-        let identifier = object.name("identifier")?;
-        let mut fields = object.rest();
+        let mut object = ObjectReader::parse(body)?;
+        let identifier = object.required_text("identifier")?;
+        let mut fields = object.into_remaining();
         fields.insert("identifier".to_owned(), Value::from(&*identifier));
         Ok(Self { identifier, value: Value::Object(fields) })
     }
@@ -434,19 +434,19 @@ impl EdgeInstance {
 }
 
 /// The non-empty strings in `values`; upstream rejects empty ones and other types.
-fn texts(values: &[Value], limit: usize) -> Vec<Arc<str>> {
-    values.iter().filter_map(|value| lenient_text(value, MAX_TEXT)).take(limit).collect()
+fn parse_texts(values: &[Value], limit: usize) -> Vec<Arc<str>> {
+    values.iter().filter_map(|value| lenient_text(value, MAX_TEXT_BYTES)).take(limit).collect()
 }
 
-fn hop(value: Value) -> Option<ConnectVia> {
-    let mut object = Object::of(value, String::new()).ok()?;
+fn parse_hop(value: Value) -> Option<ConnectVia> {
+    let mut object = ObjectReader::from_value(value, String::new()).ok()?;
     Some(ConnectVia {
-        app_name: object.text("appName", MAX_TEXT)?,
-        instance_id: object.text("instanceId", MAX_TEXT)?,
+        app_name: object.optional_text("appName", MAX_TEXT_BYTES)?,
+        instance_id: object.optional_text("instanceId", MAX_TEXT_BYTES)?,
     })
 }
 
-fn write_some<M: SerializeMap, T: Serialize>(
+fn serialize_some<M: SerializeMap, T: Serialize>(
     map: &mut M,
     name: &'static str,
     value: Option<T>,
@@ -547,7 +547,7 @@ mod tests {
     #[test]
     fn registration_preserves_unknown_fields_and_omits_values_that_upstream_rejects() {
         let check = |body: &str, expected: &str| {
-            let application = Application::parse(body.as_bytes()).expect(body);
+            let application = ClientApplication::parse(body.as_bytes()).expect(body);
             assert_eq!(serde_json::to_string(&application).unwrap(), expected);
         };
         let started = "2026-01-02T03:04:05Z";
@@ -565,7 +565,7 @@ mod tests {
             &format!(
                 r#"{{"appName":"a","started":"{started}","interval":"15","sdkVersion":"",
                 "platformName":null,"sdkType":"toaster","project":{{}},"big":"{}"}}"#,
-                "x".repeat(MAX_EXTRA)
+                "x".repeat(MAX_EXTRA_BYTES)
             ),
             &format!(r#"{{"appName":"a","connectVia":[],"interval":15,"started":"{started}"}}"#),
         );
@@ -576,12 +576,12 @@ mod tests {
         let body = r#"{"applications":[{"appName":""}],"seenTokens":["*:d.x"],"metrics":[
             {"featureName":"f","appName":"a","environment":"d","timestamp":"2026-01-02T03:00:00Z","yes":2},
             {"featureName":"f"}],"impactMetrics":[{"name":"x"}]}"#;
-        let bulk = Bulk::parse(body.as_bytes()).unwrap();
+        let bulk = BulkReport::parse(body.as_bytes()).unwrap();
         assert_eq!(bulk.malformed, 3);
         assert_eq!(
             serde_json::to_string(&bulk.metrics).unwrap(),
             r#"[{"featureName":"f","appName":"a","environment":"d","timestamp":"2026-01-02T03:00:00Z","yes":2,"no":0,"variants":{}}]"#
         );
-        assert_eq!(Bulk::parse(b"{}").unwrap_err().to_string(), "`applications` is missing");
+        assert_eq!(BulkReport::parse(b"{}").unwrap_err().to_string(), "`applications` is missing");
     }
 }

@@ -14,18 +14,18 @@ fn grant() -> Grant {
     Grant { kind: TokenKind::Client, scope }
 }
 
-fn listed(secret: ListedSecret) -> Listed {
+fn listed(secret: ListedSecret) -> ListedToken {
     let Grant { kind, scope: Scope { environment, projects } } = grant();
     let (expires_at, created_at, seen_at) = (None, None, None);
     let name = "sdk".to_owned();
-    Listed { name, kind, environment, projects, expires_at, created_at, seen_at, secret }
+    ListedToken { name, kind, environment, projects, expires_at, created_at, seen_at, secret }
 }
 
-fn whole(token: &Token) -> Listed {
+fn whole(token: &Token) -> ListedToken {
     listed(ListedSecret::Full(token.clone()))
 }
 
-fn selector(text: &str) -> Listed {
+fn selector(text: &str) -> ListedToken {
     listed(ListedSecret::Selector(text.to_owned()))
 }
 
@@ -35,7 +35,7 @@ fn cache() -> Verdicts {
 
 const AN_HOUR: Duration = Duration::from_hours(1);
 
-fn list_of(tokens: &[Listed]) -> TokenList {
+fn list_of(tokens: &[ListedToken]) -> TokenList {
     TokenList { tokens: tokens.to_vec(), unreadable: Vec::new() }
 }
 
@@ -44,7 +44,7 @@ fn served() -> BTreeSet<Environment> {
 }
 
 /// Applies a list that was requested just now.
-fn apply_list(cache: &Verdicts, tokens: &[Listed]) -> Changes {
+fn apply_list(cache: &Verdicts, tokens: &[ListedToken]) -> Changes {
     cache.take_list(&list_of(tokens), &served(), cache.start_request())
 }
 
@@ -73,7 +73,7 @@ fn an_expired_token_in_the_list_counts_as_missing() {
     let cache = cache();
     let (a, b) = (token("*:dev.aaaa"), token("*:dev.bbbb"));
     apply_list(&cache, &[whole(&a), whole(&b)]);
-    let expired = Listed { expires_at: Some(Timestamp::now()), ..whole(&a) };
+    let expired = ListedToken { expires_at: Some(Timestamp::now()), ..whole(&a) };
     assert_eq!(apply_list(&cache, &[expired, whole(&b)]).revoked, 1);
 }
 
@@ -260,7 +260,7 @@ fn a_listed_v2_token_has_the_projects_of_the_list() {
     let cache = cache();
     let secure = token(V2);
     cache.accept(&secure, grant(), cache.start_request());
-    let of = |ids: &[&str]| Listed {
+    let of = |ids: &[&str]| ListedToken {
         projects: Projects::from_list(ids.iter().copied()),
         ..selector(secure.selector().unwrap())
     };
@@ -426,7 +426,7 @@ fn a_listed_forbidden_token_stays_forbidden_until_its_grant_changes() {
     cache.forbid(&a, grant(), cache.start_request());
     apply_list(&cache, &[whole(&a)]);
     assert_eq!(cache.known(&a), Some(Err(Denied::Forbidden)));
-    apply_list(&cache, &[Listed { projects: Projects::from_list(["one"]), ..whole(&a) }]);
+    apply_list(&cache, &[ListedToken { projects: Projects::from_list(["one"]), ..whole(&a) }]);
     assert!(cache.valid(&a.digest()).is_some());
 }
 
@@ -434,7 +434,7 @@ fn a_listed_forbidden_token_stays_forbidden_until_its_grant_changes() {
 fn a_listed_token_of_an_unserved_environment_is_validated_when_it_is_presented() {
     let cache = cache();
     for environment in ["*", "other"] {
-        let of = |text| Listed {
+        let of = |text| ListedToken {
             environment: Environment::new(environment),
             ..whole(&token(&format!("*:{environment}.{text}")))
         };
@@ -449,7 +449,7 @@ fn a_listed_token_of_an_unserved_environment_is_validated_when_it_is_presented()
         assert_eq!(changes.revoked, 1);
         assert!(texts.iter().all(|it| refuses(&cache, it)), "they have left the list");
     }
-    let admin = Listed { kind: TokenKind::Admin, ..whole(&token("*:*.admin")) };
+    let admin = ListedToken { kind: TokenKind::Admin, ..whole(&token("*:*.admin")) };
     apply_list(&cache, &[admin]);
     assert!(cache.valid(&TokenDigest::of("*:*.admin")).is_some());
 }
@@ -708,7 +708,7 @@ mod interleavings {
             Request::List(Some(tokens)) => {
                 let entries = tokens.iter().enumerate().filter_map(|(n, project)| {
                     let scope = grant_of((*project)?).scope;
-                    Some(Listed { projects: scope.projects, ..listed(named(n)) })
+                    Some(ListedToken { projects: scope.projects, ..listed(named(n)) })
                 });
                 let entries: Vec<_> = entries.collect();
                 let has_project = |n: usize| {

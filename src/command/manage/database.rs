@@ -9,7 +9,7 @@ use super::{
     told::{AccountRow, TokenRow, Told},
 };
 use crate::{
-    config::Task,
+    config::ManageTask,
     control::{
         Account, Actor, ApiToken, Control, Grants, Location, NewAccount, NewToken, Operator,
         Permission,
@@ -18,11 +18,11 @@ use crate::{
 };
 
 /// Runs a task.
-pub(super) async fn run(location: Location, task: Task) -> Result<Told, Error> {
+pub(super) async fn run(location: Location, task: ManageTask) -> Result<Told, Error> {
     let control = Control::attach(location).await?;
     let actor = Actor { operator: Operator::Shell, address: None };
     match task {
-        Task::CreateToken { name, kind, environment, projects, expires_at } => {
+        ManageTask::CreateToken { name, kind, environment, projects, expires_at } => {
             let all = projects.is_empty() || kind == TokenKind::Admin;
             let new = NewToken {
                 name,
@@ -41,12 +41,12 @@ pub(super) async fn run(location: Location, task: Task) -> Result<Told, Error> {
             let (secret, _) = control.create_token(&actor, new).await?;
             Ok(Told::Token { secret })
         }
-        Task::ListTokens { name } => {
+        ManageTask::ListTokens { name } => {
             let all = control.tokens(&actor.operator).into_iter();
             let matching = all.filter(|token| name.as_ref().is_none_or(|name| token.name == *name));
             Ok(Told::Tokens(matching.map(row_of_token).collect()))
         }
-        Task::RevokeToken { identifier } => {
+        ManageTask::RevokeToken { identifier } => {
             let identifier = match identifier {
                 Some(identifier) => identifier,
                 None => first_line("-")?,
@@ -54,17 +54,17 @@ pub(super) async fn run(location: Location, task: Task) -> Result<Told, Error> {
             let deleted = control.delete_token(&actor, &identifier).await?.ok_or(Error::NoToken)?;
             Ok(Told::Revoked { name: deleted.name, masked: deleted.masked.to_string() })
         }
-        Task::AddAccount { username, role, name, email, password } => {
+        ManageTask::AddAccount { username, role, name, email, password } => {
             let (password, shown) = self::password(password)?;
             let new = NewAccount { username, name, email, role, password };
             let account = control.create_account(&actor, new).await?;
             Ok(Told::Created { account: row_of_account(account), password: shown })
         }
-        Task::ListAccounts => {
+        ManageTask::ListAccounts => {
             let accounts = control.accounts(&actor.operator).await?;
             Ok(Told::Accounts(accounts.into_iter().map(row_of_account).collect()))
         }
-        Task::Grant { username, permissions, revoke } => {
+        ManageTask::Grant { username, permissions, revoke } => {
             let account = find(&control, &actor, username).await?;
             let permissions = permissions.into_iter().collect();
             let change =
@@ -73,7 +73,7 @@ pub(super) async fn run(location: Location, task: Task) -> Result<Told, Error> {
             let account = changed.ok_or(Error::NoAccount(account.username))?;
             Ok(Told::Granted(row_of_account(account)))
         }
-        Task::SetPassword { username, password } => {
+        ManageTask::SetPassword { username, password } => {
             let account = find(&control, &actor, username).await?;
             let (password, shown) = self::password(password)?;
             control.set_password(&actor, account.id, password).await?;

@@ -16,13 +16,13 @@ use super::{
     told::{AccountRow, TokenRow, Told},
 };
 use crate::{
-    config::{Server, Task},
+    config::{RemoteServer, ManageTask},
     control::RootRole,
     token::{Token, TokenKind},
     upstream::no_proxy,
     wire::{
         text::without_byte_order_mark,
-        tokens::{Created, Listed, ListedSecret, TokenList},
+        tokens::{CreatedToken, ListedToken, ListedSecret, TokenList},
     },
 };
 
@@ -30,10 +30,10 @@ use crate::{
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Runs a task.
-pub(super) async fn run(server: Server, task: Task) -> Result<Told, Error> {
+pub(super) async fn run(server: RemoteServer, task: ManageTask) -> Result<Told, Error> {
     let api = Api::new(server)?;
     match task {
-        Task::CreateToken { name, kind, environment, projects, expires_at } => {
+        ManageTask::CreateToken { name, kind, environment, projects, expires_at } => {
             let is_admin = kind == TokenKind::Admin;
             let mut body = json!({ "tokenName": name, "type": kind.as_str() });
             body["environment"] = if is_admin { "*".into() } else { environment.into() };
@@ -42,15 +42,15 @@ pub(super) async fn run(server: Server, task: Task) -> Result<Told, Error> {
             if let Some(expires_at) = expires_at {
                 body["expiresAt"] = expires_at.to_string().into();
             }
-            let created: Created = api.read(Method::POST, TOKENS, Some(&body)).await?;
+            let created: CreatedToken = api.read(Method::POST, TOKENS, Some(&body)).await?;
             Ok(Told::Token { secret: created.secret })
         }
-        Task::ListTokens { name } => {
-            let matches = |token: &Listed| name.as_ref().is_none_or(|it| *it == token.name);
+        ManageTask::ListTokens { name } => {
+            let matches = |token: &ListedToken| name.as_ref().is_none_or(|it| *it == token.name);
             let tokens = api.tokens().await?.into_iter().filter(matches);
             Ok(Told::Tokens(tokens.map(row_of_token).collect()))
         }
-        Task::RevokeToken { identifier } => {
+        ManageTask::RevokeToken { identifier } => {
             let identifier = match identifier {
                 Some(identifier) => identifier,
                 None => first_line("-")?,
@@ -58,14 +58,14 @@ pub(super) async fn run(server: Server, task: Task) -> Result<Told, Error> {
             // Servers report success also for the deletion of a token that does not exist.
             let token = Token::parse(&identifier).ok();
             let selector = token.as_ref().and_then(Token::selector);
-            let same = |it: &Listed| {
+            let same = |it: &ListedToken| {
                 it.secret.expose() == identifier || selector == Some(it.secret.expose())
             };
             let revoked = api.tokens().await?.into_iter().find(same).ok_or(Error::NoToken)?;
             api.ask(Method::DELETE, &[TOKENS, &[&identifier]].concat(), None).await?;
             Ok(Told::Revoked { masked: masked(&revoked.secret), name: revoked.name })
         }
-        Task::AddAccount { username, role, name, email, password } => {
+        ManageTask::AddAccount { username, role, name, email, password } => {
             let (password, shown) = self::password(password)?;
             let body = json!({
                 "username": username, "name": name, "email": email, "rootRole": role.id(),
@@ -74,10 +74,10 @@ pub(super) async fn run(server: Server, task: Task) -> Result<Told, Error> {
             let user: User = api.read(Method::POST, ACCOUNTS, Some(&body)).await?;
             Ok(Told::Created { account: row_of_account(user), password: shown })
         }
-        Task::ListAccounts => {
+        ManageTask::ListAccounts => {
             Ok(Told::Accounts(api.users().await?.into_iter().map(row_of_account).collect()))
         }
-        Task::Grant { username, permissions, revoke } => {
+        ManageTask::Grant { username, permissions, revoke } => {
             let user = api.user(username).await?;
             let mut granted = user.permissions;
             let names = permissions.iter().map(|it| it.as_str());
@@ -91,7 +91,7 @@ pub(super) async fn run(server: Server, task: Task) -> Result<Told, Error> {
             let user: User = api.read(Method::PUT, &path, Some(&body)).await?;
             Ok(Told::Granted(row_of_account(user)))
         }
-        Task::SetPassword { username, password } => {
+        ManageTask::SetPassword { username, password } => {
             let user = api.user(username).await?;
             let (password, shown) = self::password(password)?;
             let id = user.id.to_string();
@@ -125,8 +125,8 @@ struct Api {
 }
 
 impl Api {
-    fn new(server: Server) -> Result<Self, Error> {
-        let Server { url, token_file, no_proxy } = server;
+    fn new(server: RemoteServer) -> Result<Self, Error> {
+        let RemoteServer { url, token_file, no_proxy } = server;
         let token = Token::parse(&first_line(&token_file)?);
         let token = token.map_err(|error| Error::Token(token_file, error))?;
         // Fails if a provider is installed already, which is fine.
@@ -140,7 +140,7 @@ impl Api {
         Ok(Self { client, url, token })
     }
 
-    async fn tokens(&self) -> Result<Vec<Listed>, Error> {
+    async fn tokens(&self) -> Result<Vec<ListedToken>, Error> {
         Ok(self.read::<TokenList>(Method::GET, TOKENS, None).await?.tokens)
     }
 
@@ -230,7 +230,7 @@ fn masked(secret: &ListedSecret) -> String {
     }
 }
 
-fn row_of_token(token: Listed) -> TokenRow {
+fn row_of_token(token: ListedToken) -> TokenRow {
     TokenRow {
         identifier: masked(&token.secret),
         name: token.name,

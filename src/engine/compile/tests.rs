@@ -30,7 +30,7 @@ impl Compiled {
     }
 
     fn recompile(&self, document: Document) -> Self {
-        let document = document.sharing(&self.document);
+        let document = document.reuse_unchanged(&self.document);
         let (engine, problems) = self.engine.recompile(&self.document, &self.problems, &document);
         Self { document, engine, problems }
     }

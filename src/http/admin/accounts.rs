@@ -13,7 +13,7 @@ use crate::{
         Account, AccountChange, Actor, Control, Grants, NewAccount, Operator, Permission, RootRole,
     },
     http::reply::{self, HttpError, HttpResponse},
-    wire::admin::{self as wire, Field, Problems, Role, Time},
+    wire::admin::{self as wire, Field, FieldErrors, RoleRef, Rfc3339Millis},
 };
 
 /// Lists all accounts or a page of them, and all roles.
@@ -22,7 +22,7 @@ pub(super) async fn list(
     operator: &Operator,
     query: &QueryParams<'_>,
 ) -> Result<HttpResponse, HttpError> {
-    let mut problems = Problems::default();
+    let mut problems = FieldErrors::default();
     let after = query.number(&mut problems, "after", 0, u32::MAX).unwrap_or(0);
     let limit = query.number(&mut problems, "limit", 1, MAX_ACCOUNTS).unwrap_or(u32::MAX);
     problems.finish()?;
@@ -53,8 +53,8 @@ pub(super) async fn create(
     body: &Bytes,
 ) -> Result<HttpResponse, HttpError> {
     let request: wire::CreateUser = body::parse_object(body)?;
-    let mut problems = Problems::default();
-    let may_be_missing = !matches!(request.username, Field::Wrong(_));
+    let mut problems = FieldErrors::default();
+    let may_be_missing = !matches!(request.username, Field::Invalid(_));
     let username = problems.optional("username", request.username).and_then(|it| it.0);
     let name = problems.optional("name", request.name).and_then(|it| it.0).map(|name| name.0);
     let email = problems.optional("email", request.email).and_then(|it| it.0).map(|email| email.0);
@@ -69,7 +69,7 @@ pub(super) async fn create(
         let (username, role, password) = (username?, role?, password?);
         Some(NewAccount { username, name, email, role, password })
     };
-    let account = control.create_account(actor, problems.or(new())?).await?;
+    let account = control.create_account(actor, problems.into_result(new())?).await?;
     let location = account.id.to_string();
     Ok(reply::created(&account_json(account), &location))
 }
@@ -82,7 +82,7 @@ pub(super) async fn update(
     body: &Bytes,
 ) -> Result<HttpResponse, HttpError> {
     let request: wire::UpdateUser = body::parse_object(body)?;
-    let mut problems = Problems::default();
+    let mut problems = FieldErrors::default();
     let name = problems.optional("name", request.name).map(|it| it.0.map(|name| name.0));
     let email = problems.optional("email", request.email).map(|it| it.0.map(|email| email.0));
     let role = parse_root_role(&mut problems, request.root_role, false);
@@ -107,7 +107,7 @@ pub(super) async fn set_permissions(
     body: &Bytes,
 ) -> Result<HttpResponse, HttpError> {
     let request: wire::SetPermissions = body::parse_object(body)?;
-    let mut problems = Problems::default();
+    let mut problems = FieldErrors::default();
     let names = problems.required("permissions", request.permissions).unwrap_or_default();
     let mut permissions = BTreeSet::new();
     for name in &names {
@@ -131,10 +131,10 @@ pub(super) async fn reset_password(
     body: &Bytes,
 ) -> Result<HttpResponse, HttpError> {
     let request: wire::ResetPassword = body::parse_object(body)?;
-    let mut problems = Problems::default();
+    let mut problems = FieldErrors::default();
     let password = problems.required("password", request.password);
     let password = body::new_password(&mut problems, password.as_ref());
-    let password = problems.or(password)?;
+    let password = problems.into_result(password)?;
     control
         .set_password(actor, parse_account_id(id)?, password)
         .await?
@@ -143,8 +143,8 @@ pub(super) async fn reset_password(
 }
 
 fn parse_root_role(
-    problems: &mut Problems,
-    field: Field<Role>,
+    problems: &mut FieldErrors,
+    field: Field<RoleRef>,
     required: bool,
 ) -> Option<RootRole> {
     let requested = if required {
@@ -153,8 +153,8 @@ fn parse_root_role(
         problems.optional("rootRole", field)
     };
     let role = match requested? {
-        Role::Id(id) => RootRole::from_id(id),
-        Role::Name(name) => {
+        RoleRef::Id(id) => RootRole::from_id(id),
+        RoleRef::Name(name) => {
             RootRole::ALL.into_iter().find(|role| role.name().eq_ignore_ascii_case(&name))
         }
     };
@@ -185,8 +185,8 @@ fn account_json(account: Account) -> wire::User {
         email: account.email,
         root_role: account.role.id(),
         permissions: account.permissions.into_iter().map(Permission::as_str).collect(),
-        created_at: Time(account.created_at),
-        seen_at: account.seen_at.map(Time),
+        created_at: Rfc3339Millis(account.created_at),
+        seen_at: account.seen_at.map(Rfc3339Millis),
         is_api: false,
     }
 }

@@ -10,7 +10,7 @@ use crate::{
     control::{Password, PasswordError},
     http::reply::HttpError,
     wire::{
-        admin::{Hidden, Problems},
+        admin::{SecretString, FieldErrors},
         instant,
     },
 };
@@ -30,23 +30,23 @@ pub(super) fn parse_object<T: DeserializeOwned>(body: &Bytes) -> Result<T, HttpE
 }
 
 /// Parses a password that a user chooses; it must meet the rules for new passwords.
-pub(super) fn new_password(problems: &mut Problems, hidden: Option<&Hidden>) -> Option<Password> {
+pub(super) fn new_password(problems: &mut FieldErrors, hidden: Option<&SecretString>) -> Option<Password> {
     parse_password(problems, "password", hidden, Password::parse)
 }
 
 /// Parses a password that a user presents for verification.
 pub(super) fn current_password(
-    problems: &mut Problems,
+    problems: &mut FieldErrors,
     path: &'static str,
-    hidden: Option<&Hidden>,
+    hidden: Option<&SecretString>,
 ) -> Option<Password> {
     parse_password(problems, path, hidden, Password::for_sign_in)
 }
 
 fn parse_password(
-    problems: &mut Problems,
+    problems: &mut FieldErrors,
     path: &'static str,
-    hidden: Option<&Hidden>,
+    hidden: Option<&SecretString>,
     parse: fn(&str) -> Result<Password, PasswordError>,
 ) -> Option<Password> {
     match parse(&hidden?.0) {
@@ -69,7 +69,7 @@ impl<'a> QueryParams<'a> {
     }
 
     /// All values of a parameter.
-    pub(super) fn texts(&self, problems: &mut Problems, name: &'static str) -> Vec<String> {
+    pub(super) fn texts(&self, problems: &mut FieldErrors, name: &'static str) -> Vec<String> {
         let named =
             parse(self.0.as_bytes()).filter(|(key, value)| key == name && !value.is_empty());
         let mut values: Vec<_> = named.map(|(_, value)| value.into_owned()).collect();
@@ -82,24 +82,24 @@ impl<'a> QueryParams<'a> {
     }
 
     /// The first value of a parameter.
-    pub(super) fn text(&self, problems: &mut Problems, name: &'static str) -> Option<String> {
+    pub(super) fn text(&self, problems: &mut FieldErrors, name: &'static str) -> Option<String> {
         self.texts(problems, name).into_iter().next()
     }
 
     /// The first value of a required parameter.
     pub(super) fn required(&self, name: &'static str) -> Result<String, HttpError> {
-        let mut problems = Problems::default();
+        let mut problems = FieldErrors::default();
         let value = self.text(&mut problems, name);
         if value.is_none() {
             problems.add(name, "is missing from the query");
         }
-        Ok(problems.or(value)?)
+        Ok(problems.into_result(value)?)
     }
 
     /// A point in time.
     pub(super) fn timestamp(
         &self,
-        problems: &mut Problems,
+        problems: &mut FieldErrors,
         name: &'static str,
     ) -> Option<Timestamp> {
         let time = instant::parse(&self.text(problems, name)?);
@@ -112,7 +112,7 @@ impl<'a> QueryParams<'a> {
     /// A number from `least` to `most`.
     pub(super) fn number(
         &self,
-        problems: &mut Problems,
+        problems: &mut FieldErrors,
         name: &'static str,
         least: u32,
         most: u32,

@@ -18,7 +18,7 @@ use crate::{
     control::{Account, Actor, Cause, Control, Operator},
     http::reply::HttpError,
     token::{Token, TokenKind},
-    wire::person::Person,
+    wire::person::User,
 };
 
 /// The session cookie on an unencrypted connection.
@@ -112,8 +112,8 @@ impl Authentication<'_> {
 }
 
 /// A user of upstream. Operations on this edge's own state need no permission.
-fn upstream_caller(person: &Person, address: IpAddr) -> AuthenticatedCaller {
-    let operator = Operator::Upstream { name: person.name() };
+fn upstream_caller(person: &User, address: IpAddr) -> AuthenticatedCaller {
+    let operator = Operator::Upstream { name: person.display_name() };
     AuthenticatedCaller { actor: Actor { operator, address: Some(address) }, account: None }
 }
 

@@ -9,12 +9,12 @@ use crate::{
     http::reply::{self, HttpError, HttpResponse},
     snapshot::Snapshots,
     token::Environment,
-    wire::explain::Question,
+    wire::explain::ExplainRequest,
 };
 
 /// Parses a request body and returns an [`Explanation`](crate::engine::explanation::Explanation).
 pub(super) fn explain(snapshots: &Snapshots, body: &[u8]) -> Result<HttpResponse, HttpError> {
-    let question = Question::parse(body).map_err(|error| HttpError::Malformed(error.to_string()))?;
+    let question = ExplainRequest::parse(body).map_err(|error| HttpError::Malformed(error.to_string()))?;
     let Some(snapshot) = snapshots.load(&Environment::new(&question.environment)) else {
         let names = snapshots.environments();
         let names: Vec<_> = names.iter().map(Environment::as_str).collect();

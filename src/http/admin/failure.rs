@@ -11,7 +11,7 @@ use crate::{
     control::Error,
     http::reply::HttpError,
     telemetry::{LogLimiter, error_chain},
-    wire::admin::Problem,
+    wire::admin::FieldError,
 };
 
 /// The `Retry-After` of responses while the database is unavailable.
@@ -22,7 +22,7 @@ impl From<Error> for HttpError {
         match error {
             Error::Missing(missing) => Self::MissingPermission(missing),
             Error::Taken(field) => {
-                Self::InvalidFields(vec![Problem { path: field, reason: "is taken".to_owned() }])
+                Self::InvalidFields(vec![FieldError { field: field, reason: "is taken".to_owned() }])
             }
             Error::LastAdmin => Self::OperationDenied(error.to_string()),
             Error::Limit { .. } => Self::Malformed(error.to_string()),
@@ -30,7 +30,7 @@ impl From<Error> for HttpError {
             Error::WrongPassword => Self::WrongPassword,
             Error::SessionEnded => Self::SignInRequired,
             Error::Invalid { field, reason } => {
-                Self::InvalidFields(vec![Problem { path: field, reason }])
+                Self::InvalidFields(vec![FieldError { field: field, reason }])
             }
             Error::Replaced(_) => {
                 log_database_error(&error);

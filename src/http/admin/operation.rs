@@ -12,7 +12,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator};
 use crate::{
     engine::explanation::Explanation,
     http::route::OptionalEndpoint,
-    wire::{admin as wire, explain::Question},
+    wire::{admin as wire, explain::ExplainRequest},
 };
 
 /// Identifies an operation. The variants group operations by their requirements; the `Debug` text is the
@@ -441,7 +441,7 @@ pub(super) static OPERATIONS: &[Operation] = &[
     get("/api/admin/projects", OperationId::Instance(InstanceOperation::Projects), "The projects").tag(FLAGS_TAG).json::<wire::Projects>(),
     get("/api/admin/flags", OperationId::Instance(InstanceOperation::Flags), "The flags of an environment").tag(FLAGS_TAG).json::<wire::Flags>().query(ENVIRONMENT_PARAMETER).can_404(),
     get("/api/admin/flags/{name}", OperationId::Instance(InstanceOperation::Flag), "One flag, as sent to SDKs").tag(FLAGS_TAG).json::<wire::FlagDetail>().query(ENVIRONMENT_PARAMETER).can_404(),
-    post("/api/admin/explain", OperationId::Instance(InstanceOperation::Explain), "Explain the evaluation of a flag for a context").tag(FLAGS_TAG).body::<Question<'static>>().json::<Explanation>().can_404(),
+    post("/api/admin/explain", OperationId::Instance(InstanceOperation::Explain), "Explain the evaluation of a flag for a context").tag(FLAGS_TAG).body::<ExplainRequest<'static>>().json::<Explanation>().can_404(),
 
     get("/api/admin/metrics/applications", OperationId::Control(ControlPlaneOperation::Applications), "The applications that use flags").tag(USAGE_TAG).json::<wire::Applications>(),
     get("/api/admin/client-metrics/features/{name}/raw", OperationId::Control(ControlPlaneOperation::FlagUsage), "The usage of a flag, by hour").tag(USAGE_TAG).json::<wire::FlagUsage>().query(&[

@@ -4,7 +4,7 @@ use super::{body::QueryParams, operation::MAX_EVENTS};
 use crate::{
     control::{Control, Event, EventKind, EventQuery, Operator},
     http::reply::{self, HttpError, HttpResponse},
-    wire::admin::{self as wire, Problems, Time},
+    wire::admin::{self as wire, FieldErrors, Rfc3339Millis},
 };
 
 /// The default number of events in a response.
@@ -16,7 +16,7 @@ pub(super) async fn list_events(
     operator: &Operator,
     query: &QueryParams<'_>,
 ) -> Result<HttpResponse, HttpError> {
-    let mut problems = Problems::default();
+    let mut problems = FieldErrors::default();
     let names = query.texts(&mut problems, "type");
     let kinds: Option<Vec<_>> = names.iter().map(|name| EventKind::parse(name)).collect();
     if kinds.is_none() {
@@ -46,7 +46,7 @@ fn event_json(event: Event) -> wire::Event {
         r#type: event.kind,
         created_by: event.created_by,
         created_by_user_id: event.created_by_user_id,
-        created_at: Time(event.created_at),
+        created_at: Rfc3339Millis(event.created_at),
         ip: event.ip,
         environment: event.environment,
         project: event.project,

@@ -27,7 +27,7 @@ use crate::{
     http::reply::{self, HttpError, HttpResponse},
     telemetry::error_chain,
     upstream::Upstream,
-    wire::{person::Person, tokens::ListedSecret},
+    wire::{person::User, tokens::ListedSecret},
 };
 
 /// Relays requests to an upstream server.
@@ -114,7 +114,7 @@ impl Relay {
     }
 
     /// The user that is signed in upstream with these cookies.
-    pub(super) async fn signed_in_user(&self, headers: &HeaderMap) -> Result<Person, HttpError> {
+    pub(super) async fn signed_in_user(&self, headers: &HeaderMap) -> Result<User, HttpError> {
         if !headers.contains_key(COOKIE) {
             return Err(HttpError::SignInRequired);
         }
@@ -130,7 +130,7 @@ impl Relay {
                 HttpError::SignInRequired
             });
         }
-        Person::parse(answer.body()).map_err(|_| HttpError::BadGateway)
+        User::parse(answer.body()).map_err(|_| HttpError::BadGateway)
     }
 
     async fn send(

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     control::{Account, Control, Operator, RootRole, SignIn},
     http::reply::{self, HttpError, HttpResponse},
-    wire::admin::{self as wire, Problems},
+    wire::admin::{self as wire, FieldErrors},
 };
 
 /// The lifetime of the device cookie, in seconds: one year.
@@ -35,11 +35,11 @@ pub(super) async fn sign_in(
         return Err(HttpError::CrossOrigin);
     }
     let request: wire::Login = body::parse_object(body)?;
-    let mut problems = Problems::default();
+    let mut problems = FieldErrors::default();
     let username = problems.required("username", request.username);
     let password = problems.required("password", request.password);
     let password = body::current_password(&mut problems, "password", password.as_ref());
-    let (username, password) = problems.or(username.zip(password))?;
+    let (username, password) = problems.into_result(username.zip(password))?;
     let device = cookie(headers, DEVICE_COOKIE);
     let attempt = SignIn { username: &username.0, password: &password, address, device };
     let signed_in = control.sign_in(attempt).await?;
@@ -125,7 +125,7 @@ pub(super) async fn change_password(
         return Err(HttpError::Malformed("an API token has no password".to_owned()));
     }
     let request: wire::ChangePassword = body::parse_object(body)?;
-    let mut problems = Problems::default();
+    let mut problems = FieldErrors::default();
     let old = problems.required("oldPassword", request.old_password);
     let old = body::current_password(&mut problems, "oldPassword", old.as_ref());
     let new = problems.required("password", request.password);
@@ -136,7 +136,7 @@ pub(super) async fn change_password(
         problems.add("confirmPassword", "does not match the password");
     }
     let new = body::new_password(&mut problems, new.as_ref());
-    let (old, new) = problems.or(old.zip(new))?;
+    let (old, new) = problems.into_result(old.zip(new))?;
     control.change_own_password(&caller.actor, &old, new).await?;
     Ok(reply::empty_ok())
 }

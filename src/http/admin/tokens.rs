@@ -8,7 +8,7 @@ use crate::{
     control::{Actor, ApiToken, Control, NewToken},
     http::reply::{self, HttpError, HttpResponse},
     token::{Environment, Project, Projects, TokenKind},
-    wire::admin::{self as wire, Field, Id, Instant, MAX_PROJECTS, Problems, Shown, Time},
+    wire::admin::{self as wire, Field, ScopeId, Rfc3339, MAX_PROJECTS, FieldErrors, SecretOrIdentifier, Rfc3339Millis},
 };
 
 /// The environment of a new token if the request names none.
@@ -54,14 +54,14 @@ pub(super) async fn create(
 ) -> Result<HttpResponse, HttpError> {
     let request: wire::CreateToken = body::parse_object(body)?;
     let kind = match &request.r#type {
-        Field::Is(kind) => Some(kind.0),
-        Field::Missing | Field::Wrong(_) => None,
+        Field::Valid(kind) => Some(kind.0),
+        Field::Missing | Field::Invalid(_) => None,
     };
     // A missing permission is reported before errors of the body.
     control.require_create(actor, kind).await?;
     let new = parse_new_token(request, catalogue, project)?;
     let (token, created) = control.create_token(actor, new).await?;
-    let created = wire::ApiToken { secret: Shown::Secret(token), ..token_json(created) };
+    let created = wire::ApiToken { secret: SecretOrIdentifier::Secret(token), ..token_json(created) };
     Ok(reply::created(&created, "api-tokens"))
 }
 
@@ -70,8 +70,8 @@ fn parse_new_token(
     catalogue: &FlagCatalogue,
     project: Option<&str>,
 ) -> Result<NewToken, HttpError> {
-    let mut problems = Problems::default();
-    let name = problems.required("tokenName", request.token_name.or(request.username));
+    let mut problems = FieldErrors::default();
+    let name = problems.required("tokenName", request.token_name.or_legacy(request.username));
     let kind = problems.required("type", request.r#type).map(|kind| kind.0);
     let expires_at = parse_expiry(&mut problems, request.expires_at);
     let environment = parse_environment(&mut problems, request.environment, kind, catalogue);
@@ -80,7 +80,7 @@ fn parse_new_token(
             problems.add("type", "must not be admin: admin tokens see all projects");
             None
         }
-        Some(project) => Some(vec![Id(project.to_owned())]),
+        Some(project) => Some(vec![ScopeId(project.to_owned())]),
         None => parse_projects(&mut problems, request.projects, request.project, kind, catalogue),
     };
     let new = || {
@@ -92,22 +92,22 @@ fn parse_new_token(
             expires_at,
         })
     };
-    Ok(problems.or(new())?)
+    Ok(problems.into_result(new())?)
 }
 
 /// The error for an admin token with a narrower scope, so that it never has more access than requested.
 const ADMIN_SCOPE_ERROR: &str = "must be *: admin tokens see all";
 
 fn parse_environment(
-    problems: &mut Problems,
-    field: Field<Id>,
+    problems: &mut FieldErrors,
+    field: Field<ScopeId>,
     kind: Option<TokenKind>,
     catalogue: &FlagCatalogue,
-) -> Option<Id> {
+) -> Option<ScopeId> {
     const NAME: &str = "environment";
     let field = match (field, kind) {
-        (Field::Missing, Some(TokenKind::Admin)) => Field::Is(Id("*".to_owned())),
-        (Field::Missing, _) => Field::Is(Id(DEFAULT_ENVIRONMENT.to_owned())),
+        (Field::Missing, Some(TokenKind::Admin)) => Field::Valid(ScopeId("*".to_owned())),
+        (Field::Missing, _) => Field::Valid(ScopeId(DEFAULT_ENVIRONMENT.to_owned())),
         (field, _) => field,
     };
     let environment = problems.optional(NAME, field)?;
@@ -126,16 +126,16 @@ fn parse_environment(
 }
 
 fn parse_projects(
-    problems: &mut Problems,
-    listed: Field<Vec<Id>>,
-    single: Field<Id>,
+    problems: &mut FieldErrors,
+    listed: Field<Vec<ScopeId>>,
+    single: Field<ScopeId>,
     kind: Option<TokenKind>,
     catalogue: &FlagCatalogue,
-) -> Option<Vec<Id>> {
+) -> Option<Vec<ScopeId>> {
     let single = problems.optional("project", single);
     let (path, projects) = match (listed, single) {
         (Field::Missing, Some(single)) => ("project", vec![single]),
-        (Field::Missing, None) => ("projects", vec![Id("*".to_owned())]),
+        (Field::Missing, None) => ("projects", vec![ScopeId("*".to_owned())]),
         (listed, _) => ("projects", problems.optional("projects", listed)?),
     };
     if projects.is_empty() || projects.len() > MAX_PROJECTS {
@@ -151,7 +151,7 @@ fn parse_projects(
 }
 
 /// Parses an expiry, which must be in the future.
-fn parse_expiry(problems: &mut Problems, field: Field<Option<Instant>>) -> Option<Timestamp> {
+fn parse_expiry(problems: &mut FieldErrors, field: Field<Option<Rfc3339>>) -> Option<Timestamp> {
     let end = problems.optional("expiresAt", field).flatten()?.0;
     if end <= Timestamp::now() {
         problems.add("expiresAt", "must be in the future");
@@ -176,7 +176,7 @@ pub(super) async fn update(
     body: &Bytes,
 ) -> Result<HttpResponse, HttpError> {
     let request: wire::UpdateToken = body::parse_object(body)?;
-    let mut problems = Problems::default();
+    let mut problems = FieldErrors::default();
     let end = problems.required("expiresAt", request.expires_at);
     problems.finish()?;
     let end = end.flatten().map(|end| end.0);
@@ -218,16 +218,16 @@ fn token_json(token: ApiToken) -> wire::ApiToken {
         _ => "[]".to_owned(),
     };
     wire::ApiToken {
-        secret: Shown::Identifier(token.id),
+        secret: SecretOrIdentifier::Identifier(token.id),
         token_name: token.name,
         r#type: token.kind.as_str(),
         environment: token.environment.as_str().to_owned(),
         project,
         projects,
-        expires_at: token.expires_at.map(Time),
-        created_at: Time(token.created_at),
+        expires_at: token.expires_at.map(Rfc3339Millis),
+        created_at: Rfc3339Millis(token.created_at),
         created_by: token.created_by,
-        seen_at: token.seen_at.map(Time),
+        seen_at: token.seen_at.map(Rfc3339Millis),
         alias: None,
         secure: true,
         masked: token.masked.to_string(),

@@ -6,7 +6,7 @@ use super::{body::QueryParams, operation::MAX_USAGE_HOURS};
 use crate::{
     control::{ApplicationSummary, Control, UsageHour},
     http::reply::{self, HttpError, HttpResponse},
-    wire::admin::{self as wire, Problems, Time},
+    wire::admin::{self as wire, FieldErrors, Rfc3339Millis},
 };
 
 /// The default period of flag usage, in hours.
@@ -27,8 +27,8 @@ fn application_json(application: ApplicationSummary) -> wire::Application {
         sdk_versions: application.sdk_versions,
         strategies: application.strategies,
         instances: application.instances,
-        created_at: Time(application.created_at),
-        seen_at: Time(application.seen_at),
+        created_at: Rfc3339Millis(application.created_at),
+        seen_at: Rfc3339Millis(application.seen_at),
     }
 }
 
@@ -38,7 +38,7 @@ pub(super) async fn flag_usage(
     flag: &str,
     query: &QueryParams<'_>,
 ) -> Result<HttpResponse, HttpError> {
-    let mut problems = Problems::default();
+    let mut problems = FieldErrors::default();
     let hours =
         query.number(&mut problems, "hoursBack", 1, MAX_USAGE_HOURS).unwrap_or(DEFAULT_USAGE_HOURS);
     problems.finish()?;
@@ -53,7 +53,7 @@ fn usage_hour_json(hour: UsageHour) -> wire::UsageHour {
         feature_name: hour.flag,
         app_name: hour.app_name,
         environment: hour.environment,
-        timestamp: Time(hour.hour),
+        timestamp: Rfc3339Millis(hour.hour),
         yes: hour.yes,
         no: hour.no,
         variants: hour.variants,

@@ -49,7 +49,7 @@ impl EventSource for DeltaEvents {
         if let Stage::SendingFetchMode(mode) = self.stage {
             self.stage = Stage::Streaming;
             if mode == FetchMode::Polling {
-                let bytes = sse::event("fetch-mode", None, "polling").into();
+                let bytes = sse::encode_event("fetch-mode", None, "polling").into();
                 return Some(SseChunk { bytes, kind: ChunkKind::FetchMode });
             }
         }
@@ -110,7 +110,7 @@ mod tests {
                 let events = delta::parse(event.data.as_bytes()).unwrap();
                 *has = apply(has, events.iter().map(|event| &event.change));
             };
-            decoder.read(&chunk.bytes, take).unwrap();
+            decoder.decode(&chunk.bytes, take).unwrap();
             last = Some(chunk.kind);
         }
         last

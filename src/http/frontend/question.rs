@@ -138,7 +138,7 @@ impl Subscriber {
         snapshot: &Snapshot,
     ) -> Self {
         let mut omitted = Vec::new();
-        if sent.memory() > MAX_FULL_CONTEXT_BYTES {
+        if sent.estimated_memory() > MAX_FULL_CONTEXT_BYTES {
             let view = snapshot.frontend_view(&scope.projects);
             let fields: HashSet<_> =
                 used_fields(view.inputs(), snapshot.engine().schema()).collect();

@@ -11,7 +11,7 @@ use crate::{
     answers::ofrep_hash,
     engine::{Context, Engine, FlagId, Outcome},
     snapshot::{Snapshot, FrontendView},
-    wire::ofrep::{Evaluation, Metadata, Reason, Value, value},
+    wire::ofrep::{EvaluationSuccess, Metadata, Reason, Value, payload_value},
 };
 
 /// The JSON of an OFREP document.
@@ -28,13 +28,13 @@ pub(super) fn hash_outcomes(snapshot: &Snapshot, view: &FrontendView, context: &
 }
 
 /// The OFREP evaluation of a flag with this outcome.
-pub(super) fn to_evaluation(engine: &Engine, id: FlagId, outcome: Outcome) -> Evaluation<'_> {
+pub(super) fn to_evaluation(engine: &Engine, id: FlagId, outcome: Outcome) -> EvaluationSuccess<'_> {
     let flag = engine.flag(id);
     let variant = flag.variant(outcome);
     let payload = variant.and_then(|variant| variant.payload.as_ref());
     let is_typed = flag.variants().iter().any(|variant| variant.payload.is_some());
     let value = match payload {
-        Some(payload) => Some(value(&payload.kind, &payload.value)),
+        Some(payload) => Some(payload_value(&payload.kind, &payload.value)),
         None if outcome == Outcome::Off && is_typed => None,
         None => Some(Value::Boolean(outcome.is_on())),
     };
@@ -50,7 +50,7 @@ pub(super) fn to_evaluation(engine: &Engine, id: FlagId, outcome: Outcome) -> Ev
     } else {
         Reason::TargetingMatch
     };
-    Evaluation {
+    EvaluationSuccess {
         key: flag.name(),
         value,
         variant: variant.map_or(plain, |variant| &variant.name),

@@ -50,10 +50,10 @@ impl EventSource for RefetchEvents {
         let id = format_args!("{now:032x}").to_string();
         let (text, kind) = match (has_changed, is_first) {
             // A reconnecting client sends the id of its last event.
-            (false, true) => (sse::state(&id), ChunkKind::Replay),
-            (true, true) => (sse::event(ofrep::EVENT, Some(&id), ofrep::REFETCH), ChunkKind::Replay),
+            (false, true) => (sse::encode_id(&id), ChunkKind::Replay),
+            (true, true) => (sse::encode_event(ofrep::EVENT_NAME, Some(&id), ofrep::REFETCH_EVENT_DATA), ChunkKind::Replay),
             (true, false) => {
-                (sse::event(ofrep::EVENT, Some(&id), ofrep::REFETCH), ChunkKind::Changes(since))
+                (sse::encode_event(ofrep::EVENT_NAME, Some(&id), ofrep::REFETCH_EVENT_DATA), ChunkKind::Changes(since))
             }
             (false, false) => return None,
         };

@@ -9,7 +9,7 @@ use hyper::{
 
 use crate::{
     control::Missing,
-    wire::admin::{self as wire, Detail, Problem},
+    wire::admin::{self as wire, Detail, FieldError},
 };
 
 /// Why a request is not served.
@@ -94,7 +94,7 @@ pub enum HttpError {
     InvalidContext(String),
     /// A body with invalid fields.
     #[error("the request cannot be used as it is: {}", summarize(.0))]
-    InvalidFields(Vec<Problem>),
+    InvalidFields(Vec<FieldError>),
     /// A body larger than the limit.
     #[error("the body is larger than {0} bytes")]
     BodyTooLarge(usize),
@@ -109,19 +109,19 @@ pub enum HttpError {
     Internal,
 }
 
-impl From<Vec<Problem>> for HttpError {
-    fn from(problems: Vec<Problem>) -> Self {
+impl From<Vec<FieldError>> for HttpError {
+    fn from(problems: Vec<FieldError>) -> Self {
         Self::InvalidFields(problems)
     }
 }
 
 /// All problems in one line.
-fn summarize(problems: &[Problem]) -> String {
+fn summarize(problems: &[FieldError]) -> String {
     problems.iter().map(describe_problem).collect::<Vec<_>>().join("; ")
 }
 
-fn describe_problem(problem: &Problem) -> String {
-    format!("{} {}", problem.path, problem.reason)
+fn describe_problem(problem: &FieldError) -> String {
+    format!("{} {}", problem.field, problem.reason)
 }
 
 impl HttpError {
@@ -159,7 +159,7 @@ impl HttpError {
     fn details(&self) -> Vec<Detail> {
         match self {
             Self::InvalidFields(problems) => {
-                let detail = |it: &Problem| Detail { message: describe_problem(it), path: Some(it.path) };
+                let detail = |it: &FieldError| Detail { message: describe_problem(it), path: Some(it.field) };
                 problems.iter().map(detail).collect()
             }
             Self::Malformed(_) | Self::InvalidContext(_) | Self::MissingPermission(_) => {

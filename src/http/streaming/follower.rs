@@ -141,7 +141,7 @@ impl<T: EventSource> Stream for SseStream<T> {
                     }
                     if *this.keep_alive_at <= now {
                         *this.keep_alive_at = next_keep_alive(now, this.permit.epoch());
-                        let comment = Bytes::from_static(sse::COMMENT);
+                        let comment = Bytes::from_static(sse::KEEP_ALIVE_COMMENT);
                         metrics.keep_alives.increment(1);
                         metrics.bytes.increment(comment.len() as u64);
                         return Poll::Ready(Some(comment));
@@ -151,7 +151,7 @@ impl<T: EventSource> Stream for SseStream<T> {
                 Phase::Closing => {
                     ready!(this.timer.as_mut().poll(cx));
                     *this.phase = Phase::Closed;
-                    let retry_hint = Bytes::from(sse::retry(rand::random_range(RECONNECT_DELAY)));
+                    let retry_hint = Bytes::from(sse::encode_retry(rand::random_range(RECONNECT_DELAY)));
                     metrics.bytes.increment(retry_hint.len() as u64);
                     return Poll::Ready(Some(retry_hint));
                 }

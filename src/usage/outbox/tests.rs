@@ -15,7 +15,7 @@ use crate::{
         pool::{Account, Charge, Pool},
         spool,
     },
-    wire::usage::{Application, BulkMetric, ImpactMetric, ToggleStats},
+    wire::usage::{ClientApplication, BulkMetric, ImpactMetric, ToggleStats},
 };
 
 fn counter(yes: u64) -> Counter {
@@ -45,7 +45,7 @@ fn large(yes: u64) -> (CounterKey, Counter) {
     (key(1, "a", "large"), Counter::of(stats, &Arc::default(), |_| Name::Known).0)
 }
 
-fn registered(application: Application) -> Arc<Registration> {
+fn registered(application: ClientApplication) -> Arc<Registration> {
     Arc::new(Registration::restored(application, &uncharged()))
 }
 
@@ -238,7 +238,7 @@ fn restored_registration_does_not_replace_a_newer_one() {
             r#"{{"appName":"a","instanceId":"i","started":"2026-01-02T03:04:05Z",
             "interval":{interval}{strategies}}}"#
         );
-        Application::parse(body.as_bytes()).unwrap()
+        ClientApplication::parse(body.as_bytes()).unwrap()
     };
     let mut queue = Outbox::new(100, 7);
     let applications = vec![registered(application(2, ""))];
@@ -256,7 +256,7 @@ fn restored_registration_does_not_replace_a_newer_one() {
 fn rejected_instance_with_unknown_strategies_is_retried_with_an_empty_list() {
     let now = Instant::now();
     let body = br#"{"appName":"a","started":"2026-01-02T03:04:05Z","interval":1}"#;
-    let applications = vec![registered(Application::parse(body).unwrap())];
+    let applications = vec![registered(ClientApplication::parse(body).unwrap())];
     let drained = Generation { applications, ..Generation::default() };
     let mut queue = Outbox::new(100, 7);
     queue.absorb(BTreeMap::from([(Environment::new("dev"), drained)]), now);

@@ -13,36 +13,36 @@ pub enum Field<T> {
     #[default]
     Missing,
     /// The field has a valid value.
-    Is(T),
+    Valid(T),
     /// The field has an invalid value; the text is the reason.
-    Wrong(String),
+    Invalid(String),
 }
 
 /// The error of one field; repeats nothing of its value.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Problem {
+pub struct FieldError {
     /// The field, as in `projects`.
-    pub path: &'static str,
+    pub field: &'static str,
     /// The expectation that it does not meet.
     pub reason: String,
 }
 
 /// The errors of all fields of a request.
 #[derive(Debug, Default)]
-pub struct Problems(Vec<Problem>);
+pub struct FieldErrors(Vec<FieldError>);
 
-impl Problems {
+impl FieldErrors {
     /// Adds an error.
     pub fn add(&mut self, path: &'static str, reason: impl Into<String>) {
-        self.0.push(Problem { path, reason: reason.into() });
+        self.0.push(FieldError { field: path, reason: reason.into() });
     }
 
     /// The value of an optional field. An invalid value adds an error.
     pub fn optional<T>(&mut self, path: &'static str, field: Field<T>) -> Option<T> {
         match field {
             Field::Missing => None,
-            Field::Is(value) => Some(value),
-            Field::Wrong(reason) => {
+            Field::Valid(value) => Some(value),
+            Field::Invalid(reason) => {
                 self.add(path, reason);
                 None
             }
@@ -58,13 +58,13 @@ impl Problems {
     }
 
     /// The errors, if there are any.
-    pub fn finish(self) -> Result<(), Vec<Problem>> {
-        self.or(Some(()))
+    pub fn finish(self) -> Result<(), Vec<FieldError>> {
+        self.into_result(Some(()))
     }
 
     /// The errors, if there are any, or else `value`, which is built from the fields. It is `None` only
     /// if there are errors.
-    pub fn or<T>(self, value: Option<T>) -> Result<T, Vec<Problem>> {
+    pub fn into_result<T>(self, value: Option<T>) -> Result<T, Vec<FieldError>> {
         value.filter(|_| self.0.is_empty()).ok_or(self.0)
     }
 }
@@ -72,24 +72,24 @@ impl Problems {
 impl<T> Field<T> {
     /// This field, or the one under its older name if this one is missing.
     #[must_use]
-    pub fn or(self, older: Self) -> Self {
+    pub fn or_legacy(self, older: Self) -> Self {
         match self {
             Self::Missing => older,
-            Self::Is(_) | Self::Wrong(_) => self,
+            Self::Valid(_) | Self::Invalid(_) => self,
         }
     }
 }
 
 /// A type of a field.
-pub trait Member: Sized {
+pub trait FieldType: Sized {
     /// Parses a JSON value. The error describes the expected value and does not repeat the actual one.
-    fn read(value: &Value) -> Result<Self, String>;
+    fn from_json(value: &Value) -> Result<Self, String>;
 }
 
-impl<'de, T: Member> Deserialize<'de> for Field<T> {
+impl<'de, T: FieldType> Deserialize<'de> for Field<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let value = Value::deserialize(deserializer)?;
-        Ok(T::read(&value).map_or_else(Self::Wrong, Self::Is))
+        Ok(T::from_json(&value).map_or_else(Self::Invalid, Self::Valid))
     }
 }
 
@@ -107,26 +107,26 @@ impl<T: JsonSchema> JsonSchema for Field<T> {
     }
 }
 
-impl<T: Member> Member for Option<T> {
-    fn read(value: &Value) -> Result<Self, String> {
-        if value.is_null() { Ok(None) } else { T::read(value).map(Some) }
+impl<T: FieldType> FieldType for Option<T> {
+    fn from_json(value: &Value) -> Result<Self, String> {
+        if value.is_null() { Ok(None) } else { T::from_json(value).map(Some) }
     }
 }
 
 /// A string for which blank means the same as null.
 #[derive(Debug)]
-pub struct Blank<T>(pub Option<T>);
+pub struct BlankAsNull<T>(pub Option<T>);
 
-impl<T: Member> Member for Blank<T> {
-    fn read(value: &Value) -> Result<Self, String> {
+impl<T: FieldType> FieldType for BlankAsNull<T> {
+    fn from_json(value: &Value) -> Result<Self, String> {
         if value.as_str().is_some_and(|text| text.trim().is_empty()) {
             return Ok(Self(None));
         }
-        Option::read(value).map(Self)
+        Option::from_json(value).map(Self)
     }
 }
 
-impl<T: JsonSchema> JsonSchema for Blank<T> {
+impl<T: JsonSchema> JsonSchema for BlankAsNull<T> {
     fn schema_name() -> Cow<'static, str> {
         Option::<T>::schema_name()
     }
@@ -140,16 +140,16 @@ impl<T: JsonSchema> JsonSchema for Blank<T> {
     }
 }
 
-impl<T: Member> Member for Vec<T> {
-    fn read(value: &Value) -> Result<Self, String> {
+impl<T: FieldType> FieldType for Vec<T> {
+    fn from_json(value: &Value) -> Result<Self, String> {
         let items = value.as_array().ok_or("must be a list")?;
-        let read = |(at, item)| T::read(item).map_err(|why| format!("item {}: {why}", at + 1));
+        let read = |(at, item)| T::from_json(item).map_err(|why| format!("item {}: {why}", at + 1));
         items.iter().enumerate().map(read).collect()
     }
 }
 
-impl Member for i64 {
-    fn read(value: &Value) -> Result<Self, String> {
+impl FieldType for i64 {
+    fn from_json(value: &Value) -> Result<Self, String> {
         value.as_i64().ok_or_else(|| "must be a whole number".to_owned())
     }
 }

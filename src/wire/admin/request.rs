@@ -11,17 +11,17 @@ use serde::Deserialize;
 use serde_json::Value;
 use zeroize::Zeroizing;
 
-use super::field::{Blank, Field, Member};
+use super::field::{BlankAsNull, Field, FieldType};
 use crate::wire::instant;
 
 /// The maximum length of the name of a token or account, in characters.
-const MAX_NAME: usize = 255;
+const MAX_NAME_CHARS: usize = 255;
 
 /// The maximum number of projects of a token.
 pub const MAX_PROJECTS: usize = 100;
 
 /// The maximum length of the name of an environment or the id of a project, in characters.
-const MAX_ID: usize = 100;
+const MAX_SCOPE_ID_LEN: usize = 100;
 
 /// A name for humans, in one line.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -31,8 +31,8 @@ impl Name {
     /// Parses a name and trims it; the error describes the expected value.
     pub fn parse(text: &str) -> Result<Self, String> {
         let text = text.trim();
-        if text.is_empty() || text.chars().count() > MAX_NAME || text.chars().any(is_unseen) {
-            return Err(format!("must be one line of 1 to {MAX_NAME} visible characters"));
+        if text.is_empty() || text.chars().count() > MAX_NAME_CHARS || text.chars().any(is_invisible) {
+            return Err(format!("must be one line of 1 to {MAX_NAME_CHARS} visible characters"));
         }
         Ok(Self(text.to_owned()))
     }
@@ -41,14 +41,14 @@ impl Name {
 /// Whether a character is invisible (Unicode categories Cc, Zl and Zp, and those of Cf without use in
 /// names). Names that differ only in such characters look the same, and some of them reverse the rest of
 /// a line.
-fn is_unseen(c: char) -> bool {
+fn is_invisible(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{ad}' | '\u{200b}' | '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
             | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
-impl Member for Name {
-    fn read(value: &Value) -> Result<Self, String> {
+impl FieldType for Name {
+    fn from_json(value: &Value) -> Result<Self, String> {
         Self::parse(value.as_str().ok_or("must be a string")?)
     }
 }
@@ -63,7 +63,7 @@ impl JsonSchema for Name {
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({ "type": "string", "minLength": 1, "maxLength": MAX_NAME })
+        json_schema!({ "type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS })
     }
 }
 
@@ -76,12 +76,12 @@ impl Username {
     pub fn parse(text: &str) -> Result<Self, String> {
         let is_word = |name: &Name| !name.0.chars().any(char::is_whitespace);
         let word = Name::parse(text).ok().filter(is_word).map(|name| Self(name.0));
-        word.ok_or_else(|| format!("must be 1 to {MAX_NAME} characters without white space"))
+        word.ok_or_else(|| format!("must be 1 to {MAX_NAME_CHARS} characters without white space"))
     }
 }
 
-impl Member for Username {
-    fn read(value: &Value) -> Result<Self, String> {
+impl FieldType for Username {
+    fn from_json(value: &Value) -> Result<Self, String> {
         Self::parse(value.as_str().ok_or("must be a string")?)
     }
 }
@@ -97,7 +97,7 @@ impl JsonSchema for Username {
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
         json_schema!({
-            "type": "string", "minLength": 1, "maxLength": MAX_NAME, "pattern": r"^\S+$",
+            "type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS, "pattern": r"^\S+$",
         })
     }
 }
@@ -119,8 +119,8 @@ impl Email {
     }
 }
 
-impl Member for Email {
-    fn read(value: &Value) -> Result<Self, String> {
+impl FieldType for Email {
+    fn from_json(value: &Value) -> Result<Self, String> {
         Self::parse(value.as_str().ok_or("must be a string")?)
     }
 }
@@ -135,26 +135,26 @@ impl JsonSchema for Email {
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({ "type": "string", "format": "email", "maxLength": MAX_NAME })
+        json_schema!({ "type": "string", "format": "email", "maxLength": MAX_NAME_CHARS })
     }
 }
 
 /// The name of an environment or the id of a project, restricted to characters that tokens may contain.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Id(pub String);
+pub struct ScopeId(pub String);
 
-impl Member for Id {
-    fn read(value: &Value) -> Result<Self, String> {
+impl FieldType for ScopeId {
+    fn from_json(value: &Value) -> Result<Self, String> {
         let text = value.as_str().ok_or("must be a string")?;
         let fits = |c: char| c.is_ascii_alphanumeric() || "-_~".contains(c);
-        if text != "*" && (text.is_empty() || text.len() > MAX_ID || !text.chars().all(fits)) {
-            return Err(format!("must be * or 1 to {MAX_ID} letters, digits, `-`, `_` or `~`"));
+        if text != "*" && (text.is_empty() || text.len() > MAX_SCOPE_ID_LEN || !text.chars().all(fits)) {
+            return Err(format!("must be * or 1 to {MAX_SCOPE_ID_LEN} letters, digits, `-`, `_` or `~`"));
         }
         Ok(Self(text.to_owned()))
     }
 }
 
-impl JsonSchema for Id {
+impl JsonSchema for ScopeId {
     fn schema_name() -> Cow<'static, str> {
         "Id".into()
     }
@@ -165,7 +165,7 @@ impl JsonSchema for Id {
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
         json_schema!({
-            "type": "string", "minLength": 1, "maxLength": MAX_ID,
+            "type": "string", "minLength": 1, "maxLength": MAX_SCOPE_ID_LEN,
             "pattern": r"^(\*|[A-Za-z0-9_~-]+)$",
         })
     }
@@ -173,16 +173,16 @@ impl JsonSchema for Id {
 
 /// The kind of a token, as [`crate::token::TokenKind::parse`] reads it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Kind(pub crate::token::TokenKind);
+pub struct TokenKindField(pub crate::token::TokenKind);
 
-impl Member for Kind {
-    fn read(value: &Value) -> Result<Self, String> {
+impl FieldType for TokenKindField {
+    fn from_json(value: &Value) -> Result<Self, String> {
         let kind = value.as_str().and_then(crate::token::TokenKind::parse);
         kind.map(Self).ok_or_else(|| "must be backend (or client), frontend or admin".to_owned())
     }
 }
 
-impl JsonSchema for Kind {
+impl JsonSchema for TokenKindField {
     fn schema_name() -> Cow<'static, str> {
         "TokenKind".into()
     }
@@ -202,10 +202,10 @@ impl JsonSchema for Kind {
 
 /// A timestamp (RFC 3339).
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Instant(pub Timestamp);
+pub struct Rfc3339(pub Timestamp);
 
-impl Member for Instant {
-    fn read(value: &Value) -> Result<Self, String> {
+impl FieldType for Rfc3339 {
+    fn from_json(value: &Value) -> Result<Self, String> {
         value
             .as_str()
             .and_then(instant::parse)
@@ -214,7 +214,7 @@ impl Member for Instant {
     }
 }
 
-impl JsonSchema for Instant {
+impl JsonSchema for Rfc3339 {
     fn schema_name() -> Cow<'static, str> {
         "Instant".into()
     }
@@ -229,16 +229,16 @@ impl JsonSchema for Instant {
 }
 
 /// A password in a request. It is hidden from `Debug` and wiped from memory after use.
-pub struct Hidden(pub Zeroizing<String>);
+pub struct SecretString(pub Zeroizing<String>);
 
-impl fmt::Debug for Hidden {
+impl fmt::Debug for SecretString {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("SecretString")
     }
 }
 
-impl Member for Hidden {
-    fn read(value: &Value) -> Result<Self, String> {
+impl FieldType for SecretString {
+    fn from_json(value: &Value) -> Result<Self, String> {
         let text = value.as_str().ok_or("must be a string")?;
         if text.is_empty() || text.len() > 1024 {
             return Err("must have 1 to 1024 bytes".to_owned());
@@ -247,7 +247,7 @@ impl Member for Hidden {
     }
 }
 
-impl JsonSchema for Hidden {
+impl JsonSchema for SecretString {
     fn schema_name() -> Cow<'static, str> {
         "Password".into()
     }
@@ -270,7 +270,7 @@ pub struct Login {
     pub username: Field<Name>,
     /// The password of the account.
     #[serde(default)]
-    pub password: Field<Hidden>,
+    pub password: Field<SecretString>,
 }
 
 /// `POST /api/admin/api-tokens`
@@ -286,21 +286,21 @@ pub struct CreateToken {
     pub username: Field<Name>,
     /// The kind of the token.
     #[serde(default)]
-    pub r#type: Field<Kind>,
+    pub r#type: Field<TokenKindField>,
     /// The environment that it can access, by default `development`; `*` for admin tokens, which can
     /// access all.
     #[serde(default)]
-    pub environment: Field<Id>,
+    pub environment: Field<ScopeId>,
     /// The projects that it can access, by default all; `*` for admin tokens, which can access all.
     #[serde(default)]
     #[schemars(length(min = 1, max = MAX_PROJECTS))]
-    pub projects: Field<Vec<Id>>,
+    pub projects: Field<Vec<ScopeId>>,
     /// A single project; the form used before Unleash 4.5.
     #[serde(default)]
-    pub project: Field<Id>,
+    pub project: Field<ScopeId>,
     /// The time when it expires.
     #[serde(default)]
-    pub expires_at: Field<Option<Instant>>,
+    pub expires_at: Field<Option<Rfc3339>>,
 }
 
 /// `PUT /api/admin/api-tokens/{token}`
@@ -310,7 +310,7 @@ pub struct CreateToken {
 pub struct UpdateToken {
     /// The time when it expires; null is never.
     #[serde(default)]
-    pub expires_at: Field<Option<Instant>>,
+    pub expires_at: Field<Option<Rfc3339>>,
 }
 
 /// `POST /api/admin/user-admin`
@@ -320,20 +320,20 @@ pub struct UpdateToken {
 pub struct CreateUser {
     /// The name to sign in with; by default the email address.
     #[serde(default)]
-    pub username: Field<Blank<Username>>,
+    pub username: Field<BlankAsNull<Username>>,
     /// The display name.
     #[serde(default)]
-    pub name: Field<Blank<Name>>,
+    pub name: Field<BlankAsNull<Name>>,
     /// The email address of the owner.
     #[serde(default)]
-    pub email: Field<Blank<Email>>,
+    pub email: Field<BlankAsNull<Email>>,
     /// 1 Admin, 2 Editor, 3 Viewer; or the name of the role.
     #[serde(default)]
-    pub root_role: Field<Role>,
+    pub root_role: Field<RoleRef>,
     /// The initial password.
     #[serde(default)]
     #[schemars(length(min = 10))]
-    pub password: Field<Hidden>,
+    pub password: Field<SecretString>,
 }
 
 /// `PUT /api/admin/user-admin/{id}`; absent fields remain unchanged.
@@ -342,17 +342,17 @@ pub struct CreateUser {
 pub struct UpdateUser {
     /// The display name; null or blank removes it.
     #[serde(default)]
-    pub name: Field<Blank<Name>>,
+    pub name: Field<BlankAsNull<Name>>,
     /// The email address of the owner; null or blank removes it.
     #[serde(default)]
-    pub email: Field<Blank<Email>>,
+    pub email: Field<BlankAsNull<Email>>,
     /// 1 Admin, 2 Editor, 3 Viewer; or the name of the role.
     #[serde(default)]
-    pub root_role: Field<Role>,
+    pub root_role: Field<RoleRef>,
     /// A new password; ends its sessions.
     #[serde(default)]
     #[schemars(length(min = 10))]
-    pub password: Field<Hidden>,
+    pub password: Field<SecretString>,
 }
 
 /// `PUT /api/admin/user-admin/{id}/permissions`
@@ -371,7 +371,7 @@ pub struct ResetPassword {
     /// The new password.
     #[serde(default)]
     #[schemars(length(min = 10))]
-    pub password: Field<Hidden>,
+    pub password: Field<SecretString>,
 }
 
 /// `POST /api/admin/user/change-password`
@@ -382,26 +382,26 @@ pub struct ChangePassword {
     /// The new password.
     #[serde(default)]
     #[schemars(length(min = 10))]
-    pub password: Field<Hidden>,
+    pub password: Field<SecretString>,
     /// The new password again, if a form requests it twice.
     #[serde(default)]
-    pub confirm_password: Field<Hidden>,
+    pub confirm_password: Field<SecretString>,
     /// The current password.
     #[serde(default)]
-    pub old_password: Field<Hidden>,
+    pub old_password: Field<SecretString>,
 }
 
 /// A root role by its number or its name.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Role {
+pub enum RoleRef {
     /// 1, 2 or 3.
     Id(i64),
     /// `Admin`, `Editor` or `Viewer`.
     Name(String),
 }
 
-impl Member for Role {
-    fn read(value: &Value) -> Result<Self, String> {
+impl FieldType for RoleRef {
+    fn from_json(value: &Value) -> Result<Self, String> {
         match value {
             Value::Number(number) => number.as_i64().map(Self::Id),
             Value::String(name) => Some(Self::Name(name.clone())),
@@ -411,7 +411,7 @@ impl Member for Role {
     }
 }
 
-impl JsonSchema for Role {
+impl JsonSchema for RoleRef {
     fn schema_name() -> Cow<'static, str> {
         "RootRole".into()
     }

@@ -7,17 +7,17 @@ use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 /// A constraint that matches no context, in a form that every SDK supports.
-const NEVER: &str = r#"{"contextName":"appName","operator":"IN","values":[],"inverted":false,"caseInsensitive":false}"#;
+const NEVER_MATCHES: &str = r#"{"contextName":"appName","operator":"IN","values":[],"inverted":false,"caseInsensitive":false}"#;
 
-const SEGMENTS: &str = r#""segments""#;
+const SEGMENTS_KEY: &str = r#""segments""#;
 
 /// The flag `text` with its segments, looked up by `find`, inlined.
-pub(super) fn feature<'s>(text: &str, find: impl Fn(i64) -> Option<&'s RawValue>) -> String {
+pub(super) fn inline_segments<'s>(text: &str, find: impl Fn(i64) -> Option<&'s RawValue>) -> String {
     // Most flags use no segments and are not parsed.
-    if !text.contains(SEGMENTS) {
+    if !text.contains(SEGMENTS_KEY) {
         return text.to_owned();
     }
-    let Ok(Object(entries)) = serde_json::from_str(text) else {
+    let Ok(RawObject(entries)) = serde_json::from_str(text) else {
         return text.to_owned();
     };
     let mut out = String::with_capacity(text.len() + 256);
@@ -26,7 +26,7 @@ pub(super) fn feature<'s>(text: &str, find: impl Fn(i64) -> Option<&'s RawValue>
             && let Ok(strategies) = serde_json::from_str::<Vec<&RawValue>>(value)
         {
             let strategies = strategies.iter().map(|strategy| strategy.get());
-            write_list(out, strategies, |out, text| strategy(out, text, &find));
+            write_list(out, strategies, |out, text| inline_strategy(out, text, &find));
         } else {
             out.push_str(value);
         }
@@ -34,20 +34,20 @@ pub(super) fn feature<'s>(text: &str, find: impl Fn(i64) -> Option<&'s RawValue>
     out
 }
 
-fn strategy<'s>(out: &mut String, text: &str, find: &impl Fn(i64) -> Option<&'s RawValue>) {
+fn inline_strategy<'s>(out: &mut String, text: &str, find: &impl Fn(i64) -> Option<&'s RawValue>) {
     const CONSTRAINTS: &str = r#""constraints""#;
-    let Ok(Object(mut entries)) = serde_json::from_str(text) else {
+    let Ok(RawObject(mut entries)) = serde_json::from_str(text) else {
         return out.push_str(text);
     };
-    let Some(at) = entries.iter().position(|(key, _)| *key == SEGMENTS) else {
+    let Some(at) = entries.iter().position(|(key, _)| *key == SEGMENTS_KEY) else {
         return out.push_str(text);
     };
     let (_, ids) = entries.remove(at);
     let added = match serde_json::from_str::<Option<Vec<&RawValue>>>(ids) {
         Ok(ids) => {
-            ids.unwrap_or_default().into_iter().flat_map(|id| constraints(id, find)).collect()
+            ids.unwrap_or_default().into_iter().flat_map(|id| segment_constraints(id, find)).collect()
         }
-        Err(_) => vec![NEVER],
+        Err(_) => vec![NEVER_MATCHES],
     };
     if added.is_empty() {
         return write_object(out, entries.into_iter(), |out, _, value| {
@@ -63,7 +63,7 @@ fn strategy<'s>(out: &mut String, text: &str, find: &impl Fn(i64) -> Option<&'s 
         }
         let own = match serde_json::from_str::<Option<Vec<&RawValue>>>(value) {
             Ok(own) => own.unwrap_or_default().into_iter().map(RawValue::get).collect(),
-            Err(_) => vec![NEVER],
+            Err(_) => vec![NEVER_MATCHES],
         };
         let all = own.into_iter().chain(added.iter().copied());
         write_list(out, all, String::push_str);
@@ -71,7 +71,7 @@ fn strategy<'s>(out: &mut String, text: &str, find: &impl Fn(i64) -> Option<&'s 
 }
 
 /// The texts of the constraints of the segment with this id.
-fn constraints<'s>(id: &RawValue, find: &impl Fn(i64) -> Option<&'s RawValue>) -> Vec<&'s str> {
+fn segment_constraints<'s>(id: &RawValue, find: &impl Fn(i64) -> Option<&'s RawValue>) -> Vec<&'s str> {
     #[derive(serde::Deserialize)]
     struct Body<'a> {
         #[serde(borrow, default)]
@@ -82,7 +82,7 @@ fn constraints<'s>(id: &RawValue, find: &impl Fn(i64) -> Option<&'s RawValue>) -
         Some(Ok(body)) => {
             body.constraints.unwrap_or_default().into_iter().map(RawValue::get).collect()
         }
-        Some(Err(_)) | None => vec![NEVER],
+        Some(Err(_)) | None => vec![NEVER_MATCHES],
     }
 }
 
@@ -119,14 +119,14 @@ fn write_list<'t>(
 }
 
 /// A JSON object as the texts of its keys (with quotes) and values, in order.
-struct Object<'a>(Vec<(&'a str, &'a str)>);
+struct RawObject<'a>(Vec<(&'a str, &'a str)>);
 
-impl<'de> Deserialize<'de> for Object<'de> {
+impl<'de> Deserialize<'de> for RawObject<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Entries;
 
         impl<'de> Visitor<'de> for Entries {
-            type Value = Object<'de>;
+            type Value = RawObject<'de>;
 
             fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 formatter.write_str("an object")
@@ -137,7 +137,7 @@ impl<'de> Deserialize<'de> for Object<'de> {
                 while let Some((key, value)) = map.next_entry::<&RawValue, &RawValue>()? {
                     entries.push((key.get(), value.get()));
                 }
-                Ok(Object(entries))
+                Ok(RawObject(entries))
             }
         }
 
@@ -148,7 +148,7 @@ impl<'de> Deserialize<'de> for Object<'de> {
 #[cfg(test)]
 mod tests {
     use super::super::Document;
-    use super::NEVER;
+    use super::NEVER_MATCHES;
 
     fn check(strategy: &str, expect: &str) {
         let body = format!(
@@ -156,7 +156,7 @@ mod tests {
         );
         let document = Document::parse(body.as_bytes()).unwrap();
         let expect = format!(r#"{{"name":"a","strategies":[{expect}],"z":1.0}}"#);
-        assert_eq!(document.features()[0].inlined(document.segments()), expect);
+        assert_eq!(document.features()[0].with_inlined_segments(document.segments()), expect);
     }
 
     #[test]
@@ -175,7 +175,7 @@ mod tests {
     #[test]
     fn unknown_segment_is_inlined_as_constraint_that_never_matches() {
         for ids in ["[404]", "[\"x\"]", "7"] {
-            check(&format!(r#"{{"segments":{ids}}}"#), &format!(r#"{{"constraints":[{NEVER}]}}"#));
+            check(&format!(r#"{{"segments":{ids}}}"#), &format!(r#"{{"constraints":[{NEVER_MATCHES}]}}"#));
         }
     }
 

@@ -19,26 +19,26 @@ struct SimpleFlag {
 
 /// Parses the format and converts each flag to Unleash's. `error` is the reason why the text is not a
 /// client-features body.
-pub(super) fn flags(
+pub(super) fn parse_flags(
     text: &[u8],
     error: &serde_json::Error,
 ) -> Result<Vec<Box<RawValue>>, serde_json::Error> {
     match serde_json::from_slice::<BTreeMap<String, SimpleFlag>>(text) {
-        Ok(flags) if !flags.is_empty() => flags.iter().map(|(name, it)| flag(name, it)).collect(),
+        Ok(flags) if !flags.is_empty() => flags.iter().map(|(name, it)| to_unleash_flag(name, it)).collect(),
         // Without `features` the text is meant in this format, so this error is the helpful one.
-        Err(own) if error.to_string().starts_with("missing field `features`") => Err(neither(&own)),
-        Ok(_) | Err(_) => Err(neither(error)),
+        Err(own) if error.to_string().starts_with("missing field `features`") => Err(neither_format(&own)),
+        Ok(_) | Err(_) => Err(neither_format(error)),
     }
 }
 
-fn neither(reason: &serde_json::Error) -> serde_json::Error {
+fn neither_format(reason: &serde_json::Error) -> serde_json::Error {
     serde_json::Error::custom(format_args!(
         r#"expected {{"features": [...]}} as Unleash's client API sends it, or {{"<flag>": {{"enabled": true, "variant": "<name>"}}}}: {reason}"#
     ))
 }
 
 /// The flag in Unleash's format, with the strategy `default`.
-fn flag(name: &str, flag: &SimpleFlag) -> Result<Box<RawValue>, serde_json::Error> {
+fn to_unleash_flag(name: &str, flag: &SimpleFlag) -> Result<Box<RawValue>, serde_json::Error> {
     let variant = |name| json!({ "name": name, "weight": 1000, "weightType": "variable", "stickiness": "default" });
     to_raw_value(&json!({
         "name": name,

@@ -5,12 +5,12 @@ use std::{cmp::Ordering, collections::BTreeMap, sync::Arc};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::Value;
 
-use super::object::{MAX_INTEGER, MAX_NUMBER, Object, ParseError, lenient_text};
+use super::object::{MAX_INTEGER, MAX_NUMBER, ObjectReader, ParseError, lenient_text};
 
 /// The maximum length of the name of a metric, and of the name or value of a label, in bytes.
-const MAX_NAME: usize = 255;
+const MAX_NAME_BYTES: usize = 255;
 /// The maximum length of a help text, in bytes.
-const MAX_HELP: usize = 1024;
+const MAX_HELP_BYTES: usize = 1024;
 /// The maximum number of labels of a sample; further ones are ignored.
 const MAX_LABELS: usize = 16;
 /// The maximum number of buckets of a histogram; further ones are ignored.
@@ -69,7 +69,7 @@ pub struct HistogramSample {
 pub struct UpperBound(f64);
 
 impl UpperBound {
-    fn read(value: &Value) -> Option<Self> {
+    fn parse(value: &Value) -> Option<Self> {
         let bound = match value {
             Value::Number(number) => number.as_f64().filter(|bound| bound.abs() <= MAX_NUMBER)?,
             Value::String(text) => match text.trim() {
@@ -114,7 +114,7 @@ impl Serialize for UpperBound {
 }
 
 /// Parses a list of metrics; also returns the number of malformed ones, which are skipped.
-pub(super) fn list(value: Option<Value>) -> (Vec<ImpactMetric>, usize) {
+pub(super) fn parse_list(value: Option<Value>) -> (Vec<ImpactMetric>, usize) {
     match value {
         None => (Vec::new(), 0),
         Some(Value::Array(values)) => {
@@ -133,61 +133,61 @@ pub(super) fn list(value: Option<Value>) -> (Vec<ImpactMetric>, usize) {
 impl ImpactMetric {
     /// Parses a metric that is part of a larger body.
     pub fn from_value(value: Value) -> Result<Self, ParseError> {
-        let mut object = Object::of(value, String::new())?;
+        let mut object = ObjectReader::from_value(value, String::new())?;
         let missing = |path: &str| ParseError::Missing { path: path.to_owned() };
-        let name = object.text("name", MAX_NAME).ok_or_else(|| missing("name"))?;
-        let help = object.text("help", MAX_HELP).unwrap_or_else(|| Arc::clone(&name));
-        let kind = object.name("type")?;
+        let name = object.optional_text("name", MAX_NAME_BYTES).ok_or_else(|| missing("name"))?;
+        let help = object.optional_text("help", MAX_HELP_BYTES).unwrap_or_else(|| Arc::clone(&name));
+        let kind = object.required_text("type")?;
         let samples = object.required_array("samples")?;
         let samples = match &*kind {
             // A negative increment would make upstream drop the whole list.
-            "counter" => Samples::Counter(collect(samples, |sample| {
-                numeric(sample).filter(|sample| sample.value >= 0.0)
+            "counter" => Samples::Counter(parse_samples(samples, |sample| {
+                parse_numeric_sample(sample).filter(|sample| sample.value >= 0.0)
             })),
-            "gauge" => Samples::Gauge(collect(samples, numeric)),
-            "histogram" => Samples::Histogram(collect(samples, histogram)),
+            "gauge" => Samples::Gauge(parse_samples(samples, parse_numeric_sample)),
+            "histogram" => Samples::Histogram(parse_samples(samples, parse_histogram_sample)),
             _ => {
                 let path = "type".to_owned();
-                return Err(ParseError::Type { path, expected: "counter, gauge or histogram" });
+                return Err(ParseError::WrongType { path, expected: "counter, gauge or histogram" });
             }
         };
         Ok(Self { name, help, samples })
     }
 }
 
-fn collect<T>(samples: Vec<Value>, read: impl Fn(Object) -> Option<T>) -> Vec<T> {
-    let objects = samples.into_iter().filter_map(|sample| Object::of(sample, String::new()).ok());
+fn parse_samples<T>(samples: Vec<Value>, read: impl Fn(ObjectReader) -> Option<T>) -> Vec<T> {
+    let objects = samples.into_iter().filter_map(|sample| ObjectReader::from_value(sample, String::new()).ok());
     objects.filter_map(read).collect()
 }
 
-fn numeric(mut object: Object) -> Option<NumericSample> {
-    Some(NumericSample { value: number(&mut object, "value")?, labels: labels(&mut object) })
+fn parse_numeric_sample(mut object: ObjectReader) -> Option<NumericSample> {
+    Some(NumericSample { value: bounded_number(&mut object, "value")?, labels: parse_labels(&mut object) })
 }
 
-fn histogram(mut object: Object) -> Option<HistogramSample> {
+fn parse_histogram_sample(mut object: ObjectReader) -> Option<HistogramSample> {
     let mut buckets = BTreeMap::new();
     for bucket in object.required_array("buckets").ok()?.into_iter().take(MAX_BUCKETS) {
-        let mut bucket = Object::of(bucket, String::new()).ok()?;
-        let bound = UpperBound::read(&bucket.take("le")?)?;
+        let mut bucket = ObjectReader::from_value(bucket, String::new()).ok()?;
+        let bound = UpperBound::parse(&bucket.take("le")?)?;
         buckets.insert(bound, bucket.required_count("count").ok()?.min(MAX_INTEGER));
     }
     Some(HistogramSample {
         count: object.required_count("count").ok()?.min(MAX_INTEGER),
-        sum: number(&mut object, "sum")?,
+        sum: bounded_number(&mut object, "sum")?,
         buckets,
-        labels: labels(&mut object),
+        labels: parse_labels(&mut object),
     })
 }
 
-fn number(object: &mut Object, name: &str) -> Option<f64> {
+fn bounded_number(object: &mut ObjectReader, name: &str) -> Option<f64> {
     object.number(name).ok().filter(|number| number.abs() <= MAX_NUMBER)
 }
 
-fn labels(object: &mut Object) -> Labels {
+fn parse_labels(object: &mut ObjectReader) -> Labels {
     let entries = object.entries("labels").unwrap_or_default();
     let texts = entries.iter().filter_map(|(name, value)| {
-        let fits = !name.is_empty() && name.len() <= MAX_NAME;
-        fits.then(|| Some((name.as_str().into(), lenient_text(value, MAX_NAME)?)))?
+        let fits = !name.is_empty() && name.len() <= MAX_NAME_BYTES;
+        fits.then(|| Some((name.as_str().into(), lenient_text(value, MAX_NAME_BYTES)?)))?
     });
     texts.take(MAX_LABELS).collect()
 }

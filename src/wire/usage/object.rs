@@ -15,7 +15,7 @@ pub const MAX_INTEGER: u64 = (1 << 53) - 1;
 pub const MAX_NUMBER: f64 = 9_007_199_254_740_991.0;
 
 /// The maximum length of a field's path in an error, in bytes; paths contain names from clients.
-const MAX_PATH: usize = 120;
+const MAX_PATH_BYTES: usize = 120;
 
 /// The error of an invalid report.
 #[derive(Debug, thiserror::Error)]
@@ -25,7 +25,7 @@ pub enum ParseError {
     Syntax(#[source] serde_json::Error),
     /// The body is JSON, but not an object.
     #[error("the body is not an object")]
-    Shape,
+    NotAnObject,
     /// A required field is missing.
     #[error("`{path}` is missing")]
     Missing {
@@ -40,7 +40,7 @@ pub enum ParseError {
     },
     /// A field has the wrong type.
     #[error("`{path}` is not {expected}")]
-    Type {
+    WrongType {
         /// The path of the field.
         path: String,
         /// The expected type.
@@ -49,24 +49,24 @@ pub enum ParseError {
 }
 
 /// A JSON object whose fields are taken out one by one.
-pub(super) struct Object {
+pub(super) struct ObjectReader {
     path: String,
     fields: Map<String, Value>,
 }
 
-impl Object {
+impl ObjectReader {
     pub(super) fn parse(body: &[u8]) -> Result<Self, ParseError> {
         match serde_json::from_slice(body).map_err(ParseError::Syntax)? {
             Value::Object(fields) => Ok(Self { path: String::new(), fields }),
-            _ => Err(ParseError::Shape),
+            _ => Err(ParseError::NotAnObject),
         }
     }
 
-    pub(super) fn of(value: Value, path: String) -> Result<Self, ParseError> {
+    pub(super) fn from_value(value: Value, path: String) -> Result<Self, ParseError> {
         match value {
             Value::Object(fields) => Ok(Self { path, fields }),
-            _ if path.is_empty() => Err(ParseError::Shape),
-            _ => Err(ParseError::Type { path, expected: "an object" }),
+            _ if path.is_empty() => Err(ParseError::NotAnObject),
+            _ => Err(ParseError::WrongType { path, expected: "an object" }),
         }
     }
 
@@ -74,7 +74,7 @@ impl Object {
     pub(super) fn path(&self, name: &str) -> String {
         let dot = if self.path.is_empty() { "" } else { "." };
         let mut path = format!("{}{dot}{name}", self.path);
-        path.truncate(path.floor_char_boundary(MAX_PATH));
+        path.truncate(path.floor_char_boundary(MAX_PATH_BYTES));
         path
     }
 
@@ -88,31 +88,31 @@ impl Object {
     }
 
     /// The remaining fields.
-    pub(super) fn rest(self) -> Map<String, Value> {
+    pub(super) fn into_remaining(self) -> Map<String, Value> {
         self.fields
     }
 
     /// A required string that is not empty.
-    pub(super) fn name(&mut self, name: &str) -> Result<Arc<str>, ParseError> {
+    pub(super) fn required_text(&mut self, name: &str) -> Result<Arc<str>, ParseError> {
         match self.take(name) {
             None => Err(ParseError::Missing { path: self.path(name) }),
             Some(Value::String(text)) if text.is_empty() => {
                 Err(ParseError::Empty { path: self.path(name) })
             }
             Some(Value::String(text)) => Ok(text.into()),
-            Some(_) => Err(self.wrong(name, "a text")),
+            Some(_) => Err(self.wrong_type(name, "a text")),
         }
     }
 
     /// An optional string, truncated to `max` bytes.
-    pub(super) fn text(&mut self, name: &str, max: usize) -> Option<Arc<str>> {
+    pub(super) fn optional_text(&mut self, name: &str, max: usize) -> Option<Arc<str>> {
         self.take(name).and_then(|value| lenient_text(&value, max))
     }
 
     /// A count; 0 if absent.
     pub(super) fn count(&mut self, name: &str) -> Result<u64, ParseError> {
         let value = self.take(name);
-        count(value.as_ref(), || self.path(name))
+        parse_count(value.as_ref(), || self.path(name))
     }
 
     pub(super) fn required_count(&mut self, name: &str) -> Result<u64, ParseError> {
@@ -130,20 +130,20 @@ impl Object {
             Some(Value::String(text)) => text.trim().parse().ok(),
             Some(_) => None,
         };
-        number.filter(|number| number.is_finite()).ok_or_else(|| self.wrong(name, "a number"))
+        number.filter(|number| number.is_finite()).ok_or_else(|| self.wrong_type(name, "a number"))
     }
 
     pub(super) fn timestamp(&mut self, name: &str) -> Result<Timestamp, ParseError> {
         let value = self.take(name);
         let value = value.ok_or_else(|| ParseError::Missing { path: self.path(name) })?;
-        timestamp(&value).ok_or_else(|| self.wrong(name, "a time"))
+        parse_timestamp(&value).ok_or_else(|| self.wrong_type(name, "a time"))
     }
 
     pub(super) fn array(&mut self, name: &str) -> Result<Option<Vec<Value>>, ParseError> {
         match self.take(name) {
             None => Ok(None),
             Some(Value::Array(values)) => Ok(Some(values)),
-            Some(_) => Err(self.wrong(name, "an array")),
+            Some(_) => Err(self.wrong_type(name, "an array")),
         }
     }
 
@@ -157,12 +157,12 @@ impl Object {
             None => Ok(Map::new()),
             Some(Value::Object(entries)) => Ok(entries),
             Some(Value::Array(values)) if values.is_empty() => Ok(Map::new()),
-            Some(_) => Err(self.wrong(name, "an object")),
+            Some(_) => Err(self.wrong_type(name, "an object")),
         }
     }
 
-    fn wrong(&self, name: &str, expected: &'static str) -> ParseError {
-        ParseError::Type { path: self.path(name), expected }
+    fn wrong_type(&self, name: &str, expected: &'static str) -> ParseError {
+        ParseError::WrongType { path: self.path(name), expected }
     }
 }
 
@@ -181,18 +181,18 @@ pub(super) fn lenient_text(value: &Value, max: usize) -> Option<Arc<str>> {
 
 /// A count, coerced as by the server: `"5"` is 5, fractions are truncated, an absent or empty value is
 /// 0.
-pub(super) fn count(
+pub(super) fn parse_count(
     value: Option<&Value>,
     path: impl FnOnce() -> String,
 ) -> Result<u64, ParseError> {
     let count = match value {
         None | Some(Value::Null) => Some(0),
-        Some(Value::Number(number)) => number.as_u64().or_else(|| number.as_f64().and_then(whole)),
+        Some(Value::Number(number)) => number.as_u64().or_else(|| number.as_f64().and_then(truncate_to_u64)),
         Some(Value::String(text)) if text.trim().is_empty() => Some(0),
         Some(Value::String(text)) => text.trim().parse().ok(),
         Some(_) => None,
     };
-    count.ok_or_else(|| ParseError::Type { path: path(), expected: "a count" })
+    count.ok_or_else(|| ParseError::WrongType { path: path(), expected: "a count" })
 }
 
 #[expect(
@@ -200,7 +200,7 @@ pub(super) fn count(
     clippy::cast_sign_loss,
     reason = "fractions are truncated on purpose, the sign is checked, and the cast saturates"
 )]
-fn whole(number: f64) -> Option<u64> {
+fn truncate_to_u64(number: f64) -> Option<u64> {
     (number >= 0.0).then_some(number as u64)
 }
 
@@ -209,7 +209,7 @@ fn whole(number: f64) -> Option<u64> {
 /// The server's documentation calls the number a UNIX timestamp and shows seconds, although the server
 /// would take those for a day in January 1970. So numbers too small for milliseconds are seconds here. A
 /// time without an offset is UTC. Years that RFC 3339 cannot represent are rejected.
-fn timestamp(value: &Value) -> Option<Timestamp> {
+fn parse_timestamp(value: &Value) -> Option<Timestamp> {
     /// 1973 in milliseconds, the year 5138 in seconds.
     const MILLISECONDS: i64 = 100_000_000_000;
     let of_number = |number: i64| match number {
@@ -218,7 +218,7 @@ fn timestamp(value: &Value) -> Option<Timestamp> {
     };
     let time = match value {
         Value::Number(number) => {
-            of_number(number.as_i64().or_else(|| i64::try_from(whole(number.as_f64()?)?).ok())?)
+            of_number(number.as_i64().or_else(|| i64::try_from(truncate_to_u64(number.as_f64()?)?).ok())?)
         }
         Value::String(text) => {
             let text = text.trim();

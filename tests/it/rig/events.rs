@@ -35,7 +35,7 @@ impl Events {
             let chunk = tokio::time::timeout(PATIENCE, self.response.chunk());
             let chunk = chunk.await.expect("an event arrives, or the stream ends");
             let Ok(Some(chunk)) = chunk else { return None };
-            self.decoder.read(&chunk, |event| self.ready.push_back(event)).unwrap();
+            self.decoder.decode(&chunk, |event| self.ready.push_back(event)).unwrap();
         }
         self.ready.pop_front()
     }
