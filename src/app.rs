@@ -346,7 +346,7 @@ impl App {
             });
             let parts = (control, service.snapshots.clone(), deliveries);
             registry_task.spawn("registry", parts, |(control, snapshots, deliveries)| async move {
-                control.run_usage(&snapshots, &mut *deliveries.lock().await).await;
+                control.store_usage(&snapshots, &mut *deliveries.lock().await).await;
             });
         }
 

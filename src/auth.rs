@@ -27,13 +27,13 @@ use tokio::{sync::Notify, time::Instant};
 use tracing::{info, warn};
 
 use self::{
-    given::Given,
-    queue::{Behalf, Queue},
-    verdicts::{Accepted, Rejected, RequestStart, Verdicts},
+    given::StaticTokens,
+    queue::{Priority, PendingValidations},
+    verdicts::{InsertOutcome, RejectOutcome, RequestStart, TokenCache},
 };
 pub use self::{
-    queue::Denied,
-    verdicts::{RestoreError, Verdict},
+    queue::AuthError,
+    verdicts::{RestoreError, CachedToken},
 };
 use crate::{
     telemetry::error_chain,
@@ -59,7 +59,7 @@ pub struct Config {
 
 /// The accepted token of a request.
 #[derive(Clone, Debug)]
-pub struct Admission {
+pub struct AuthenticatedToken {
     /// Kind, environment and projects of the token.
     pub grant: Arc<Grant>,
     /// The digest of the token.
@@ -69,28 +69,28 @@ pub struct Admission {
 }
 
 /// The result of looking a token up without a request to upstream.
-enum Known {
+enum CacheLookup {
     /// The token is cached as valid or rejected, or is malformed.
-    Judged(Result<Admission, Denied>),
+    Decided(Result<AuthenticatedToken, AuthError>),
     /// The token is valid according to an earlier process and is presented to this one for the first
     /// time.
-    FirstSeen(Arc<Verdict>, TokenDigest),
+    Restored(Arc<CachedToken>, TokenDigest),
     /// The token is not cached.
-    Not(Token, TokenDigest),
+    Miss(Token, TokenDigest),
 }
 
 /// Where tokens are validated that are not cached.
 #[derive(Debug)]
-pub enum Authority {
+pub enum Validator {
     /// Nowhere: only static tokens are valid.
-    Nobody,
+    StaticOnly,
     /// At upstream.
-    Upstream(Box<Issuer>),
+    Upstream(Box<UpstreamValidator>),
 }
 
 /// Validates tokens at upstream.
 #[derive(Debug)]
-pub struct Issuer {
+pub struct UpstreamValidator {
     /// The client of upstream's API.
     pub upstream: Upstream,
     /// Authorizes reading upstream's token list.
@@ -98,7 +98,7 @@ pub struct Issuer {
     /// Receives each valid client token, to fetch flags with where the edge has no token configured.
     pub credentials: Credentials,
     /// Notified when a new credential extends the set of flags that can be fetched.
-    pub discovered: Arc<Notify>,
+    pub credentials_changed: Arc<Notify>,
 }
 
 /// Authenticates tokens. A cheap handle.
@@ -108,38 +108,38 @@ pub struct Authenticator(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     config: Config,
-    authority: Authority,
-    given: Given,
-    verdicts: Verdicts,
-    queue: Queue,
-    tally: Tally,
+    validator: Validator,
+    static_tokens: StaticTokens,
+    token_cache: TokenCache,
+    pending: PendingValidations,
+    metrics: Metrics,
     /// Requests a poll of upstream's token list before the next interval.
-    relist: Notify,
+    list_refresh: Notify,
     /// Whether the latest validation request to upstream failed.
-    unanswered: AtomicBool,
+    is_validation_failing: AtomicBool,
     /// Whether the latest poll of upstream's token list failed.
-    is_list_unread: AtomicBool,
+    is_list_unavailable: AtomicBool,
     /// No validation request is sent before this time (`Retry-After` of upstream).
-    ask_not_before: Mutex<Instant>,
+    validation_paused_until: Mutex<Instant>,
 }
 
 impl Authenticator {
     /// Accepts the `given` static tokens, and those that the validator accepts.
     pub fn new(
         config: Config,
-        authority: Authority,
+        authority: Validator,
         given: impl IntoIterator<Item = (TokenDigest, Grant)>,
     ) -> Self {
         Self(Arc::new(Inner {
-            verdicts: Verdicts::new(config.capacity, config.forget_invalid_after),
-            given: Given::new(given),
-            queue: Queue::default(),
-            tally: Tally::new(),
-            relist: Notify::new(),
-            unanswered: AtomicBool::new(false),
-            is_list_unread: AtomicBool::new(false),
-            ask_not_before: Mutex::new(Instant::now()),
-            authority,
+            token_cache: TokenCache::new(config.capacity, config.forget_invalid_after),
+            static_tokens: StaticTokens::new(given),
+            pending: PendingValidations::default(),
+            metrics: Metrics::new(),
+            list_refresh: Notify::new(),
+            is_validation_failing: AtomicBool::new(false),
+            is_list_unavailable: AtomicBool::new(false),
+            validation_paused_until: Mutex::new(Instant::now()),
+            validator: authority,
             config,
         }))
     }
@@ -148,185 +148,185 @@ impl Authenticator {
     ///
     /// Waits for a first-seen token only, at most for the configured deadline. The future is
     /// cancel-safe: a validation in flight still completes for other requests.
-    pub async fn authenticate(&self, header: &str) -> Result<Admission, Denied> {
-        self.admit(header, Behalf::Bearer).await
+    pub async fn authenticate(&self, header: &str) -> Result<AuthenticatedToken, AuthError> {
+        self.authenticate_with_priority(header, Priority::Presented).await
     }
 
     /// Like [`Self::authenticate`], from the cache only; `None` for a token that has to be validated or
     /// is presented for the first time.
-    pub fn authenticate_known(&self, header: &str) -> Option<Result<Admission, Denied>> {
-        match self.recall(header) {
-            Known::Judged(result) => Some(result),
-            Known::FirstSeen(..) | Known::Not(..) => None,
+    pub fn authenticate_cached(&self, header: &str) -> Option<Result<AuthenticatedToken, AuthError>> {
+        match self.lookup_cached(header) {
+            CacheLookup::Decided(result) => Some(result),
+            CacheLookup::Restored(..) | CacheLookup::Miss(..) => None,
         }
     }
 
-    async fn admit(&self, header: &str, priority: Behalf) -> Result<Admission, Denied> {
-        match self.recall(header) {
-            Known::Judged(result) => result,
-            Known::FirstSeen(cached, digest) => {
-                self.0.tally.known.increment(1);
-                self.0.learn(&cached, header);
-                Ok(Admission { grant: Arc::clone(cached.grant()), digest, first_seen: true })
+    async fn authenticate_with_priority(&self, header: &str, priority: Priority) -> Result<AuthenticatedToken, AuthError> {
+        match self.lookup_cached(header) {
+            CacheLookup::Decided(result) => result,
+            CacheLookup::Restored(cached, digest) => {
+                self.0.metrics.known.increment(1);
+                self.0.record_plaintext(&cached, header);
+                Ok(AuthenticatedToken { grant: Arc::clone(cached.grant()), digest, first_seen: true })
             }
-            Known::Not(token, digest) => self.ask(token, digest, priority).await,
+            CacheLookup::Miss(token, digest) => self.validate_uncached(token, digest, priority).await,
         }
     }
 
     /// Looks up the token of an authorization header without a request to upstream.
-    fn recall(&self, header: &str) -> Known {
+    fn lookup_cached(&self, header: &str) -> CacheLookup {
         let inner = &*self.0;
         let digest = TokenDigest::of(Token::strip_bearer(header));
-        if let Some(grant) = inner.given.admit(&digest) {
-            inner.tally.known.increment(1);
-            return Known::Judged(Ok(Admission { grant, digest, first_seen: false }));
+        if let Some(grant) = inner.static_tokens.get_and_mark_used(&digest) {
+            inner.metrics.known.increment(1);
+            return CacheLookup::Decided(Ok(AuthenticatedToken { grant, digest, first_seen: false }));
         }
-        if let Some(cached) = inner.verdicts.valid(&digest) {
-            if cached.wants_plaintext() {
-                return Known::FirstSeen(cached, digest);
+        if let Some(cached) = inner.token_cache.valid(&digest) {
+            if cached.is_missing_plaintext() {
+                return CacheLookup::Restored(cached, digest);
             }
-            inner.tally.known.increment(1);
+            inner.metrics.known.increment(1);
             let grant = Arc::clone(cached.grant());
-            return Known::Judged(Ok(Admission { grant, digest, first_seen: false }));
+            return CacheLookup::Decided(Ok(AuthenticatedToken { grant, digest, first_seen: false }));
         }
-        if let Some(denied) = inner.verdicts.refusal(&digest) {
-            inner.tally.refused.increment(1);
-            return Known::Judged(Err(denied));
+        if let Some(denied) = inner.token_cache.rejection(&digest) {
+            inner.metrics.refused.increment(1);
+            return CacheLookup::Decided(Err(denied));
         }
         let Ok(token) = Token::from_header(header) else {
-            inner.tally.malformed.increment(1);
-            return Known::Judged(Err(Denied::Unknown));
+            inner.metrics.malformed.increment(1);
+            return CacheLookup::Decided(Err(AuthError::Unknown));
         };
-        if inner.verdicts.is_revoked_by_selector(&token) {
-            inner.tally.refused.increment(1);
-            return Known::Judged(Err(Denied::Unknown));
+        if inner.token_cache.is_revoked_by_selector(&token) {
+            inner.metrics.refused.increment(1);
+            return CacheLookup::Decided(Err(AuthError::Unknown));
         }
-        Known::Not(token, digest)
+        CacheLookup::Miss(token, digest)
     }
 
     /// The current grant of a token that was accepted before; `None` once it is no longer valid. Counts
     /// as a use of the token.
-    pub fn standing(&self, digest: &TokenDigest) -> Option<Arc<Grant>> {
-        let cached = || Some(Arc::clone(self.0.verdicts.valid(digest)?.grant()));
-        self.0.given.admit(digest).or_else(cached)
+    pub fn current_grant(&self, digest: &TokenDigest) -> Option<Arc<Grant>> {
+        let cached = || Some(Arc::clone(self.0.token_cache.valid(digest)?.grant()));
+        self.0.static_tokens.get_and_mark_used(digest).or_else(cached)
     }
 
     /// Replaces all static tokens.
     ///
     /// Takes time linear in the number of tokens; concurrent requests see the previous set until then.
-    pub fn set_given(&self, given: impl IntoIterator<Item = (TokenDigest, Grant)>) {
-        self.0.given.replace(given);
+    pub fn set_static_tokens(&self, given: impl IntoIterator<Item = (TokenDigest, Grant)>) {
+        self.0.static_tokens.replace(given);
     }
 
     /// The static tokens that were presented since the last call.
     pub fn take_used(&self) -> Vec<TokenDigest> {
-        self.0.given.take_used()
+        self.0.static_tokens.take_used()
     }
 
     /// Validates tokens on behalf of another client, for instance another edge. The results are in the
     /// order of `tokens`, `None` for invalid ones. A token whose use upstream forbids counts as valid,
     /// as it does at upstream.
-    pub async fn judge(&self, tokens: &[Token]) -> Result<Vec<Option<Arc<Grant>>>, Denied> {
+    pub async fn validate(&self, tokens: &[Token]) -> Result<Vec<Option<Arc<Grant>>>, AuthError> {
         let results = tokens.iter().map(|token| async {
-            match self.admit(token.expose(), Behalf::Other).await {
+            match self.authenticate_with_priority(token.expose(), Priority::Delegated).await {
                 Ok(admission) => Ok(Some(admission.grant)),
-                Err(Denied::Unknown) => Ok(None),
-                Err(Denied::Forbidden) => {
-                    let grant = self.0.verdicts.forbidden(&token.digest());
-                    grant.map(Some).ok_or(Denied::Unavailable)
+                Err(AuthError::Unknown) => Ok(None),
+                Err(AuthError::Forbidden) => {
+                    let grant = self.0.token_cache.forbidden_grant(&token.digest());
+                    grant.map(Some).ok_or(AuthError::Unavailable)
                 }
-                Err(Denied::Unavailable) => Err(Denied::Unavailable),
+                Err(AuthError::Unavailable) => Err(AuthError::Unavailable),
             }
         });
         futures_util::future::join_all(results).await.into_iter().collect()
     }
 
-    async fn ask(
+    async fn validate_uncached(
         &self,
         token: Token,
         digest: TokenDigest,
-        priority: Behalf,
-    ) -> Result<Admission, Denied> {
+        priority: Priority,
+    ) -> Result<AuthenticatedToken, AuthError> {
         let inner = &*self.0;
-        if matches!(inner.authority, Authority::Nobody) {
-            inner.tally.refused.increment(1);
-            return Err(Denied::Unknown);
+        if matches!(inner.validator, Validator::StaticOnly) {
+            inner.metrics.refused.increment(1);
+            return Err(AuthError::Unknown);
         }
-        let Some(answer) = inner.queue.join(token, priority) else {
-            inner.tally.unavailable.increment(1);
-            return Err(Denied::Unavailable);
+        let Some(answer) = inner.pending.enqueue(token, priority) else {
+            inner.metrics.unavailable.increment(1);
+            return Err(AuthError::Unavailable);
         };
         let answer = match tokio::time::timeout(inner.config.deadline, answer).await {
             Ok(Ok(answer)) => answer,
-            Ok(Err(_)) | Err(_) => Err(Denied::Unavailable),
+            Ok(Err(_)) | Err(_) => Err(AuthError::Unavailable),
         };
         match &answer {
-            Ok(_) => inner.tally.accepted.increment(1),
-            Err(Denied::Unknown | Denied::Forbidden) => inner.tally.rejected.increment(1),
-            Err(Denied::Unavailable) => inner.tally.unavailable.increment(1),
+            Ok(_) => inner.metrics.accepted.increment(1),
+            Err(AuthError::Unknown | AuthError::Forbidden) => inner.metrics.rejected.increment(1),
+            Err(AuthError::Unavailable) => inner.metrics.unavailable.increment(1),
         }
-        answer.map(|grant| Admission { grant, digest, first_seen: true })
+        answer.map(|grant| AuthenticatedToken { grant, digest, first_seen: true })
     }
 
     /// Runs the background work until dropped: validates first-seen tokens as they arrive, revalidates
     /// cached ones when they are due, and polls upstream's token list at the configured interval.
     pub async fn run(&self) {
-        let Authority::Upstream(issuer) = &self.0.authority else {
+        let Validator::Upstream(issuer) = &self.0.validator else {
             return std::future::pending().await;
         };
         tokio::join!(
-            self.0.ask_about_first_seen(issuer),
-            self.0.revalidate(issuer),
-            self.0.follow_list(issuer),
+            self.0.validate_first_seen(issuer),
+            self.0.run_revalidation(issuer),
+            self.0.poll_token_list(issuer),
         );
     }
 
     /// Rejects the token that is `named` from now on, because it has just been deleted at upstream;
     /// upstream's list and caches may still contain it.
-    pub fn withdraw(&self, named: &ListedSecret) {
-        let digests = self.0.verdicts.withdraw(named);
-        if let Authority::Upstream(issuer) = &self.0.authority {
+    pub fn revoke(&self, named: &ListedSecret) {
+        let digests = self.0.token_cache.revoke_token(named);
+        if let Validator::Upstream(issuer) = &self.0.validator {
             for digest in &digests {
                 issuer.credentials.withdraw(digest);
             }
         }
-        self.0.relist.notify_one();
+        self.0.list_refresh.notify_one();
     }
 
     /// Polls upstream's token list and revalidates the token that is `named`, because a token has just
     /// been created or changed at upstream.
-    pub fn reconsider(&self, named: Option<&ListedSecret>) {
+    pub fn revalidate(&self, named: Option<&ListedSecret>) {
         if let Some(named) = named {
-            self.0.verdicts.suspect(named);
+            self.0.token_cache.mark_stale(named);
         }
-        self.0.relist.notify_one();
+        self.0.list_refresh.notify_one();
     }
 
     /// Removes a token that the operator no longer configures from the cache and from the credentials.
     /// If it is presented again, it is validated like a first-seen token.
-    pub fn forget(&self, token: &TokenDigest) {
-        self.0.verdicts.forget(token);
-        if let Authority::Upstream(issuer) = &self.0.authority {
+    pub fn remove_token(&self, token: &TokenDigest) {
+        self.0.token_cache.remove(token);
+        if let Validator::Upstream(issuer) = &self.0.validator {
             issuer.credentials.withdraw(token);
-            issuer.discovered.notify_one();
+            issuer.credentials_changed.notify_one();
         }
     }
 
     /// The token cache in its stored form; `None` if it has not changed since the last call.
-    pub fn save(&self) -> Option<Vec<u8>> {
-        self.0.verdicts.save()
+    pub fn serialize_if_changed(&self) -> Option<Vec<u8>> {
+        self.0.token_cache.serialize_if_changed()
     }
 
     /// Reports that the bytes of [`Authenticator::serialize_if_changed`] could not be stored.
-    pub fn not_saved(&self) {
-        self.0.verdicts.not_saved();
+    pub fn mark_unsaved(&self) {
+        self.0.token_cache.mark_unsaved();
     }
 
     /// Loads the cache that an earlier process saved; returns the number of valid tokens in it.
     pub fn restore(&self, saved: &[u8]) -> Result<usize, RestoreError> {
-        let count = self.0.verdicts.restore(saved)?;
-        if let Authority::Upstream(issuer) = &self.0.authority {
-            for (digest, cached) in self.0.verdicts.all_valid_by_digest() {
+        let count = self.0.token_cache.restore(saved)?;
+        if let Validator::Upstream(issuer) = &self.0.validator {
+            for (digest, cached) in self.0.token_cache.valid_entries() {
                 issuer.credentials.expect(digest, cached.grant());
             }
         }
@@ -335,121 +335,121 @@ impl Authenticator {
 
     /// Adds a token that was validated elsewhere, for instance one from a backup of another edge.
     pub fn import(&self, token: &Token, grant: &Grant) {
-        let accepted = self.0.verdicts.accept(token, grant.clone(), RequestStart::NEVER);
-        if matches!(accepted, Accepted::New | Accepted::Known) {
-            self.0.offer(token, grant);
+        let accepted = self.0.token_cache.record_valid(token, grant.clone(), RequestStart::NEVER);
+        if matches!(accepted, InsertOutcome::New | InsertOutcome::Unchanged) {
+            self.0.offer_credential(token, grant);
         }
     }
 
     /// Every valid token in the cache, for display to operators.
-    pub fn verdicts(&self) -> Vec<Arc<Verdict>> {
-        self.0.verdicts.all_valid()
+    pub fn cached_tokens(&self) -> Vec<Arc<CachedToken>> {
+        self.0.token_cache.valid_tokens()
     }
 
     /// The grant of each static token, for display to operators.
-    pub fn given(&self) -> Vec<Arc<Grant>> {
-        self.0.given.grants()
+    pub fn static_grants(&self) -> Vec<Arc<Grant>> {
+        self.0.static_tokens.grants()
     }
 
     /// The number of tokens that are currently rejected from the cache.
-    pub fn refused_count(&self) -> u64 {
-        self.0.verdicts.refused_count()
+    pub fn rejected_count(&self) -> u64 {
+        self.0.token_cache.rejected_count()
     }
 }
 
 /// A batch is sent this long after its first token arrived, so that a fleet of clients which starts
 /// at once is validated together.
-const GATHER: Duration = Duration::from_millis(3);
+const BATCH_WINDOW: Duration = Duration::from_millis(3);
 
 /// Rate limit of validation requests for first-seen tokens: a burst, then a rate per second.
-const BURST: f64 = 20.0;
-const PER_SECOND: f64 = 10.0;
+const VALIDATION_BURST: f64 = 20.0;
+const VALIDATIONS_PER_SECOND: f64 = 10.0;
 
 /// The interval between revalidations, and the pause after upstream did not answer. The pause also
 /// applies to a single token whose probe failed.
-const REVALIDATION_STEP: Duration = Duration::from_secs(1);
-const REVALIDATION_PAUSE: Duration = Duration::from_secs(15);
+const REVALIDATION_INTERVAL: Duration = Duration::from_secs(1);
+const REVALIDATION_BACKOFF: Duration = Duration::from_secs(15);
 
 /// The interval at which is checked whether the edge now serves a further environment of listed tokens.
-const SERVED_STEP: Duration = Duration::from_secs(1);
+const SERVED_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A cached token that was denied once is validated again after this delay; it is rejected if it is
 /// denied again.
-const DOUBT: Duration = Duration::from_secs(5);
+const RECHECK_DELAY: Duration = Duration::from_secs(5);
 
-const REVALIDATION_RATE: usize = 50;
+const MAX_REVALIDATIONS_PER_SECOND: usize = 50;
 
-const PROBES_AT_ONCE: usize = 8;
+const MAX_CONCURRENT_PROBES: usize = 8;
 
 impl Inner {
     /// Completes a cache entry of an earlier process with the token's plaintext.
-    fn learn(&self, cached: &Verdict, header: &str) {
+    fn record_plaintext(&self, cached: &CachedToken, header: &str) {
         if let Ok(token) = Token::from_header(header) {
-            self.offer(&token, cached.grant());
-            cached.learn(token);
+            self.offer_credential(&token, cached.grant());
+            cached.set_plaintext(token);
         }
     }
 
-    fn offer(&self, token: &Token, grant: &Grant) {
-        if let Authority::Upstream(issuer) = &self.authority
+    fn offer_credential(&self, token: &Token, grant: &Grant) {
+        if let Validator::Upstream(issuer) = &self.validator
             && grant.kind == TokenKind::Client
             && issuer.credentials.offer(token, grant)
         {
-            issuer.discovered.notify_one();
+            issuer.credentials_changed.notify_one();
         }
     }
 
-    async fn ask_about_first_seen(&self, issuer: &Issuer) {
-        self.queue.abandon();
-        let mut allowance = Allowance::new(Instant::now());
+    async fn validate_first_seen(&self, issuer: &UpstreamValidator) {
+        self.pending.drop_in_flight();
+        let mut allowance = RateLimiter::new(Instant::now());
         loop {
-            self.queue.wait().await;
-            tokio::time::sleep(GATHER).await;
-            if self.pause_left().is_none() {
-                allowance.one().await;
+            self.pending.wait().await;
+            tokio::time::sleep(BATCH_WINDOW).await;
+            if self.remaining_pause().is_none() {
+                allowance.acquire().await;
             }
-            let tokens = self.queue.take();
-            self.settle(issuer, &tokens).await;
+            let tokens = self.pending.next_batch();
+            self.validate_and_resolve(issuer, &tokens).await;
         }
     }
 
     /// Validates `tokens` and answers the requests that wait for them.
-    async fn settle(&self, issuer: &Issuer, tokens: &[Token]) {
-        let Validation { start, mut results, .. } = self.judge(issuer, tokens).await;
+    async fn validate_and_resolve(&self, issuer: &UpstreamValidator, tokens: &[Token]) {
+        let ValidationBatch { start, mut results, .. } = self.validate_batch(issuer, tokens).await;
         for token in tokens {
             let digest = token.digest();
             let fallback = match results.remove(&digest) {
-                Some(Judgement::Valid(grant)) => self.accept(token, grant, start),
-                Some(Judgement::Forbidden(grant)) => {
-                    self.verdicts.forbid(token, grant, start);
-                    Err(Denied::Forbidden)
+                Some(ValidationResult::Valid(grant)) => self.record_valid(token, grant, start),
+                Some(ValidationResult::Forbidden(grant)) => {
+                    self.token_cache.record_forbidden(token, grant, start);
+                    Err(AuthError::Forbidden)
                 }
-                Some(Judgement::Invalid) => {
-                    self.verdicts.refuse(token, start);
-                    Err(Denied::Unknown)
+                Some(ValidationResult::Invalid) => {
+                    self.token_cache.record_invalid(token, start);
+                    Err(AuthError::Unknown)
                 }
-                None => Err(Denied::Unavailable),
+                None => Err(AuthError::Unavailable),
             };
             // The cache may have a newer result by now; a full cache may not have taken this one.
-            let answer = self.verdicts.known(token).unwrap_or(fallback);
-            self.queue.settle(&digest, &answer);
+            let answer = self.token_cache.lookup(token).unwrap_or(fallback);
+            self.pending.resolve(&digest, &answer);
         }
     }
 
     /// Caches a token that upstream calls valid.
-    fn accept(
+    fn record_valid(
         &self,
         token: &Token,
         grant: Grant,
         start: RequestStart,
-    ) -> Result<Arc<Grant>, Denied> {
+    ) -> Result<Arc<Grant>, AuthError> {
         let grant = Arc::new(grant);
-        match self.verdicts.accept(token, (*grant).clone(), start) {
-            Accepted::New | Accepted::Known => {
-                self.offer(token, &grant);
+        match self.token_cache.record_valid(token, (*grant).clone(), start) {
+            InsertOutcome::New | InsertOutcome::Unchanged => {
+                self.offer_credential(token, &grant);
                 Ok(grant)
             }
-            Accepted::Outdated | Accepted::Revoked => Err(Denied::Unknown),
+            InsertOutcome::Outdated | InsertOutcome::Revoked => Err(AuthError::Unknown),
         }
     }
 
@@ -460,8 +460,8 @@ impl Inner {
     ///
     /// A token is rejected only when its denial is repeated: one response of a faulty upstream, for
     /// instance an empty list of valid tokens, rejects no token.
-    async fn revalidate(&self, issuer: &Issuer) {
-        let mut pause = REVALIDATION_STEP;
+    async fn run_revalidation(&self, issuer: &UpstreamValidator) {
+        let mut pause = REVALIDATION_INTERVAL;
         loop {
             tokio::time::sleep(pause).await;
             pause = self.revalidate_due(issuer).await;
@@ -471,51 +471,51 @@ impl Inner {
     /// Revalidates one batch of due tokens; returns the pause before the next one.
     ///
     /// A token whose validation fails is postponed by itself and does not delay others.
-    async fn revalidate_due(&self, issuer: &Issuer) -> Duration {
+    async fn revalidate_due(&self, issuer: &UpstreamValidator) -> Duration {
         let due = self.take_due();
         if due.is_empty() {
-            return REVALIDATION_STEP;
+            return REVALIDATION_INTERVAL;
         }
-        let Validation { start, mut results, is_answered, retry_after } =
-            self.judge(issuer, &due).await;
+        let ValidationBatch { start, mut results, is_answered, retry_after } =
+            self.validate_batch(issuer, &due).await;
         for token in &due {
             match results.remove(&token.digest()) {
-                Some(Judgement::Valid(grant)) => {
-                    let accepted = self.verdicts.accept(token, grant.clone(), start);
+                Some(ValidationResult::Valid(grant)) => {
+                    let accepted = self.token_cache.record_valid(token, grant.clone(), start);
                     // The grant has changed.
-                    if accepted == Accepted::New {
-                        self.offer(token, &grant);
+                    if accepted == InsertOutcome::New {
+                        self.offer_credential(token, &grant);
                     }
                 }
-                Some(Judgement::Forbidden(grant)) => {
-                    self.verdicts.forbid(token, grant, start);
+                Some(ValidationResult::Forbidden(grant)) => {
+                    self.token_cache.record_forbidden(token, grant, start);
                 }
-                Some(Judgement::Invalid) => match self.verdicts.deny(token, start) {
-                    Rejected::Doubted => self.verdicts.postpone(&token.digest(), DOUBT),
+                Some(ValidationResult::Invalid) => match self.token_cache.record_denial(token, start) {
+                    RejectOutcome::NeedsRecheck => self.token_cache.postpone_revalidation(&token.digest(), RECHECK_DELAY),
                     // The rejection expires soon: if upstream was wrong, the token is validated
                     // again after that.
-                    Rejected::Refused => {
+                    RejectOutcome::Rejected => {
                         info!(token = %token.masked(), "A token is no longer valid");
                         issuer.credentials.withdraw(&token.digest());
                     }
-                    Rejected::Outdated => {}
+                    RejectOutcome::Outdated => {}
                 },
                 None => {}
             }
         }
-        let pause = if is_answered { REVALIDATION_STEP } else { REVALIDATION_PAUSE };
+        let pause = if is_answered { REVALIDATION_INTERVAL } else { REVALIDATION_BACKOFF };
         pause.max(retry_after.unwrap_or_default())
     }
 
     /// Takes the cached tokens that are due for revalidation.
     fn take_due(&self) -> Vec<Token> {
         let Config { revalidate_after, list_interval, .. } = self.config;
-        let age = if self.is_list_unread.load(Ordering::Relaxed) {
+        let age = if self.is_list_unavailable.load(Ordering::Relaxed) {
             list_interval.min(revalidate_after)
         } else {
             revalidate_after
         };
-        self.verdicts.take_unconfirmed_for(age, REVALIDATION_RATE)
+        self.token_cache.take_due_for_revalidation(age, MAX_REVALIDATIONS_PER_SECOND)
     }
 
     /// Validates `tokens` at upstream. Tokens for which upstream fails are missing in the results.
@@ -525,35 +525,35 @@ impl Inner {
     /// appears in the list. A cached token that does not validate is denied only if its probe fails
     /// too: upstream caches for minutes that it did not know a token, and the list may have shown it
     /// since.
-    async fn judge(&self, issuer: &Issuer, tokens: &[Token]) -> Validation {
-        let start = self.verdicts.start_request();
-        if let Some(pause) = self.pause_left() {
-            return Validation::unanswered(start, Some(pause));
+    async fn validate_batch(&self, issuer: &UpstreamValidator, tokens: &[Token]) -> ValidationBatch {
+        let start = self.token_cache.start_request();
+        if let Some(pause) = self.remaining_pause() {
+            return ValidationBatch::unanswered(start, Some(pause));
         }
         let valid = match issuer.upstream.validate(tokens).await {
             Ok(valid) => valid,
             Err(error) => {
-                if !self.unanswered.swap(true, Ordering::Relaxed) {
+                if !self.is_validation_failing.swap(true, Ordering::Relaxed) {
                     warn!(
                         error = error_chain(&error),
                         "Token validation at upstream failed; requests with first-seen tokens get 503"
                     );
                 }
                 let retry_after = error.retry().wish();
-                self.pause_for(retry_after);
-                return Validation::unanswered(start, retry_after);
+                self.pause_validation(retry_after);
+                return ValidationBatch::unanswered(start, retry_after);
             }
         };
-        if self.unanswered.swap(false, Ordering::Relaxed) {
+        if self.is_validation_failing.swap(false, Ordering::Relaxed) {
             info!("Upstream validates tokens again");
         }
         // Tokens in the response that were not requested are ignored.
         let mut results: HashMap<_, _> =
-            tokens.iter().map(|token| (token.digest(), Judgement::Invalid)).collect();
+            tokens.iter().map(|token| (token.digest(), ValidationResult::Invalid)).collect();
         let valid = valid.into_iter().filter(|it| results.contains_key(&it.token.digest()));
         let mut probed: HashMap<_, _> = valid.map(|it| (it.token.digest(), (it, true))).collect();
         for token in tokens {
-            if let Some(known) = self.verdicts.valid(&token.digest()) {
+            if let Some(known) = self.token_cache.valid(&token.digest()) {
                 let grant = Grant::clone(known.grant());
                 let known = ValidatedToken { token: token.clone(), grant };
                 probed.entry(token.digest()).or_insert((known, false));
@@ -564,15 +564,15 @@ impl Inner {
                 let access = issuer.upstream.admits(&token, grant.kind).await;
                 (digest, grant, is_validated, access)
             })
-            .buffer_unordered(PROBES_AT_ONCE)
+            .buffer_unordered(MAX_CONCURRENT_PROBES)
             .collect()
             .await;
         let mut retry_after = None;
         for (digest, grant, is_validated, access) in probes {
             match access {
-                Ok(Access::Granted) => drop(results.insert(digest, Judgement::Valid(grant))),
+                Ok(Access::Granted) => drop(results.insert(digest, ValidationResult::Valid(grant))),
                 Ok(Access::Forbidden) if is_validated => {
-                    results.insert(digest, Judgement::Forbidden(grant));
+                    results.insert(digest, ValidationResult::Forbidden(grant));
                 }
                 Ok(Access::Forbidden | Access::Unknown) => {}
                 Err(error) => {
@@ -581,72 +581,72 @@ impl Inner {
                     if error.is_crowded() {
                         retry_after = retry_after.max(requested);
                     }
-                    let pause = requested.unwrap_or_default().max(REVALIDATION_PAUSE);
-                    self.verdicts.postpone(&digest, pause);
+                    let pause = requested.unwrap_or_default().max(REVALIDATION_BACKOFF);
+                    self.token_cache.postpone_revalidation(&digest, pause);
                     results.remove(&digest);
                 }
             }
         }
-        self.pause_for(retry_after);
-        Validation { start, results, is_answered: true, retry_after }
+        self.pause_validation(retry_after);
+        ValidationBatch { start, results, is_answered: true, retry_after }
     }
 
     /// Sends no validation request for the duration of `pause`.
-    fn pause_for(&self, pause: Option<Duration>) {
+    fn pause_validation(&self, pause: Option<Duration>) {
         if let Some(pause) = pause {
             let until = Instant::now() + pause;
-            let mut not_before = self.ask_not_before.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut not_before = self.validation_paused_until.lock().unwrap_or_else(PoisonError::into_inner);
             *not_before = until.max(*not_before);
         }
     }
 
     /// The rest of the current validation pause; `None` if there is none.
-    fn pause_left(&self) -> Option<Duration> {
-        let not_before = *self.ask_not_before.lock().unwrap_or_else(PoisonError::into_inner);
+    fn remaining_pause(&self) -> Option<Duration> {
+        let not_before = *self.validation_paused_until.lock().unwrap_or_else(PoisonError::into_inner);
         not_before.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
     }
 
-    async fn follow_list(&self, issuer: &Issuer) {
+    async fn poll_token_list(&self, issuer: &UpstreamValidator) {
         let Some(admin) = &issuer.admin else { return std::future::pending().await };
-        let unreadable_items = unreadable_items();
+        let unreadable_items = unreadable_items_gauge();
         let mut step = tokio::time::interval(self.config.list_interval);
         step.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut not_before = Instant::now();
         let mut is_complete = true;
         let mut unserved = BTreeSet::new();
-        let mut admin_check = AdminCheck::default();
+        let mut admin_check = AdminTokenCheck::default();
         loop {
             tokio::select! {
                 _ = step.tick() => {}
-                () = self.relist.notified() => {}
-                () = serves_one_of(&issuer.credentials, &unserved) => {}
+                () = self.list_refresh.notified() => {}
+                () = wait_until_served(&issuer.credentials, &unserved) => {}
             }
             unserved.clear();
             tokio::time::sleep_until(not_before).await;
-            let start = self.verdicts.start_request();
+            let start = self.token_cache.start_request();
             let list = match issuer.upstream.api_tokens(admin).await {
                 Ok(list) => list,
                 Err(error) => {
                     if let Some(retry_after) = error.retry().wish() {
                         not_before = Instant::now() + retry_after;
                     }
-                    self.list_is_unread(&error_chain(&error));
+                    self.report_list_unavailable(&error_chain(&error));
                     // The client has already recorded a 401 as a rejection of the admin token.
                     let is_refusal = error.status().is_some_and(|it| it.as_u16() == 401);
-                    if !is_refusal && admin_check.is_in_doubt(&issuer.upstream, admin).await {
-                        step.reset_after(self.config.list_interval.min(DOUBT));
+                    if !is_refusal && admin_check.needs_recheck(&issuer.upstream, admin).await {
+                        step.reset_after(self.config.list_interval.min(RECHECK_DELAY));
                     }
                     continue;
                 }
             };
-            admin_check = AdminCheck::default();
+            admin_check = AdminTokenCheck::default();
             let unreadable = list.unreadable.len();
             unreadable_items.set(f64::from(u32::try_from(unreadable).unwrap_or(u32::MAX)));
-            if let Some(why) = why_unusable(&list) {
-                self.list_is_unread(why);
+            if let Some(why) = unusable_list_reason(&list) {
+                self.report_list_unavailable(why);
                 continue;
             }
-            if self.is_list_unread.swap(false, Ordering::Relaxed) {
+            if self.is_list_unavailable.swap(false, Ordering::Relaxed) {
                 info!("Upstream's token list is read again");
             }
             if std::mem::replace(&mut is_complete, unreadable == 0) && unreadable > 0 {
@@ -657,7 +657,7 @@ impl Inner {
                 );
             }
             let served = issuer.credentials.environments();
-            let changes = self.verdicts.take_list(&list, &served, start);
+            let changes = self.token_cache.apply_token_list(&list, &served, start);
             unserved.extend(list.tokens.into_iter().map(|it| it.environment));
             unserved.retain(|it| !served.contains(it));
             if changes.learned + changes.revoked > 0 {
@@ -667,8 +667,8 @@ impl Inner {
     }
 
     /// Switches to revalidation of single tokens because the list is unavailable.
-    fn list_is_unread(&self, why: &str) {
-        if !self.is_list_unread.swap(true, Ordering::Relaxed) {
+    fn report_list_unavailable(&self, why: &str) {
+        if !self.is_list_unavailable.swap(true, Ordering::Relaxed) {
             warn!(
                 error = why,
                 "Upstream's token list could not be read; known tokens are validated one by one"
@@ -679,18 +679,18 @@ impl Inner {
 
 /// Checks whether upstream rejects the admin token while its token list is unavailable.
 #[derive(Debug, Default)]
-struct AdminCheck {
+struct AdminTokenCheck {
     /// The token that upstream did not know at the previous check.
     denied: Option<Arc<Token>>,
     /// The token that was marked as refused by this check.
     refused: Option<Arc<Token>>,
 }
 
-impl AdminCheck {
+impl AdminTokenCheck {
     /// Checks whether upstream's admin API knows the token; true if the check is to be repeated soon.
     ///
     /// The token is marked as refused after two denials in a row. A later success reverts that.
-    async fn is_in_doubt(&mut self, upstream: &Upstream, admin: &AdminToken) -> bool {
+    async fn needs_recheck(&mut self, upstream: &Upstream, admin: &AdminToken) -> bool {
         let token = admin.current();
         match upstream.admits(&token, TokenKind::Admin).await {
             Ok(Access::Unknown) if self.denied.as_ref() == Some(&token) => {
@@ -715,18 +715,18 @@ impl AdminCheck {
 }
 
 /// Waits until the edge has a token of one of these environments.
-async fn serves_one_of(credentials: &Credentials, unserved: &BTreeSet<Environment>) {
+async fn wait_until_served(credentials: &Credentials, unserved: &BTreeSet<Environment>) {
     if unserved.is_empty() {
         return std::future::pending().await;
     }
     while credentials.environments().is_disjoint(unserved) {
-        tokio::time::sleep(SERVED_STEP).await;
+        tokio::time::sleep(SERVED_CHECK_INTERVAL).await;
     }
 }
 
 /// Why a token list must be ignored, if it must: it always contains the edge's own admin token, so an
 /// empty list is a fault and does not revoke all tokens.
-fn why_unusable(list: &TokenList) -> Option<&'static str> {
+fn unusable_list_reason(list: &TokenList) -> Option<&'static str> {
     if !list.tokens.is_empty() {
         None
     } else if list.unreadable.is_empty() {
@@ -738,16 +738,16 @@ fn why_unusable(list: &TokenList) -> Option<&'static str> {
 
 /// The results of validating one batch of tokens.
 #[derive(Debug)]
-struct Validation {
+struct ValidationBatch {
     start: RequestStart,
-    results: HashMap<TokenDigest, Judgement>,
+    results: HashMap<TokenDigest, ValidationResult>,
     /// Whether upstream has answered; the results may be empty even then.
     is_answered: bool,
     /// The longest `Retry-After` of upstream.
     retry_after: Option<Duration>,
 }
 
-impl Validation {
+impl ValidationBatch {
     /// No response from upstream.
     fn unanswered(start: RequestStart, retry_after: Option<Duration>) -> Self {
         Self { start, results: HashMap::new(), is_answered: false, retry_after }
@@ -756,13 +756,13 @@ impl Validation {
 
 /// The result of validating one token at upstream.
 #[derive(Debug)]
-enum Judgement {
+enum ValidationResult {
     Valid(Grant),
     Forbidden(Grant),
     Invalid,
 }
 
-fn unreadable_items() -> Gauge {
+fn unreadable_items_gauge() -> Gauge {
     const NAME: &str = "parapet_token_list_items_unreadable";
     describe_gauge!(
         NAME,
@@ -772,35 +772,35 @@ fn unreadable_items() -> Gauge {
 }
 
 /// A token bucket for validation requests.
-struct Allowance {
-    left: f64,
-    as_of: Instant,
+struct RateLimiter {
+    available: f64,
+    updated_at: Instant,
 }
 
-impl Allowance {
+impl RateLimiter {
     fn new(now: Instant) -> Self {
-        Self { left: BURST, as_of: now }
+        Self { available: VALIDATION_BURST, updated_at: now }
     }
 
     /// Waits until one more request may be sent.
-    async fn one(&mut self) {
+    async fn acquire(&mut self) {
         loop {
             let now = Instant::now();
-            let earned = now.duration_since(self.as_of).as_secs_f64() * PER_SECOND;
-            self.left = (self.left + earned).min(BURST);
-            self.as_of = now;
-            if self.left >= 1.0 {
-                self.left -= 1.0;
+            let earned = now.duration_since(self.updated_at).as_secs_f64() * VALIDATIONS_PER_SECOND;
+            self.available = (self.available + earned).min(VALIDATION_BURST);
+            self.updated_at = now;
+            if self.available >= 1.0 {
+                self.available -= 1.0;
                 return;
             }
-            tokio::time::sleep(Duration::from_secs_f64((1.0 - self.left) / PER_SECOND)).await;
+            tokio::time::sleep(Duration::from_secs_f64((1.0 - self.available) / VALIDATIONS_PER_SECOND)).await;
         }
     }
 }
 
 /// Counters of presented tokens by outcome.
 #[derive(Debug)]
-struct Tally {
+struct Metrics {
     known: Counter,
     refused: Counter,
     malformed: Counter,
@@ -809,7 +809,7 @@ struct Tally {
     unavailable: Counter,
 }
 
-impl Tally {
+impl Metrics {
     fn new() -> Self {
         const NAME: &str = "parapet_token_verdicts_total";
         describe_counter!(

@@ -20,7 +20,7 @@ use crate::{
 
 /// Why `parapet explain` failed.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub enum ExplainError {
     /// The file of flags cannot be read.
     #[error("cannot read {}", path.display())]
     Read {
@@ -31,7 +31,7 @@ pub enum Error {
     },
     /// The file contains no valid flags document.
     #[error("{} contains no valid flags", path.display())]
-    Document {
+    InvalidDocument {
         /// The file.
         path: PathBuf,
         /// The defect and its position.
@@ -39,7 +39,7 @@ pub enum Error {
     },
     /// The file does not contain the flag.
     #[error("there is no flag `{flag}` in {}{}", path.display(), similar_names_suffix(alike))]
-    Missing {
+    FlagNotFound {
         /// The requested name.
         flag: String,
         /// The file.
@@ -56,16 +56,16 @@ fn similar_names_suffix(alike: &[String]) -> String {
 /// `parapet explain`: explains the evaluation of a flag in a file, as indented text or as JSON.
 ///
 /// Random rollouts are drawn anew at each call.
-pub fn explain(options: &ExplainOptions) -> Result<String, Error> {
+pub fn explain(options: &ExplainOptions) -> Result<String, ExplainError> {
     // A directory contains a file per environment, as in standalone mode.
     let path = if options.flags.is_dir() {
         options.flags.join(format!("{}.json", options.environment))
     } else {
         options.flags.clone()
     };
-    let text = std::fs::read(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
+    let text = std::fs::read(&path).map_err(|source| ExplainError::Read { path: path.clone(), source })?;
     let document = Document::parse_file(&text)
-        .map_err(|source| Error::Document { path: path.clone(), source })?;
+        .map_err(|source| ExplainError::InvalidDocument { path: path.clone(), source })?;
     let scope = Scope { environment: options.environment.clone(), projects: Projects::All };
     let now = options.at.unwrap_or_else(Timestamp::now);
     let snapshot = Snapshot::build(scope, document, None);
@@ -83,7 +83,7 @@ pub fn explain(options: &ExplainOptions) -> Result<String, Error> {
             let json = serde_json::to_string_pretty(&explanation);
             Ok(json.expect("an explanation contains only texts and numbers") + "\n")
         }
-        Ok(explanation) => Ok(tree::tree(&explanation)),
-        Err(UnknownFlag { similar_names: alike }) => Err(Error::Missing { flag: options.flag.clone(), path, alike }),
+        Ok(explanation) => Ok(tree::render(&explanation)),
+        Err(UnknownFlag { similar_names: alike }) => Err(ExplainError::FlagNotFound { flag: options.flag.clone(), path, alike }),
     }
 }

@@ -31,25 +31,25 @@ use tokio::sync::{mpsc, watch::Receiver};
 use tracing::{info, warn};
 
 pub use self::{
-    accounts::{Account, AccountChange, Grants, NewAccount},
+    accounts::{Account, AccountChange, PermissionChange, NewAccount},
     audit::{Event, EventKind, EventPage, EventQuery},
-    database::{DatabaseUrl, DatabaseUrlError, Location},
+    database::{DatabaseUrl, DatabaseUrlError, DatabaseLocation},
     error::Error,
-    first_start::{FirstAccount, FoundTokens, Generated, MadeAccount, Opened, Seed, grant_of},
+    first_start::{InitialAccount, RegistryBootstrap, GeneratedTokens, CreatedAccount, BootstrapReport, InitialTokens, grant_from_token},
     health::{ConnectionCount, DatabaseStatus},
     initial::InitialSetting,
     password::{Password, PasswordError},
-    permission::{Action, Actor, Missing, Operator, Permission, RootRole},
+    permission::{TokenAction, Actor, MissingPermission, Operator, Permission, RootRole},
     registry::{ApiToken, NewToken},
-    secret::Secret,
-    sessions::{Cause, Session, SessionRef, SignIn, SignedIn},
+    secret::CookieSecret,
+    sessions::{Activity, Session, SessionRef, SignInAttempt, SignedIn},
     usage::{ApplicationSummary, UsageHour},
 };
 use self::{
     database::Database,
     password::Hasher,
-    refusals::{Denial, Refusals},
-    registry::Registry,
+    refusals::{DenialReason, DenialLog},
+    registry::TokenRegistry,
     sessions::Sessions,
     watch::Retention,
 };
@@ -65,17 +65,17 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct Config {
     /// The location of the database.
-    pub location: Location,
+    pub location: DatabaseLocation,
     /// Tokens to create if the database has none.
-    pub seed: Seed,
+    pub initial_tokens: InitialTokens,
     /// The admin's account that the first start creates.
-    pub first_account: FirstAccount,
+    pub initial_account: InitialAccount,
     /// The maximum number of API tokens.
     pub token_limit: usize,
     /// The maximum number of accounts.
     pub account_limit: usize,
     /// A session ends after this time without a request.
-    pub session_idle: Duration,
+    pub session_idle_timeout: Duration,
     /// A session ends after this time in any case.
     pub session_lifetime: Duration,
     /// The retention of audit events; `None` keeps them forever.
@@ -86,20 +86,20 @@ pub struct Config {
 
 /// The control plane of a standalone instance. A cheap handle.
 #[derive(Clone, Debug)]
-pub struct Control(Arc<Inner>);
+pub struct ControlPlane(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
     database: Database,
     hasher: Hasher,
-    registry: Registry,
+    registry: TokenRegistry,
     sessions: Sessions,
     account_limit: usize,
-    refusals: Refusals,
+    denial_log: DenialLog,
     retention: Retention,
 }
 
-impl Control {
+impl ControlPlane {
     /// Opens the database, creating or migrating it first. The first start creates an admin's account
     /// and tokens. Several instances may start at once.
     ///
@@ -111,18 +111,18 @@ impl Control {
     pub async fn open(
         config: Config,
         snapshot: Option<&[u8]>,
-        announce: impl FnOnce(&Opened),
-    ) -> Result<(Self, Opened), Error> {
+        announce: impl FnOnce(&BootstrapReport),
+    ) -> Result<(Self, BootstrapReport), Error> {
         let database = Database::new(&config.location).await?;
         let hasher = Hasher::new();
-        let Config { seed, first_account, .. } = &config;
-        let begun = first_start::begin(&database, &hasher, seed, first_account, announce).await;
+        let Config { initial_tokens: seed, initial_account: first_account, .. } = &config;
+        let begun = first_start::initialize(&database, &hasher, seed, first_account, announce).await;
         let (registry, opened) = match begun {
-            Ok(opened) => (Registry::open(database.clone(), config.token_limit).await?, opened),
+            Ok(opened) => (TokenRegistry::open(database.clone(), config.token_limit).await?, opened),
             // Every other failure of the database is survivable with a snapshot of its tokens.
-            Err(error @ (Error::NotBegun | Error::Newer { .. })) => return Err(error),
+            Err(error @ (Error::NotInitialized | Error::NewerSchema { .. })) => return Err(error),
             Err(error) => {
-                let tokens = snapshot.and_then(|bytes| copy::read(database.shown(), bytes));
+                let tokens = snapshot.and_then(|bytes| copy::parse(database.redacted_location(), bytes));
                 let Some(tokens) = tokens else { return Err(error) };
                 warn!(
                     error = error_chain(&error),
@@ -131,20 +131,20 @@ impl Control {
                      tokens, and changes fail until the database is reachable again"
                 );
                 database.require_existing();
-                let registry = Registry::new(database.clone(), config.token_limit, tokens);
+                let registry = TokenRegistry::new(database.clone(), config.token_limit, tokens);
                 let opened =
-                    Opened { account: None, tokens: FoundTokens::Existing, ignored: Vec::new() };
+                    BootstrapReport { account: None, tokens: RegistryBootstrap::Existing, ignored_settings: Vec::new() };
                 (registry, opened)
             }
         };
         let sessions = Sessions::new(
             database.clone(),
             hasher.clone(),
-            config.session_idle,
+            config.session_idle_timeout,
             config.session_lifetime,
         );
         let inner = Inner {
-            refusals: Refusals::new(database.clone()),
+            denial_log: DenialLog::new(database.clone()),
             database,
             hasher,
             registry,
@@ -157,8 +157,8 @@ impl Control {
 
     /// Opens a database that an instance has initialized, for the command line. Fails where there is
     /// none.
-    pub async fn attach(location: Location) -> Result<Self, Error> {
-        if let Location::Sqlite(path) = &location {
+    pub async fn open_existing(location: DatabaseLocation) -> Result<Self, Error> {
+        if let DatabaseLocation::Sqlite(path) = &location {
             let there = tokio::fs::metadata(path).await;
             there.map_err(|error| Error::file(path, error))?;
         }
@@ -166,9 +166,9 @@ impl Control {
         database.require_existing();
         let hasher = Hasher::new();
         let inner = Inner {
-            registry: Registry::open(database.clone(), usize::MAX).await?,
+            registry: TokenRegistry::open(database.clone(), usize::MAX).await?,
             sessions: Sessions::new(database.clone(), hasher.clone(), Duration::MAX, Duration::MAX),
-            refusals: Refusals::new(database.clone()),
+            denial_log: DenialLog::new(database.clone()),
             database,
             hasher,
             account_limit: usize::MAX,
@@ -178,13 +178,13 @@ impl Control {
     }
 
     /// Signals each change of tokens or of their last use.
-    pub fn changes(&self) -> Receiver<()> {
+    pub fn subscribe_to_tokens(&self) -> Receiver<()> {
         self.0.registry.subscribe()
     }
 
     /// A snapshot of the tokens for [`ControlPlane::open`], without secrets.
-    pub fn copy(&self) -> Vec<u8> {
-        self.0.registry.copy()
+    pub fn token_snapshot(&self) -> Vec<u8> {
+        self.0.registry.snapshot()
     }
 
     /// The grant of each currently valid token, by its digest.
@@ -198,18 +198,18 @@ impl Control {
     /// While the database is unreachable, the tokens in memory stay valid.
     pub async fn run(&self, auth: &Authenticator) {
         let Inner { database, registry, sessions, retention, .. } = &*self.0;
-        registry.publish_to(auth);
+        registry.subscribe_authenticator(auth);
         tokio::join!(
-            watch::follow(database, registry),
-            watch::expire(registry),
-            watch::note_uses(registry, auth),
-            watch::prune(database, sessions, *retention),
+            watch::follow_changes(database, registry),
+            watch::expire_tokens(registry),
+            watch::record_token_uses(registry, auth),
+            watch::run_pruning(database, sessions, *retention),
         );
     }
 
     /// Stores each delivery of usage until the channel is closed; `snapshots` determine which flags are
     /// configured.
-    pub async fn run_usage(
+    pub async fn store_usage(
         &self,
         snapshots: &Snapshots,
         deliveries: &mut mpsc::Receiver<Delivery>,
@@ -235,7 +235,7 @@ impl Control {
     }
 
     /// The status of the database.
-    pub fn database(&self) -> DatabaseStatus {
+    pub fn database_status(&self) -> DatabaseStatus {
         self.0.database.status()
     }
 
@@ -251,22 +251,22 @@ impl Control {
 
     /// The name of a token that is valid now.
     pub fn token_name(&self, digest: &TokenDigest) -> Option<String> {
-        self.0.registry.name(digest)
+        self.0.registry.token_name(digest)
     }
 
     /// Requires the permission to create tokens of `kind`, or of at least one kind if it is `None`. A
     /// denial is recorded in the audit log.
-    pub async fn require_create(
+    pub async fn require_create_token(
         &self,
         actor: &Actor,
         kind: Option<TokenKind>,
     ) -> Result<(), Error> {
-        let may = |kind| actor.operator.may(Action::Create, kind);
+        let may = |kind| actor.operator.require_permission(TokenAction::Create, kind);
         let judged = match kind {
             Some(kind) => may(kind),
             None => may(TokenKind::Frontend).or_else(|_| may(TokenKind::Client)),
         };
-        self.noting(actor, "create an API token", judged.map_err(Error::from)).await
+        self.record_denial(actor, "create an API token", judged.map_err(Error::from)).await
     }
 
     /// Creates a token, which is valid when this returns. Its secret cannot be read again later.
@@ -276,7 +276,7 @@ impl Control {
         new: NewToken,
     ) -> Result<(Token, ApiToken), Error> {
         let made = self.0.registry.create(actor, new).await;
-        self.noting(actor, "create an API token", made).await
+        self.record_denial(actor, "create an API token", made).await
     }
 
     /// Changes the expiry of a token, found by its id or its secret; `None` if there is no such token.
@@ -286,9 +286,9 @@ impl Control {
         identifier: &str,
         expires_at: Option<Timestamp>,
     ) -> Result<Option<ApiToken>, Error> {
-        let what = self.of_token("change", identifier);
+        let what = self.token_operation("change", identifier);
         let changed = self.0.registry.update(actor, identifier, expires_at).await;
-        self.noting(actor, &what, changed).await
+        self.record_denial(actor, &what, changed).await
     }
 
     /// Deletes a token, found by its id or its secret; it is rejected when this returns. `None` if there
@@ -298,9 +298,9 @@ impl Control {
         actor: &Actor,
         identifier: &str,
     ) -> Result<Option<ApiToken>, Error> {
-        let what = self.of_token("delete", identifier);
+        let what = self.token_operation("delete", identifier);
         let deleted = self.0.registry.delete(actor, identifier).await;
-        self.noting(actor, &what, deleted).await
+        self.record_denial(actor, &what, deleted).await
     }
 
     /// Every account, the oldest first. For admins only.
@@ -321,8 +321,8 @@ impl Control {
 
     /// One account. For admins and for the account itself.
     pub async fn account(&self, actor: &Actor, id: i64) -> Result<Option<Account>, Error> {
-        if actor.operator.id() != Some(id) {
-            self.require_admin(actor, &of_account("see", id)).await?;
+        if actor.operator.account_id() != Some(id) {
+            self.require_admin(actor, &account_operation("see", id)).await?;
         }
         let mut connection = self.0.database.connection().await?;
         accounts::find(&mut connection, id).await
@@ -334,7 +334,7 @@ impl Control {
         self.require_admin(actor, what).await?;
         let hash = self.0.hasher.hash(&new.password).await?;
         let made = accounts::create(&self.0.database, actor, new, &hash, self.0.account_limit);
-        self.noting(actor, what, made.await).await
+        self.record_denial(actor, what, made.await).await
     }
 
     /// Changes an account. For admins only. A new password ends its sessions. Returns `None` if there is
@@ -345,27 +345,27 @@ impl Control {
         id: i64,
         change: AccountChange,
     ) -> Result<Option<Account>, Error> {
-        let what = of_account("change", id);
+        let what = account_operation("change", id);
         self.require_admin(actor, &what).await?;
         let hash = match &change.password {
             Some(password) => Some(self.0.hasher.hash(password).await?),
             None => None,
         };
         let changed = accounts::update(&self.0.database, actor, id, change, hash.as_deref()).await;
-        self.noting(actor, &what, changed).await
+        self.record_denial(actor, &what, changed).await
     }
 
     /// Changes the permissions that an account has in addition to its role. For admins only.
-    pub async fn grant(
+    pub async fn update_permissions(
         &self,
         actor: &Actor,
         id: i64,
-        change: Grants,
+        change: PermissionChange,
     ) -> Result<Option<Account>, Error> {
-        let what = of_account("grant permissions to", id);
+        let what = account_operation("grant permissions to", id);
         self.require_admin(actor, &what).await?;
-        let granted = accounts::grant(&self.0.database, actor, id, change).await;
-        self.noting(actor, &what, granted).await
+        let granted = accounts::update_permissions(&self.0.database, actor, id, change).await;
+        self.record_denial(actor, &what, granted).await
     }
 
     /// Sets an account's password and ends all of its sessions. For admins only.
@@ -375,11 +375,11 @@ impl Control {
         id: i64,
         password: Password,
     ) -> Result<Option<Account>, Error> {
-        let what = of_account("set the password of", id);
+        let what = account_operation("set the password of", id);
         self.require_admin(actor, &what).await?;
         let hash = self.0.hasher.hash(&password).await?;
         let set = accounts::set_password(&self.0.database, actor, id, &hash).await;
-        self.noting(actor, &what, set).await
+        self.record_denial(actor, &what, set).await
     }
 
     /// Sets the actor's own password, and ends all of its sessions except the current one.
@@ -390,20 +390,20 @@ impl Control {
         new: Password,
     ) -> Result<(), Error> {
         let changed = self.0.sessions.change_password(actor, current, &new).await;
-        self.noting(actor, "change the own password", changed).await
+        self.record_denial(actor, "change the own password", changed).await
     }
 
     /// Deletes an account and ends its sessions. For admins only. The last admin cannot be deleted.
     pub async fn delete_account(&self, actor: &Actor, id: i64) -> Result<Option<Account>, Error> {
-        let what = of_account("delete", id);
+        let what = account_operation("delete", id);
         self.require_admin(actor, &what).await?;
         let deleted = accounts::delete(&self.0.database, actor, id).await;
-        self.noting(actor, &what, deleted).await
+        self.record_denial(actor, &what, deleted).await
     }
 
     /// Checks a password and begins a session.
-    pub async fn sign_in(&self, attempt: SignIn<'_>) -> Result<SignedIn, Error> {
-        self.0.sessions.sign_in(attempt, &self.0.refusals).await
+    pub async fn sign_in(&self, attempt: SignInAttempt<'_>) -> Result<SignedIn, Error> {
+        self.0.sessions.sign_in(attempt, &self.0.denial_log).await
     }
 
     /// The open session of a cookie, if any.
@@ -411,7 +411,7 @@ impl Control {
         &self,
         cookie: &str,
         address: IpAddr,
-        cause: Cause,
+        cause: Activity,
     ) -> Result<Option<Session>, Error> {
         self.0.sessions.find(cookie, address, cause).await
     }
@@ -437,35 +437,35 @@ impl Control {
     }
 
     /// The hourly usage of a flag since a time.
-    pub async fn usage_of(&self, flag: &str, since: Timestamp) -> Result<Vec<UsageHour>, Error> {
-        usage::of_flag(&self.0.database, flag, since).await
+    pub async fn flag_usage(&self, flag: &str, since: Timestamp) -> Result<Vec<UsageHour>, Error> {
+        usage::flag_usage(&self.0.database, flag, since).await
     }
 
     /// Requires an admin for the operation `what`. A denial is recorded in the audit log.
     pub async fn require_admin(&self, actor: &Actor, what: &str) -> Result<(), Error> {
         let judged = actor.operator.require_admin().map_err(Error::from);
-        self.noting(actor, what, judged).await
+        self.record_denial(actor, what, judged).await
     }
 
     /// Passes `outcome` on, and records it in the audit log if it is a denial.
-    async fn noting<T>(
+    async fn record_denial<T>(
         &self,
         actor: &Actor,
         what: &str,
         outcome: Result<T, Error>,
     ) -> Result<T, Error> {
         if let Err(error) = &outcome
-            && let Some(denial) = Denial::of(error)
+            && let Some(denial) = DenialReason::from_error(error)
         {
-            self.0.refusals.operation(actor, what, denial).await;
+            self.0.denial_log.record_operation(actor, what, denial).await;
         }
         outcome
     }
 
     /// An operation on a token as the audit log describes it: with the public id, because the identifier
     /// may be the secret.
-    fn of_token(&self, verb: &str, identifier: &str) -> String {
-        match self.0.registry.id(identifier) {
+    fn token_operation(&self, verb: &str, identifier: &str) -> String {
+        match self.0.registry.token_id(identifier) {
             Some(id) => format!("{verb} the API token {id}"),
             None => format!("{verb} an API token"),
         }
@@ -473,6 +473,6 @@ impl Control {
 }
 
 /// An operation on an account as the audit log describes it.
-fn of_account(verb: &str, id: i64) -> String {
+fn account_operation(verb: &str, id: i64) -> String {
     format!("{verb} the account {id}")
 }

@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
-use parapet::auth::{self, Authenticator, Authority};
+use parapet::auth::{self, Authenticator, Validator};
 use parapet::engine::{Context, Engine};
 use parapet::snapshot::body::ContentCoding;
 use parapet::snapshot::{Filter, SegmentFormat, Snapshot};
@@ -110,7 +110,7 @@ pub(crate) fn authenticator(tokens: impl IntoIterator<Item = (Token, TokenKind)>
         deadline: LONG,
         capacity: 1_000_000,
     };
-    let authenticator = Authenticator::new(config, Authority::Nobody, []);
+    let authenticator = Authenticator::new(config, Validator::StaticOnly, []);
     for (token, kind) in tokens {
         authenticator.import(&token, &Grant { kind, scope: scope() });
     }

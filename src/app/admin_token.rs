@@ -121,7 +121,7 @@ impl Rotation {
             if is_replaced {
                 self.data.stream_tickets.replace_token_key(now.token(), Timestamp::now());
                 // Reads the token list, which shows whether upstream accepts the token.
-                self.auth.reconsider(None);
+                self.auth.revalidate(None);
             }
             if is_replaced || (interrupted && now.is_accepted()) {
                 self.discovered.notify_one();
@@ -134,10 +134,10 @@ impl Rotation {
     /// Grants the token access to the edge's own admin listener unless upstream rejects it.
     fn open_admin_listener(&self, state: &AdminTokenState) {
         let grant = (!state.is_refused()).then(|| grant(state.token()));
-        self.auth.set_given(grant);
+        self.auth.set_static_tokens(grant);
         if state.is_refused() {
             // Token lists have validated it too.
-            self.auth.withdraw(&ListedSecret::Full(Token::clone(state.token())));
+            self.auth.revoke(&ListedSecret::Full(Token::clone(state.token())));
         }
     }
 }

@@ -19,9 +19,9 @@ use super::{
     reload::Live,
 };
 use crate::{
-    auth::Authority,
+    auth::Validator,
     config::{FlagsPath, OfflineConfig, StandaloneConfig},
-    control::{Control, InitialSetting, Location, Opened, grant_of},
+    control::{ControlPlane, InitialSetting, DatabaseLocation, BootstrapReport, grant_from_token},
     secret_file::parent_dir,
     snapshot::Snapshots,
     store::{Key, Store},
@@ -38,7 +38,7 @@ const FALLBACK: &str = "development";
 pub(super) fn given(offline: &OfflineConfig) -> (Vec<(TokenDigest, Grant)>, BTreeSet<Environment>) {
     let fallback = Environment::new(FALLBACK);
     let grants = |kind, tokens: &[Token]| {
-        let grant = |token| grant_of(kind, token, &fallback);
+        let grant = |token| grant_from_token(kind, token, &fallback);
         tokens.iter().map(|token| (token.digest(), grant(token))).collect::<Vec<_>>()
     };
     let mut tokens = grants(TokenKind::Client, &offline.client_tokens);
@@ -71,15 +71,15 @@ pub(super) async fn standalone(
     data_dir: &Path,
     snapshots: &Snapshots,
     latch: Latch,
-    announce: impl FnOnce(&Opened),
+    announce: impl FnOnce(&BootstrapReport),
 ) -> Result<Plan, Error> {
     let store = Store::directory(data_dir)?;
     // Comes before the database is created, so that a start that fails here is not the first one.
     let flags = flags_of(standalone.flags)?;
     // A SQLite database is a local file, so a copy would not be more available than the file.
-    let is_remote = matches!(standalone.control.location, Location::Postgres(_));
+    let is_remote = matches!(standalone.control.location, DatabaseLocation::Postgres(_));
     let copy = if is_remote { load_copy(&store).await } else { None };
-    let (control, opened) = Control::open(standalone.control, copy.as_deref(), announce).await?;
+    let (control, opened) = ControlPlane::open(standalone.control, copy.as_deref(), announce).await?;
     let tokens = control.grants();
     let named = environments(&tokens);
     let served = named.iter().cloned().chain(standalone.environments).collect();
@@ -93,7 +93,7 @@ pub(super) async fn standalone(
     for environment in named.difference(&snapshots.environments()) {
         warn!(%environment, "Tokens exist for an environment that no file has flags of");
     }
-    for setting in opened.ignored {
+    for setting in opened.ignored_settings {
         match setting {
             InitialSetting::Tokens => warn!(
                 "INIT_*_API_TOKENS have changed since the first start and are ignored: the registry already has tokens"
@@ -138,7 +138,7 @@ async fn plan(
     reloadable: Live,
 ) -> Result<Plan, Error> {
     let source = Source::Files(files.start(latch).await?);
-    let (validator, usage_sink, upstream) = (Authority::Nobody, Sink::None, None);
+    let (validator, usage_sink, upstream) = (Validator::StaticOnly, Sink::None, None);
     Ok(Plan {
         name,
         source,
@@ -166,14 +166,14 @@ async fn load_copy(store: &Store) -> Option<Vec<u8>> {
 
 /// Saves copies of the registry's tokens until dropped, so that a start can serve them while the
 /// database is unavailable.
-pub(super) async fn keep_copy(control: &Control, store: &Store) {
+pub(super) async fn keep_copy(control: &ControlPlane, store: &Store) {
     /// Delay before a failed save is retried.
     const RETRY: Duration = Duration::from_secs(5);
-    let mut changes = control.changes();
+    let mut changes = control.subscribe_to_tokens();
     let (mut saved, mut log) = (None, SaveLog::new("The copy of the registry's tokens"));
     loop {
         changes.borrow_and_update();
-        let copy = Bytes::from(control.copy());
+        let copy = Bytes::from(control.token_snapshot());
         if saved.as_ref() != Some(&copy) {
             match store.save(&Key::Registry, copy.clone()).await {
                 Ok(()) => {

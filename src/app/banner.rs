@@ -12,7 +12,7 @@ use std::{
 use tracing::{error, info, warn};
 
 use crate::{
-    control::{FoundTokens, Generated, Opened},
+    control::{RegistryBootstrap, GeneratedTokens, BootstrapReport},
     secret_file,
     telemetry::{LogFormat, error_chain},
 };
@@ -29,7 +29,7 @@ pub(super) struct Bound {
 
 /// Announces what was created, once, with commands that work when pasted.
 pub(super) fn announce(
-    opened: &Opened,
+    opened: &BootstrapReport,
     addresses: (Bound, Bound),
     base_path: &str,
     log: LogFormat,
@@ -44,8 +44,8 @@ pub(super) fn announce(
         let (username, console) = (account.username.as_str(), url(addresses.1));
         info!(username, console, "First start: created an admin account");
     }
-    let has_password = opened.account.as_ref().is_some_and(|it| it.generated.is_some());
-    if !has_password && !matches!(opened.tokens, FoundTokens::Generated(_)) {
+    let has_password = opened.account.as_ref().is_some_and(|it| it.generated_password.is_some());
+    if !has_password && !matches!(opened.tokens, RegistryBootstrap::Generated(_)) {
         return;
     }
     let file = data_dir.join(FILE);
@@ -78,11 +78,11 @@ fn terminal(log: LogFormat) -> Option<Box<dyn Write>> {
 }
 
 /// The complete text; `once` states where the secrets are available.
-fn text(opened: &Opened, (data, admin): (Bound, Bound), base_path: &str, once: &str) -> String {
+fn text(opened: &BootstrapReport, (data, admin): (Bound, Bound), base_path: &str, once: &str) -> String {
     let mut text = String::new();
     if let Some(account) = &opened.account {
         let (name, console) = (&account.username, url(admin));
-        let password = match &account.generated {
+        let password = match &account.generated_password {
             Some(password) => format!("{}   ({once})", password.expose()),
             None => "the configured one".to_owned(),
         };
@@ -96,19 +96,19 @@ This is the first start. Open the console at {console} and sign in as
         );
         text.push_str(&account_text);
     }
-    if let FoundTokens::Generated(generated) = &opened.tokens {
+    if let RegistryBootstrap::Generated(generated) = &opened.tokens {
         text.push_str(&tokens(generated, (data, admin), base_path, once));
     }
     text
 }
 
 fn tokens(
-    generated: &Generated,
+    generated: &GeneratedTokens,
     (data, admin): (Bound, Bound),
     base_path: &str,
     once: &str,
 ) -> String {
-    let Generated { admin: admin_token, client, frontend } = generated;
+    let GeneratedTokens { admin: admin_token, client, frontend } = generated;
     let (client, frontend) = (client.expose(), frontend.expose());
     format!(
         "

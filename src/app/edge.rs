@@ -14,7 +14,7 @@ use super::{
     reload::{EdgeTokens, Live},
 };
 use crate::{
-    auth::{self, Admission, Authenticator, Authority, Denied, Issuer},
+    auth::{self, AuthenticatedToken, Authenticator, Validator, AuthError, UpstreamValidator},
     config::{self, Credentials as Given, BackupFolder},
     saver::BackgroundWriter,
     snapshot::Snapshots,
@@ -106,11 +106,11 @@ pub(super) async fn plan(
             tokens_taken: latch.add_latch(),
             flags_there: latch,
         })),
-        authority: Authority::Upstream(Box::new(Issuer {
+        authority: Validator::Upstream(Box::new(UpstreamValidator {
             upstream: upstream.clone(),
             admin: admin.clone(),
             credentials: credentials.clone(),
-            discovered: Arc::clone(&token_added),
+            credentials_changed: Arc::clone(&token_added),
         })),
         admin: admin.map(|token| Admin {
             token,
@@ -221,18 +221,18 @@ async fn take_tokens(
         let mut all_validated = true;
         for token in &tokens {
             let reason = match auth.authenticate(token.expose()).await {
-                Ok(Admission { grant, .. }) if grant.kind == TokenKind::Client => {
+                Ok(AuthenticatedToken { grant, .. }) if grant.kind == TokenKind::Client => {
                     environments.insert(grant.scope.environment.clone());
                     rejected.remove(&token.digest());
                     continue;
                 }
-                Err(Denied::Unavailable) => {
+                Err(AuthError::Unavailable) => {
                     all_validated = false;
                     continue;
                 }
                 Ok(_) => "it is not a backend token",
-                Err(Denied::Unknown) => "upstream does not know it",
-                Err(Denied::Forbidden) => "upstream rejects it (403)",
+                Err(AuthError::Unknown) => "upstream does not know it",
+                Err(AuthError::Forbidden) => "upstream rejects it (403)",
             };
             if rejected.insert(token.digest()) {
                 // Unleash does not validate admin tokens, none of which names an environment.
@@ -253,7 +253,7 @@ async fn take_tokens(
         if all_validated {
             credentials.set_configured_validated();
             for token in active_tokens.iter().filter(|token| !tokens.contains(token)) {
-                auth.forget(&token.digest());
+                auth.remove_token(&token.digest());
                 rejected.remove(&token.digest());
             }
             active_tokens.clone_from(&tokens);

@@ -125,11 +125,11 @@ impl Keeper {
     }
 
     async fn store_verdicts(&self, log: &mut SaveLog) {
-        let Some(tokens) = self.auth.save() else { return };
+        let Some(tokens) = self.auth.serialize_if_changed() else { return };
         match self.store.save(&Key::Verdicts, tokens).await {
             Ok(()) => log.succeeded(),
             Err(error) => {
-                self.auth.not_saved();
+                self.auth.mark_unsaved();
                 log.failed(&error);
             }
         }
@@ -172,7 +172,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        auth::{self, Authority},
+        auth::{self, Validator},
         token::{Environment, Grant, Projects, Scope, Token, TokenDigest, TokenKind},
         usage::{self, Reporter, SdkKind},
         wire::usage::{ClientMetrics, ConnectVia},
@@ -191,7 +191,7 @@ mod tests {
         let hop = ConnectVia { app_name: "parapet".into(), instance_id: "i".into() };
         Keeper::restore(
             Store::directory(folder).expect("store"),
-            Authenticator::new(config, Authority::Nobody, []),
+            Authenticator::new(config, Validator::StaticOnly, []),
             Usage::new(&config_of_usage, hop),
         )
         .await

@@ -6,9 +6,9 @@ use tokio::sync::{Mutex, Notify, mpsc};
 
 use super::{edge::Edge, reload::Live, tasks::Tasks};
 use crate::{
-    auth::{Authenticator, Authority},
+    auth::{Authenticator, Validator},
     config::ConfigErrors,
-    control::{self, Control},
+    control::{self, ControlPlane},
     saver::BackgroundWriter,
     store::{self, Store},
     sync::files,
@@ -60,7 +60,7 @@ pub(super) type Deliveries = Arc<Mutex<mpsc::Receiver<Delivery>>>;
 pub(super) struct Plan {
     pub(super) name: &'static str,
     pub(super) source: Source,
-    pub(super) authority: Authority,
+    pub(super) authority: Validator,
     pub(super) given: Vec<(TokenDigest, Grant)>,
     pub(super) sink: Sink,
     pub(super) upstream: Option<Upstream>,
@@ -71,7 +71,7 @@ pub(super) struct Plan {
     /// Whether requests to upstream's admin API are relayed.
     pub(super) relays: bool,
     /// The control plane and the usage to store in it, if this instance has one.
-    pub(super) control: Option<(Control, Deliveries)>,
+    pub(super) control: Option<(ControlPlane, Deliveries)>,
     /// Whether copies of its tokens are saved, because the database may be unavailable at the next
     /// start.
     pub(super) copies_registry: bool,
@@ -89,8 +89,8 @@ pub(super) struct Admin {
 
 impl Plan {
     /// Takes the validator out; call once.
-    pub(super) fn take_authority(&mut self) -> Authority {
-        std::mem::replace(&mut self.authority, Authority::Nobody)
+    pub(super) fn take_authority(&mut self) -> Validator {
+        std::mem::replace(&mut self.authority, Validator::StaticOnly)
     }
 }
 

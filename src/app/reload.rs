@@ -126,7 +126,7 @@ impl Reload {
             }
             (Live::Offline(rereader), Mode::Offline(offline)) if OFFLINE_TOKENS.contains(&name) => {
                 let (tokens, environments) = given(offline);
-                self.auth.set_given(tokens);
+                self.auth.set_static_tokens(tokens);
                 rereader.serve(environments);
             }
             _ => return false,
@@ -145,7 +145,7 @@ impl Reload {
                 {
                     applied.push(ADMIN_TOKEN);
                 }
-                self.auth.reconsider(None);
+                self.auth.revalidate(None);
                 refetch.notify_one();
             }
             (Live::Offline(rereader) | Live::Standalone(rereader), _) => rereader.reread(),

@@ -14,7 +14,7 @@ use crate::token::{Grant, Token, TokenDigest};
 
 /// Why a token is not accepted.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
-pub enum Denied {
+pub enum AuthError {
     /// The token is unknown, revoked or malformed.
     #[error("the token is not valid")]
     Unknown,
@@ -28,58 +28,58 @@ pub enum Denied {
 }
 
 /// The answer to a request that waits for a validation.
-pub(super) type Answer = Result<Arc<Grant>, Denied>;
+pub(super) type GrantResult = Result<Arc<Grant>, AuthError>;
 
 /// The maximum number of waiting tokens; further ones are rejected as unavailable.
 const CAPACITY: usize = 10_000;
 
 /// The maximum number of waiting tokens at which delegated ones are still queued: `/edge/validate`
 /// takes a thousand tokens from any client and must not fill the queue for presented tokens.
-const CAPACITY_FOR_OTHERS: usize = CAPACITY / 2;
+const DELEGATED_CAPACITY: usize = CAPACITY / 2;
 
 /// The maximum size of a batch, in tokens and in bytes: Unleash reads bodies up to 100 kB.
-const BATCH: usize = 500;
-const BATCH_BYTES: usize = 60_000;
+const MAX_BATCH_LEN: usize = 500;
+const MAX_BATCH_BYTES: usize = 60_000;
 
 /// The part of each batch that is reserved for delegated tokens, if there are any.
-const SHARE_OF_OTHERS: usize = BATCH / 4;
+const DELEGATED_SHARE: usize = MAX_BATCH_LEN / 4;
 
 /// The priority of a validation.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Behalf {
+pub(super) enum Priority {
     /// A client presents the token to authenticate itself.
-    Bearer,
+    Presented,
     /// A client asks whether the token is valid (`/edge/validate`).
-    Other,
+    Delegated,
 }
 
 /// The waiting tokens, and the requests that wait for them.
 #[derive(Debug, Default)]
-pub(super) struct Queue {
-    waiting: Mutex<Waiting>,
+pub(super) struct PendingValidations {
+    state: Mutex<State>,
     wake: Notify,
 }
 
 #[derive(Debug, Default)]
-struct Waiting {
+struct State {
     /// By digest: the token until it is taken into a batch, and the waiting requests.
-    tokens: HashMap<TokenDigest, (Option<Token>, Vec<oneshot::Sender<Answer>>)>,
+    tokens: HashMap<TokenDigest, (Option<Token>, Vec<oneshot::Sender<GrantResult>>)>,
     /// Tokens not yet taken, in the order of arrival. Presented ones are taken first, except for the
     /// share that is reserved for delegated ones.
     presented: Vec<TokenDigest>,
-    asked_about: Vec<TokenDigest>,
+    delegated: Vec<TokenDigest>,
 }
 
-impl Waiting {
+impl State {
     /// Whether there is no token left to take; batches may still be in flight.
-    fn is_taken(&self) -> bool {
-        self.presented.is_empty() && self.asked_about.is_empty()
+    fn is_drained(&self) -> bool {
+        self.presented.is_empty() && self.delegated.is_empty()
     }
 }
 
-impl Queue {
+impl PendingValidations {
     /// Queues `token`, or joins the validation that is queued already; `None` when the queue is full.
-    pub(super) fn join(&self, token: Token, priority: Behalf) -> Option<oneshot::Receiver<Answer>> {
+    pub(super) fn enqueue(&self, token: Token, priority: Priority) -> Option<oneshot::Receiver<GrantResult>> {
         let (sender, receiver) = oneshot::channel();
         let digest = token.digest();
         let mut waiting = self.lock();
@@ -89,16 +89,16 @@ impl Queue {
             waiters.push(sender);
         } else {
             let capacity = match priority {
-                Behalf::Bearer => CAPACITY,
-                Behalf::Other => CAPACITY_FOR_OTHERS,
+                Priority::Presented => CAPACITY,
+                Priority::Delegated => DELEGATED_CAPACITY,
             };
             if waiting.tokens.len() >= capacity {
                 return None;
             }
             waiting.tokens.insert(digest, (Some(token), vec![sender]));
             match priority {
-                Behalf::Bearer => waiting.presented.push(digest),
-                Behalf::Other => waiting.asked_about.push(digest),
+                Priority::Presented => waiting.presented.push(digest),
+                Priority::Delegated => waiting.delegated.push(digest),
             }
             self.wake.notify_one();
         }
@@ -107,19 +107,19 @@ impl Queue {
 
     /// Waits until there are tokens to take.
     pub(super) async fn wait(&self) {
-        while self.lock().is_taken() {
+        while self.lock().is_drained() {
             self.wake.notified().await;
         }
     }
 
     /// Takes the next tokens to validate; the caller must resolve each of them.
-    pub(super) fn take(&self) -> Vec<Token> {
+    pub(super) fn next_batch(&self) -> Vec<Token> {
         let mut waiting = self.lock();
-        let Waiting { tokens, presented, asked_about } = &mut *waiting;
+        let State { tokens, presented, delegated: asked_about } = &mut *waiting;
         let mut bytes = 0;
         let mut batch = Vec::new();
-        let share = BATCH - asked_about.len().min(SHARE_OF_OTHERS);
-        for (queued, most) in [(presented, share), (asked_about, BATCH)] {
+        let share = MAX_BATCH_LEN - asked_about.len().min(DELEGATED_SHARE);
+        for (queued, most) in [(presented, share), (asked_about, MAX_BATCH_LEN)] {
             let mut seen = 0;
             for digest in queued.iter().take(most - batch.len()) {
                 let Some(token) = tokens.get(digest).and_then(|(token, _)| token.as_ref()) else {
@@ -127,7 +127,7 @@ impl Queue {
                     continue;
                 };
                 bytes += token.expose().len();
-                if bytes > BATCH_BYTES && !batch.is_empty() {
+                if bytes > MAX_BATCH_BYTES && !batch.is_empty() {
                     break;
                 }
                 seen += 1;
@@ -140,12 +140,12 @@ impl Queue {
 
     /// Fails all requests that wait for tokens which were taken and never resolved, because the task
     /// that took them has ended.
-    pub(super) fn abandon(&self) {
+    pub(super) fn drop_in_flight(&self) {
         self.lock().tokens.retain(|_, (untaken, _)| untaken.is_some());
     }
 
     /// Answers all requests that wait for a token.
-    pub(super) fn settle(&self, digest: &TokenDigest, answer: &Answer) {
+    pub(super) fn resolve(&self, digest: &TokenDigest, answer: &GrantResult) {
         let settled = self.lock().tokens.remove(digest);
         for waiter in settled.into_iter().flat_map(|(_, waiters)| waiters) {
             // A cancelled request needs no answer.
@@ -154,8 +154,8 @@ impl Queue {
     }
 
     /// A panic under this lock leaves plain collections, usable as they are.
-    fn lock(&self) -> std::sync::MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -169,69 +169,69 @@ mod tests {
 
     #[tokio::test]
     async fn concurrent_requests_with_one_token_share_one_validation() {
-        let queue = Queue::default();
-        let first = queue.join(token(1), Behalf::Bearer).unwrap();
+        let queue = PendingValidations::default();
+        let first = queue.enqueue(token(1), Priority::Presented).unwrap();
         queue.wait().await;
-        assert_eq!(queue.take(), [token(1)]);
-        let second = queue.join(token(1), Behalf::Bearer).unwrap();
-        assert!(queue.take().is_empty(), "it is in flight already");
-        queue.settle(&token(1).digest(), &Err(Denied::Unknown));
-        assert_eq!(first.await.unwrap(), Err(Denied::Unknown));
-        assert_eq!(second.await.unwrap(), Err(Denied::Unknown));
+        assert_eq!(queue.next_batch(), [token(1)]);
+        let second = queue.enqueue(token(1), Priority::Presented).unwrap();
+        assert!(queue.next_batch().is_empty(), "it is in flight already");
+        queue.resolve(&token(1).digest(), &Err(AuthError::Unknown));
+        assert_eq!(first.await.unwrap(), Err(AuthError::Unknown));
+        assert_eq!(second.await.unwrap(), Err(AuthError::Unknown));
     }
 
     #[tokio::test]
     async fn a_token_with_a_dropped_validation_can_be_queued_again() {
-        let queue = Queue::default();
-        let join = |n| queue.join(token(n), Behalf::Bearer);
+        let queue = PendingValidations::default();
+        let join = |n| queue.enqueue(token(n), Priority::Presented);
         let (taken, untaken) = (join(1).unwrap(), join(2).unwrap());
-        assert_eq!(queue.take().len(), 2);
+        assert_eq!(queue.next_batch().len(), 2);
         drop(untaken);
         let waiting = join(3).unwrap();
-        queue.abandon();
+        queue.drop_in_flight();
         assert!(taken.await.is_err(), "the validation was dropped");
-        assert_eq!(queue.take(), [token(3)]);
+        assert_eq!(queue.next_batch(), [token(3)]);
         let _again = join(1).unwrap();
-        assert_eq!(queue.take(), [token(1)]);
+        assert_eq!(queue.next_batch(), [token(1)]);
         drop(waiting);
     }
 
     #[test]
     fn batches_and_the_queue_are_bounded() {
-        let queue = Queue::default();
-        let waiting: Vec<_> = (0..CAPACITY).map(|n| queue.join(token(n), Behalf::Bearer)).collect();
+        let queue = PendingValidations::default();
+        let waiting: Vec<_> = (0..CAPACITY).map(|n| queue.enqueue(token(n), Priority::Presented)).collect();
         assert!(waiting.iter().all(Option::is_some));
-        assert!(queue.join(token(CAPACITY), Behalf::Bearer).is_none());
+        assert!(queue.enqueue(token(CAPACITY), Priority::Presented).is_none());
         let sizes: Vec<_> =
-            std::iter::from_fn(|| Some(queue.take().len()).filter(|n| *n > 0)).collect();
-        assert_eq!(sizes, [BATCH; CAPACITY / BATCH]);
+            std::iter::from_fn(|| Some(queue.next_batch().len()).filter(|n| *n > 0)).collect();
+        assert_eq!(sizes, [MAX_BATCH_LEN; CAPACITY / MAX_BATCH_LEN]);
     }
 
     #[test]
     fn presented_tokens_are_taken_before_delegated_ones() {
-        let queue = Queue::default();
-        let delegate = |n| queue.join(token(n), Behalf::Other);
+        let queue = PendingValidations::default();
+        let delegate = |n| queue.enqueue(token(n), Priority::Delegated);
         let delegated: Vec<_> = (0..CAPACITY).filter_map(delegate).collect();
-        assert_eq!(delegated.len(), CAPACITY_FOR_OTHERS);
-        let present = |n| queue.join(token(n), Behalf::Bearer);
-        let presented: Vec<_> = (CAPACITY..CAPACITY + BATCH).map(present).collect();
+        assert_eq!(delegated.len(), DELEGATED_CAPACITY);
+        let present = |n| queue.enqueue(token(n), Priority::Presented);
+        let presented: Vec<_> = (CAPACITY..CAPACITY + MAX_BATCH_LEN).map(present).collect();
         assert!(presented.iter().all(Option::is_some));
-        let batch = queue.take();
-        let last = BATCH - SHARE_OF_OTHERS - 1;
+        let batch = queue.next_batch();
+        let last = MAX_BATCH_LEN - DELEGATED_SHARE - 1;
         assert_eq!((&batch[0], &batch[last]), (&token(CAPACITY), &token(CAPACITY + last)));
         assert_eq!(
             (&batch[last + 1], batch.len()),
-            (&token(0), BATCH),
+            (&token(0), MAX_BATCH_LEN),
             "delegated tokens get their share"
         );
     }
 
     #[test]
     fn a_batch_of_long_tokens_stays_below_what_upstream_reads() {
-        let queue = Queue::default();
+        let queue = PendingValidations::default();
         let long = |n: usize| Token::parse(&format!("*:dev.{}-{n}", "x".repeat(490))).unwrap();
-        let _waiting: Vec<_> = (0..300).map(|n| queue.join(long(n), Behalf::Bearer)).collect();
-        let bytes = queue.take().iter().map(|token| token.expose().len()).sum::<usize>();
-        assert!((50_000..=BATCH_BYTES).contains(&bytes), "{bytes}");
+        let _waiting: Vec<_> = (0..300).map(|n| queue.enqueue(long(n), Priority::Presented)).collect();
+        let bytes = queue.next_batch().iter().map(|token| token.expose().len()).sum::<usize>();
+        assert!((50_000..=MAX_BATCH_BYTES).contains(&bytes), "{bytes}");
     }
 }

@@ -43,13 +43,13 @@ impl Fixture {
             deadline: Duration::from_secs(30),
             capacity: 10_000,
         };
-        let issuer = Issuer {
+        let issuer = UpstreamValidator {
             upstream: Upstream::new(server.config()).expect("client"),
             admin,
             credentials: Credentials::without_admin(),
-            discovered: Arc::default(),
+            credentials_changed: Arc::default(),
         };
-        let auth = Authenticator::new(config, Authority::Upstream(Box::new(issuer)), []);
+        let auth = Authenticator::new(config, Validator::Upstream(Box::new(issuer)), []);
         Self { server, auth }
     }
 
@@ -57,26 +57,26 @@ impl Fixture {
         &self.auth.0
     }
 
-    fn issuer(&self) -> &Issuer {
-        let Authority::Upstream(issuer) = &self.inner().authority else { unreachable!() };
+    fn issuer(&self) -> &UpstreamValidator {
+        let Validator::Upstream(issuer) = &self.inner().validator else { unreachable!() };
         issuer
     }
 
     /// Caches `token` as valid and due for revalidation.
     fn cache(&self, token: &Token, environment: &str) {
-        self.inner().verdicts.accept(token, grant(environment), RequestStart::NEVER);
+        self.inner().token_cache.record_valid(token, grant(environment), RequestStart::NEVER);
     }
 
     /// Revalidates once the backoff of every single token has passed.
     async fn revalidate(&self) -> Duration {
         tokio::time::pause();
-        tokio::time::advance(REVALIDATION_PAUSE).await;
+        tokio::time::advance(REVALIDATION_BACKOFF).await;
         tokio::time::resume();
         self.inner().revalidate_due(self.issuer()).await
     }
 
     fn is_valid(&self, token: &Token) -> bool {
-        self.auth.standing(&token.digest()).is_some()
+        self.auth.current_grant(&token.digest()).is_some()
     }
 }
 
@@ -122,20 +122,20 @@ async fn tokens_that_cannot_be_validated_delay_no_others() {
         })
     })
     .await;
-    fixture.inner().list_is_unread("a test");
+    fixture.inner().report_list_unavailable("a test");
     let stuck: Vec<_> = (0..55).map(|n| token(&format!("*:broken.stuck-{n}"))).collect();
     for token in &stuck {
         fixture.cache(token, "broken");
     }
     let revoked = token("*:dev.revoked");
-    fixture.inner().verdicts.accept(
+    fixture.inner().token_cache.record_valid(
         &revoked,
         grant("dev"),
-        fixture.inner().verdicts.start_request(),
+        fixture.inner().token_cache.start_request(),
     );
     for _ in 0..4 {
         let pause = fixture.revalidate().await;
-        assert_eq!(pause, REVALIDATION_STEP, "the others are validated meanwhile");
+        assert_eq!(pause, REVALIDATION_INTERVAL, "the others are validated meanwhile");
     }
     assert!(!fixture.is_valid(&revoked));
     assert!(stuck.iter().all(|token| fixture.is_valid(token)));
@@ -150,15 +150,15 @@ async fn revalidation_of_cached_tokens_is_rate_limited_while_the_list_is_availab
         fixture.cache(&token(&format!("*:dev.suspected-{n}")), "dev");
     }
     let probes = async || {
-        assert_eq!(fixture.inner().revalidate_due(fixture.issuer()).await, REVALIDATION_STEP);
+        assert_eq!(fixture.inner().revalidate_due(fixture.issuer()).await, REVALIDATION_INTERVAL);
         fixture.server.count(PROBE)
     };
-    assert_eq!((probes().await, probes().await), (REVALIDATION_RATE, 2 * REVALIDATION_RATE));
+    assert_eq!((probes().await, probes().await), (MAX_REVALIDATIONS_PER_SECOND, 2 * MAX_REVALIDATIONS_PER_SECOND));
 }
 
 #[test]
 fn an_unreadable_list_is_reported_differently_from_an_empty_one() {
-    let why = |json| why_unusable(&serde_json::from_str(json).expect("list")).unwrap_or_default();
+    let why = |json| unusable_list_reason(&serde_json::from_str(json).expect("list")).unwrap_or_default();
     assert!(why(r#"{"tokens":[]}"#).starts_with("it is empty"));
     assert_eq!(why(r#"{"tokens":[{"secret":"*:dev.a"},7]}"#), "none of its items can be read");
 }
@@ -181,13 +181,13 @@ async fn no_token_is_validated_before_retry_after_has_passed() {
     let authenticate = async || {
         tokio::select! {
             admission = fixture.auth.authenticate("*:dev.new") => admission.map(drop),
-            () = fixture.inner().ask_about_first_seen(fixture.issuer()) => unreachable!(),
+            () = fixture.inner().validate_first_seen(fixture.issuer()) => unreachable!(),
         }
     };
     for _ in 0..30 {
-        assert_eq!(authenticate().await, Err(Denied::Unavailable));
+        assert_eq!(authenticate().await, Err(AuthError::Unavailable));
     }
-    assert!(fixture.revalidate().await > REVALIDATION_PAUSE);
+    assert!(fixture.revalidate().await > REVALIDATION_BACKOFF);
     assert_eq!(fixture.server.count(VALIDATE), 1);
     paused.store(false, Ordering::Relaxed);
     tokio::time::pause();
@@ -219,6 +219,6 @@ async fn a_deleted_admin_token_is_refused_while_the_token_list_is_unavailable() 
     };
     tokio::select! {
         () = changes => {}
-        () = fixture.inner().follow_list(fixture.issuer()) => unreachable!(),
+        () = fixture.inner().poll_token_list(fixture.issuer()) => unreachable!(),
     }
 }

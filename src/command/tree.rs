@@ -5,15 +5,15 @@
 use crate::engine::explanation::{Explanation, Strategy, Variants};
 
 /// Renders the whole explanation; every line ends with a newline.
-pub(super) fn tree(explanation: &Explanation) -> String {
-    let mut lines = Lines(String::new());
+pub(super) fn render(explanation: &Explanation) -> String {
+    let mut lines = IndentedLines(String::new());
     lines.explanation(0, explanation);
     lines.0
 }
 
-struct Lines(String);
+struct IndentedLines(String);
 
-impl Lines {
+impl IndentedLines {
     fn add(&mut self, depth: usize, line: &str) {
         self.0.push_str(&"  ".repeat(depth));
         self.0.push_str(line);
@@ -28,7 +28,7 @@ impl Lines {
         }
         self.add(depth, if explanation.switched_on { "switched on" } else { "switched off" });
         for parent in &explanation.parents {
-            self.add(depth, &format!("{} {}", mark(parent.satisfied), parent.why));
+            self.add(depth, &format!("{} {}", check_mark(parent.satisfied), parent.why));
             if let Some(nested) = &parent.explanation {
                 self.explanation(depth + 1, nested);
             }
@@ -48,22 +48,22 @@ impl Lines {
         let title = strategy.title.as_ref().map(|title| format!(" ({title})")).unwrap_or_default();
         let reached = if strategy.reached { "" } else { ", not reached" };
         let name = if strategy.name.is_empty() { "unreadable" } else { &strategy.name };
-        let matches = mark(strategy.matches);
+        let matches = check_mark(strategy.matches);
         self.add(depth, &format!("{matches} strategy {number}, {name}{title}{reached}"));
         if strategy.disabled {
             self.add(depth + 1, "marked as disabled, which SDKs ignore");
         }
         match &strategy.rule {
-            Some(rule) => self.add(depth + 1, &format!("{} {}", mark(rule.holds), rule.why)),
+            Some(rule) => self.add(depth + 1, &format!("{} {}", check_mark(rule.holds), rule.why)),
             None => self.add(depth + 1, &strategy.why),
         }
         for constraint in &strategy.constraints {
-            self.add(depth + 1, &format!("{} {}", mark(constraint.holds), constraint.why));
+            self.add(depth + 1, &format!("{} {}", check_mark(constraint.holds), constraint.why));
         }
         for segment in &strategy.segments {
-            self.add(depth + 1, &format!("{} {}", mark(segment.holds), segment.why));
+            self.add(depth + 1, &format!("{} {}", check_mark(segment.holds), segment.why));
             for constraint in &segment.constraints {
-                self.add(depth + 2, &format!("{} {}", mark(constraint.holds), constraint.why));
+                self.add(depth + 2, &format!("{} {}", check_mark(constraint.holds), constraint.why));
             }
         }
         if let Some(variants) = &strategy.variants {
@@ -80,6 +80,6 @@ impl Lines {
     }
 }
 
-fn mark(holds: bool) -> &'static str {
+fn check_mark(holds: bool) -> &'static str {
     if holds { "[yes]" } else { "[no] " }
 }

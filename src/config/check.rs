@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     auth,
-    control::{self, DatabaseUrl, FirstAccount, Location, Password, Seed},
+    control::{self, DatabaseUrl, InitialAccount, DatabaseLocation, Password, InitialTokens},
     http::{
         access, cors,
         listener::ConnectionLimits,
@@ -349,7 +349,7 @@ fn standalone(s: &mut RawSettings, data_dir: &Path) -> Option<StandaloneConfig> 
     let flags = flags_path(s, location.as_ref());
     let mut client = s.tokens(&keys::INIT_BACKEND_API_TOKENS);
     client.extend(s.tokens(&keys::INIT_CLIENT_API_TOKENS));
-    let seed = Seed {
+    let seed = InitialTokens {
         admin: s.tokens(&keys::INIT_ADMIN_API_TOKENS),
         client,
         frontend: s.tokens(&keys::INIT_FRONTEND_API_TOKENS),
@@ -366,11 +366,11 @@ fn standalone(s: &mut RawSettings, data_dir: &Path) -> Option<StandaloneConfig> 
     let event_retention = s.retention(&keys::AUDIT_RETENTION_SECONDS);
     let control = control::Config {
         location: location?,
-        seed,
-        first_account: FirstAccount { username, password },
+        initial_tokens: seed,
+        initial_account: InitialAccount { username, password },
         token_limit: s.count(&keys::UNLEASH_API_TOKENS_LIMIT),
         account_limit: s.count(&keys::ACCOUNTS_LIMIT),
-        session_idle: s.interval(&keys::SESSION_IDLE_SECONDS),
+        session_idle_timeout: s.interval(&keys::SESSION_IDLE_SECONDS),
         session_lifetime: s.interval(&keys::SESSION_LIFETIME_SECONDS),
         event_retention: (!event_retention.is_zero()).then_some(event_retention),
         usage_retention: s.interval(&keys::USAGE_RETENTION_SECONDS),
@@ -380,12 +380,12 @@ fn standalone(s: &mut RawSettings, data_dir: &Path) -> Option<StandaloneConfig> 
 
 /// The path of the flags. On a first start without configuration it is a path for an example. With an
 /// existing database, or one that instances share, a missing file is an error.
-fn flags_path(s: &mut RawSettings, location: Option<&Location>) -> FlagsPath {
+fn flags_path(s: &mut RawSettings, location: Option<&DatabaseLocation>) -> FlagsPath {
     let path = s.value(&keys::FLAGS, "a file or folder", |text| Some(PathBuf::from(text)));
     if path.exists() {
         return FlagsPath::Existing(path);
     }
-    let is_new = matches!(location, Some(Location::Sqlite(file)) if !file.exists());
+    let is_new = matches!(location, Some(DatabaseLocation::Sqlite(file)) if !file.exists());
     if is_new && !s.is_set(&keys::FLAGS) {
         return FlagsPath::Example(path);
     }
@@ -395,13 +395,13 @@ fn flags_path(s: &mut RawSettings, location: Option<&Location>) -> FlagsPath {
 }
 
 /// The database of accounts and tokens.
-fn database_location(s: &mut RawSettings, data_dir: &Path) -> Option<Location> {
+fn database_location(s: &mut RawSettings, data_dir: &Path) -> Option<DatabaseLocation> {
     if !s.is_set(&keys::DATABASE_URL) {
-        return Some(Location::Sqlite(data_dir.join("parapet.db")));
+        return Some(DatabaseLocation::Sqlite(data_dir.join("parapet.db")));
     }
     let expected = "postgres://user:password@host:port/database";
     let url = s.read(&keys::DATABASE_URL, expected, |text| DatabaseUrl::parse(text).ok());
-    url.map(Location::Postgres)
+    url.map(DatabaseLocation::Postgres)
 }
 
 /// Validates the settings of `backup` and `restore`.
@@ -411,7 +411,7 @@ pub(super) fn archive(settings: RawSettings, order: ArchiveCommand) -> Result<Ar
 }
 
 /// The database for a command; a running instance may use it at the same time.
-fn database(mut settings: RawSettings) -> Result<Location, ConfigErrors> {
+fn database(mut settings: RawSettings) -> Result<DatabaseLocation, ConfigErrors> {
     settings.read_secret_files(|secret| secret.name == keys::DATABASE_URL.name);
     let data_dir = path(&mut settings, &keys::DATA_DIR);
     let location = database_location(&mut settings, &data_dir);

@@ -262,7 +262,7 @@ pub struct ManageOptions {
 #[derive(Clone, Debug)]
 pub enum Target {
     /// The database of a standalone instance.
-    Database(control::Location),
+    Database(control::DatabaseLocation),
     /// A running server.
     Server(RemoteServer),
 }
@@ -277,7 +277,7 @@ pub struct ArchiveOptions {
     /// Whether existing data may be replaced: the file, or the contents of the database.
     pub replace: bool,
     /// The database.
-    pub location: control::Location,
+    pub location: control::DatabaseLocation,
 }
 
 /// Writing a backup, or restoring it.

@@ -307,7 +307,7 @@ fn parse_task(command: &str, below: &ArgMatches) -> Result<ManageTask, ConfigErr
         (_, "grant") => {
             let mut permissions = Vec::new();
             for name in args.get_many::<String>("permission").into_iter().flatten() {
-                let granted = Permission::granted_by(name).ok_or_else(|| {
+                let granted = Permission::from_grant_name(name).ok_or_else(|| {
                     let known = Permission::ALL.map(Permission::as_str).join(", ");
                     wrong("PERMISSION", format!("expected {known} or CREATE_API_TOKEN"))
                 })?;

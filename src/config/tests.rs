@@ -99,7 +99,7 @@ fn default_command_is_standalone_on_port_of_unleash_edge() {
     let config = config("", &[]);
     let Mode::Standalone(standalone) = &config.mode else { panic!("{config:?}") };
     assert_eq!(standalone.flags, FlagsPath::Existing("config/flags.json".into()));
-    assert!(standalone.control.seed.is_empty());
+    assert!(standalone.control.initial_tokens.is_empty());
     assert_eq!(config.data.address.to_string(), "[::]:3063");
     assert_eq!(config.admin.address.to_string(), "127.0.0.1:3064");
     assert_eq!(config.warnings, [""; 0]);
@@ -747,7 +747,7 @@ fn manage_reads_database_url_file_and_no_other_file() {
     let other = ("UNLEASH_DEFAULT_ADMIN_PASSWORD_FILE", "/nowhere");
     let env = [("DATABASE_URL_FILE", &*path), other];
     let Ok(Command::Manage(manage)) = parse("token list", &env) else { panic!() };
-    assert!(matches!(manage.target, Target::Database(crate::control::Location::Postgres(_))));
+    assert!(matches!(manage.target, Target::Database(crate::control::DatabaseLocation::Postgres(_))));
     let line = format!("token list --database-url-file {path}");
     assert!(matches!(parse(&line, &[other]), Ok(Command::Manage(_))));
     assert!(parse("token list", &[("DATABASE_URL_FILE", "/nowhere")]).is_err());

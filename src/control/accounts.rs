@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 use sqlx::{Row as _, any::AnyRow};
 
 use super::{
-    audit::{self, Author, Entry, EventKind},
-    database::{Connection, Database, Lane, now, of_millis},
+    audit::{self, Author, NewEvent, EventKind},
+    database::{Connection, Database, WriteLock, now, timestamp_from_millis},
     error::Error,
     password::Password,
     permission::{Actor, Operator, Permission, RootRole},
@@ -47,7 +47,7 @@ impl Account {
     /// The account as the operator of requests in `session`.
     pub(super) fn operator(&self, session: SessionRef) -> Operator {
         let (username, permissions) = (self.username.clone(), self.permissions.clone());
-        Operator::Account { id: self.id, username, role: self.role, permissions, session }
+        Operator::Account { account_id: self.id, username, role: self.role, permission_names: permissions, session }
     }
 
     /// The account as the author of events, acting from `address`.
@@ -56,7 +56,7 @@ impl Account {
     }
 
     /// The account as audit events contain it.
-    fn data(&self) -> Value {
+    fn audit_data(&self) -> Value {
         let permissions: Vec<_> = self.permissions.iter().map(|it| it.as_str()).collect();
         json!({
             "id": self.id,
@@ -99,27 +99,27 @@ pub struct AccountChange {
 
 /// A change of the permissions that an account has in addition to its role.
 #[derive(Clone, Debug)]
-pub enum Grants {
+pub enum PermissionChange {
     /// Sets the permissions to these.
-    Only(BTreeSet<Permission>),
+    Replace(BTreeSet<Permission>),
     /// Adds these permissions.
-    With(BTreeSet<Permission>),
+    Add(BTreeSet<Permission>),
     /// Removes these permissions.
-    Without(BTreeSet<Permission>),
+    Remove(BTreeSet<Permission>),
 }
 
-impl Grants {
-    fn applied_to(&self, granted: &BTreeSet<Permission>) -> BTreeSet<Permission> {
+impl PermissionChange {
+    fn apply(&self, granted: &BTreeSet<Permission>) -> BTreeSet<Permission> {
         match self {
-            Self::Only(these) => these.clone(),
-            Self::With(these) => granted | these,
-            Self::Without(these) => granted - these,
+            Self::Replace(these) => these.clone(),
+            Self::Add(these) => granted | these,
+            Self::Remove(these) => granted - these,
         }
     }
 }
 
 /// The normalized form of a username, by which it is looked up.
-pub(super) fn key_of(username: &str) -> String {
+pub(super) fn username_key(username: &str) -> String {
     username.trim().to_lowercase()
 }
 
@@ -148,7 +148,7 @@ pub(super) async fn page(
     after: i64,
     limit: u32,
 ) -> Result<Vec<Account>, Error> {
-    let mut transaction = database.read().await?;
+    let mut transaction = database.begin_read().await?;
     let rows = sqlx::query("SELECT * FROM accounts WHERE id > $1 ORDER BY id LIMIT $2");
     let rows = rows.bind(after).bind(i64::from(limit)).fetch_all(&mut *transaction).await?;
     let last: i64 = rows.last().map_or(Ok(after), |row| row.try_get("id"))?;
@@ -161,7 +161,7 @@ pub(super) async fn page(
     }
     let account = |row: &AnyRow| {
         let grants = granted.get(&row.try_get("id")?).map_or(&[][..], Vec::as_slice);
-        read(row, grants)
+        read_account(row, grants)
     };
     rows.iter().map(|row| Ok(account(row)?)).collect()
 }
@@ -172,7 +172,7 @@ pub(super) async fn find(connection: &mut Connection, id: i64) -> Result<Option<
     let Some(row) = row.fetch_optional(&mut *connection).await? else { return Ok(None) };
     let grants = sqlx::query("SELECT * FROM account_permissions WHERE account_id = $1").bind(id);
     let grants = grants.fetch_all(connection).await?;
-    Ok(Some(read(&row, &grants)?))
+    Ok(Some(read_account(&row, &grants)?))
 }
 
 /// The id and the password hash of the account with that username.
@@ -181,11 +181,11 @@ pub(super) async fn credentials(
     username: &str,
 ) -> Result<Option<(i64, String)>, Error> {
     let query = sqlx::query_as("SELECT id, password FROM accounts WHERE username_key = $1");
-    Ok(query.bind(key_of(username)).fetch_optional(&mut *database.connection().await?).await?)
+    Ok(query.bind(username_key(username)).fetch_optional(&mut *database.connection().await?).await?)
 }
 
 /// The password hash of an account.
-pub(super) async fn hash_of(database: &Database, id: i64) -> Result<Option<String>, Error> {
+pub(super) async fn password_hash(database: &Database, id: i64) -> Result<Option<String>, Error> {
     let query = sqlx::query_scalar("SELECT password FROM accounts WHERE id = $1");
     Ok(query.bind(id).fetch_optional(&mut *database.connection().await?).await?)
 }
@@ -205,16 +205,16 @@ pub(super) async fn insert(
     let username = check_username(&new.username)?;
     let (name, email) = (check_name(new.name)?, check_email(new.email)?);
     let taken = sqlx::query("SELECT id FROM accounts WHERE username_key = $1");
-    let taken = taken.bind(key_of(&username)).fetch_optional(&mut *transaction).await?;
+    let taken = taken.bind(username_key(&username)).fetch_optional(&mut *transaction).await?;
     if taken.is_some() {
-        return Err(Error::Taken("username"));
+        return Err(Error::NameTaken("username"));
     }
     let id: i64 = sqlx::query_scalar(
         "INSERT INTO accounts (username, username_key, name, email, role, password, created_at) \
          VALUES ($1, $2, $3, $4, $5, $6, $7) RETURNING id",
     )
     .bind(&username)
-    .bind(key_of(&username))
+    .bind(username_key(&username))
     .bind(name)
     .bind(email)
     .bind(new.role.id())
@@ -223,7 +223,7 @@ pub(super) async fn insert(
     .fetch_one(&mut *transaction)
     .await?;
     let account = find(transaction, id).await?.ok_or(Error::Busy)?;
-    let entry = Entry { data: Some(account.data()), ..Entry::default() };
+    let entry = NewEvent { data: Some(account.audit_data()), ..NewEvent::default() };
     audit::record(transaction, actor, EventKind::UserCreated, entry).await?;
     Ok(account)
 }
@@ -237,10 +237,10 @@ pub(super) async fn create(
     hash: &str,
     limit: usize,
 ) -> Result<Account, Error> {
-    let mut transaction = database.write(Lane::Control).await?;
+    let mut transaction = database.begin_write(WriteLock::Control).await?;
     rights::require_admin(&mut transaction, actor).await?;
     if usize::try_from(count(&mut transaction).await?).is_ok_and(|count| count >= limit) {
-        return Err(Error::Limit { what: "accounts", limit });
+        return Err(Error::LimitReached { what: "accounts", limit });
     }
     let account = insert(&mut transaction, actor, new, hash).await?;
     transaction.commit().await?;
@@ -255,7 +255,7 @@ pub(super) async fn update(
     change: AccountChange,
     hash: Option<&str>,
 ) -> Result<Option<Account>, Error> {
-    let mut transaction = database.write(Lane::Control).await?;
+    let mut transaction = database.begin_write(WriteLock::Control).await?;
     rights::require_admin(&mut transaction, actor).await?;
     let Some(before) = find(&mut transaction, id).await? else { return Ok(None) };
     let mut after = before.clone();
@@ -267,7 +267,7 @@ pub(super) async fn update(
     }
     after.role = change.role.unwrap_or(before.role);
     if after.role != RootRole::Admin {
-        keep_an_admin(&mut transaction, id).await?;
+        require_other_admin(&mut transaction, id).await?;
     }
     sqlx::query("UPDATE accounts SET name = $1, email = $2, role = $3 WHERE id = $4")
         .bind(after.name.as_deref())
@@ -277,27 +277,27 @@ pub(super) async fn update(
         .execute(&mut *transaction)
         .await?;
     if after != before {
-        let entry = changed(&before, &after);
+        let entry = change_event(&before, &after);
         audit::record(&mut transaction, actor, EventKind::UserUpdated, entry).await?;
     }
     if let Some(hash) = hash {
-        replace_hash(&mut transaction, actor, &after, hash).await?;
+        set_password_hash(&mut transaction, actor, &after, hash).await?;
     }
     transaction.commit().await?;
     Ok(Some(after))
 }
 
 /// Changes the permissions that an account has in addition to its role.
-pub(super) async fn grant(
+pub(super) async fn update_permissions(
     database: &Database,
     actor: &Actor,
     id: i64,
-    change: Grants,
+    change: PermissionChange,
 ) -> Result<Option<Account>, Error> {
-    let mut transaction = database.write(Lane::Control).await?;
+    let mut transaction = database.begin_write(WriteLock::Control).await?;
     rights::require_admin(&mut transaction, actor).await?;
     let Some(before) = find(&mut transaction, id).await? else { return Ok(None) };
-    let permissions = change.applied_to(&before.permissions);
+    let permissions = change.apply(&before.permissions);
     let delete = sqlx::query("DELETE FROM account_permissions WHERE account_id = $1").bind(id);
     delete.execute(&mut *transaction).await?;
     for permission in &permissions {
@@ -308,7 +308,7 @@ pub(super) async fn grant(
             .await?;
     }
     let after = Account { permissions, ..before.clone() };
-    let entry = changed(&before, &after);
+    let entry = change_event(&before, &after);
     audit::record(&mut transaction, actor, EventKind::UserPermissionsChanged, entry).await?;
     transaction.commit().await?;
     Ok(Some(after))
@@ -321,10 +321,10 @@ pub(super) async fn set_password(
     id: i64,
     hash: &str,
 ) -> Result<Option<Account>, Error> {
-    let mut transaction = database.write(Lane::Control).await?;
+    let mut transaction = database.begin_write(WriteLock::Control).await?;
     rights::require_admin(&mut transaction, actor).await?;
     let Some(account) = find(&mut transaction, id).await? else { return Ok(None) };
-    replace_hash(&mut transaction, actor, &account, hash).await?;
+    set_password_hash(&mut transaction, actor, &account, hash).await?;
     transaction.commit().await?;
     Ok(Some(account))
 }
@@ -338,7 +338,7 @@ pub(super) async fn set_own_password(
     compared: &str,
     hash: &str,
 ) -> Result<Option<Account>, Error> {
-    let mut transaction = database.write(Lane::Control).await?;
+    let mut transaction = database.begin_write(WriteLock::Control).await?;
     session.require_open(&mut transaction, id).await?;
     let update = sqlx::query("UPDATE accounts SET password = $1 WHERE id = $2 AND password = $3");
     let update = update.bind(hash).bind(id).bind(compared).execute(&mut *transaction).await?;
@@ -351,7 +351,7 @@ pub(super) async fn set_own_password(
     Ok(Some(account))
 }
 
-async fn replace_hash(
+async fn set_password_hash(
     transaction: &mut Connection,
     actor: &Actor,
     account: &Account,
@@ -373,7 +373,7 @@ async fn end_sessions(
     let end = sqlx::query("DELETE FROM sessions WHERE account_id = $1 AND selector <> $2");
     let keep = keep.map_or("", SessionRef::selector);
     end.bind(account.id).bind(keep).execute(&mut *transaction).await?;
-    let entry = Entry { data: Some(account.data()), ..Entry::default() };
+    let entry = NewEvent { data: Some(account.audit_data()), ..NewEvent::default() };
     audit::record(transaction, actor, EventKind::UserPasswordChanged, entry).await
 }
 
@@ -383,31 +383,31 @@ pub(super) async fn delete(
     actor: &Actor,
     id: i64,
 ) -> Result<Option<Account>, Error> {
-    let mut transaction = database.write(Lane::Control).await?;
+    let mut transaction = database.begin_write(WriteLock::Control).await?;
     rights::require_admin(&mut transaction, actor).await?;
     let Some(account) = find(&mut transaction, id).await? else { return Ok(None) };
-    keep_an_admin(&mut transaction, id).await?;
+    require_other_admin(&mut transaction, id).await?;
     let delete = sqlx::query("DELETE FROM accounts WHERE id = $1").bind(id);
     delete.execute(&mut *transaction).await?;
-    let entry = Entry { pre_data: Some(account.data()), ..Entry::default() };
+    let entry = NewEvent { pre_data: Some(account.audit_data()), ..NewEvent::default() };
     audit::record(&mut transaction, actor, EventKind::UserDeleted, entry).await?;
     transaction.commit().await?;
     Ok(Some(account))
 }
 
 /// Requires an admin other than the account `id`.
-async fn keep_an_admin(transaction: &mut Connection, id: i64) -> Result<(), Error> {
+async fn require_other_admin(transaction: &mut Connection, id: i64) -> Result<(), Error> {
     let others = sqlx::query("SELECT id FROM accounts WHERE role = $1 AND id <> $2 LIMIT 1");
     let others = others.bind(RootRole::Admin.id()).bind(id).fetch_optional(transaction).await?;
     others.map(drop).ok_or(Error::LastAdmin)
 }
 
-fn changed(before: &Account, after: &Account) -> Entry {
-    Entry { data: Some(after.data()), pre_data: Some(before.data()), ..Entry::default() }
+fn change_event(before: &Account, after: &Account) -> NewEvent {
+    NewEvent { data: Some(after.audit_data()), pre_data: Some(before.audit_data()), ..NewEvent::default() }
 }
 
 /// The account in `row`; `grants` are the rows of its permissions.
-fn read(row: &AnyRow, grants: &[AnyRow]) -> Result<Account, sqlx::Error> {
+fn read_account(row: &AnyRow, grants: &[AnyRow]) -> Result<Account, sqlx::Error> {
     let mut permissions = BTreeSet::new();
     for grant in grants {
         // Permissions that only a later version knows are ignored.
@@ -421,7 +421,7 @@ fn read(row: &AnyRow, grants: &[AnyRow]) -> Result<Account, sqlx::Error> {
         // A role that only a later version knows counts as the lowest.
         role: RootRole::from_id(row.try_get("role")?).unwrap_or(RootRole::Viewer),
         permissions,
-        created_at: of_millis(row.try_get("created_at")?),
-        seen_at: row.try_get::<Option<i64>, _>("seen_at")?.map(of_millis),
+        created_at: timestamp_from_millis(row.try_get("created_at")?),
+        seen_at: row.try_get::<Option<i64>, _>("seen_at")?.map(timestamp_from_millis),
     })
 }

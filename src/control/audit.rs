@@ -13,7 +13,7 @@ use sqlx::{
 };
 
 use super::{
-    database::{Connection, Database, Lane, now, of_count, of_millis},
+    database::{Connection, Database, WriteLock, now, unsigned_count, timestamp_from_millis},
     error::Error,
     permission::Actor,
 };
@@ -141,12 +141,12 @@ pub struct EventPage {
 
 impl EventPage {
     /// The upper bound of the count: counting further would take longer than finding the events.
-    pub const MOST_COUNTED: u32 = 10_000;
+    pub const MAX_COUNTED: u32 = 10_000;
 }
 
 /// An event to write.
 #[derive(Debug, Default)]
-pub(super) struct Entry {
+pub(super) struct NewEvent {
     pub(super) environment: Option<String>,
     pub(super) project: Option<String>,
     pub(super) data: Option<Value>,
@@ -163,7 +163,7 @@ pub(super) struct Author<'a> {
 
 impl<'a> From<&'a Actor> for Author<'a> {
     fn from(Actor { operator, address }: &'a Actor) -> Self {
-        Self { name: operator.name(), id: operator.id(), address: *address }
+        Self { name: operator.name(), id: operator.account_id(), address: *address }
     }
 }
 
@@ -172,7 +172,7 @@ pub(super) async fn record(
     transaction: &mut Connection,
     actor: &Actor,
     kind: EventKind,
-    entry: Entry,
+    entry: NewEvent,
 ) -> Result<(), Error> {
     record_by(transaction, &actor.into(), kind, entry).await
 }
@@ -182,7 +182,7 @@ pub(super) async fn record_by(
     transaction: &mut Connection,
     author: &Author<'_>,
     kind: EventKind,
-    entry: Entry,
+    entry: NewEvent,
 ) -> Result<(), Error> {
     let text = |value: Option<Value>| value.map(|value| value.to_string());
     sqlx::query(
@@ -206,27 +206,27 @@ pub(super) async fn record_by(
 /// The `WHERE` clause of a query with its parameters. It contains only the given conditions, so that an
 /// index can be used.
 #[derive(Debug, Default)]
-struct Conditions {
+struct WhereClause {
     sql: String,
-    values: Vec<Bound>,
+    values: Vec<SqlValue>,
 }
 
 /// A parameter of a statement.
 #[derive(Debug)]
-enum Bound {
+enum SqlValue {
     Text(String),
-    Number(i64),
+    Integer(i64),
 }
 
-impl Conditions {
-    fn of(query: &EventQuery) -> Self {
+impl WhereClause {
+    fn from_query(query: &EventQuery) -> Self {
         let mut conditions = Self::default();
         if !query.kinds.is_empty() {
-            let kinds = query.kinds.iter().map(|kind| Bound::Text(kind.as_str().to_owned()));
+            let kinds = query.kinds.iter().map(|kind| SqlValue::Text(kind.as_str().to_owned()));
             conditions.add("kind IN (", ")", kinds.collect());
         }
-        let text = |value: &Option<String>| value.clone().map(Bound::Text);
-        let millis = |at: Option<Timestamp>| at.map(|at| Bound::Number(at.as_millisecond()));
+        let text = |value: &Option<String>| value.clone().map(SqlValue::Text);
+        let millis = |at: Option<Timestamp>| at.map(|at| SqlValue::Integer(at.as_millisecond()));
         for (before, value, after) in [
             ("created_by = ", text(&query.created_by), ""),
             ("environment = ", text(&query.environment), ""),
@@ -241,7 +241,7 @@ impl Conditions {
         conditions
     }
 
-    fn add(&mut self, before: &str, after: &str, values: Vec<Bound>) {
+    fn add(&mut self, before: &str, after: &str, values: Vec<SqlValue>) {
         self.sql.push_str(if self.sql.is_empty() { " WHERE " } else { " AND " });
         self.sql.push_str(before);
         for (n, value) in values.into_iter().enumerate() {
@@ -257,8 +257,8 @@ impl Conditions {
         let mut arguments = AnyArguments::default();
         for value in &self.values {
             let added = match value {
-                Bound::Text(text) => arguments.add(text.clone()),
-                Bound::Number(number) => arguments.add(*number),
+                SqlValue::Text(text) => arguments.add(text.clone()),
+                SqlValue::Integer(number) => arguments.add(*number),
             };
             added.map_err(|error| Error::from(sqlx::Error::Encode(error)))?;
         }
@@ -268,21 +268,21 @@ impl Conditions {
 
 /// The events that match `query`.
 pub(super) async fn page(database: &Database, query: &EventQuery) -> Result<EventPage, Error> {
-    let mut conditions = Conditions::of(query);
-    let mut transaction = database.read().await?;
+    let mut conditions = WhereClause::from_query(query);
+    let mut transaction = database.begin_read().await?;
     // The column by which the chosen index is sorted.
     let (events, id) = match query.project {
         Some(_) => ("events JOIN event_projects ON event_id = id", "event_id"),
         None => ("events", "id"),
     };
-    let (found, most) = (&conditions.sql, EventPage::MOST_COUNTED);
+    let (found, most) = (&conditions.sql, EventPage::MAX_COUNTED);
     // Safe: the SQL is composed of the constant texts above.
     let count =
         format!("SELECT COUNT(*) FROM (SELECT 1 FROM {events}{found} LIMIT {most}) AS found");
     let count = sqlx::query_scalar_with(AssertSqlSafe(count), conditions.arguments()?);
     let total: i64 = count.fetch_one(&mut *transaction).await?;
     if let Some(before) = query.before {
-        conditions.add(&format!("{id} < "), "", vec![Bound::Number(before)]);
+        conditions.add(&format!("{id} < "), "", vec![SqlValue::Integer(before)]);
     }
     let (limit, offset) = (query.limit.min(EventQuery::MAX_LIMIT), query.offset);
     let found = &conditions.sql;
@@ -291,18 +291,18 @@ pub(super) async fn page(database: &Database, query: &EventQuery) -> Result<Even
     );
     let rows = sqlx::query_with(AssertSqlSafe(page), conditions.arguments()?);
     let rows = rows.fetch_all(&mut *transaction).await?;
-    let events = rows.iter().map(event).collect::<Result<_, _>>()?;
-    Ok(EventPage { events, total: of_count(total) })
+    let events = rows.iter().map(read_event).collect::<Result<_, _>>()?;
+    Ok(EventPage { events, total: unsigned_count(total) })
 }
 
-fn event(row: &AnyRow) -> Result<Event, sqlx::Error> {
+fn read_event(row: &AnyRow) -> Result<Event, sqlx::Error> {
     let value = |text: Option<String>| text.and_then(|text| serde_json::from_str(&text).ok());
     Ok(Event {
         id: row.try_get("id")?,
         kind: row.try_get("kind")?,
         created_by: row.try_get("created_by")?,
         created_by_user_id: row.try_get("created_by_user_id")?,
-        created_at: of_millis(row.try_get("created_at")?),
+        created_at: timestamp_from_millis(row.try_get("created_at")?),
         ip: row.try_get("ip")?,
         environment: row.try_get("environment")?,
         project: row.try_get("project")?,
@@ -316,7 +316,7 @@ fn event(row: &AnyRow) -> Result<Event, sqlx::Error> {
 pub(super) async fn prune(database: &Database, before: Timestamp) -> Result<(), Error> {
     const BATCH: u64 = 5000;
     loop {
-        let mut transaction = database.write(Lane::Control).await?;
+        let mut transaction = database.begin_write(WriteLock::Control).await?;
         let delete = sqlx::query(
             "DELETE FROM events WHERE id IN \
              (SELECT id FROM events WHERE created_at < $1 ORDER BY created_at LIMIT 5000)",

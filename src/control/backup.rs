@@ -28,7 +28,7 @@ use tempfile::NamedTempFile;
 
 use super::{
     accounts,
-    database::{Connection, Database, Lane, Location},
+    database::{Connection, Database, WriteLock, DatabaseLocation},
     error::Error,
     migrations::{self, Dialect},
     secret::base64url,
@@ -36,41 +36,41 @@ use super::{
 use crate::secret_file::parent_dir;
 
 /// The version of the file format.
-const VERSION: u32 = 1;
+const FORMAT_VERSION: u32 = 1;
 
 /// The timeout of one statement.
-const PATIENCE: Duration = Duration::from_hours(1);
+const STATEMENT_TIMEOUT: Duration = Duration::from_hours(1);
 
 /// The number of rows that one statement inserts.
-const BATCH: usize = 100;
+const INSERT_BATCH: usize = 100;
 
 /// A table that is part of a backup.
 struct Table {
     name: &'static str,
     /// The version of the schema that introduced it.
-    since: i64,
+    since_schema: i64,
     /// Whether the database generates its column `id` and never reuses an id.
-    is_numbered: bool,
+    has_generated_id: bool,
 }
 
 /// The tables in a backup. A table comes after those that it references.
 const TABLES: [Table; 10] = [
-    Table { name: "accounts", since: 1, is_numbered: true },
-    Table { name: "account_permissions", since: 1, is_numbered: false },
-    Table { name: "tokens", since: 1, is_numbered: false },
-    Table { name: "events", since: 1, is_numbered: true },
-    Table { name: "flag_usage", since: 1, is_numbered: false },
-    Table { name: "variant_usage", since: 1, is_numbered: false },
+    Table { name: "accounts", since_schema: 1, has_generated_id: true },
+    Table { name: "account_permissions", since_schema: 1, has_generated_id: false },
+    Table { name: "tokens", since_schema: 1, has_generated_id: false },
+    Table { name: "events", since_schema: 1, has_generated_id: true },
+    Table { name: "flag_usage", since_schema: 1, has_generated_id: false },
+    Table { name: "variant_usage", since_schema: 1, has_generated_id: false },
     // Prevents usage that is delivered again after a restore from being counted twice.
-    Table { name: "usage_batches", since: 2, is_numbered: false },
-    Table { name: "applications", since: 1, is_numbered: false },
-    Table { name: "application_traits", since: 1, is_numbered: false },
-    Table { name: "initial_settings", since: 4, is_numbered: false },
+    Table { name: "usage_batches", since_schema: 2, has_generated_id: false },
+    Table { name: "applications", since_schema: 1, has_generated_id: false },
+    Table { name: "application_traits", since_schema: 1, has_generated_id: false },
+    Table { name: "initial_settings", since_schema: 4, has_generated_id: false },
 ];
 
 /// Tables that are not part of a backup, and are emptied by a restore. The projects of events are
 /// derived from the events.
-const LEFT_OUT: [&str; 3] = ["sessions", "devices", "event_projects"];
+const EXCLUDED_TABLES: [&str; 3] = ["sessions", "devices", "event_projects"];
 
 /// Why a backup or a restore failed.
 #[derive(Debug, thiserror::Error)]
@@ -123,15 +123,15 @@ impl From<sqlx::Error> for BackupError {
 #[derive(Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 enum Line {
-    Head(Head),
-    Table(TableHead),
+    Head(Header),
+    Table(TableHeader),
     Row(Vec<Option<Cell>>),
-    End(End),
+    End(Trailer),
 }
 
 #[derive(Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Head {
+struct Header {
     /// The version of the file format.
     parapet_backup: u32,
     /// The version of the database's schema.
@@ -141,25 +141,25 @@ struct Head {
 
 #[derive(Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
-struct TableHead {
+struct TableHeader {
     name: String,
     /// Empty if there are no rows.
-    columns: Vec<ColumnHead>,
+    columns: Vec<ColumnHeader>,
     /// The last id that the database has generated.
     #[serde(skip_serializing_if = "Option::is_none")]
     last_id: Option<i64>,
 }
 
 #[derive(Deserialize, Serialize)]
-struct ColumnHead {
+struct ColumnHeader {
     name: String,
-    kind: Kind,
+    kind: ColumnKind,
 }
 
 /// The type of a column.
 #[derive(Clone, Copy, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
-enum Kind {
+enum ColumnKind {
     Integer,
     Text,
 }
@@ -172,7 +172,7 @@ enum Cell {
 }
 
 #[derive(Deserialize, Serialize)]
-struct End {
+struct Trailer {
     rows: u64,
     sha256: String,
 }
@@ -180,27 +180,27 @@ struct End {
 /// Writes a consistent backup of the database to a file that only its owner can read; returns the number
 /// of rows. On failure no file is written. Instances may be running. The database is not changed, and
 /// not migrated if it is of an earlier version.
-pub async fn save(location: &Location, path: &Path, replace: bool) -> Result<u64, BackupError> {
+pub async fn save(location: &DatabaseLocation, path: &Path, replace: bool) -> Result<u64, BackupError> {
     if !replace && path.exists() {
         return Err(BackupError::Exists(path.to_owned()));
     }
-    if let Location::Sqlite(file) = location {
+    if let DatabaseLocation::Sqlite(file) = location {
         fs::metadata(file).map_err(|error| Error::file(file, error))?;
     }
     let failed = |source| BackupError::Write { path: path.to_owned(), source };
     let file = NamedTempFile::new_in(parent_dir(path)).map_err(failed)?;
-    let mut output = Output::new(file);
+    let mut output = BackupWriter::new(file);
     let database = Database::new(location).await?;
-    let mut transaction = database.read_unprepared().await?;
+    let mut transaction = database.begin_read_unmigrated().await?;
     let schema = migrations::readable_version(&mut transaction, database.dialect()).await?;
     if accounts::count(&mut transaction).await? == 0 {
-        return Err(Error::NotBegun.into());
+        return Err(Error::NotInitialized.into());
     }
-    take_time(&mut transaction, database.dialect()).await?;
-    let (parapet_backup, created_at) = (VERSION, Timestamp::now());
-    output.write(&Line::Head(Head { parapet_backup, schema, created_at })).map_err(failed)?;
-    for table in TABLES.iter().filter(|table| table.since <= schema) {
-        let last_id = if table.is_numbered {
+    raise_timeouts(&mut transaction, database.dialect()).await?;
+    let (parapet_backup, created_at) = (FORMAT_VERSION, Timestamp::now());
+    output.write(&Line::Head(Header { parapet_backup, schema, created_at })).map_err(failed)?;
+    for table in TABLES.iter().filter(|table| table.since_schema <= schema) {
+        let last_id = if table.has_generated_id {
             last_id(&mut transaction, database.dialect(), table).await?
         } else {
             None
@@ -208,13 +208,13 @@ pub async fn save(location: &Location, path: &Path, replace: bool) -> Result<u64
         let sql = AssertSqlSafe(format!("SELECT * FROM {}", table.name));
         let mut rows = sqlx::query(sql).fetch(&mut *transaction);
         let first = rows.try_next().await?;
-        let columns = first.as_ref().map(columns).transpose()?.unwrap_or_default();
+        let columns = first.as_ref().map(column_headers).transpose()?.unwrap_or_default();
         let kinds: Vec<_> = columns.iter().map(|column| column.kind).collect();
-        let head = TableHead { name: table.name.to_owned(), columns, last_id };
+        let head = TableHeader { name: table.name.to_owned(), columns, last_id };
         output.write(&Line::Table(head)).map_err(failed)?;
         let mut next = first;
         while let Some(row) = next {
-            output.write(&Line::Row(cells(&row, &kinds)?)).map_err(failed)?;
+            output.write(&Line::Row(row_cells(&row, &kinds)?)).map_err(failed)?;
             output.rows += 1;
             next = rows.try_next().await?;
         }
@@ -239,18 +239,18 @@ pub async fn save(location: &Location, path: &Path, replace: bool) -> Result<u64
 /// Replaces the contents of the database with a backup in one transaction; returns the number of rows.
 /// The whole file is verified first. A database that is not empty is left unchanged unless `replace` is
 /// set; one that does not exist is created.
-pub async fn restore(location: &Location, path: &Path, replace: bool) -> Result<u64, BackupError> {
-    let mut check = Input::open(path)?;
-    while check.next()?.is_some() {}
-    let mut input = Input::open(path)?;
-    if let Location::Sqlite(file) = location {
-        make_folder(parent_dir(file)).map_err(|error| Error::file(file, error))?;
+pub async fn restore(location: &DatabaseLocation, path: &Path, replace: bool) -> Result<u64, BackupError> {
+    let mut check = BackupReader::open(path)?;
+    while check.next_line()?.is_some() {}
+    let mut input = BackupReader::open(path)?;
+    if let DatabaseLocation::Sqlite(file) = location {
+        create_directory(parent_dir(file)).map_err(|error| Error::file(file, error))?;
     }
     let database = Database::new(location).await?;
     let dialect = database.dialect();
-    let mut transaction = database.write(Lane::Control).await?;
-    take_time(&mut transaction, dialect).await?;
-    if input.schema > migrations::NEWEST {
+    let mut transaction = database.begin_write(WriteLock::Control).await?;
+    raise_timeouts(&mut transaction, dialect).await?;
+    if input.schema > migrations::NEWEST_VERSION {
         return Err(BackupError::Newer(path.to_owned()));
     }
     if dialect == Dialect::Postgres {
@@ -259,7 +259,7 @@ pub async fn restore(location: &Location, path: &Path, replace: bool) -> Result<
         let lock = format!("LOCK TABLE {names} IN EXCLUSIVE MODE");
         (&mut *transaction).execute(AssertSqlSafe(lock)).await?;
     }
-    let names = LEFT_OUT.into_iter().chain(TABLES.iter().rev().map(|table| table.name));
+    let names = EXCLUDED_TABLES.into_iter().chain(TABLES.iter().rev().map(|table| table.name));
     for name in names {
         let sql = if replace {
             format!("DELETE FROM {name}")
@@ -272,8 +272,8 @@ pub async fn restore(location: &Location, path: &Path, replace: bool) -> Result<
         }
     }
     let mut rows = 0;
-    let mut batch: Option<Batch> = None;
-    while let Some(line) = input.next()? {
+    let mut batch: Option<InsertBatch> = None;
+    while let Some(line) = input.next_line()? {
         match line {
             Line::Row(row) => {
                 let Some(batch) = &mut batch else {
@@ -284,7 +284,7 @@ pub async fn restore(location: &Location, path: &Path, replace: bool) -> Result<
                 }
                 batch.rows.push(row);
                 rows += 1;
-                if batch.rows.len() == BATCH {
+                if batch.rows.len() == INSERT_BATCH {
                     batch.insert(&mut transaction, dialect).await?;
                 }
             }
@@ -295,16 +295,16 @@ pub async fn restore(location: &Location, path: &Path, replace: bool) -> Result<
                 let Some(table) = TABLES.iter().find(|table| table.name == head.name) else {
                     return Err(input.damaged("it has an unknown table"));
                 };
-                let is_name = |it: &ColumnHead| {
+                let is_name = |it: &ColumnHeader| {
                     it.name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_')
                 };
                 if !head.columns.iter().all(is_name) {
                     return Err(input.damaged("it has an invalid column name"));
                 }
-                if let Some(last_id) = head.last_id.filter(|_| table.is_numbered) {
-                    number_from(&mut transaction, dialect, table, last_id).await?;
+                if let Some(last_id) = head.last_id.filter(|_| table.has_generated_id) {
+                    advance_id_sequence(&mut transaction, dialect, table, last_id).await?;
                 }
-                batch = Some(Batch { table, columns: head.columns, rows: Vec::new() });
+                batch = Some(InsertBatch { table, columns: head.columns, rows: Vec::new() });
             }
             Line::Head(_) | Line::End(_) => return Err(input.damaged("its lines are out of order")),
         }
@@ -312,13 +312,13 @@ pub async fn restore(location: &Location, path: &Path, replace: bool) -> Result<
     if let Some(batch) = &mut batch {
         batch.insert(&mut transaction, dialect).await?;
     }
-    database.announce(&mut transaction).await?;
+    database.notify_token_change(&mut transaction).await?;
     transaction.commit().await?;
     Ok(rows)
 }
 
 /// Creates the directory of a new database, accessible for its owner only.
-fn make_folder(folder: &Path) -> io::Result<()> {
+fn create_directory(folder: &Path) -> io::Result<()> {
     let mut builder = DirBuilder::new();
     builder.recursive(true);
     #[cfg(unix)]
@@ -327,8 +327,8 @@ fn make_folder(folder: &Path) -> io::Result<()> {
 }
 
 /// Raises the timeouts of a transaction so that it can read or write a large table.
-async fn take_time(transaction: &mut Connection, dialect: Dialect) -> Result<(), sqlx::Error> {
-    transaction.set_patience(PATIENCE);
+async fn raise_timeouts(transaction: &mut Connection, dialect: Dialect) -> Result<(), sqlx::Error> {
+    transaction.set_timeout(STATEMENT_TIMEOUT);
     if dialect == Dialect::Postgres {
         let sql =
             "SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0";
@@ -355,7 +355,7 @@ async fn last_id(
 }
 
 /// Ensures that ids generated for `table` are higher than `last_id`.
-async fn number_from(
+async fn advance_id_sequence(
     transaction: &mut Connection,
     dialect: Dialect,
     table: &Table,
@@ -387,13 +387,13 @@ async fn number_from(
 }
 
 /// The names and types of a row's columns.
-fn columns(row: &AnyRow) -> Result<Vec<ColumnHead>, sqlx::Error> {
+fn column_headers(row: &AnyRow) -> Result<Vec<ColumnHeader>, sqlx::Error> {
     let heads = row.columns().iter().map(|column| {
         let kind = match column.type_info().kind() {
             AnyTypeInfoKind::SmallInt | AnyTypeInfoKind::Integer | AnyTypeInfoKind::BigInt => {
-                Kind::Integer
+                ColumnKind::Integer
             }
-            AnyTypeInfoKind::Text => Kind::Text,
+            AnyTypeInfoKind::Text => ColumnKind::Text,
             other => {
                 let reason = format!(
                     "a backup cannot contain the type {other:?} of column {}",
@@ -402,29 +402,29 @@ fn columns(row: &AnyRow) -> Result<Vec<ColumnHead>, sqlx::Error> {
                 return Err(sqlx::Error::AnyDriverError(reason.into()));
             }
         };
-        Ok(ColumnHead { name: column.name().to_owned(), kind })
+        Ok(ColumnHeader { name: column.name().to_owned(), kind })
     });
     heads.collect()
 }
 
-fn cells(row: &AnyRow, kinds: &[Kind]) -> Result<Vec<Option<Cell>>, sqlx::Error> {
-    let cell = |(at, kind): (usize, &Kind)| {
+fn row_cells(row: &AnyRow, kinds: &[ColumnKind]) -> Result<Vec<Option<Cell>>, sqlx::Error> {
+    let cell = |(at, kind): (usize, &ColumnKind)| {
         Ok(match kind {
-            Kind::Integer => row.try_get::<Option<i64>, _>(at)?.map(Cell::Integer),
-            Kind::Text => row.try_get::<Option<String>, _>(at)?.map(Cell::Text),
+            ColumnKind::Integer => row.try_get::<Option<i64>, _>(at)?.map(Cell::Integer),
+            ColumnKind::Text => row.try_get::<Option<String>, _>(at)?.map(Cell::Text),
         })
     };
     kinds.iter().enumerate().map(cell).collect()
 }
 
 /// Rows to insert into one table.
-struct Batch {
+struct InsertBatch {
     table: &'static Table,
-    columns: Vec<ColumnHead>,
+    columns: Vec<ColumnHeader>,
     rows: Vec<Vec<Option<Cell>>>,
 }
 
-impl Batch {
+impl InsertBatch {
     /// Inserts the rows and clears the batch.
     async fn insert(
         &mut self,
@@ -461,8 +461,8 @@ impl Batch {
                 insert = match (cell, column.kind) {
                     (Some(Cell::Integer(number)), _) => insert.bind(number),
                     (Some(Cell::Text(text)), _) => insert.bind(text),
-                    (None, Kind::Integer) => insert.bind(None::<i64>),
-                    (None, Kind::Text) => insert.bind(None::<String>),
+                    (None, ColumnKind::Integer) => insert.bind(None::<i64>),
+                    (None, ColumnKind::Text) => insert.bind(None::<String>),
                 };
             }
         }
@@ -472,13 +472,13 @@ impl Batch {
 }
 
 /// Writes a backup file.
-struct Output {
+struct BackupWriter {
     lines: GzEncoder<BufWriter<NamedTempFile>>,
     digest: Sha256,
     rows: u64,
 }
 
-impl Output {
+impl BackupWriter {
     fn new(file: NamedTempFile) -> Self {
         let lines = GzEncoder::new(BufWriter::new(file), Compression::default());
         Self { lines, digest: Sha256::new(), rows: 0 }
@@ -494,7 +494,7 @@ impl Output {
     /// Writes the trailer and syncs the file to disk.
     fn finish(mut self) -> io::Result<NamedTempFile> {
         let sha256 = base64url(&self.digest.clone().finalize());
-        self.write(&Line::End(End { rows: self.rows, sha256 }))?;
+        self.write(&Line::End(Trailer { rows: self.rows, sha256 }))?;
         let file = self.lines.finish()?.into_inner().map_err(io::IntoInnerError::into_error)?;
         file.as_file().sync_all()?;
         Ok(file)
@@ -502,7 +502,7 @@ impl Output {
 }
 
 /// Reads a backup file.
-struct Input {
+struct BackupReader {
     path: PathBuf,
     lines: BufReader<MultiGzDecoder<BufReader<File>>>,
     digest: Sha256,
@@ -511,7 +511,7 @@ struct Input {
     schema: i64,
 }
 
-impl Input {
+impl BackupReader {
     /// Opens a file and reads its header.
     fn open(path: &Path) -> Result<Self, BackupError> {
         let file = File::open(path)
@@ -519,8 +519,8 @@ impl Input {
         let lines = BufReader::new(MultiGzDecoder::new(BufReader::new(file)));
         let path = path.to_owned();
         let mut input = Self { path, lines, digest: Sha256::new(), rows: 0, schema: 0 };
-        match input.read()? {
-            Some(Line::Head(head)) if head.parapet_backup > VERSION => {
+        match input.read_line()? {
+            Some(Line::Head(head)) if head.parapet_backup > FORMAT_VERSION => {
                 Err(BackupError::Newer(input.path))
             }
             Some(Line::Head(head)) => {
@@ -532,14 +532,14 @@ impl Input {
     }
 
     /// The next line; `None` after the trailer has been verified.
-    fn next(&mut self) -> Result<Option<Line>, BackupError> {
+    fn next_line(&mut self) -> Result<Option<Line>, BackupError> {
         let before = self.digest.clone();
-        match self.read()? {
+        match self.read_line()? {
             Some(Line::End(end)) => {
                 if end.rows != self.rows || end.sha256 != base64url(&before.finalize()) {
                     return Err(self.damaged("its checksum does not match"));
                 }
-                match self.read()? {
+                match self.read_line()? {
                     Some(_) => Err(self.damaged("it continues after its end")),
                     None => Ok(None),
                 }
@@ -552,7 +552,7 @@ impl Input {
         }
     }
 
-    fn read(&mut self) -> Result<Option<Line>, BackupError> {
+    fn read_line(&mut self) -> Result<Option<Line>, BackupError> {
         let mut text = Vec::new();
         if let Err(error) = self.lines.read_until(b'\n', &mut text) {
             return Err(match error.kind() {
@@ -585,9 +585,9 @@ mod tests {
     #[tokio::test]
     async fn every_table_is_either_included_or_excluded() {
         let folder = tempfile::tempdir().unwrap();
-        let location = Location::Sqlite(folder.path().join("parapet.db"));
+        let location = DatabaseLocation::Sqlite(folder.path().join("parapet.db"));
         let database = Database::new(&location).await.unwrap();
-        let mut transaction = database.read().await.unwrap();
+        let mut transaction = database.begin_read().await.unwrap();
         let names: Vec<String> = sqlx::query_scalar(
             "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%' \
              AND name NOT LIKE '_sqlx_%'",
@@ -595,7 +595,7 @@ mod tests {
         .fetch_all(&mut *transaction)
         .await
         .unwrap();
-        let known = TABLES.iter().map(|table| table.name).chain(LEFT_OUT);
+        let known = TABLES.iter().map(|table| table.name).chain(EXCLUDED_TABLES);
         let known: BTreeSet<_> = known.map(str::to_owned).collect();
         assert_eq!(names.into_iter().collect::<BTreeSet<_>>(), known);
     }

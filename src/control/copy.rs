@@ -9,22 +9,22 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    database::of_millis,
-    registry::{ApiToken, Held},
+    database::timestamp_from_millis,
+    registry::{ApiToken, RegisteredToken},
 };
 use crate::token::{Environment, Projects, TokenDigest, TokenKind};
 
 #[derive(Serialize, Deserialize)]
-struct Copy<'a> {
+struct TokenSnapshot<'a> {
     /// The location of the database that the tokens belong to, without user and password.
     #[serde(borrow)]
     location: Cow<'a, str>,
-    tokens: Vec<Token>,
+    tokens: Vec<TokenRecord>,
 }
 
 /// A token without its time of last use. Times are milliseconds since 1970.
 #[derive(Serialize, Deserialize)]
-struct Token {
+struct TokenRecord {
     id: String,
     digest: String,
     name: String,
@@ -38,8 +38,8 @@ struct Token {
 }
 
 /// Serializes the tokens of the database at `location`.
-pub(super) fn write(location: &str, held: &[Held]) -> Vec<u8> {
-    let tokens = held.iter().map(|Held { digest, token }| Token {
+pub(super) fn serialize(location: &str, held: &[RegisteredToken]) -> Vec<u8> {
+    let tokens = held.iter().map(|RegisteredToken { digest, token }| TokenRecord {
         id: token.id.clone(),
         digest: digest.to_hex(),
         name: token.name.clone(),
@@ -51,20 +51,20 @@ pub(super) fn write(location: &str, held: &[Held]) -> Vec<u8> {
         created_at: token.created_at.as_millisecond(),
         created_by: token.created_by.clone(),
     });
-    let copy = Copy { location: location.into(), tokens: tokens.collect() };
+    let copy = TokenSnapshot { location: location.into(), tokens: tokens.collect() };
     serde_json::to_vec(&copy).expect("tokens are plain data")
 }
 
 /// The tokens of a snapshot; `None` if it is malformed or belongs to another database.
-pub(super) fn read(location: &str, copy: &[u8]) -> Option<Vec<Held>> {
-    let copy: Copy<'_> = serde_json::from_slice(copy).ok()?;
+pub(super) fn parse(location: &str, copy: &[u8]) -> Option<Vec<RegisteredToken>> {
+    let copy: TokenSnapshot<'_> = serde_json::from_slice(copy).ok()?;
     if copy.location != location {
         return None;
     }
-    copy.tokens.into_iter().map(held).collect()
+    copy.tokens.into_iter().map(registered_token).collect()
 }
 
-fn held(token: Token) -> Option<Held> {
+fn registered_token(token: TokenRecord) -> Option<RegisteredToken> {
     let digest = TokenDigest::from_hex(&token.digest)?;
     let token = ApiToken {
         id: token.id,
@@ -72,13 +72,13 @@ fn held(token: Token) -> Option<Held> {
         kind: TokenKind::parse(&token.kind)?,
         environment: Environment::new(&token.environment),
         projects: Projects::from_list(token.projects.iter().map(String::as_str)),
-        expires_at: token.expires_at.map(of_millis),
-        created_at: of_millis(token.created_at),
+        expires_at: token.expires_at.map(timestamp_from_millis),
+        created_at: timestamp_from_millis(token.created_at),
         created_by: token.created_by,
         seen_at: None,
         masked: token.masked.into(),
     };
-    Some(Held { digest, token })
+    Some(RegisteredToken { digest, token })
 }
 
 #[cfg(test)]
@@ -93,17 +93,17 @@ mod tests {
             kind: TokenKind::Frontend,
             environment: Environment::new("production"),
             projects: Projects::from_list(["web", "shop"]),
-            expires_at: Some(of_millis(4_102_444_800_000)),
-            created_at: of_millis(1_700_000_000_000),
+            expires_at: Some(timestamp_from_millis(4_102_444_800_000)),
+            created_at: timestamp_from_millis(1_700_000_000_000),
             created_by: "ann \"a\" é".to_owned(),
             seen_at: None,
             masked: "[]:production.AbCd****".into(),
         };
-        let held = [Held { digest: TokenDigest::of("secret"), token }];
+        let held = [RegisteredToken { digest: TokenDigest::of("secret"), token }];
         let location = "postgres://one:5432/\"quoted\"";
-        let copy = write(location, &held);
-        assert_eq!(read(location, &copy).as_deref(), Some(&held[..]));
-        assert_eq!(read("postgres://other:5432/flags", &copy), None);
-        assert_eq!(read(location, &copy[..copy.len() - 1]), None);
+        let copy = serialize(location, &held);
+        assert_eq!(parse(location, &copy).as_deref(), Some(&held[..]));
+        assert_eq!(parse("postgres://other:5432/flags", &copy), None);
+        assert_eq!(parse(location, &copy[..copy.len() - 1]), None);
     }
 }

@@ -9,23 +9,23 @@ use std::{
 
 use sqlx::migrate::MigrateError;
 
-use super::permission::Missing;
+use super::permission::MissingPermission;
 
 /// Why an operation failed. Cloneable, because several callers may share one attempt.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
     /// The operator lacks a permission.
     #[error(transparent)]
-    Missing(#[from] Missing),
+    MissingPermission(#[from] MissingPermission),
     /// The name is in use.
     #[error("the {0} is taken")]
-    Taken(&'static str),
+    NameTaken(&'static str),
     /// The operation would remove the last admin.
     #[error("the last admin can be neither deleted nor given another role")]
     LastAdmin,
     /// The maximum number of objects exists.
     #[error("the limit of {limit} {what} is reached")]
-    Limit {
+    LimitReached {
         /// The kind of object, in the plural.
         what: &'static str,
         /// The maximum number.
@@ -33,7 +33,7 @@ pub enum Error {
     },
     /// Too many attempts; the next one is allowed after this time.
     #[error("too many attempts, try again in {} seconds", .0.as_secs().max(1))]
-    Throttled(Duration),
+    RateLimited(Duration),
     /// The session of the request has ended, or its account was deleted.
     #[error("the session has ended, sign in again")]
     SessionEnded,
@@ -42,7 +42,7 @@ pub enum Error {
     WrongPassword,
     /// The value of a field is invalid.
     #[error("{field}: {reason}")]
-    Invalid {
+    InvalidField {
         /// The field, as the admin API names it.
         field: &'static str,
         /// Why it is invalid.
@@ -59,7 +59,7 @@ pub enum Error {
         "the control plane's database was migrated by a newer version of Parapet (its schema has \
          version {found}, this version supports {known})"
     )]
-    Newer {
+    NewerSchema {
         /// The version of the database's schema.
         found: i64,
         /// The newest supported version.
@@ -73,7 +73,7 @@ pub enum Error {
         "this database is not initialized: start an instance on it first, which creates the account \
          of an admin"
     )]
-    NotBegun,
+    NotInitialized,
     /// The file of the database cannot be opened or created.
     #[error("the control plane's database {} cannot be opened", .0.display())]
     File(PathBuf, #[source] Arc<io::Error>),
@@ -83,7 +83,7 @@ pub enum Error {
         "the control plane's database {} was deleted or replaced while Parapet runs; restore it \
          or restart Parapet", .0.display()
     )]
-    Replaced(PathBuf),
+    FileReplaced(PathBuf),
     /// The database does not respond, or no connection can be opened.
     #[error("the control plane's database cannot be reached")]
     Unreachable(#[source] Arc<sqlx::Error>),
@@ -95,7 +95,7 @@ pub enum Error {
 impl Error {
     /// A field with an invalid value.
     pub(super) fn invalid(field: &'static str, reason: impl Into<String>) -> Self {
-        Self::Invalid { field, reason: reason.into() }
+        Self::InvalidField { field, reason: reason.into() }
     }
 
     /// A database file that cannot be opened or created.

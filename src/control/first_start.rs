@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use super::{
     accounts::{self, NewAccount},
-    database::{Connection, Database, Lane},
+    database::{Connection, Database, WriteLock},
     error::Error,
     initial::{self, InitialSetting},
     password::{Hasher, Password},
@@ -14,11 +14,11 @@ use super::{
 use crate::token::{Environment, Grant, Projects, Scope, Token, TokenKind};
 
 /// The environment of tokens that contain none.
-const FIRST_ENVIRONMENT: &str = "development";
+const DEFAULT_ENVIRONMENT: &str = "development";
 
 /// Tokens to create in an empty registry.
 #[derive(Clone, Debug, Default)]
-pub struct Seed {
+pub struct InitialTokens {
     /// For the admin API.
     pub admin: Vec<Token>,
     /// For server SDKs.
@@ -27,14 +27,14 @@ pub struct Seed {
     pub frontend: Vec<Token>,
 }
 
-impl Seed {
+impl InitialTokens {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.all().next().is_none()
+        self.iter().next().is_none()
     }
 
     /// Each token with its kind.
-    pub(super) fn all(&self) -> impl Iterator<Item = (TokenKind, &Token)> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = (TokenKind, &Token)> {
         let kinds = [
             (TokenKind::Admin, &self.admin),
             (TokenKind::Client, &self.client),
@@ -46,7 +46,7 @@ impl Seed {
 
 /// The admin's account that the first start creates.
 #[derive(Clone, Debug)]
-pub struct FirstAccount {
+pub struct InitialAccount {
     /// Its username.
     pub username: String,
     /// Its password; `None` generates one.
@@ -55,39 +55,39 @@ pub struct FirstAccount {
 
 /// The result of the bootstrap.
 #[derive(Debug)]
-pub struct Opened {
+pub struct BootstrapReport {
     /// The created account, if this was the first start.
-    pub account: Option<MadeAccount>,
+    pub account: Option<CreatedAccount>,
     /// The state of the token registry.
-    pub tokens: FoundTokens,
+    pub tokens: RegistryBootstrap,
     /// Settings that differ from those of the first start and therefore have no effect.
-    pub ignored: Vec<InitialSetting>,
+    pub ignored_settings: Vec<InitialSetting>,
 }
 
 /// The account that the first start has created.
 #[derive(Debug)]
-pub struct MadeAccount {
+pub struct CreatedAccount {
     /// Its username.
     pub username: String,
     /// Its password if that was generated, to be shown to its owner once.
-    pub generated: Option<Password>,
+    pub generated_password: Option<Password>,
 }
 
 /// The state of the token registry at the start.
 #[derive(Debug)]
-pub enum FoundTokens {
+pub enum RegistryBootstrap {
     /// It had tokens, in which case initial tokens are ignored, or all were deleted since the first
     /// start.
     Existing,
     /// It was empty, and the initial tokens were created.
     Seeded,
     /// This was the first start without initial tokens, and these were generated.
-    Generated(Box<Generated>),
+    Generated(Box<GeneratedTokens>),
 }
 
 /// Generated tokens, to be shown to their owner once.
 #[derive(Debug)]
-pub struct Generated {
+pub struct GeneratedTokens {
     /// For the admin API.
     pub admin: Token,
     /// For server SDKs.
@@ -97,7 +97,7 @@ pub struct Generated {
 }
 
 /// The grant that the text of a token contains; `fallback` is the environment of formats without one.
-pub fn grant_of(kind: TokenKind, token: &Token, fallback: &Environment) -> Grant {
+pub fn grant_from_token(kind: TokenKind, token: &Token, fallback: &Environment) -> Grant {
     let environment = match kind {
         TokenKind::Admin => Environment::new("*"),
         _ => token.environment().unwrap_or_else(|| fallback.clone()),
@@ -111,13 +111,13 @@ pub fn grant_of(kind: TokenKind, token: &Token, fallback: &Environment) -> Grant
 ///
 /// The result is announced before the commit, because generated secrets cannot be read again after it.
 /// If the commit fails, the next start generates and announces new ones.
-pub(super) async fn begin(
+pub(super) async fn initialize(
     database: &Database,
     hasher: &Hasher,
-    seed: &Seed,
-    first: &FirstAccount,
-    announce: impl FnOnce(&Opened),
-) -> Result<Opened, Error> {
+    seed: &InitialTokens,
+    first: &InitialAccount,
+    announce: impl FnOnce(&BootstrapReport),
+) -> Result<BootstrapReport, Error> {
     let password = first.password.clone().unwrap_or_else(Password::generate);
     let generated = first.password.is_none().then(|| password.clone());
     let (is_first, stored) = {
@@ -137,8 +137,8 @@ pub(super) async fn begin(
     {
         ignored.push(InitialSetting::Password);
     }
-    let mut transaction = database.write(Lane::Control).await?;
-    let actor = Actor { operator: Operator::Shell, address: None };
+    let mut transaction = database.begin_write(WriteLock::Control).await?;
+    let actor = Actor { operator: Operator::CommandLine, address: None };
     let mut account = None;
     if let Some(hash) = &hash
         && is_first
@@ -148,44 +148,44 @@ pub(super) async fn begin(
         let role = RootRole::Admin;
         let new = NewAccount { username, name: None, email: None, role, password };
         let made = accounts::insert(&mut transaction, &actor, new, hash).await?;
-        account = Some(MadeAccount { username: made.username, generated });
+        account = Some(CreatedAccount { username: made.username, generated_password: generated });
     }
     let (seeds, tokens) = if !registry::is_empty(&mut transaction).await? {
-        (Vec::new(), FoundTokens::Existing)
+        (Vec::new(), RegistryBootstrap::Existing)
     } else if !seed.is_empty() {
-        let seeds = seed.all().map(|(kind, token)| ("init", kind, token.clone()));
-        (seeds.collect(), FoundTokens::Seeded)
+        let seeds = seed.iter().map(|(kind, token)| ("init", kind, token.clone()));
+        (seeds.collect(), RegistryBootstrap::Seeded)
     } else if account.is_some() {
-        let generated = Generated::new();
+        let generated = GeneratedTokens::new();
         let seeds = vec![
             ("first admin", TokenKind::Admin, generated.admin.clone()),
             ("first client", TokenKind::Client, generated.client.clone()),
             ("first frontend", TokenKind::Frontend, generated.frontend.clone()),
         ];
-        (seeds, FoundTokens::Generated(Box::new(generated)))
+        (seeds, RegistryBootstrap::Generated(Box::new(generated)))
     } else {
         // All tokens were deleted on purpose; no new ones are generated.
-        (Vec::new(), FoundTokens::Existing)
+        (Vec::new(), RegistryBootstrap::Existing)
     };
     // A token that is given twice has the kind of its first occurrence.
     let mut seen = HashSet::new();
     for (name, kind, secret) in seeds.into_iter().filter(|it| seen.insert(it.2.digest())) {
-        let Grant { scope, .. } = grant_of(kind, &secret, &Environment::new(FIRST_ENVIRONMENT));
+        let Grant { scope, .. } = grant_from_token(kind, &secret, &Environment::new(DEFAULT_ENVIRONMENT));
         let Scope { environment, projects } = scope;
         let new = NewToken { name: name.to_owned(), kind, environment, projects, expires_at: None };
         let token = ApiToken::new(new, &secret, actor.operator.name());
         registry::insert(&mut transaction, &actor, &token, &secret).await?;
     }
     if !seen.is_empty() {
-        database.announce(&mut transaction).await?;
+        database.notify_token_change(&mut transaction).await?;
     }
     if let Some(hash) = hash.filter(|_| stores_given || account.is_some()) {
-        initial::keep(&mut transaction, InitialSetting::Password, &hash).await?;
+        initial::store(&mut transaction, InitialSetting::Password, &hash).await?;
     }
-    if !seed.is_empty() && !keeps_seed(&mut transaction, seed, &tokens).await? {
+    if !seed.is_empty() && !check_initial_tokens(&mut transaction, seed, &tokens).await? {
         ignored.push(InitialSetting::Tokens);
     }
-    let opened = Opened { account, tokens, ignored };
+    let opened = BootstrapReport { account, tokens, ignored_settings: ignored };
     announce(&opened);
     transaction.commit().await?;
     Ok(opened)
@@ -196,34 +196,34 @@ pub(super) async fn begin(
 ///
 /// In a database of an earlier version without a stored digest, they count as equal if the registry
 /// contains all of them.
-async fn keeps_seed(
+async fn check_initial_tokens(
     transaction: &mut Connection,
-    seed: &Seed,
-    found: &FoundTokens,
+    seed: &InitialTokens,
+    found: &RegistryBootstrap,
 ) -> Result<bool, Error> {
-    let digest = initial::digest_of(seed);
+    let digest = initial::tokens_digest(seed);
     let is_unchanged = match (found, initial::find(transaction, InitialSetting::Tokens).await?) {
-        (FoundTokens::Existing, Some(stored)) => return Ok(stored == digest),
-        (FoundTokens::Existing, None) => registry::has_all(transaction, seed.all()).await?,
-        (FoundTokens::Seeded | FoundTokens::Generated(_), _) => true,
+        (RegistryBootstrap::Existing, Some(stored)) => return Ok(stored == digest),
+        (RegistryBootstrap::Existing, None) => registry::has_all(transaction, seed.iter()).await?,
+        (RegistryBootstrap::Seeded | RegistryBootstrap::Generated(_), _) => true,
     };
     if is_unchanged {
-        initial::keep(transaction, InitialSetting::Tokens, &digest).await?;
+        initial::store(transaction, InitialSetting::Tokens, &digest).await?;
     }
     Ok(is_unchanged)
 }
 
-impl Generated {
+impl GeneratedTokens {
     fn new() -> Self {
         let secret = |kind, environment: &str| {
             let environment = Environment::new(environment);
             let projects = Projects::All;
-            NewToken { name: String::new(), kind, environment, projects, expires_at: None }.secret()
+            NewToken { name: String::new(), kind, environment, projects, expires_at: None }.generate_secret()
         };
         Self {
             admin: secret(TokenKind::Admin, "*"),
-            client: secret(TokenKind::Client, FIRST_ENVIRONMENT),
-            frontend: secret(TokenKind::Frontend, FIRST_ENVIRONMENT),
+            client: secret(TokenKind::Client, DEFAULT_ENVIRONMENT),
+            frontend: secret(TokenKind::Frontend, DEFAULT_ENVIRONMENT),
         }
     }
 }

@@ -16,9 +16,9 @@ use crate::telemetry::error_chain;
 
 const REACHABLE: &str = "parapet_database_reachable";
 const CONNECTIONS: &str = "parapet_database_connections";
-const SECONDS: &str = "parapet_database_seconds";
-const AGE: &str = "parapet_registry_age_seconds";
-const STORED: &str = "parapet_usage_storing";
+const OPERATION_SECONDS: &str = "parapet_database_seconds";
+const REGISTRY_AGE: &str = "parapet_registry_age_seconds";
+const USAGE_STORING: &str = "parapet_usage_storing";
 
 /// The operations whose duration is measured.
 #[derive(Clone, Copy, Debug)]
@@ -35,12 +35,12 @@ pub(super) struct Health(Arc<Mutex<State>>);
 #[derive(Debug)]
 struct State {
     /// The start of the current outage.
-    away_since: Option<Timestamp>,
+    unreachable_since: Option<Timestamp>,
     last_error: Option<(Timestamp, String)>,
     /// The start of the latest successful query of the tokens.
     last_reload: Option<Instant>,
     /// The time since which usage cannot be stored.
-    usage_waits_since: Option<Timestamp>,
+    usage_failing_since: Option<Timestamp>,
 }
 
 /// The status of the database for display.
@@ -49,13 +49,13 @@ pub struct DatabaseStatus {
     /// Its location without user and password.
     pub location: String,
     /// The start of the current outage; `None` while the database responds.
-    pub away_since: Option<Timestamp>,
+    pub unreachable_since: Option<Timestamp>,
     /// The last failure of a connection or a statement, even if later ones succeeded.
     pub last_error: Option<(Timestamp, String)>,
     /// The age of the tokens in memory.
     pub registry_age: Option<Duration>,
     /// The time since which usage cannot be stored and stays queued.
-    pub usage_waits_since: Option<Timestamp>,
+    pub usage_failing_since: Option<Timestamp>,
     /// The connections of the pool.
     pub connections: ConnectionCount,
 }
@@ -76,18 +76,18 @@ impl Health {
         describe_gauge!(REACHABLE, "Whether the control plane's database responds: 1 or 0");
         describe_gauge!(CONNECTIONS, "Connections to the control plane's database by their state");
         describe_histogram!(
-            SECONDS,
+            OPERATION_SECONDS,
             Unit::Seconds,
             "Duration of operations on the control plane's database"
         );
         let age = "Time since the tokens in memory were read from the control plane's database";
-        describe_gauge!(AGE, Unit::Seconds, age);
-        describe_gauge!(STORED, "Whether reported usage can be stored: 1 or 0");
+        describe_gauge!(REGISTRY_AGE, Unit::Seconds, age);
+        describe_gauge!(USAGE_STORING, "Whether reported usage can be stored: 1 or 0");
         Self(Arc::new(Mutex::new(State {
-            away_since: None,
+            unreachable_since: None,
             last_error: None,
             last_reload: None,
-            usage_waits_since: None,
+            usage_failing_since: None,
         })))
     }
 
@@ -100,7 +100,7 @@ impl Health {
             Operation::Statement => "statement",
             Operation::Commit => "commit",
         };
-        histogram!(SECONDS, "operation" => operation).record(took);
+        histogram!(OPERATION_SECONDS, "operation" => operation).record(took);
         let answers = match (what, error) {
             (_, None) => true,
             (Operation::Connect, Some(_)) => false,
@@ -110,9 +110,9 @@ impl Health {
         };
         let mut state = self.lock();
         if answers {
-            state.away_since = None;
+            state.unreachable_since = None;
         } else {
-            state.away_since.get_or_insert_with(Timestamp::now);
+            state.unreachable_since.get_or_insert_with(Timestamp::now);
         }
         if let Some(error) = error {
             state.last_error = Some((Timestamp::now(), error_chain(error)));
@@ -127,11 +127,11 @@ impl Health {
     /// Records whether usage could be stored; true if that has changed.
     pub(super) fn record_usage(&self, is_stored: bool) -> bool {
         let mut state = self.lock();
-        let was_stored = state.usage_waits_since.is_none();
+        let was_stored = state.usage_failing_since.is_none();
         if is_stored {
-            state.usage_waits_since = None;
+            state.usage_failing_since = None;
         } else {
-            state.usage_waits_since.get_or_insert_with(Timestamp::now);
+            state.usage_failing_since.get_or_insert_with(Timestamp::now);
         }
         was_stored != is_stored
     }
@@ -140,10 +140,10 @@ impl Health {
         let state = self.lock();
         DatabaseStatus {
             location,
-            away_since: state.away_since,
+            unreachable_since: state.unreachable_since,
             last_error: state.last_error.clone(),
             registry_age: state.last_reload.map(|at| at.elapsed()),
-            usage_waits_since: state.usage_waits_since,
+            usage_failing_since: state.usage_failing_since,
             connections,
         }
     }
@@ -156,11 +156,11 @@ impl Health {
 impl DatabaseStatus {
     /// Updates the gauges of the Prometheus registry.
     #[expect(clippy::cast_precision_loss, reason = "there are a few connections")]
-    pub fn measure(&self) {
+    pub fn record_metrics(&self) {
         let flag = |is_set| if is_set { 1.0 } else { 0.0 };
-        gauge!(REACHABLE).set(flag(self.away_since.is_none()));
-        gauge!(STORED).set(flag(self.usage_waits_since.is_none()));
-        gauge!(AGE).set(self.registry_age.map_or(f64::INFINITY, |age| age.as_secs_f64()));
+        gauge!(REACHABLE).set(flag(self.unreachable_since.is_none()));
+        gauge!(USAGE_STORING).set(flag(self.usage_failing_since.is_none()));
+        gauge!(REGISTRY_AGE).set(self.registry_age.map_or(f64::INFINITY, |age| age.as_secs_f64()));
         gauge!(CONNECTIONS, "state" => "busy").set(self.connections.busy as f64);
         gauge!(CONNECTIONS, "state" => "idle").set(self.connections.idle as f64);
     }

@@ -6,7 +6,7 @@
 use sha2::{Digest as _, Sha256};
 use sqlx::Row as _;
 
-use super::{database::Connection, error::Error, first_start::Seed, secret::base64url};
+use super::{database::Connection, error::Error, first_start::InitialTokens, secret::base64url};
 
 /// A setting that only the first start uses.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -37,7 +37,7 @@ pub(super) async fn find(
 }
 
 /// Stores the digest of a setting, replacing an earlier one.
-pub(super) async fn keep(
+pub(super) async fn store(
     transaction: &mut Connection,
     setting: InitialSetting,
     digest: &str,
@@ -51,9 +51,9 @@ pub(super) async fn keep(
 }
 
 /// The digest of tokens, independent of their order.
-pub(super) fn digest_of(seed: &Seed) -> String {
+pub(super) fn tokens_digest(seed: &InitialTokens) -> String {
     let mut lines: Vec<String> = seed
-        .all()
+        .iter()
         .map(|(kind, token)| format!("{} {}\n", kind.as_str(), token.digest().to_hex()))
         .collect();
     lines.sort_unstable();

@@ -32,7 +32,7 @@ macro_rules! schema_version {
 }
 
 /// Every version, the oldest first.
-const STEPS: [SchemaVersion; 5] = [
+const VERSIONS: [SchemaVersion; 5] = [
     schema_version!(1, "initial", "0001_initial.sql"),
     schema_version!(2, "usage", "0002_usage.sql"),
     schema_version!(3, "pages of events", "0003_pages_of_events.sql"),
@@ -41,7 +41,7 @@ const STEPS: [SchemaVersion; 5] = [
 ];
 
 /// The newest version.
-pub(super) const NEWEST: i64 = STEPS[STEPS.len() - 1].version;
+pub(super) const NEWEST_VERSION: i64 = VERSIONS[VERSIONS.len() - 1].version;
 
 /// The SQL dialect of the database.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -55,10 +55,10 @@ pub(super) enum Dialect {
 /// The caller must have begun an exclusive write transaction.
 pub(super) async fn migrate(connection: &mut AnyConnection, dialect: Dialect) -> Result<(), Error> {
     let mut migrator =
-        Migrator::with_migrations(STEPS.iter().map(|it| it.migration(dialect)).collect());
+        Migrator::with_migrations(VERSIONS.iter().map(|it| it.migration(dialect)).collect());
     migrator.set_locking(false);
     migrator.run_direct(None, connection, false).await.map_err(|error| match error {
-        MigrateError::VersionMissing(found) => Error::Newer { found, known: NEWEST },
+        MigrateError::VersionMissing(found) => Error::NewerSchema { found, known: NEWEST_VERSION },
         other => Error::Migration(Arc::new(other)),
     })
 }
@@ -75,11 +75,11 @@ pub(super) async fn readable_version(
             "SELECT relname::text FROM pg_class WHERE oid = to_regclass('_sqlx_migrations')"
         }
     };
-    (&mut *connection).fetch_optional(is_begun).await?.ok_or(Error::NotBegun)?;
+    (&mut *connection).fetch_optional(is_begun).await?.ok_or(Error::NotInitialized)?;
     let found = sqlx::query_scalar("SELECT MAX(version) FROM _sqlx_migrations");
     let found: Option<i64> = found.fetch_one(connection).await?;
-    match found.ok_or(Error::NotBegun)? {
-        found if found > NEWEST => Err(Error::Newer { found, known: NEWEST }),
+    match found.ok_or(Error::NotInitialized)? {
+        found if found > NEWEST_VERSION => Err(Error::NewerSchema { found, known: NEWEST_VERSION }),
         found => Ok(found),
     }
 }

@@ -27,10 +27,10 @@ use super::error::Error;
 const MIN_LEN: usize = 10;
 /// The longest password, in bytes.
 const MAX_LEN: usize = 1024;
-const AT_ONCE: usize = 2;
-const MAX_WAITING: usize = 64;
+const MAX_CONCURRENT_HASHES: usize = 2;
+const MAX_WAITING_HASHES: usize = 64;
 /// The retry delay for requests that were rejected because the queue is full.
-const COME_BACK: Duration = Duration::from_secs(2);
+const RETRY_AFTER: Duration = Duration::from_secs(2);
 
 /// A password in plaintext: wiped when dropped, and never printed.
 #[derive(Clone)]
@@ -95,7 +95,7 @@ impl fmt::Debug for Password {
 /// Computes and verifies hashes with bounded concurrency. A cheap handle.
 #[derive(Clone, Debug)]
 pub(super) struct Hasher {
-    free: Arc<Semaphore>,
+    permits: Arc<Semaphore>,
     waiting: Arc<AtomicUsize>,
     /// The hash to verify against if there is no account, so that the duration does not reveal that. It
     /// matches no password.
@@ -105,7 +105,7 @@ pub(super) struct Hasher {
 impl Hasher {
     pub(super) fn new() -> Self {
         Self {
-            free: Arc::new(Semaphore::new(AT_ONCE)),
+            permits: Arc::new(Semaphore::new(MAX_CONCURRENT_HASHES)),
             waiting: Arc::default(),
             decoy: Arc::default(),
         }
@@ -115,7 +115,7 @@ impl Hasher {
     pub(super) async fn hash(&self, password: &Password) -> Result<String, Error> {
         let password = password.clone();
         let hash = move || argon2().hash_password(password.0.as_bytes()).map(|it| it.to_string());
-        Ok(self.compute(hash).await?.expect("a salt can be drawn and the parameters are valid"))
+        Ok(self.run_blocking(hash).await?.expect("a salt can be drawn and the parameters are valid"))
     }
 
     /// Whether `password` matches `hash`. Without a hash the result is false after the same time.
@@ -136,18 +136,18 @@ impl Hasher {
             let matches = |hash| argon2().verify_password(password.0.as_bytes(), &hash).is_ok();
             PasswordHash::new(&hash).is_ok_and(matches)
         };
-        Ok(self.compute(verify).await? && is_account)
+        Ok(self.run_blocking(verify).await? && is_account)
     }
 
     /// Runs slow work on a blocking thread once a permit is free.
-    async fn compute<T: Send + 'static>(
+    async fn run_blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Error> {
-        let Some(waiting) = Waiting::join(&self.waiting) else {
-            return Err(Error::Throttled(COME_BACK));
+        let Some(waiting) = QueueSlot::acquire(&self.waiting) else {
+            return Err(Error::RateLimited(RETRY_AFTER));
         };
-        let free = Arc::clone(&self.free);
+        let free = Arc::clone(&self.permits);
         let permit = free.acquire_owned().await.expect("the semaphore is never closed");
         drop(waiting);
         // The work owns the permit: a cancelled caller does not free it early.
@@ -161,16 +161,16 @@ impl Hasher {
 }
 
 /// A slot in the queue, released when dropped.
-struct Waiting<'a>(&'a AtomicUsize);
+struct QueueSlot<'a>(&'a AtomicUsize);
 
-impl<'a> Waiting<'a> {
-    fn join(count: &'a AtomicUsize) -> Option<Self> {
+impl<'a> QueueSlot<'a> {
+    fn acquire(count: &'a AtomicUsize) -> Option<Self> {
         let place = Self(count);
-        (count.fetch_add(1, Ordering::Relaxed) < MAX_WAITING).then_some(place)
+        (count.fetch_add(1, Ordering::Relaxed) < MAX_WAITING_HASHES).then_some(place)
     }
 }
 
-impl Drop for Waiting<'_> {
+impl Drop for QueueSlot<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
@@ -216,14 +216,14 @@ mod tests {
     #[tokio::test]
     async fn hashes_beyond_the_queue_are_rejected() {
         let hasher = Hasher::new();
-        let all = Arc::clone(&hasher.free).acquire_many_owned(2).await.unwrap();
-        let mut queue: Vec<_> = (0..MAX_WAITING).map(|_| Box::pin(hasher.compute(|| ()))).collect();
+        let all = Arc::clone(&hasher.permits).acquire_many_owned(2).await.unwrap();
+        let mut queue: Vec<_> = (0..MAX_WAITING_HASHES).map(|_| Box::pin(hasher.run_blocking(|| ()))).collect();
         for place in &mut queue {
             assert!(futures_util::poll!(place.as_mut()).is_pending());
         }
-        assert!(matches!(hasher.compute(|| ()).await, Err(Error::Throttled(_))));
+        assert!(matches!(hasher.run_blocking(|| ()).await, Err(Error::RateLimited(_))));
         drop(queue);
         drop(all);
-        hasher.compute(|| ()).await.unwrap();
+        hasher.run_blocking(|| ()).await.unwrap();
     }
 }

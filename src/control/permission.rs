@@ -46,7 +46,7 @@ impl RootRole {
         }
     }
 
-    fn grants(self) -> &'static [Permission] {
+    fn permissions(self) -> &'static [Permission] {
         match self {
             Self::Admin => &Permission::ALL,
             Self::Editor => &[Permission::ReadClientApiToken, Permission::ReadFrontendApiToken],
@@ -57,7 +57,7 @@ impl RootRole {
 
 /// An operation on a token.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Action {
+pub enum TokenAction {
     /// Creating a token.
     Create,
     /// Reading its properties; the secret can never be read.
@@ -96,17 +96,17 @@ impl Permission {
     ];
 
     /// The permission required for `action` on a token of `kind`; `None` if only an admin may do it.
-    pub fn for_token(action: Action, kind: TokenKind) -> Option<Self> {
+    pub fn required_for_token(action: TokenAction, kind: TokenKind) -> Option<Self> {
         Some(match (kind, action) {
             (TokenKind::Admin, _) => return None,
-            (TokenKind::Client, Action::Create) => Self::CreateClientApiToken,
-            (TokenKind::Client, Action::Read) => Self::ReadClientApiToken,
-            (TokenKind::Client, Action::Update) => Self::UpdateClientApiToken,
-            (TokenKind::Client, Action::Delete) => Self::DeleteClientApiToken,
-            (TokenKind::Frontend, Action::Create) => Self::CreateFrontendApiToken,
-            (TokenKind::Frontend, Action::Read) => Self::ReadFrontendApiToken,
-            (TokenKind::Frontend, Action::Update) => Self::UpdateFrontendApiToken,
-            (TokenKind::Frontend, Action::Delete) => Self::DeleteFrontendApiToken,
+            (TokenKind::Client, TokenAction::Create) => Self::CreateClientApiToken,
+            (TokenKind::Client, TokenAction::Read) => Self::ReadClientApiToken,
+            (TokenKind::Client, TokenAction::Update) => Self::UpdateClientApiToken,
+            (TokenKind::Client, TokenAction::Delete) => Self::DeleteClientApiToken,
+            (TokenKind::Frontend, TokenAction::Create) => Self::CreateFrontendApiToken,
+            (TokenKind::Frontend, TokenAction::Read) => Self::ReadFrontendApiToken,
+            (TokenKind::Frontend, TokenAction::Update) => Self::UpdateFrontendApiToken,
+            (TokenKind::Frontend, TokenAction::Delete) => Self::DeleteFrontendApiToken,
         })
     }
 
@@ -131,7 +131,7 @@ impl Permission {
 
     /// The permissions that a grant of `name` contains: the one with that name, or both permissions to
     /// create tokens for `CREATE_API_TOKEN`.
-    pub fn granted_by(name: &str) -> Option<&'static [Self]> {
+    pub fn from_grant_name(name: &str) -> Option<&'static [Self]> {
         if name == "CREATE_API_TOKEN" {
             return Some(&[Self::CreateClientApiToken, Self::CreateFrontendApiToken]);
         }
@@ -141,12 +141,12 @@ impl Permission {
 
 /// A permission that an operator lacks.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Missing {
+pub struct MissingPermission {
     permission: &'static str,
     purpose: &'static str,
 }
 
-impl Missing {
+impl MissingPermission {
     pub(super) const ADMIN: Self = Self::new("ADMIN");
 
     const fn new(permission: &'static str) -> Self {
@@ -154,7 +154,7 @@ impl Missing {
     }
 
     /// The same with the purpose of the permission: the infinitive that follows "to" in the message.
-    pub(super) fn to(self, purpose: &'static str) -> Self {
+    pub(super) fn with_purpose(self, purpose: &'static str) -> Self {
         Self { purpose, ..self }
     }
 
@@ -164,13 +164,13 @@ impl Missing {
     }
 }
 
-impl fmt::Display for Missing {
+impl fmt::Display for MissingPermission {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "you need the {} permission to {}", self.permission, self.purpose)
     }
 }
 
-impl std::error::Error for Missing {}
+impl std::error::Error for MissingPermission {}
 
 /// The authenticated originator of an operation.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -178,13 +178,13 @@ pub enum Operator {
     /// A person who has signed in.
     Account {
         /// The id of the account.
-        id: i64,
+        account_id: i64,
         /// Its username.
         username: String,
         /// Its role.
         role: RootRole,
         /// Permissions in addition to its role.
-        permissions: BTreeSet<Permission>,
+        permission_names: BTreeSet<Permission>,
         /// The session of the request.
         session: SessionRef,
     },
@@ -201,7 +201,7 @@ pub enum Operator {
         digest: TokenDigest,
     },
     /// The command line, with access to the database.
-    Shell,
+    CommandLine,
 }
 
 impl Operator {
@@ -210,15 +210,15 @@ impl Operator {
         match self {
             Self::Account { username, .. } => username,
             Self::Upstream { name } | Self::Token { name, .. } => name,
-            Self::Shell => "command line",
+            Self::CommandLine => "command line",
         }
     }
 
     /// The id of the operator's account, if it has one.
-    pub fn id(&self) -> Option<i64> {
+    pub fn account_id(&self) -> Option<i64> {
         match self {
-            Self::Account { id, .. } => Some(*id),
-            Self::Upstream { .. } | Self::Token { .. } | Self::Shell => None,
+            Self::Account { account_id: id, .. } => Some(*id),
+            Self::Upstream { .. } | Self::Token { .. } | Self::CommandLine => None,
         }
     }
 
@@ -227,49 +227,49 @@ impl Operator {
         match self {
             Self::Account { role, .. } => *role == RootRole::Admin,
             Self::Upstream { .. } => false,
-            Self::Token { .. } | Self::Shell => true,
+            Self::Token { .. } | Self::CommandLine => true,
         }
     }
 
     /// Fails unless the operator is an admin.
-    pub fn require_admin(&self) -> Result<(), Missing> {
-        if self.is_admin() { Ok(()) } else { Err(Missing::ADMIN) }
+    pub fn require_admin(&self) -> Result<(), MissingPermission> {
+        if self.is_admin() { Ok(()) } else { Err(MissingPermission::ADMIN) }
     }
 
     /// Fails unless the operator has the permission for `action` on tokens of `kind`.
-    pub fn may(&self, action: Action, kind: TokenKind) -> Result<(), Missing> {
-        let Some(needed) = Permission::for_token(action, kind) else { return self.require_admin() };
-        if self.holds(needed) { Ok(()) } else { Err(Missing::new(needed.as_str())) }
+    pub fn require_permission(&self, action: TokenAction, kind: TokenKind) -> Result<(), MissingPermission> {
+        let Some(needed) = Permission::required_for_token(action, kind) else { return self.require_admin() };
+        if self.has_permission(needed) { Ok(()) } else { Err(MissingPermission::new(needed.as_str())) }
     }
 
     /// Whether the operator can see tokens of `kind` and their properties.
     ///
     /// Every operator can see client tokens. Frontend tokens need any permission on them.
-    pub fn may_see(&self, kind: TokenKind) -> bool {
-        let any = [Action::Create, Action::Read, Action::Update, Action::Delete];
+    pub fn can_see(&self, kind: TokenKind) -> bool {
+        let any = [TokenAction::Create, TokenAction::Read, TokenAction::Update, TokenAction::Delete];
         match kind {
             TokenKind::Admin => self.is_admin(),
             TokenKind::Client => true,
-            TokenKind::Frontend => any.into_iter().any(|action| self.may(action, kind).is_ok()),
+            TokenKind::Frontend => any.into_iter().any(|action| self.require_permission(action, kind).is_ok()),
         }
     }
 
     /// The names of the operator's permissions: `ADMIN`, or each permission by role or grant.
-    pub fn permissions(&self) -> impl Iterator<Item = &'static str> {
-        let held = Permission::ALL.into_iter().filter(|it| !self.is_admin() && self.holds(*it));
+    pub fn permission_names(&self) -> impl Iterator<Item = &'static str> {
+        let held = Permission::ALL.into_iter().filter(|it| !self.is_admin() && self.has_permission(*it));
         self.is_admin()
-            .then_some(Missing::ADMIN.permission)
+            .then_some(MissingPermission::ADMIN.permission)
             .into_iter()
             .chain(held.map(Permission::as_str))
     }
 
-    fn holds(&self, permission: Permission) -> bool {
+    fn has_permission(&self, permission: Permission) -> bool {
         match self {
-            Self::Account { role, permissions, .. } => {
-                role.grants().contains(&permission) || permissions.contains(&permission)
+            Self::Account { role, permission_names: permissions, .. } => {
+                role.permissions().contains(&permission) || permissions.contains(&permission)
             }
             Self::Upstream { .. } => false,
-            Self::Token { .. } | Self::Shell => true,
+            Self::Token { .. } | Self::CommandLine => true,
         }
     }
 }
@@ -287,34 +287,34 @@ pub struct Actor {
 mod tests {
     use super::*;
 
-    const ACTIONS: [Action; 4] = [Action::Create, Action::Read, Action::Update, Action::Delete];
+    const ACTIONS: [TokenAction; 4] = [TokenAction::Create, TokenAction::Read, TokenAction::Update, TokenAction::Delete];
     const KINDS: [TokenKind; 3] = [TokenKind::Admin, TokenKind::Client, TokenKind::Frontend];
 
     fn account(role: RootRole, permissions: &[Permission]) -> Operator {
         let permissions = permissions.iter().copied().collect();
         let (username, session) = ("ann".to_owned(), SessionRef::example());
-        Operator::Account { id: 7, username, role, permissions, session }
+        Operator::Account { account_id: 7, username, role, permission_names: permissions, session }
     }
 
     /// All combinations of role or grant, action and kind of token.
     #[test]
     fn each_action_needs_its_role_or_its_own_grant() {
-        let may = |operator: &Operator, action, kind| operator.may(action, kind).is_ok();
+        let may = |operator: &Operator, action, kind| operator.require_permission(action, kind).is_ok();
         for action in ACTIONS {
             for kind in KINDS {
-                let needed = Permission::for_token(action, kind);
+                let needed = Permission::required_for_token(action, kind);
                 let name = needed.map_or("ADMIN", Permission::as_str);
                 for admin in [
                     account(RootRole::Admin, &[]),
                     Operator::Token { name: "ci".to_owned(), digest: TokenDigest::of("ci") },
-                    Operator::Shell,
+                    Operator::CommandLine,
                 ] {
                     assert!(may(&admin, action, kind));
                 }
                 let editor = account(RootRole::Editor, &[]);
                 assert_eq!(may(&editor, action, kind), name.starts_with("READ_"), "{name}");
                 let viewer = account(RootRole::Viewer, &[]);
-                assert_eq!(viewer.may(action, kind), Err(Missing::new(name)));
+                assert_eq!(viewer.require_permission(action, kind), Err(MissingPermission::new(name)));
                 for granted in Permission::ALL {
                     let viewer = account(RootRole::Viewer, &[granted]);
                     assert_eq!(may(&viewer, action, kind), needed == Some(granted), "{name}");
@@ -326,22 +326,22 @@ mod tests {
     #[test]
     fn client_tokens_are_visible_to_all_and_frontend_tokens_by_permission() {
         let viewer = account(RootRole::Viewer, &[]);
-        assert!(viewer.may_see(TokenKind::Client));
-        assert!(!viewer.may_see(TokenKind::Frontend));
-        assert!(account(RootRole::Editor, &[]).may_see(TokenKind::Frontend));
+        assert!(viewer.can_see(TokenKind::Client));
+        assert!(!viewer.can_see(TokenKind::Frontend));
+        assert!(account(RootRole::Editor, &[]).can_see(TokenKind::Frontend));
         for granted in Permission::ALL {
             let viewer = account(RootRole::Viewer, &[granted]);
             let frontend = granted.as_str().contains("FRONTEND");
-            assert_eq!(viewer.may_see(TokenKind::Frontend), frontend, "{granted:?}");
-            assert!(!viewer.may_see(TokenKind::Admin));
+            assert_eq!(viewer.can_see(TokenKind::Frontend), frontend, "{granted:?}");
+            assert!(!viewer.can_see(TokenKind::Admin));
         }
-        assert!(account(RootRole::Admin, &[]).may_see(TokenKind::Admin));
+        assert!(account(RootRole::Admin, &[]).can_see(TokenKind::Admin));
     }
 
     #[test]
     fn permission_names_include_those_of_the_role() {
-        let names = |operator: &Operator| operator.permissions().collect::<Vec<_>>();
-        assert_eq!(names(&Operator::Shell), ["ADMIN"]);
+        let names = |operator: &Operator| operator.permission_names().collect::<Vec<_>>();
+        assert_eq!(names(&Operator::CommandLine), ["ADMIN"]);
         assert_eq!(names(&account(RootRole::Admin, &Permission::ALL)), ["ADMIN"]);
         let editor = account(RootRole::Editor, &[Permission::CreateClientApiToken]);
         let expect =
@@ -353,10 +353,10 @@ mod tests {
     fn permission_names_are_parsed_and_create_api_token_grants_both_creates() {
         for permission in Permission::ALL {
             assert_eq!(Permission::parse(permission.as_str()), Some(permission));
-            assert_eq!(Permission::granted_by(permission.as_str()), Some(&[permission][..]));
+            assert_eq!(Permission::from_grant_name(permission.as_str()), Some(&[permission][..]));
         }
         let both = [Permission::CreateClientApiToken, Permission::CreateFrontendApiToken];
-        assert_eq!(Permission::granted_by("CREATE_API_TOKEN"), Some(&both[..]));
-        assert_eq!(Permission::granted_by("ADMIN"), None);
+        assert_eq!(Permission::from_grant_name("CREATE_API_TOKEN"), Some(&both[..]));
+        assert_eq!(Permission::from_grant_name("ADMIN"), None);
     }
 }

@@ -11,10 +11,10 @@ use serde_json::{Value, json};
 use tracing::warn;
 
 use super::{
-    audit::{self, Author, Entry, EventKind},
-    database::{Database, Lane},
+    audit::{self, Author, NewEvent, EventKind},
+    database::{Database, WriteLock},
     error::Error,
-    permission::{Actor, Missing},
+    permission::{Actor, MissingPermission},
 };
 use crate::{
     telemetry::error_chain,
@@ -22,89 +22,89 @@ use crate::{
 };
 
 /// The rate of events for one client network.
-const OF_ONE: Rate = Rate { burst: 20, interval: Duration::from_mins(1) };
+const PER_ADDRESS_RATE: Rate = Rate { burst: 20, interval: Duration::from_mins(1) };
 /// The rate of events for all clients.
-const OF_ALL: Rate = Rate { burst: 1000, interval: Duration::from_secs(10) };
+const TOTAL_RATE: Rate = Rate { burst: 1000, interval: Duration::from_secs(10) };
 
 /// Records denials in the audit log within the rate limits.
 #[derive(Debug)]
-pub(super) struct Refusals {
+pub(super) struct DenialLog {
     database: Database,
-    of_one: KeyedRateLimiter<IpAddr>,
-    of_all: KeyedRateLimiter<()>,
+    per_address: KeyedRateLimiter<IpAddr>,
+    total: KeyedRateLimiter<()>,
     /// The number of events dropped since the last recorded one.
-    left_out: AtomicU64,
+    dropped_count: AtomicU64,
 }
 
 /// Why a sign-in failed.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Reason {
+pub(super) enum SignInFailure {
     WrongPassword,
     Throttled,
 }
 
 /// Why an operation was denied.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Denial {
+pub(super) enum DenialReason {
     /// A permission is missing.
-    Permission(Missing),
+    Permission(MissingPermission),
     /// Another reason, such as a failed authentication or an operation that is never allowed.
-    Reason(&'static str),
+    Other(&'static str),
 }
 
-impl Denial {
+impl DenialReason {
     /// The reason in an error; `None` if the error is not a denial.
-    pub(super) fn of(error: &Error) -> Option<Self> {
+    pub(super) fn from_error(error: &Error) -> Option<Self> {
         Some(match error {
-            Error::Missing(missing) => Self::Permission(*missing),
-            Error::LastAdmin => Self::Reason("it is the last admin"),
-            Error::WrongPassword => Self::Reason("wrong password"),
-            Error::SessionEnded => Self::Reason("the session has ended"),
-            Error::Throttled(_) => Self::Reason("too many attempts"),
+            Error::MissingPermission(missing) => Self::Permission(*missing),
+            Error::LastAdmin => Self::Other("it is the last admin"),
+            Error::WrongPassword => Self::Other("wrong password"),
+            Error::SessionEnded => Self::Other("the session has ended"),
+            Error::RateLimited(_) => Self::Other("too many attempts"),
             _ => return None,
         })
     }
 }
 
-impl Refusals {
+impl DenialLog {
     pub(super) fn new(database: Database) -> Self {
-        let (of_one, of_all) = (KeyedRateLimiter::new(OF_ONE), KeyedRateLimiter::new(OF_ALL));
-        Self { database, of_one, of_all, left_out: AtomicU64::new(0) }
+        let (per_address, total) = (KeyedRateLimiter::new(PER_ADDRESS_RATE), KeyedRateLimiter::new(TOTAL_RATE));
+        Self { database, per_address, total, dropped_count: AtomicU64::new(0) }
     }
 
     /// Records an operation that `actor` was denied.
-    pub(super) async fn operation(&self, actor: &Actor, operation: &str, denial: Denial) {
+    pub(super) async fn record_operation(&self, actor: &Actor, operation: &str, denial: DenialReason) {
         let data = match denial {
-            Denial::Permission(missing) => {
+            DenialReason::Permission(missing) => {
                 json!({ "operation": operation, "permission": missing.permission() })
             }
-            Denial::Reason(reason) => json!({ "operation": operation, "reason": reason }),
+            DenialReason::Other(reason) => json!({ "operation": operation, "reason": reason }),
         };
         let author = Author::from(actor);
-        self.note(&author, EventKind::PermissionDenied, data).await;
+        self.record(&author, EventKind::PermissionDenied, data).await;
     }
 
     /// Records a failed sign-in.
     ///
     /// Callers pass `username` only if such an account exists: an unknown name may be a password that
     /// was typed into the wrong field.
-    pub(super) async fn sign_in(&self, username: Option<&str>, address: IpAddr, reason: Reason) {
+    pub(super) async fn record_sign_in(&self, username: Option<&str>, address: IpAddr, reason: SignInFailure) {
         let reason = match reason {
-            Reason::WrongPassword => "wrong password or no such account",
-            Reason::Throttled => "too many attempts",
+            SignInFailure::WrongPassword => "wrong password or no such account",
+            SignInFailure::Throttled => "too many attempts",
         };
         let author = Author { name: "anonymous", id: None, address: Some(address) };
         let data = json!({ "username": username, "reason": reason });
-        self.note(&author, EventKind::SignInRefused, data).await;
+        self.record(&author, EventKind::SignInRefused, data).await;
     }
 
-    async fn note(&self, author: &Author<'_>, kind: EventKind, mut data: Value) {
+    async fn record(&self, author: &Author<'_>, kind: EventKind, mut data: Value) {
         let from = client_network(author.address.unwrap_or(Ipv4Addr::UNSPECIFIED.into()));
-        if self.of_one.acquire(&from).and_then(|()| self.of_all.acquire(&())).is_err() {
-            self.left_out.fetch_add(1, Ordering::Relaxed);
+        if self.per_address.acquire(&from).and_then(|()| self.total.acquire(&())).is_err() {
+            self.dropped_count.fetch_add(1, Ordering::Relaxed);
             return;
         }
-        let left_out = self.left_out.swap(0, Ordering::Relaxed);
+        let left_out = self.dropped_count.swap(0, Ordering::Relaxed);
         if left_out > 0 {
             data["leftOutBefore"] = left_out.into();
         }
@@ -114,8 +114,8 @@ impl Refusals {
     }
 
     async fn write(&self, author: &Author<'_>, kind: EventKind, data: Value) -> Result<(), Error> {
-        let mut transaction = self.database.write(Lane::Control).await?;
-        let entry = Entry { data: Some(data), ..Entry::default() };
+        let mut transaction = self.database.begin_write(WriteLock::Control).await?;
+        let entry = NewEvent { data: Some(data), ..NewEvent::default() };
         audit::record_by(&mut transaction, author, kind, entry).await?;
         transaction.commit().await
     }

@@ -19,11 +19,11 @@ use tokio::{
 use zeroize::Zeroizing;
 
 use super::{
-    audit::{self, Entry, EventKind},
+    audit::{self, NewEvent, EventKind},
     copy,
-    database::{Connection, Database, Lane, now, of_millis},
+    database::{Connection, Database, WriteLock, now, timestamp_from_millis},
     error::Error,
-    permission::{Action, Actor, Operator},
+    permission::{TokenAction, Actor, Operator},
     rights, secret,
 };
 use crate::{
@@ -33,9 +33,9 @@ use crate::{
 };
 
 /// The longest name of an environment or a project, in bytes.
-const MAX_WORD: usize = 100;
+const MAX_ID_LEN: usize = 100;
 /// The precision of `seen_at`.
-const SEEN: SignedDuration = SignedDuration::from_mins(1);
+const SEEN_AT_PRECISION: SignedDuration = SignedDuration::from_mins(1);
 
 /// A token to create.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -79,7 +79,7 @@ pub struct ApiToken {
 
 impl NewToken {
     /// Generates a secret in Unleash's v2 format: a public selector, and a verifier of 256 random bits.
-    pub(super) fn secret(&self) -> Token {
+    pub(super) fn generate_secret(&self) -> Token {
         let projects = match &self.projects {
             Projects::All => "*",
             Projects::Only(ids) => match ids.first() {
@@ -87,13 +87,13 @@ impl NewToken {
                 _ => "[]",
             },
         };
-        let (selector, verifier) = (secret::random::<16>(), secret::random::<32>());
+        let (selector, verifier) = (secret::random_base64url::<16>(), secret::random_base64url::<32>());
         let environment = &self.environment;
         let text = format!("{projects}:{environment}.v2_{}_{}", *selector, *verifier);
         Token::parse(&Zeroizing::new(text)).expect("checked names and base64url make a token")
     }
 
-    fn check(&self) -> Result<(), Error> {
+    fn validate(&self) -> Result<(), Error> {
         Name::parse(&self.name).map_err(|reason| Error::invalid("tokenName", reason))?;
         let environment = self.environment.as_str();
         let is_any = environment == "*";
@@ -105,14 +105,14 @@ impl NewToken {
                 let reason = format!("{} tokens are for one environment", self.kind.as_str());
                 return Err(Error::invalid("environment", reason));
             }
-            _ if !is_any && !is_word(environment) => {
+            _ if !is_any && !is_valid_id(environment) => {
                 let reason = "must be letters, digits, - and _";
                 return Err(Error::invalid("environment", reason));
             }
             _ => {}
         }
         if let Projects::Only(ids) = &self.projects {
-            let are_ids = ids.iter().all(|id| is_word(id.as_str()));
+            let are_ids = ids.iter().all(|id| is_valid_id(id.as_str()));
             if ids.is_empty() || ids.len() > MAX_PROJECTS || !are_ids {
                 let reason = "must be * or ids of letters, digits, - and _";
                 return Err(Error::invalid("projects", reason));
@@ -129,21 +129,21 @@ impl NewToken {
 }
 
 /// Whether a text is a valid environment or project in a token.
-fn is_word(text: &str) -> bool {
+fn is_valid_id(text: &str) -> bool {
     let is_letter = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'~');
-    (1..=MAX_WORD).contains(&text.len()) && text.bytes().all(is_letter)
+    (1..=MAX_ID_LEN).contains(&text.len()) && text.bytes().all(is_letter)
 }
 
 impl ApiToken {
     /// A token that is created now.
     pub(super) fn new(new: NewToken, secret: &Token, created_by: &str) -> Self {
         Self {
-            id: id_of(secret),
+            id: public_id(secret),
             name: new.name.trim().to_owned(),
             kind: new.kind,
             environment: new.environment,
             projects: new.projects,
-            expires_at: new.expires_at.map(|at| of_millis(at.as_millisecond())),
+            expires_at: new.expires_at.map(|at| timestamp_from_millis(at.as_millisecond())),
             created_at: now(),
             created_by: created_by.to_owned(),
             seen_at: None,
@@ -162,7 +162,7 @@ impl ApiToken {
     }
 
     /// The token as audit events contain it, without its secret.
-    fn data(&self) -> Value {
+    fn audit_data(&self) -> Value {
         let projects = self.projects.to_list();
         json!({
             "id": self.id,
@@ -179,17 +179,17 @@ impl ApiToken {
         })
     }
 
-    fn entry(&self) -> Entry {
-        Entry {
+    fn audit_event(&self) -> NewEvent {
+        NewEvent {
             environment: Some(self.environment.as_str().to_owned()),
             project: Some(self.projects.to_list().join(",")),
-            ..Entry::default()
+            ..NewEvent::default()
         }
     }
 }
 
 /// The public id of a token: its selector, or a part of a digest for formats without one.
-fn id_of(secret: &Token) -> String {
+fn public_id(secret: &Token) -> String {
     let of_digest = || {
         let mut id = secret::base64url(&Sha256::digest(secret.expose()));
         id.truncate(22);
@@ -200,27 +200,27 @@ fn id_of(secret: &Token) -> String {
 
 /// The tokens of this instance.
 #[derive(Debug)]
-pub(super) struct Registry {
+pub(super) struct TokenRegistry {
     database: Database,
     limit: usize,
-    entries: RwLock<Vec<Held>>,
+    entries: RwLock<Vec<RegisteredToken>>,
     /// Held while the database is changed or read until `entries` is updated, so that an older state
     /// never replaces a newer one.
-    change: Mutex<()>,
+    change_lock: Mutex<()>,
     /// Signals changes of `entries`.
     changed: watch::Sender<()>,
     /// Receives the valid tokens. Locked while `entries` is read for it, so that updates stay in order.
-    told: std::sync::Mutex<Option<Authenticator>>,
+    subscriber: std::sync::Mutex<Option<Authenticator>>,
 }
 
 /// A token with its digest.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Held {
+pub(super) struct RegisteredToken {
     pub(super) digest: TokenDigest,
     pub(super) token: ApiToken,
 }
 
-impl Registry {
+impl TokenRegistry {
     /// Reads the tokens of `database`. At most `limit` tokens can be created.
     pub(super) async fn open(database: Database, limit: usize) -> Result<Self, Error> {
         let entries = load(&database).await?;
@@ -228,14 +228,14 @@ impl Registry {
     }
 
     /// Starts with the given tokens, until the next [`TokenRegistry::reload`].
-    pub(super) fn new(database: Database, limit: usize, entries: Vec<Held>) -> Self {
+    pub(super) fn new(database: Database, limit: usize, entries: Vec<RegisteredToken>) -> Self {
         Self {
             database,
             limit,
             entries: RwLock::new(entries),
-            change: Mutex::default(),
+            change_lock: Mutex::default(),
             changed: watch::Sender::new(()),
-            told: std::sync::Mutex::default(),
+            subscriber: std::sync::Mutex::default(),
         }
     }
 
@@ -245,14 +245,14 @@ impl Registry {
     }
 
     /// A serialized snapshot of the tokens.
-    pub(super) fn copy(&self) -> Vec<u8> {
-        copy::write(self.database.shown(), &self.entries())
+    pub(super) fn snapshot(&self) -> Vec<u8> {
+        copy::serialize(self.database.redacted_location(), &self.entries())
     }
 
     /// Publishes the valid tokens to `auth` now and after each change.
-    pub(super) fn publish_to(&self, auth: &Authenticator) {
-        *self.told.lock().unwrap_or_else(PoisonError::into_inner) = Some(auth.clone());
-        self.publish();
+    pub(super) fn subscribe_authenticator(&self, auth: &Authenticator) {
+        *self.subscriber.lock().unwrap_or_else(PoisonError::into_inner) = Some(auth.clone());
+        self.publish_grants();
     }
 
     /// The grant of each valid token.
@@ -265,24 +265,24 @@ impl Registry {
     /// The tokens that `operator` may see, the oldest first.
     pub(super) fn tokens(&self, operator: &Operator) -> Vec<ApiToken> {
         let entries = self.entries();
-        let visible = entries.iter().filter(|entry| operator.may_see(entry.token.kind));
+        let visible = entries.iter().filter(|entry| operator.can_see(entry.token.kind));
         visible.map(|entry| entry.token.clone()).collect()
     }
 
     /// One token that `operator` may see, by its id or its secret.
     pub(super) fn token(&self, operator: &Operator, identifier: &str) -> Option<ApiToken> {
         let entries = self.entries();
-        let found = named(&entries, identifier)?;
-        operator.may_see(found.token.kind).then(|| found.token.clone())
+        let found = find_by_identifier(&entries, identifier)?;
+        operator.can_see(found.token.kind).then(|| found.token.clone())
     }
 
     /// The id of a token, found by its id or its secret.
-    pub(super) fn id(&self, identifier: &str) -> Option<String> {
-        named(&self.entries(), identifier).map(|found| found.token.id.clone())
+    pub(super) fn token_id(&self, identifier: &str) -> Option<String> {
+        find_by_identifier(&self.entries(), identifier).map(|found| found.token.id.clone())
     }
 
     /// The name of a valid token.
-    pub(super) fn name(&self, digest: &TokenDigest) -> Option<String> {
+    pub(super) fn token_name(&self, digest: &TokenDigest) -> Option<String> {
         let (now, entries) = (Timestamp::now(), self.entries());
         let found = entries.iter().find(|entry| entry.digest == *digest);
         found.filter(|entry| entry.token.is_valid(now)).map(|entry| entry.token.name.clone())
@@ -299,13 +299,13 @@ impl Registry {
 
     /// Reads the tokens from the database, and publishes them if they have changed.
     pub(super) async fn reload(&self) -> Result<(), Error> {
-        let _change = self.change.lock().await;
+        let _change = self.change_lock.lock().await;
         let entries = load(&self.database).await?;
         if *self.entries() == entries {
             return Ok(());
         }
-        self.replace(entries);
-        self.publish();
+        self.replace_entries(entries);
+        self.publish_grants();
         Ok(())
     }
 
@@ -314,25 +314,25 @@ impl Registry {
         actor: &Actor,
         new: NewToken,
     ) -> Result<(Token, ApiToken), Error> {
-        actor.operator.may(Action::Create, new.kind)?;
-        new.check()?;
-        let secret = new.secret();
+        actor.operator.require_permission(TokenAction::Create, new.kind)?;
+        new.validate()?;
+        let secret = new.generate_secret();
         let token = ApiToken::new(new, &secret, actor.operator.name());
-        let _change = self.change.lock().await;
-        let mut transaction = self.database.write(Lane::Control).await?;
-        rights::require(&mut transaction, actor, Action::Create, token.kind).await?;
+        let _change = self.change_lock.lock().await;
+        let mut transaction = self.database.begin_write(WriteLock::Control).await?;
+        rights::require_permission(&mut transaction, actor, TokenAction::Create, token.kind).await?;
         let count: i64 =
             sqlx::query_scalar("SELECT COUNT(*) FROM tokens").fetch_one(&mut *transaction).await?;
         if usize::try_from(count).is_ok_and(|count| count >= self.limit) {
-            return Err(Error::Limit { what: "API tokens", limit: self.limit });
+            return Err(Error::LimitReached { what: "API tokens", limit: self.limit });
         }
         insert(&mut transaction, actor, &token, &secret).await?;
-        self.database.announce(&mut transaction).await?;
+        self.database.notify_token_change(&mut transaction).await?;
         transaction.commit().await?;
         let mut entries = self.entries().clone();
-        entries.push(Held { digest: secret.digest(), token: token.clone() });
-        self.replace(entries);
-        self.publish();
+        entries.push(RegisteredToken { digest: secret.digest(), token: token.clone() });
+        self.replace_entries(entries);
+        self.publish_grants();
         Ok((secret, token))
     }
 
@@ -346,22 +346,22 @@ impl Registry {
         identifier: &str,
         expires_at: Option<Timestamp>,
     ) -> Result<Option<ApiToken>, Error> {
-        let _change = self.change.lock().await;
-        let mut transaction = self.database.write(Lane::Control).await?;
+        let _change = self.change_lock.lock().await;
+        let mut transaction = self.database.begin_write(WriteLock::Control).await?;
         let Some(before) = find(&mut transaction, identifier).await? else { return Ok(None) };
         let kind = before.token.kind;
-        let operator = rights::current(&mut transaction, &actor.operator).await?;
-        operator.may(Action::Update, kind)?;
+        let operator = rights::current_operator(&mut transaction, &actor.operator).await?;
+        operator.require_permission(TokenAction::Update, kind)?;
         let mut after = before.clone();
-        after.token.expires_at = expires_at.map(|at| of_millis(at.as_millisecond()));
+        after.token.expires_at = expires_at.map(|at| timestamp_from_millis(at.as_millisecond()));
         let now = now();
         match (before.token.is_valid(now), after.token.is_valid(now)) {
             (true, false) => operator
-                .may(Action::Delete, kind)
-                .map_err(|missing| missing.to("end a token by an expiry in the past"))?,
+                .require_permission(TokenAction::Delete, kind)
+                .map_err(|missing| missing.with_purpose("end a token by an expiry in the past"))?,
             (false, true) => operator
-                .may(Action::Create, kind)
-                .map_err(|missing| missing.to("revive an expired token"))?,
+                .require_permission(TokenAction::Create, kind)
+                .map_err(|missing| missing.with_purpose("revive an expired token"))?,
             (true, true) | (false, false) => {}
         }
         sqlx::query("UPDATE tokens SET expires_at = $1 WHERE id = $2")
@@ -369,16 +369,16 @@ impl Registry {
             .bind(&after.token.id)
             .execute(&mut *transaction)
             .await?;
-        let (data, pre_data) = (Some(after.token.data()), Some(before.token.data()));
-        let entry = Entry { data, pre_data, ..after.token.entry() };
+        let (data, pre_data) = (Some(after.token.audit_data()), Some(before.token.audit_data()));
+        let entry = NewEvent { data, pre_data, ..after.token.audit_event() };
         audit::record(&mut transaction, actor, EventKind::TokenUpdated, entry).await?;
-        self.database.announce(&mut transaction).await?;
+        self.database.notify_token_change(&mut transaction).await?;
         transaction.commit().await?;
         let mut entries = self.entries().clone();
         entries.retain(|entry| entry.token.id != after.token.id);
         entries.push(after.clone());
-        self.replace(entries);
-        self.publish();
+        self.replace_entries(entries);
+        self.publish_grants();
         Ok(Some(after.token))
     }
 
@@ -387,32 +387,32 @@ impl Registry {
         actor: &Actor,
         identifier: &str,
     ) -> Result<Option<ApiToken>, Error> {
-        let _change = self.change.lock().await;
-        let mut transaction = self.database.write(Lane::Control).await?;
-        let Some(Held { token, .. }) = find(&mut transaction, identifier).await? else {
+        let _change = self.change_lock.lock().await;
+        let mut transaction = self.database.begin_write(WriteLock::Control).await?;
+        let Some(RegisteredToken { token, .. }) = find(&mut transaction, identifier).await? else {
             return Ok(None);
         };
-        rights::require(&mut transaction, actor, Action::Delete, token.kind).await?;
+        rights::require_permission(&mut transaction, actor, TokenAction::Delete, token.kind).await?;
         sqlx::query("DELETE FROM tokens WHERE id = $1")
             .bind(&token.id)
             .execute(&mut *transaction)
             .await?;
-        let entry = Entry { pre_data: Some(token.data()), ..token.entry() };
+        let entry = NewEvent { pre_data: Some(token.audit_data()), ..token.audit_event() };
         audit::record(&mut transaction, actor, EventKind::TokenDeleted, entry).await?;
-        self.database.announce(&mut transaction).await?;
+        self.database.notify_token_change(&mut transaction).await?;
         transaction.commit().await?;
         let mut entries = self.entries().clone();
         entries.retain(|entry| entry.token.id != token.id);
-        self.replace(entries);
-        self.publish();
+        self.replace_entries(entries);
+        self.publish_grants();
         Ok(Some(token))
     }
 
     /// Stores the current time as the last use of tokens, at most once a minute per token.
-    pub(super) async fn note_uses(&self, used: &HashSet<TokenDigest>) -> Result<(), Error> {
+    pub(super) async fn record_uses(&self, used: &HashSet<TokenDigest>) -> Result<(), Error> {
         let now = now();
-        let is_due = |entry: &&Held| {
-            let is_recent = entry.token.seen_at.is_some_and(|at| now.duration_since(at) < SEEN);
+        let is_due = |entry: &&RegisteredToken| {
+            let is_recent = entry.token.seen_at.is_some_and(|at| now.duration_since(at) < SEEN_AT_PRECISION);
             !is_recent && used.contains(&entry.digest)
         };
         let due: HashSet<TokenDigest> =
@@ -420,8 +420,8 @@ impl Registry {
         if due.is_empty() {
             return Ok(());
         }
-        let _change = self.change.lock().await;
-        let mut transaction = self.database.write(Lane::Control).await?;
+        let _change = self.change_lock.lock().await;
+        let mut transaction = self.database.begin_write(WriteLock::Control).await?;
         for digest in &due {
             sqlx::query("UPDATE tokens SET seen_at = $1 WHERE digest = $2")
                 .bind(now.as_millisecond())
@@ -434,65 +434,65 @@ impl Registry {
         for entry in entries.iter_mut().filter(|entry| due.contains(&entry.digest)) {
             entry.token.seen_at = Some(now);
         }
-        self.replace(entries);
+        self.replace_entries(entries);
         Ok(())
     }
 
-    fn entries(&self) -> RwLockReadGuard<'_, Vec<Held>> {
+    fn entries(&self) -> RwLockReadGuard<'_, Vec<RegisteredToken>> {
         self.entries.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn replace(&self, mut entries: Vec<Held>) {
-        sort(&mut entries);
+    fn replace_entries(&self, mut entries: Vec<RegisteredToken>) {
+        sort_by_creation(&mut entries);
         *self.entries.write().unwrap_or_else(PoisonError::into_inner) = entries;
         self.changed.send_replace(());
     }
 
     /// Publishes the valid tokens, after a change and when a token has expired.
-    pub(super) fn publish(&self) {
-        if let Some(auth) = &*self.told.lock().unwrap_or_else(PoisonError::into_inner) {
-            auth.set_given(self.grants());
+    pub(super) fn publish_grants(&self) {
+        if let Some(auth) = &*self.subscriber.lock().unwrap_or_else(PoisonError::into_inner) {
+            auth.set_static_tokens(self.grants());
         }
     }
 }
 
 /// The token with this id or this secret.
-fn named<'a>(entries: &'a [Held], identifier: &str) -> Option<&'a Held> {
+fn find_by_identifier<'a>(entries: &'a [RegisteredToken], identifier: &str) -> Option<&'a RegisteredToken> {
     let digest = TokenDigest::of(identifier);
     entries.iter().find(|it| it.token.id == identifier || it.digest == digest)
 }
 
-fn sort(entries: &mut [Held]) {
+fn sort_by_creation(entries: &mut [RegisteredToken]) {
     entries.sort_by(|one, other| {
-        let key = |entry: &Held| (entry.token.created_at, entry.token.id.clone());
+        let key = |entry: &RegisteredToken| (entry.token.created_at, entry.token.id.clone());
         key(one).cmp(&key(other))
     });
 }
 
-async fn load(database: &Database) -> Result<Vec<Held>, Error> {
+async fn load(database: &Database) -> Result<Vec<RegisteredToken>, Error> {
     let begun = Instant::now();
     let mut connection = database.connection().await?;
     let rows = sqlx::query("SELECT * FROM tokens").fetch_all(&mut *connection).await?;
     drop(connection);
     database.health().record_reload(begun);
-    let mut entries: Vec<Held> =
-        rows.iter().filter_map(|row| read(row).transpose()).collect::<Result<_, _>>()?;
-    sort(&mut entries);
+    let mut entries: Vec<RegisteredToken> =
+        rows.iter().filter_map(|row| read_token(row).transpose()).collect::<Result<_, _>>()?;
+    sort_by_creation(&mut entries);
     Ok(entries)
 }
 
-async fn find(transaction: &mut Connection, identifier: &str) -> Result<Option<Held>, Error> {
+async fn find(transaction: &mut Connection, identifier: &str) -> Result<Option<RegisteredToken>, Error> {
     let row = sqlx::query("SELECT * FROM tokens WHERE id = $1 OR digest = $2")
         .bind(identifier)
         .bind(TokenDigest::of(identifier).to_hex())
         .fetch_optional(transaction)
         .await?;
-    Ok(row.as_ref().map(read).transpose()?.flatten())
+    Ok(row.as_ref().map(read_token).transpose()?.flatten())
 }
 
 /// The token in a row; `None` if its kind is known to later versions only.
-fn read(row: &AnyRow) -> Result<Option<Held>, sqlx::Error> {
-    let time = |millis: Option<i64>| millis.map(of_millis);
+fn read_token(row: &AnyRow) -> Result<Option<RegisteredToken>, sqlx::Error> {
+    let time = |millis: Option<i64>| millis.map(timestamp_from_millis);
     let kind = TokenKind::parse(row.try_get("kind")?);
     let digest = TokenDigest::from_hex(row.try_get("digest")?);
     let projects: Vec<String> = serde_json::from_str(row.try_get("projects")?).unwrap_or_default();
@@ -504,12 +504,12 @@ fn read(row: &AnyRow) -> Result<Option<Held>, sqlx::Error> {
         environment: Environment::new(row.try_get("environment")?),
         projects: Projects::from_list(projects.iter().map(String::as_str)),
         expires_at: time(row.try_get("expires_at")?),
-        created_at: of_millis(row.try_get("created_at")?),
+        created_at: timestamp_from_millis(row.try_get("created_at")?),
         created_by: row.try_get("created_by")?,
         seen_at: time(row.try_get("seen_at")?),
         masked: row.try_get::<String, _>("masked")?.into(),
     };
-    Ok(Some(Held { digest, token }))
+    Ok(Some(RegisteredToken { digest, token }))
 }
 
 /// Whether the database contains no token.
@@ -556,6 +556,6 @@ pub(super) async fn insert(
     .bind(&token.created_by)
     .execute(&mut *transaction)
     .await?;
-    let entry = Entry { data: Some(token.data()), ..token.entry() };
+    let entry = NewEvent { data: Some(token.audit_data()), ..token.audit_event() };
     audit::record(transaction, actor, EventKind::TokenCreated, entry).await
 }

@@ -8,7 +8,7 @@ use super::{
     accounts,
     database::{Connection, now},
     error::Error,
-    permission::{Action, Actor, Missing, Operator},
+    permission::{TokenAction, Actor, MissingPermission, Operator},
 };
 use crate::token::TokenKind;
 
@@ -17,26 +17,26 @@ pub(super) async fn require_admin(
     transaction: &mut Connection,
     actor: &Actor,
 ) -> Result<(), Error> {
-    Ok(current(transaction, &actor.operator).await?.require_admin()?)
+    Ok(current_operator(transaction, &actor.operator).await?.require_admin()?)
 }
 
 /// Fails unless `actor` currently has the permission for `action` on tokens of `kind`.
-pub(super) async fn require(
+pub(super) async fn require_permission(
     transaction: &mut Connection,
     actor: &Actor,
-    action: Action,
+    action: TokenAction,
     kind: TokenKind,
 ) -> Result<(), Error> {
-    Ok(current(transaction, &actor.operator).await?.may(action, kind)?)
+    Ok(current_operator(transaction, &actor.operator).await?.require_permission(action, kind)?)
 }
 
 /// The operator with its current permissions. Fails if its account, session or token no longer exists.
-pub(super) async fn current(
+pub(super) async fn current_operator(
     transaction: &mut Connection,
     operator: &Operator,
 ) -> Result<Operator, Error> {
     match operator {
-        Operator::Account { id, session, .. } => {
+        Operator::Account { account_id: id, session, .. } => {
             session.require_open(transaction, *id).await?;
             let account = accounts::find(transaction, *id).await?.ok_or(Error::SessionEnded)?;
             Ok(account.operator(session.clone()))
@@ -51,8 +51,8 @@ pub(super) async fn current(
             .bind(now().as_millisecond())
             .fetch_optional(transaction)
             .await?;
-            valid.map(|_| operator.clone()).ok_or(Error::Missing(Missing::ADMIN))
+            valid.map(|_| operator.clone()).ok_or(Error::MissingPermission(MissingPermission::ADMIN))
         }
-        Operator::Upstream { .. } | Operator::Shell => Ok(operator.clone()),
+        Operator::Upstream { .. } | Operator::CommandLine => Ok(operator.clone()),
     }
 }

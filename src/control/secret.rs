@@ -12,20 +12,20 @@ use zeroize::Zeroizing;
 use crate::token::TokenDigest;
 
 /// The number of random bytes in the selector.
-const SELECTOR: usize = 16;
+const SELECTOR_BYTES: usize = 16;
 /// The number of random bytes in the verifier, 256 bits.
-const VERIFIER: usize = 32;
+const VERIFIER_BYTES: usize = 32;
 /// The length of an encoded selector.
-const SELECTOR_LETTERS: usize = 22;
+const SELECTOR_LEN: usize = 22;
 
 /// The value of a cookie: wiped when dropped, and never printed.
 #[derive(Clone)]
-pub struct Secret(Zeroizing<String>);
+pub struct CookieSecret(Zeroizing<String>);
 
-impl Secret {
+impl CookieSecret {
     /// Generates a random secret.
     pub(super) fn generate() -> Self {
-        Self(Zeroizing::new(format!("{}.{}", *random::<SELECTOR>(), *random::<VERIFIER>())))
+        Self(Zeroizing::new(format!("{}.{}", *random_base64url::<SELECTOR_BYTES>(), *random_base64url::<VERIFIER_BYTES>())))
     }
 
     /// The plaintext, for the cookie.
@@ -34,12 +34,12 @@ impl Secret {
     }
 
     /// The stored form.
-    pub(super) fn kept(&self) -> Kept {
-        Kept::of(&self.0).expect("a generated secret has the form of one")
+    pub(super) fn hash(&self) -> SecretHash {
+        SecretHash::parse(&self.0).expect("a generated secret has the form of one")
     }
 }
 
-impl fmt::Debug for Secret {
+impl fmt::Debug for CookieSecret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Secret(..)")
     }
@@ -47,18 +47,18 @@ impl fmt::Debug for Secret {
 
 /// The stored form of a secret.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
-pub(super) struct Kept {
+pub(super) struct SecretHash {
     /// The key for lookup.
     pub(super) selector: String,
     /// The digest of the whole secret, 64 hexadecimal digits.
     pub(super) digest: String,
 }
 
-impl Kept {
+impl SecretHash {
     /// The hash of the secret in a cookie; `None` if the text is malformed.
-    pub(super) fn of(cookie: &str) -> Option<Self> {
-        const LEN: usize = SELECTOR_LETTERS + 1 + 43;
-        let (selector, verifier) = cookie.split_at_checked(SELECTOR_LETTERS)?;
+    pub(super) fn parse(cookie: &str) -> Option<Self> {
+        const LEN: usize = SELECTOR_LEN + 1 + 43;
+        let (selector, verifier) = cookie.split_at_checked(SELECTOR_LEN)?;
         let is_letter = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
         let verifier = verifier.strip_prefix('.')?;
         let shape = cookie.len() == LEN && selector.bytes().chain(verifier.bytes()).all(is_letter);
@@ -67,13 +67,13 @@ impl Kept {
     }
 
     /// Whether `digest` equals this one, compared in constant time.
-    pub(super) fn proves(&self, digest: &str) -> bool {
+    pub(super) fn matches(&self, digest: &str) -> bool {
         self.digest.as_bytes().ct_eq(digest.as_bytes()).into()
     }
 }
 
 /// `N` random bytes, as base64url.
-pub(super) fn random<const N: usize>() -> Zeroizing<String> {
+pub(super) fn random_base64url<const N: usize>() -> Zeroizing<String> {
     let mut bytes = Zeroizing::new([0_u8; N]);
     rand::rng().fill_bytes(&mut *bytes);
     Zeroizing::new(base64url(&*bytes))
@@ -90,18 +90,18 @@ mod tests {
 
     #[test]
     fn a_secret_hash_matches_its_own_digest_only() {
-        let secret = Secret::generate();
-        let hash = Kept::of(secret.expose()).unwrap();
+        let secret = CookieSecret::generate();
+        let hash = SecretHash::parse(secret.expose()).unwrap();
         assert!(secret.expose().starts_with(&hash.selector));
         assert!(!format!("{hash:?} {secret:?}").contains(secret.expose()));
-        assert!(hash.proves(&hash.digest));
+        assert!(hash.matches(&hash.digest));
         let mut other = secret.expose().to_owned();
         other.replace_range(64.., if other.ends_with('A') { "B" } else { "A" });
         let other =
-            Kept::of(&format!("{}{}", &secret.expose()[..64], &other[64..])).unwrap_or(hash);
-        assert!(!other.proves(&secret.kept().digest) || other.digest == secret.kept().digest);
+            SecretHash::parse(&format!("{}{}", &secret.expose()[..64], &other[64..])).unwrap_or(hash);
+        assert!(!other.matches(&secret.hash().digest) || other.digest == secret.hash().digest);
         for text in ["", "x", &"a".repeat(66), &"ä".repeat(33)] {
-            assert_eq!(Kept::of(text), None, "{text}");
+            assert_eq!(SecretHash::parse(text), None, "{text}");
         }
     }
 }

@@ -16,13 +16,13 @@ use tracing::warn;
 
 use super::{
     accounts::{self, Account},
-    audit::{self, Entry, EventKind},
-    database::{Connection, Database, Lane, now, of_millis},
+    audit::{self, NewEvent, EventKind},
+    database::{Connection, Database, WriteLock, now, timestamp_from_millis},
     error::Error,
     password::{Hasher, Password},
     permission::{Actor, Operator},
-    refusals::{Reason, Refusals},
-    secret::{Kept, Secret},
+    refusals::{SignInFailure, DenialLog},
+    secret::{SecretHash, CookieSecret},
 };
 use crate::{
     telemetry::error_chain,
@@ -30,28 +30,28 @@ use crate::{
 };
 
 /// Sign-in attempts from one address.
-const BY_ADDRESS: Rate = Rate { burst: 20, interval: Duration::from_secs(3) };
+const ADDRESS_RATE: Rate = Rate { burst: 20, interval: Duration::from_secs(3) };
 /// Sign-in attempts from one address on one account: the limit of a single attacker.
-const BY_PAIR: Rate = Rate { burst: 5, interval: Duration::from_secs(15) };
+const ADDRESS_AND_ACCOUNT_RATE: Rate = Rate { burst: 5, interval: Duration::from_secs(15) };
 /// Sign-in attempts from all addresses on one account: more than the limit of a single attacker, so that
 /// one attacker cannot lock the owner out.
-const BY_ACCOUNT: Rate = Rate { burst: 100, interval: Duration::from_secs(10) };
+const ACCOUNT_RATE: Rate = Rate { burst: 100, interval: Duration::from_secs(10) };
 /// Sign-in attempts from one known browser, independent of all others.
-const BY_DEVICE: Rate = Rate { burst: 10, interval: Duration::from_secs(10) };
+const DEVICE_RATE: Rate = Rate { burst: 10, interval: Duration::from_secs(10) };
 /// Attempts to change one's own password.
-const OWN_PASSWORD: Rate = Rate { burst: 5, interval: Duration::from_mins(1) };
+const OWN_PASSWORD_RATE: Rate = Rate { burst: 5, interval: Duration::from_mins(1) };
 /// Requests from one address with a cookie without a session.
-const STRANGERS: Rate = Rate { burst: 50, interval: Duration::from_secs(1) };
+const INVALID_COOKIE_RATE: Rate = Rate { burst: 50, interval: Duration::from_secs(1) };
 
 /// The precision of the last use of a session; a quarter of the idle timeout if that is less.
-const TOUCH: SignedDuration = SignedDuration::from_mins(1);
+const SEEN_AT_PRECISION: SignedDuration = SignedDuration::from_mins(1);
 /// The maximum number of sessions, and separately of known browsers, per account. The oldest are
 /// deleted.
-const PER_ACCOUNT: i64 = 20;
+const MAX_PER_ACCOUNT: i64 = 20;
 
 /// An attempt to sign in.
 #[derive(Clone, Copy, Debug)]
-pub struct SignIn<'a> {
+pub struct SignInAttempt<'a> {
     /// The username.
     pub username: &'a str,
     /// The password to check.
@@ -66,10 +66,10 @@ pub struct SignIn<'a> {
 #[derive(Clone, Debug)]
 pub struct SignedIn {
     /// The value of the session cookie.
-    pub session: Secret,
+    pub session: CookieSecret,
     /// The value of the device cookie, which gives later sign-ins from this browser their own rate
     /// limit.
-    pub device: Secret,
+    pub device: CookieSecret,
     /// The account of the session.
     pub account: Account,
 }
@@ -93,7 +93,7 @@ impl Session {
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct SessionRef {
     selector: String,
-    limits: Limits,
+    limits: SessionLimits,
 }
 
 impl SessionRef {
@@ -114,7 +114,7 @@ impl SessionRef {
             .fetch_optional(transaction)
             .await?;
         match row {
-            Some(row) if !self.limits.exceeded_by(&row)? => Ok(()),
+            Some(row) if !self.limits.is_exceeded_by(&row)? => Ok(()),
             _ => Err(Error::SessionEnded),
         }
     }
@@ -122,25 +122,25 @@ impl SessionRef {
     /// A reference to no session.
     #[cfg(test)]
     pub(super) fn example() -> Self {
-        let limits = Limits { idle: SignedDuration::MAX, lifetime: SignedDuration::MAX };
+        let limits = SessionLimits { idle: SignedDuration::MAX, lifetime: SignedDuration::MAX };
         Self { selector: String::new(), limits }
     }
 }
 
 /// The timeouts of sessions.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-struct Limits {
+struct SessionLimits {
     /// The time after the last request.
     idle: SignedDuration,
     /// The time after the sign-in.
     lifetime: SignedDuration,
 }
 
-impl Limits {
+impl SessionLimits {
     /// Whether the session in a row has ended.
-    fn exceeded_by(self, row: &AnyRow) -> Result<bool, sqlx::Error> {
+    fn is_exceeded_by(self, row: &AnyRow) -> Result<bool, sqlx::Error> {
         let age = |column| -> Result<_, sqlx::Error> {
-            Ok(now().duration_since(of_millis(row.try_get(column)?)))
+            Ok(now().duration_since(timestamp_from_millis(row.try_get(column)?)))
         };
         Ok(age("seen_at")? > self.idle || age("created_at")? > self.lifetime)
     }
@@ -148,11 +148,11 @@ impl Limits {
 
 /// The cause of a request from a browser.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Cause {
+pub enum Activity {
     /// An action of the user, which extends the session.
-    Person,
+    Interactive,
     /// Polling by an open page, which does not extend the session.
-    Page,
+    Background,
 }
 
 /// The sessions, and the rate limits of sign-ins.
@@ -160,30 +160,30 @@ pub enum Cause {
 pub(super) struct Sessions {
     database: Database,
     hasher: Hasher,
-    limits: Limits,
+    limits: SessionLimits,
     by_address: KeyedRateLimiter<IpAddr>,
-    by_pair: KeyedRateLimiter<(IpAddr, u64)>,
+    by_address_and_account: KeyedRateLimiter<(IpAddr, u64)>,
     by_account: KeyedRateLimiter<u64>,
     by_device: KeyedRateLimiter<String>,
     own_password: KeyedRateLimiter<i64>,
-    strangers: KeyedRateLimiter<IpAddr>,
+    invalid_cookies: KeyedRateLimiter<IpAddr>,
     /// Hashes usernames to keys of a fixed size for the rate limiters.
-    names: RandomState,
+    username_hasher: RandomState,
 }
 
 /// The outcome of a sign-in attempt that could be checked.
-enum Judged<'a> {
-    Right(SignedIn),
+enum SignInOutcome<'a> {
+    Success(SignedIn),
     /// The password is wrong, or there is no such account, in which case `username` is `None`.
-    Wrong {
+    WrongPassword {
         username: Option<&'a str>,
     },
 }
 
 /// The rate limit permits that an attempt has acquired.
-enum Paid {
-    Known { selector: String },
-    Stranger { from: IpAddr, name: u64 },
+enum AcquiredPermits {
+    KnownDevice { selector: String },
+    UnknownDevice { from: IpAddr, name: u64 },
 }
 
 impl Sessions {
@@ -198,91 +198,91 @@ impl Sessions {
         Self {
             database,
             hasher,
-            limits: Limits { idle: span(idle), lifetime: span(lifetime) },
-            by_address: KeyedRateLimiter::new(BY_ADDRESS),
-            by_pair: KeyedRateLimiter::new(BY_PAIR),
-            by_account: KeyedRateLimiter::new(BY_ACCOUNT),
-            by_device: KeyedRateLimiter::new(BY_DEVICE),
-            own_password: KeyedRateLimiter::new(OWN_PASSWORD),
-            strangers: KeyedRateLimiter::new(STRANGERS),
-            names: RandomState::new(),
+            limits: SessionLimits { idle: span(idle), lifetime: span(lifetime) },
+            by_address: KeyedRateLimiter::new(ADDRESS_RATE),
+            by_address_and_account: KeyedRateLimiter::new(ADDRESS_AND_ACCOUNT_RATE),
+            by_account: KeyedRateLimiter::new(ACCOUNT_RATE),
+            by_device: KeyedRateLimiter::new(DEVICE_RATE),
+            own_password: KeyedRateLimiter::new(OWN_PASSWORD_RATE),
+            invalid_cookies: KeyedRateLimiter::new(INVALID_COOKIE_RATE),
+            username_hasher: RandomState::new(),
         }
     }
 
     /// Checks a password and begins a session.
     pub(super) async fn sign_in(
         &self,
-        attempt: SignIn<'_>,
-        refusals: &Refusals,
+        attempt: SignInAttempt<'_>,
+        refusals: &DenialLog,
     ) -> Result<SignedIn, Error> {
-        let device = self.device(attempt).await?;
-        let paid = match self.pay(attempt, device) {
+        let device = self.known_device(attempt).await?;
+        let paid = match self.acquire(attempt, device) {
             Ok(paid) => paid,
             Err(wait) => {
-                refusals.sign_in(None, attempt.address, Reason::Throttled).await;
-                return Err(Error::Throttled(wait));
+                refusals.record_sign_in(None, attempt.address, SignInFailure::Throttled).await;
+                return Err(Error::RateLimited(wait));
             }
         };
-        let judged = self.judge(attempt).await;
+        let judged = self.check_password(attempt).await;
         // Only a wrong guess counts: neither a correct password nor a failure of the database does.
-        if !matches!(judged, Ok(Judged::Wrong { .. })) {
-            self.pay_back(&paid);
+        if !matches!(judged, Ok(SignInOutcome::WrongPassword { .. })) {
+            self.refund(&paid);
         }
         match judged? {
-            Judged::Right(signed_in) => Ok(signed_in),
-            Judged::Wrong { username } => {
-                refusals.sign_in(username, attempt.address, Reason::WrongPassword).await;
+            SignInOutcome::Success(signed_in) => Ok(signed_in),
+            SignInOutcome::WrongPassword { username } => {
+                refusals.record_sign_in(username, attempt.address, SignInFailure::WrongPassword).await;
                 Err(Error::WrongPassword)
             }
         }
     }
 
-    async fn judge<'a>(&self, attempt: SignIn<'a>) -> Result<Judged<'a>, Error> {
+    async fn check_password<'a>(&self, attempt: SignInAttempt<'a>) -> Result<SignInOutcome<'a>, Error> {
         let found = accounts::credentials(&self.database, attempt.username).await?;
         let hash = found.as_ref().map(|(_, hash)| hash.as_str());
         let matches = self.hasher.verify(attempt.password, hash).await?;
         if let Some((id, hash)) = found.as_ref().filter(|_| matches)
-            && let Some(signed_in) = self.begin(*id, hash, attempt.address).await?
+            && let Some(signed_in) = self.create_session(*id, hash, attempt.address).await?
         {
-            return Ok(Judged::Right(signed_in));
+            return Ok(SignInOutcome::Success(signed_in));
         }
-        Ok(Judged::Wrong { username: found.map(|_| attempt.username.trim()) })
+        Ok(SignInOutcome::WrongPassword { username: found.map(|_| attempt.username.trim()) })
     }
 
     /// Acquires the permits for an attempt; fails with the time to wait.
-    fn pay(&self, attempt: SignIn<'_>, device: Option<Kept>) -> Result<Paid, Duration> {
-        if let Some(Kept { selector, .. }) = device {
+    fn acquire(&self, attempt: SignInAttempt<'_>, device: Option<SecretHash>) -> Result<AcquiredPermits, Duration> {
+        if let Some(SecretHash { selector, .. }) = device {
             self.by_device.acquire(&selector)?;
-            return Ok(Paid::Known { selector });
+            return Ok(AcquiredPermits::KnownDevice { selector });
         }
         let from = client_network(attempt.address);
-        let name = self.names.hash_one(accounts::key_of(attempt.username));
+        let name = self.username_hasher.hash_one(accounts::username_key(attempt.username));
         self.by_address.acquire(&from)?;
         let pair = (from, name);
-        self.by_pair.acquire(&pair).inspect_err(|_| self.by_address.refund(&from))?;
+        self.by_address_and_account.acquire(&pair).inspect_err(|_| self.by_address.refund(&from))?;
         self.by_account.acquire(&name).inspect_err(|_| {
             self.by_address.refund(&from);
-            self.by_pair.refund(&pair);
+            self.by_address_and_account.refund(&pair);
         })?;
-        Ok(Paid::Stranger { from, name })
+        Ok(AcquiredPermits::UnknownDevice { from, name })
     }
 
-    fn pay_back(&self, paid: &Paid) {
+    fn refund(&self, paid: &AcquiredPermits) {
         match paid {
-            Paid::Known { selector } => self.by_device.refund(selector),
-            Paid::Stranger { from, name } => {
+            AcquiredPermits::KnownDevice { selector } => self.by_device.refund(selector),
+            AcquiredPermits::UnknownDevice { from, name } => {
                 self.by_address.refund(from);
-                self.by_pair.refund(&(*from, *name));
+                self.by_address_and_account.refund(&(*from, *name));
                 self.by_account.refund(name);
             }
         }
     }
 
     /// Begins a session, unless the password was changed since its `hash` was read.
-    async fn begin(&self, id: i64, hash: &str, address: IpAddr) -> Result<Option<SignedIn>, Error> {
-        let (session, device) = (Secret::generate(), Secret::generate());
+    async fn create_session(&self, id: i64, hash: &str, address: IpAddr) -> Result<Option<SignedIn>, Error> {
+        let (session, device) = (CookieSecret::generate(), CookieSecret::generate());
         let now = now().as_millisecond();
-        let mut transaction = self.database.write(Lane::Control).await?;
+        let mut transaction = self.database.begin_write(WriteLock::Control).await?;
         let update =
             sqlx::query("UPDATE accounts SET seen_at = $1 WHERE id = $2 AND password = $3");
         let update = update.bind(now).bind(id).bind(hash).execute(&mut *transaction).await?;
@@ -290,7 +290,7 @@ impl Sessions {
             return Ok(None);
         }
         let Some(account) = accounts::find(&mut transaction, id).await? else { return Ok(None) };
-        let kept = session.kept();
+        let kept = session.hash();
         sqlx::query(
             "INSERT INTO sessions (selector, digest, account_id, created_at, seen_at) \
              VALUES ($1, $2, $3, $4, $4)",
@@ -301,7 +301,7 @@ impl Sessions {
         .bind(now)
         .execute(&mut *transaction)
         .await?;
-        let kept = device.kept();
+        let kept = device.hash();
         sqlx::query(
             "INSERT INTO devices (selector, digest, account_id, created_at) \
              VALUES ($1, $2, $3, $4)",
@@ -320,12 +320,12 @@ impl Sessions {
         ] {
             sqlx::query(delete_oldest)
                 .bind(id)
-                .bind(PER_ACCOUNT)
+                .bind(MAX_PER_ACCOUNT)
                 .execute(&mut *transaction)
                 .await?;
         }
         let author = account.author(address);
-        audit::record_by(&mut transaction, &author, EventKind::UserSignedIn, Entry::default())
+        audit::record_by(&mut transaction, &author, EventKind::UserSignedIn, NewEvent::default())
             .await?;
         transaction.commit().await?;
         Ok(Some(SignedIn { session, device, account }))
@@ -336,27 +336,27 @@ impl Sessions {
         &self,
         cookie: &str,
         address: IpAddr,
-        cause: Cause,
+        cause: Activity,
     ) -> Result<Option<Session>, Error> {
-        if let Some(kept) = Kept::of(cookie)
-            && let Some(session) = self.open_session(kept, cause).await?
+        if let Some(kept) = SecretHash::parse(cookie)
+            && let Some(session) = self.find_open(kept, cause).await?
         {
             return Ok(Some(session));
         }
-        self.strangers.acquire(&client_network(address)).map_err(Error::Throttled)?;
+        self.invalid_cookies.acquire(&client_network(address)).map_err(Error::RateLimited)?;
         Ok(None)
     }
 
-    async fn open_session(&self, kept: Kept, cause: Cause) -> Result<Option<Session>, Error> {
+    async fn find_open(&self, kept: SecretHash, cause: Activity) -> Result<Option<Session>, Error> {
         let mut connection = self.database.connection().await?;
         let row = sqlx::query("SELECT * FROM sessions WHERE selector = $1").bind(&kept.selector);
         let Some(row) = row.fetch_optional(&mut *connection).await? else { return Ok(None) };
         let limits = self.limits;
-        if limits.exceeded_by(&row)? || !kept.proves(row.try_get("digest")?) {
+        if limits.is_exceeded_by(&row)? || !kept.matches(row.try_get("digest")?) {
             return Ok(None);
         }
-        let (now, seen) = (now(), of_millis(row.try_get("seen_at")?));
-        if cause == Cause::Person && now.duration_since(seen) >= TOUCH.min(limits.idle / 4) {
+        let (now, seen) = (now(), timestamp_from_millis(row.try_get("seen_at")?));
+        if cause == Activity::Interactive && now.duration_since(seen) >= SEEN_AT_PRECISION.min(limits.idle / 4) {
             let touch = sqlx::query("UPDATE sessions SET seen_at = $1 WHERE selector = $2");
             let touch = touch.bind(now.as_millisecond()).bind(&kept.selector);
             // A full disk must not prevent reading.
@@ -371,13 +371,13 @@ impl Sessions {
 
     /// Ends the session of a cookie, if there is one.
     pub(super) async fn sign_out(&self, cookie: &str, address: IpAddr) -> Result<(), Error> {
-        let Some(kept) = Kept::of(cookie) else { return Ok(()) };
-        let Some(session) = self.open_session(kept, Cause::Person).await? else { return Ok(()) };
-        let mut transaction = self.database.write(Lane::Control).await?;
+        let Some(kept) = SecretHash::parse(cookie) else { return Ok(()) };
+        let Some(session) = self.find_open(kept, Activity::Interactive).await? else { return Ok(()) };
+        let mut transaction = self.database.begin_write(WriteLock::Control).await?;
         let delete = sqlx::query("DELETE FROM sessions WHERE selector = $1");
         delete.bind(session.reference.selector()).execute(&mut *transaction).await?;
         let author = session.account.author(address);
-        audit::record_by(&mut transaction, &author, EventKind::UserSignedOut, Entry::default())
+        audit::record_by(&mut transaction, &author, EventKind::UserSignedOut, NewEvent::default())
             .await?;
         transaction.commit().await?;
         Ok(())
@@ -404,11 +404,11 @@ impl Sessions {
         current: &Password,
         new: &Password,
     ) -> Result<(), Error> {
-        let Operator::Account { id, ref session, .. } = actor.operator else {
+        let Operator::Account { account_id: id, ref session, .. } = actor.operator else {
             return Err(Error::WrongPassword);
         };
-        self.own_password.acquire(&id).map_err(Error::Throttled)?;
-        let changed = self.replace_own(actor, (id, session), current, new).await;
+        self.own_password.acquire(&id).map_err(Error::RateLimited)?;
+        let changed = self.replace_own_password(actor, (id, session), current, new).await;
         // As for sign-ins: only a wrong guess counts.
         if !matches!(changed, Err(Error::WrongPassword)) {
             self.own_password.refund(&id);
@@ -416,14 +416,14 @@ impl Sessions {
         changed
     }
 
-    async fn replace_own(
+    async fn replace_own_password(
         &self,
         actor: &Actor,
         (id, session): (i64, &SessionRef),
         current: &Password,
         new: &Password,
     ) -> Result<(), Error> {
-        let compared = self.verify_own(id, current).await?;
+        let compared = self.verify_own_password(id, current).await?;
         let hash = self.hasher.hash(new).await?;
         // If an admin has set another password since the comparison, that one stays.
         let own = (id, session);
@@ -432,23 +432,23 @@ impl Sessions {
     }
 
     /// The password hash of account `id`. Fails unless it matches `password`.
-    async fn verify_own(&self, id: i64, password: &Password) -> Result<String, Error> {
-        let hash = accounts::hash_of(&self.database, id).await?;
+    async fn verify_own_password(&self, id: i64, password: &Password) -> Result<String, Error> {
+        let hash = accounts::password_hash(&self.database, id).await?;
         let matches = self.hasher.verify(password, hash.as_deref()).await?;
         hash.filter(|_| matches).ok_or(Error::WrongPassword)
     }
 
     /// The hash of an attempt's device cookie, if the browser is known for the account.
-    async fn device(&self, attempt: SignIn<'_>) -> Result<Option<Kept>, Error> {
-        let Some(kept) = attempt.device.and_then(Kept::of) else { return Ok(None) };
+    async fn known_device(&self, attempt: SignInAttempt<'_>) -> Result<Option<SecretHash>, Error> {
+        let Some(kept) = attempt.device.and_then(SecretHash::parse) else { return Ok(None) };
         let digest: Option<String> = sqlx::query_scalar(
             "SELECT devices.digest FROM devices JOIN accounts ON accounts.id = devices.account_id \
              WHERE selector = $1 AND username_key = $2",
         )
         .bind(&kept.selector)
-        .bind(accounts::key_of(attempt.username))
+        .bind(accounts::username_key(attempt.username))
         .fetch_optional(&mut *self.database.connection().await?)
         .await?;
-        Ok(digest.is_some_and(|digest| kept.proves(&digest)).then_some(kept))
+        Ok(digest.is_some_and(|digest| kept.matches(&digest)).then_some(kept))
     }
 }

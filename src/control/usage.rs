@@ -11,7 +11,7 @@ use jiff::{SignedDuration, Timestamp};
 use sqlx::Row as _;
 
 use super::{
-    database::{Connection, Database, Lane, now, of_count, of_millis},
+    database::{Connection, Database, WriteLock, now, unsigned_count, timestamp_from_millis},
     error::Error,
 };
 use crate::{
@@ -21,15 +21,15 @@ use crate::{
     wire::usage::{ClientApplication, BulkReport, BulkMetric},
 };
 
-const HOUR: i64 = 3_600_000;
+const HOUR_MILLIS: i64 = 3_600_000;
 /// The maximum count: the largest integer that JavaScript represents exactly.
 const MAX_COUNT: i64 = (1 << 53) - 1;
 /// The maximum length of a name, in bytes.
-const MAX_TEXT: usize = 255;
+const MAX_NAME_LEN: usize = 255;
 /// The maximum number of rows for flags, and separately for variants.
-const MAX_KEPT: i64 = 1_000_000;
+const MAX_STORED_ROWS: i64 = 1_000_000;
 /// The maximum number of these rows for flags, or variants, that are not configured.
-const MAX_UNKNOWN: i64 = 10_000;
+const MAX_UNKNOWN_ROWS: i64 = 10_000;
 /// The maximum number of applications.
 const MAX_APPLICATIONS: i64 = 5000;
 /// The maximum number of environments, SDKs, strategies and instances of all applications together.
@@ -37,11 +37,11 @@ const MAX_TRAITS: i64 = 100_000;
 /// The maximum number of batch ids that are remembered for deduplication, and for how long: as long as a
 /// batch that one instance left behind may wait for the next instance.
 const MAX_BATCHES: i64 = 200_000;
-const REMEMBER_BATCHES: SignedDuration = SignedDuration::from_hours(30 * 24);
+const BATCH_RETENTION: SignedDuration = SignedDuration::from_hours(30 * 24);
 /// The maximum number of rows of a query.
-const MAX_ROWS: i64 = 50_000;
+const MAX_QUERY_ROWS: i64 = 50_000;
 /// An instance counts as active for this time after it was last seen.
-const GONE_AFTER: SignedDuration = SignedDuration::from_hours(24);
+const INSTANCE_ACTIVE_FOR: SignedDuration = SignedDuration::from_hours(24);
 
 /// An application that uses flags.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -91,7 +91,7 @@ pub(super) async fn store(
     delivery: &Delivery,
 ) -> Result<bool, Error> {
     let Ok(bulk) = BulkReport::parse(&delivery.body) else { return Ok(false) };
-    let mut transaction = database.write(Lane::Usage).await?;
+    let mut transaction = database.begin_write(WriteLock::Usage).await?;
     let mark = sqlx::query(
         "INSERT INTO usage_batches (id, stored_at) VALUES ($1, $2) ON CONFLICT DO NOTHING",
     );
@@ -99,14 +99,14 @@ pub(super) async fn store(
     if mark.execute(&mut *transaction).await?.rows_affected() == 0 {
         return Ok(true);
     }
-    let mut seen = Seen::default();
+    let mut seen = ReportedApplications::default();
     for application in &bulk.applications {
-        seen.application(application);
+        seen.add_application(application);
     }
     for metric in &bulk.metrics {
         let snapshot = snapshots.load(&Environment::new(&metric.environment));
         store_metric(&mut transaction, metric, snapshot.as_deref()).await?;
-        seen.metric(metric);
+        seen.add_metric(metric);
     }
     seen.store(&mut transaction).await?;
     transaction.commit().await?;
@@ -118,7 +118,7 @@ async fn store_metric(
     metric: &BulkMetric,
     snapshot: Option<&Snapshot>,
 ) -> Result<(), Error> {
-    let hour = metric.timestamp.as_millisecond().div_euclid(HOUR) * HOUR;
+    let hour = metric.timestamp.as_millisecond().div_euclid(HOUR_MILLIS) * HOUR_MILLIS;
     let flag = snapshot.and_then(|snapshot| snapshot.flag(&metric.feature_name));
     sqlx::query(
         "INSERT INTO flag_usage (flag, environment, app_name, hour, yes, no, known) \
@@ -129,12 +129,12 @@ async fn store_metric(
          ELSE flag_usage.no + excluded.no END, \
          known = CASE WHEN excluded.known = 1 THEN 1 ELSE flag_usage.known END",
     )
-    .bind(text(&metric.feature_name))
-    .bind(text(&metric.environment))
-    .bind(text(&metric.app_name))
+    .bind(stored_name(&metric.feature_name))
+    .bind(stored_name(&metric.environment))
+    .bind(stored_name(&metric.app_name))
     .bind(hour)
-    .bind(count(metric.stats.yes))
-    .bind(count(metric.stats.no))
+    .bind(stored_count(metric.stats.yes))
+    .bind(stored_count(metric.stats.no))
     .bind(i64::from(flag.is_some()))
     .bind(MAX_COUNT)
     .execute(&mut *transaction)
@@ -149,12 +149,12 @@ async fn store_metric(
              ELSE variant_usage.count + excluded.count END, \
              known = CASE WHEN excluded.known = 1 THEN 1 ELSE variant_usage.known END",
         )
-        .bind(text(&metric.feature_name))
-        .bind(text(&metric.environment))
-        .bind(text(&metric.app_name))
+        .bind(stored_name(&metric.feature_name))
+        .bind(stored_name(&metric.environment))
+        .bind(stored_name(&metric.app_name))
         .bind(hour)
-        .bind(text(variant))
-        .bind(count(*times))
+        .bind(stored_name(variant))
+        .bind(stored_count(*times))
         .bind(i64::from(is_known))
         .bind(MAX_COUNT)
         .execute(&mut *transaction)
@@ -164,38 +164,38 @@ async fn store_metric(
 }
 
 /// A count as it is stored, capped at [`MAX_COUNT`].
-fn count(count: u64) -> i64 {
+fn stored_count(count: u64) -> i64 {
     i64::try_from(count).unwrap_or(MAX_COUNT).min(MAX_COUNT)
 }
 
 /// A name as it is stored, without NUL, which PostgreSQL rejects, and truncated, because indexes reject
 /// long texts.
-fn text(name: &str) -> String {
-    name[..name.floor_char_boundary(MAX_TEXT)].replace('\0', "")
+fn stored_name(name: &str) -> String {
+    name[..name.floor_char_boundary(MAX_NAME_LEN)].replace('\0', "")
 }
 
 /// The applications in a report with their environments, SDKs, strategies and instances, deduplicated.
 #[derive(Debug, Default)]
-struct Seen(BTreeMap<String, BTreeSet<(&'static str, String)>>);
+struct ReportedApplications(BTreeMap<String, BTreeSet<(&'static str, String)>>);
 
-impl Seen {
-    fn application(&mut self, application: &ClientApplication) {
-        let traits = self.0.entry(text(&application.app_name)).or_default();
+impl ReportedApplications {
+    fn add_application(&mut self, application: &ClientApplication) {
+        let traits = self.0.entry(stored_name(&application.app_name)).or_default();
         let named = [
             ("environment", &application.environment),
             ("instance", &application.instance_id),
             ("sdk", &application.metadata.sdk_version),
         ];
-        let named = named.into_iter().filter_map(|(kind, it)| Some((kind, text(it.as_ref()?))));
+        let named = named.into_iter().filter_map(|(kind, it)| Some((kind, stored_name(it.as_ref()?))));
         traits.extend(named);
         let strategies = application.strategies.iter().flatten();
-        traits.extend(strategies.map(|it| ("strategy", text(it))));
+        traits.extend(strategies.map(|it| ("strategy", stored_name(it))));
     }
 
-    fn metric(&mut self, metric: &BulkMetric) {
-        let traits = self.0.entry(text(&metric.app_name)).or_default();
-        traits.insert(("environment", text(&metric.environment)));
-        traits.extend(metric.metadata.sdk_version.as_deref().map(|sdk| ("sdk", text(sdk))));
+    fn add_metric(&mut self, metric: &BulkMetric) {
+        let traits = self.0.entry(stored_name(&metric.app_name)).or_default();
+        traits.insert(("environment", stored_name(&metric.environment)));
+        traits.extend(metric.metadata.sdk_version.as_deref().map(|sdk| ("sdk", stored_name(sdk))));
     }
 
     async fn store(&self, transaction: &mut Connection) -> Result<(), Error> {
@@ -229,7 +229,7 @@ impl Seen {
 
 /// The applications, sorted by name.
 pub(super) async fn applications(database: &Database) -> Result<Vec<ApplicationSummary>, Error> {
-    let mut transaction = database.read().await?;
+    let mut transaction = database.begin_read().await?;
     let rows = sqlx::query("SELECT * FROM applications ORDER BY app_name");
     let rows = rows.fetch_all(&mut *transaction).await?;
     let traits = sqlx::query("SELECT * FROM application_traits ORDER BY value");
@@ -243,8 +243,8 @@ pub(super) async fn applications(database: &Database) -> Result<Vec<ApplicationS
             sdk_versions: Vec::new(),
             strategies: Vec::new(),
             instances: 0,
-            created_at: of_millis(row.try_get("created_at")?),
-            seen_at: of_millis(row.try_get("seen_at")?),
+            created_at: timestamp_from_millis(row.try_get("created_at")?),
+            seen_at: timestamp_from_millis(row.try_get("seen_at")?),
         };
         applications.insert(name, summary);
     }
@@ -254,12 +254,12 @@ pub(super) async fn applications(database: &Database) -> Result<Vec<ApplicationS
             continue;
         };
         let value: String = row.try_get("value")?;
-        let seen = of_millis(row.try_get("seen_at")?);
+        let seen = timestamp_from_millis(row.try_get("seen_at")?);
         match row.try_get::<&str, _>("kind")? {
             "environment" => summary.environments.push(value),
             "sdk" => summary.sdk_versions.push(value),
             "strategy" => summary.strategies.push(value),
-            "instance" => summary.instances += u64::from(here.duration_since(seen) < GONE_AFTER),
+            "instance" => summary.instances += u64::from(here.duration_since(seen) < INSTANCE_ACTIVE_FOR),
             _ => {}
         }
     }
@@ -267,27 +267,27 @@ pub(super) async fn applications(database: &Database) -> Result<Vec<ApplicationS
 }
 
 /// The hourly usage of a flag since a time, the newest hour first.
-pub(super) async fn of_flag(
+pub(super) async fn flag_usage(
     database: &Database,
     flag: &str,
     since: Timestamp,
 ) -> Result<Vec<UsageHour>, Error> {
-    let mut transaction = database.read().await?;
-    let from = since.as_millisecond().div_euclid(HOUR) * HOUR;
+    let mut transaction = database.begin_read().await?;
+    let from = since.as_millisecond().div_euclid(HOUR_MILLIS) * HOUR_MILLIS;
     let rows = sqlx::query(
         "SELECT * FROM flag_usage WHERE flag = $1 AND hour >= $2 \
          ORDER BY hour DESC, environment, app_name LIMIT $3",
     );
-    let rows = rows.bind(flag).bind(from).bind(MAX_ROWS).fetch_all(&mut *transaction).await?;
+    let rows = rows.bind(flag).bind(from).bind(MAX_QUERY_ROWS).fetch_all(&mut *transaction).await?;
     let variants = sqlx::query(
         "SELECT * FROM variant_usage WHERE flag = $1 AND hour >= $2 ORDER BY hour DESC LIMIT $3",
     );
     let variants =
-        variants.bind(flag).bind(from).bind(MAX_ROWS).fetch_all(&mut *transaction).await?;
+        variants.bind(flag).bind(from).bind(MAX_QUERY_ROWS).fetch_all(&mut *transaction).await?;
     let mut counts: BTreeMap<(i64, String, String), BTreeMap<String, u64>> = BTreeMap::new();
     for row in &variants {
         let key = (row.try_get("hour")?, row.try_get("environment")?, row.try_get("app_name")?);
-        let count = of_count(row.try_get("count")?);
+        let count = unsigned_count(row.try_get("count")?);
         counts.entry(key).or_default().insert(row.try_get("variant")?, count);
     }
     let hour = |row: &sqlx::any::AnyRow| -> Result<UsageHour, sqlx::Error> {
@@ -299,9 +299,9 @@ pub(super) async fn of_flag(
             flag: flag.to_owned(),
             app_name,
             environment,
-            hour: of_millis(hour),
-            yes: of_count(row.try_get("yes")?),
-            no: of_count(row.try_get("no")?),
+            hour: timestamp_from_millis(hour),
+            yes: unsigned_count(row.try_get("yes")?),
+            no: unsigned_count(row.try_get("no")?),
             variants,
         })
     };
@@ -309,25 +309,25 @@ pub(super) async fn of_flag(
 }
 
 /// A limit on the number of rows of a table.
-struct Limit {
+struct RowLimit {
     /// Counts the rows that the limit applies to.
     count: &'static str,
     /// Deletes the `$1` least important of them.
     delete: &'static str,
-    most: i64,
+    max_rows: i64,
 }
 
 /// Applied in this order. Applications seen for at least a day are preferred, because made-up names
 /// rarely last that long.
-const LIMITS: [Limit; 7] = [
-    Limit {
+const ROW_LIMITS: [RowLimit; 7] = [
+    RowLimit {
         count: "SELECT COUNT(*) FROM flag_usage WHERE known = 0",
         delete: "DELETE FROM flag_usage WHERE (flag, environment, app_name, hour) IN \
                  (SELECT flag, environment, app_name, hour FROM flag_usage WHERE known = 0 \
                  ORDER BY hour, yes + no LIMIT $1)",
-        most: MAX_UNKNOWN,
+        max_rows: MAX_UNKNOWN_ROWS,
     },
-    Limit {
+    RowLimit {
         count: "SELECT COUNT(*) FROM flag_usage",
         delete: "DELETE FROM flag_usage WHERE (flag, environment, app_name, hour) IN \
                  (SELECT it.flag, it.environment, it.app_name, it.hour FROM flag_usage it \
@@ -335,17 +335,17 @@ const LIMITS: [Limit; 7] = [
                  ORDER BY it.known, \
                  CASE WHEN app.seen_at - app.created_at >= 86400000 THEN 1 ELSE 0 END, \
                  it.hour, it.yes + it.no LIMIT $1)",
-        most: MAX_KEPT,
+        max_rows: MAX_STORED_ROWS,
     },
-    Limit {
+    RowLimit {
         count: "SELECT COUNT(*) FROM variant_usage WHERE known = 0",
         delete: "DELETE FROM variant_usage \
                  WHERE (flag, environment, app_name, hour, variant) IN \
                  (SELECT flag, environment, app_name, hour, variant FROM variant_usage \
                  WHERE known = 0 ORDER BY hour, count LIMIT $1)",
-        most: MAX_UNKNOWN,
+        max_rows: MAX_UNKNOWN_ROWS,
     },
-    Limit {
+    RowLimit {
         count: "SELECT COUNT(*) FROM variant_usage",
         delete: "DELETE FROM variant_usage \
                  WHERE (flag, environment, app_name, hour, variant) IN \
@@ -355,37 +355,37 @@ const LIMITS: [Limit; 7] = [
                  ORDER BY it.known, \
                  CASE WHEN app.seen_at - app.created_at >= 86400000 THEN 1 ELSE 0 END, \
                  it.hour, it.count LIMIT $1)",
-        most: MAX_KEPT,
+        max_rows: MAX_STORED_ROWS,
     },
-    Limit {
+    RowLimit {
         count: "SELECT COUNT(*) FROM application_traits",
         delete: "DELETE FROM application_traits WHERE (app_name, kind, value) IN \
                  (SELECT it.app_name, it.kind, it.value FROM application_traits it \
                  JOIN applications app ON app.app_name = it.app_name \
                  ORDER BY CASE WHEN app.seen_at - app.created_at >= 86400000 THEN 1 ELSE 0 END, \
                  CASE WHEN it.kind = 'instance' THEN 0 ELSE 1 END, it.seen_at LIMIT $1)",
-        most: MAX_TRAITS,
+        max_rows: MAX_TRAITS,
     },
-    Limit {
+    RowLimit {
         count: "SELECT COUNT(*) FROM applications",
         delete: "DELETE FROM applications WHERE app_name IN \
                  (SELECT app_name FROM applications \
                  ORDER BY CASE WHEN seen_at - created_at >= 86400000 THEN 1 ELSE 0 END, \
                  seen_at LIMIT $1)",
-        most: MAX_APPLICATIONS,
+        max_rows: MAX_APPLICATIONS,
     },
-    Limit {
+    RowLimit {
         count: "SELECT COUNT(*) FROM usage_batches",
         delete: "DELETE FROM usage_batches WHERE id IN \
                  (SELECT id FROM usage_batches ORDER BY stored_at LIMIT $1)",
-        most: MAX_BATCHES,
+        max_rows: MAX_BATCHES,
     },
 ];
 
 /// Deletes usage and applications from before a time, and the rows beyond the limits.
 pub(super) async fn prune(database: &Database, before: Timestamp) -> Result<(), Error> {
-    let mut transaction = database.write_in_background(Lane::Usage).await?;
-    let batches = now().saturating_sub(REMEMBER_BATCHES).unwrap_or(Timestamp::UNIX_EPOCH);
+    let mut transaction = database.begin_background_write(WriteLock::Usage).await?;
+    let batches = now().saturating_sub(BATCH_RETENTION).unwrap_or(Timestamp::UNIX_EPOCH);
     for (delete, before) in [
         ("DELETE FROM flag_usage WHERE hour < $1", before),
         ("DELETE FROM variant_usage WHERE hour < $1", before),
@@ -403,7 +403,7 @@ pub(super) async fn prune(database: &Database, before: Timestamp) -> Result<(), 
          AND it.known = 1)",
     );
     mark_known.execute(&mut *transaction).await?;
-    for Limit { count, delete, most } in &LIMITS {
+    for RowLimit { count, delete, max_rows: most } in &ROW_LIMITS {
         let count: i64 = sqlx::query_scalar(*count).fetch_one(&mut *transaction).await?;
         if count > *most {
             let delete = sqlx::query(*delete).bind(count - most);

@@ -14,7 +14,7 @@ use super::{
     audit,
     database::{Database, Listener},
     error::Error,
-    registry::Registry,
+    registry::TokenRegistry,
     sessions::Sessions,
     usage,
 };
@@ -22,13 +22,13 @@ use crate::{auth::Authenticator, telemetry::error_chain};
 
 /// The interval at which tokens are read even without a notification, because a dead connection may go
 /// unnoticed.
-const RELOAD: Duration = Duration::from_secs(10);
+const RELOAD_INTERVAL: Duration = Duration::from_secs(10);
 /// The initial and the maximum delay before a retry after a failure of the database.
-const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+const RETRY_DELAY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// The interval at which token uses are stored.
-const NOTE_USES: Duration = Duration::from_secs(10);
+const USE_RECORD_INTERVAL: Duration = Duration::from_secs(10);
 /// The interval of pruning.
-const PRUNE: Duration = Duration::from_mins(10);
+const PRUNE_INTERVAL: Duration = Duration::from_mins(10);
 
 /// The retention of events and usage; `None` keeps events forever.
 #[derive(Clone, Copy, Debug)]
@@ -38,13 +38,13 @@ pub(super) struct Retention {
 }
 
 /// Follows token changes by other instances until dropped.
-pub(super) async fn follow(database: &Database, registry: &Registry) {
-    let mut follower = Follower { listener: None, is_outdated: true };
-    let (mut wait, mut outage) = (RETRY.0, None);
+pub(super) async fn follow_changes(database: &Database, registry: &TokenRegistry) {
+    let mut follower = ChangeFollower { listener: None, is_outdated: true };
+    let (mut wait, mut outage) = (RETRY_DELAY.0, None);
     loop {
-        match follower.next(database, registry).await {
+        match follower.reload_next(database, registry).await {
             Ok(()) => {
-                wait = RETRY.0;
+                wait = RETRY_DELAY.0;
                 if let Some(LoggedOutage { since, .. }) = outage.take() {
                     let away_for = since.elapsed();
                     info!(?away_for, "The control plane's database is reachable again");
@@ -53,7 +53,7 @@ pub(super) async fn follow(database: &Database, registry: &Registry) {
             Err(error) => {
                 log_outage(&mut outage, error_chain(&error));
                 tokio::time::sleep(wait).await;
-                wait = (wait * 2).min(RETRY.1);
+                wait = (wait * 2).min(RETRY_DELAY.1);
             }
         }
     }
@@ -64,7 +64,7 @@ struct LoggedOutage {
     since: Instant,
     reason: String,
     /// The earliest time to log another reason, and the pause after that.
-    next: Instant,
+    next_log_at: Instant,
     pause: Duration,
 }
 
@@ -74,24 +74,24 @@ fn log_outage(logged: &mut Option<LoggedOutage>, reason: String) {
     const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_mins(5));
     let now = Instant::now();
     let (since, pause) = match logged {
-        Some(logged) if logged.reason == reason || logged.next > now => return,
+        Some(logged) if logged.reason == reason || logged.next_log_at > now => return,
         Some(logged) => (logged.since, (logged.pause * 2).min(PAUSE.1)),
         None => (now, PAUSE.0),
     };
     warn!(error = reason, "The control plane's database is unreachable; tokens stay as last read");
-    *logged = Some(LoggedOutage { since, reason, next: now + pause, pause });
+    *logged = Some(LoggedOutage { since, reason, next_log_at: now + pause, pause });
 }
 
 /// The state of following changes by others.
-struct Follower {
+struct ChangeFollower {
     listener: Option<Listener>,
     /// Whether tokens may have changed since they were read.
     is_outdated: bool,
 }
 
-impl Follower {
+impl ChangeFollower {
     /// Waits for a change, or reads the tokens after one.
-    async fn next(&mut self, database: &Database, registry: &Registry) -> Result<(), Error> {
+    async fn reload_next(&mut self, database: &Database, registry: &TokenRegistry) -> Result<(), Error> {
         let mut listening = Ok(());
         match &mut self.listener {
             // The listener covers changes from now on; earlier ones are read below. If listening
@@ -102,7 +102,7 @@ impl Follower {
             }
             Some(_) if self.is_outdated => {}
             Some(listener) => {
-                if let Ok(Err(error)) = timeout(RELOAD, listener.changed()).await {
+                if let Ok(Err(error)) = timeout(RELOAD_INTERVAL, listener.wait_for_change()).await {
                     // Reading the tokens below shows whether the database is unreachable.
                     let error = error_chain(&error);
                     info!(error, "The connection for change notifications was lost; reconnecting");
@@ -118,7 +118,7 @@ impl Follower {
 }
 
 /// Publishes the valid tokens whenever one expires, until dropped.
-pub(super) async fn expire(registry: &Registry) {
+pub(super) async fn expire_tokens(registry: &TokenRegistry) {
     /// The maximum sleep, because the clock may be set and a new token may expire sooner.
     const LONGEST: Duration = Duration::from_millis(500);
     let mut looked = Timestamp::now();
@@ -131,19 +131,19 @@ pub(super) async fn expire(registry: &Registry) {
         let now = Timestamp::now();
         // Checked again: a token may have been created and have expired during the sleep.
         if registry.next_expiry(looked).is_some_and(|at| at <= now) {
-            registry.publish();
+            registry.publish_grants();
         }
         looked = now;
     }
 }
 
 /// Stores the uses of tokens until dropped.
-pub(super) async fn note_uses(registry: &Registry, auth: &Authenticator) {
+pub(super) async fn record_token_uses(registry: &TokenRegistry, auth: &Authenticator) {
     let mut used = HashSet::new();
     loop {
-        tokio::time::sleep(NOTE_USES).await;
+        tokio::time::sleep(USE_RECORD_INTERVAL).await;
         used.extend(auth.take_used());
-        match registry.note_uses(&used).await {
+        match registry.record_uses(&used).await {
             Ok(()) => used.clear(),
             Err(error) => {
                 debug!(error = error_chain(&error), "Token uses could not be stored; retrying later")
@@ -153,12 +153,12 @@ pub(super) async fn note_uses(registry: &Registry, auth: &Authenticator) {
 }
 
 /// Prunes old rows until dropped.
-pub(super) async fn prune(database: &Database, sessions: &Sessions, retention: Retention) {
+pub(super) async fn run_pruning(database: &Database, sessions: &Sessions, retention: Retention) {
     loop {
         if let Err(error) = prune_once(database, sessions, retention).await {
             debug!(error = error_chain(&error), "Pruning failed; retrying later");
         }
-        tokio::time::sleep(PRUNE).await;
+        tokio::time::sleep(PRUNE_INTERVAL).await;
     }
 }
 
@@ -168,14 +168,14 @@ async fn prune_once(
     retention: Retention,
 ) -> Result<(), Error> {
     sessions.prune().await?;
-    usage::prune(database, past(retention.usage)).await?;
+    usage::prune(database, ago(retention.usage)).await?;
     match retention.events {
-        Some(age) => audit::prune(database, past(age)).await,
+        Some(age) => audit::prune(database, ago(age)).await,
         None => Ok(()),
     }
 }
 
 /// The time `age` before now.
-fn past(age: Duration) -> Timestamp {
+fn ago(age: Duration) -> Timestamp {
     Timestamp::now().checked_sub(age).unwrap_or(Timestamp::UNIX_EPOCH)
 }

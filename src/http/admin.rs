@@ -56,7 +56,7 @@ use super::{
     reply::{self, HttpError, HttpResponse},
     route::{OptionalEndpoint, normalise},
 };
-use crate::control::Control;
+use crate::control::ControlPlane;
 
 /// The OpenAPI document, which is the same for every instance.
 static OPENAPI_DOCUMENT: LazyLock<Bytes> = LazyLock::new(|| openapi::document().to_string().into());
@@ -67,7 +67,7 @@ pub struct AdminService {
     /// The state of the instance.
     pub instance: InstanceStatus,
     /// Accounts, tokens and the audit log; `None` if upstream manages them.
-    pub control_plane: Option<Control>,
+    pub control_plane: Option<ControlPlane>,
     /// The upstream server whose admin API is relayed, if any.
     pub relay: Option<Relay>,
     /// The request header with the operator's token.
@@ -301,7 +301,7 @@ impl AdminService {
             (None, Some(_)) => "unleash".into(),
             (None, None) => Value::Null,
         };
-        let database = self.control_plane.as_ref().map(Control::database);
+        let database = self.control_plane.as_ref().map(ControlPlane::database_status);
         status["database"] = database.as_ref().map_or(Value::Null, insight::database_status);
         status
     }
@@ -327,7 +327,7 @@ impl AdminService {
     }
 
     /// The control plane, or the error that this instance has none.
-    fn require_control_plane(&self) -> Result<&Control, HttpError> {
+    fn require_control_plane(&self) -> Result<&ControlPlane, HttpError> {
         self.control_plane.as_ref().ok_or_else(|| {
             HttpError::ResourceNotFound(
                 "this instance manages no accounts and tokens; use those of its upstream"

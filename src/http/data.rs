@@ -33,7 +33,7 @@ use super::{
     streaming::{FetchMode, Streams},
 };
 use crate::{
-    auth::{Admission, Authenticator, Denied},
+    auth::{AuthenticatedToken, Authenticator, AuthError},
     feed::{ChangeFeed, SubscriptionKey},
     snapshot::{Include, Snapshot, Snapshots},
     token::{Grant, Scope, TokenDigest, TokenKind},
@@ -415,7 +415,7 @@ impl SdkService {
         let mut pairs = form_urlencoded::parse(query.as_bytes());
         let ticket = pairs.find(|(name, _)| name == "ticket").ok_or(HttpError::InvalidStreamTicket)?;
         let ticket = self.stream_tickets.verify(&ticket.1, Timestamp::now()).ok_or(HttpError::InvalidStreamTicket)?;
-        let grant = self.auth.standing(&ticket.digest).ok_or(HttpError::InvalidStreamTicket)?;
+        let grant = self.auth.current_grant(&ticket.digest).ok_or(HttpError::InvalidStreamTicket)?;
         if grant.kind != TokenKind::Frontend {
             return Err(HttpError::WrongTokenKind);
         }
@@ -500,12 +500,12 @@ impl SdkService {
         &self,
         headers: &HeaderMap,
         accepted: &[TokenKind],
-    ) -> Result<Admission, HttpError> {
+    ) -> Result<AuthenticatedToken, HttpError> {
         let admission = self.auth.authenticate(self.presented_token(headers)?).await?;
         self.check_grant(admission, accepted)
     }
 
-    fn check_grant(&self, admission: Admission, accepted: &[TokenKind]) -> Result<Admission, HttpError> {
+    fn check_grant(&self, admission: AuthenticatedToken, accepted: &[TokenKind]) -> Result<AuthenticatedToken, HttpError> {
         if !accepted.contains(&admission.grant.kind) {
             return Err(HttpError::WrongTokenKind);
         }
@@ -520,7 +520,7 @@ impl SdkService {
     /// A first-seen token may trigger the first fetch of its scope, and waits for it. Flags that were
     /// never fetched are an error (503), not an empty list.
     async fn authorize(&self, headers: &HeaderMap, accepted: &[TokenKind]) -> Result<AuthorizedRead, HttpError> {
-        let Admission { grant, digest, first_seen } = self.authenticate(headers, accepted).await?;
+        let AuthenticatedToken { grant, digest, first_seen } = self.authenticate(headers, accepted).await?;
         let snapshot = match self.snapshots.load_for(&grant.scope) {
             Some(snapshot) => Some(snapshot),
             None if first_seen => {
@@ -539,7 +539,7 @@ impl SdkService {
         accepted: &[TokenKind],
     ) -> Option<Result<AuthorizedRead, HttpError>> {
         let authenticated = match self.presented_token(headers) {
-            Ok(header) => self.auth.authenticate_known(header)?.map_err(HttpError::from),
+            Ok(header) => self.auth.authenticate_cached(header)?.map_err(HttpError::from),
             Err(failure) => Err(failure),
         };
         let admission = match authenticated.and_then(|admission| self.check_grant(admission, accepted))
@@ -547,7 +547,7 @@ impl SdkService {
             Ok(admission) => admission,
             Err(failure) => return Some(Err(failure)),
         };
-        let Admission { grant, digest, .. } = admission;
+        let AuthenticatedToken { grant, digest, .. } = admission;
         let snapshot = self.snapshots.load_for(&grant.scope).ok_or(FLAGS_NOT_FETCHED);
         Some(snapshot.map(|snapshot| AuthorizedRead { grant, digest, snapshot }))
     }
@@ -610,14 +610,14 @@ struct AuthorizedRead {
 
 /// A usage report and the token that it came with.
 struct UsageReport {
-    authenticated: Admission,
+    authenticated: AuthenticatedToken,
     snapshot: Option<Arc<Snapshot>>,
     body: Bytes,
 }
 
 impl UsageReport {
     fn reporter(&self) -> Reporter<'_> {
-        let Admission { grant, digest, .. } = &self.authenticated;
+        let AuthenticatedToken { grant, digest, .. } = &self.authenticated;
         let kind = match grant.kind {
             TokenKind::Frontend => SdkKind::Frontend,
             TokenKind::Admin | TokenKind::Client => SdkKind::Backend,
@@ -640,12 +640,12 @@ fn parse_context<'a>(head: &'a Parts, body: Option<&'a Bytes>) -> Result<Fronten
     })
 }
 
-impl From<Denied> for HttpError {
-    fn from(denied: Denied) -> Self {
+impl From<AuthError> for HttpError {
+    fn from(denied: AuthError) -> Self {
         match denied {
-            Denied::Unknown => Self::Unauthorized,
-            Denied::Forbidden => Self::ForbiddenUpstream,
-            Denied::Unavailable => Self::Unavailable {
+            AuthError::Unknown => Self::Unauthorized,
+            AuthError::Forbidden => Self::ForbiddenUpstream,
+            AuthError::Unavailable => Self::Unavailable {
                 what: "the token cannot be judged at the moment",
                 retry_after: RETRY_AFTER,
             },

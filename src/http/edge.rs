@@ -22,7 +22,7 @@ pub async fn validate(auth: &Authenticator, body: &[u8]) -> Result<Attempt<HttpR
             "the body is not {{\"tokens\":[…]}} with at most {MAX_VALIDATED_TOKENS} tokens, line {line} column {column}"
         ))
     })?;
-    let grants = auth.judge(&request.tokens).await?;
+    let grants = auth.validate(&request.tokens).await?;
     let valid = request.tokens.iter().zip(grants).filter_map(|(token, grant)| {
         Some(ValidatedToken { token: token.clone(), grant: (*grant?).clone() })
     });

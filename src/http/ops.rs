@@ -11,7 +11,7 @@ use super::{
     meter::RequestMetrics,
     reply::{self, HttpResponse},
 };
-use crate::{control::Control, snapshot::Snapshots, telemetry::Readiness, usage::Usage};
+use crate::{control::ControlPlane, snapshot::Snapshots, telemetry::Readiness, usage::Usage};
 
 const SNAPSHOT_AGE: &str = "parapet_snapshot_age_seconds";
 const SNAPSHOT_REVISION: &str = "parapet_snapshot_revision";
@@ -26,7 +26,7 @@ pub struct HealthEndpoints {
     snapshots: Snapshots,
     usage: Usage,
     request_metrics: Arc<RequestMetrics>,
-    control: Option<Control>,
+    control: Option<ControlPlane>,
 }
 
 impl HealthEndpoints {
@@ -37,7 +37,7 @@ impl HealthEndpoints {
         snapshots: Snapshots,
         usage: Usage,
         request_metrics: Arc<RequestMetrics>,
-        control: Option<Control>,
+        control: Option<ControlPlane>,
     ) -> Self {
         describe_gauge!(
             SNAPSHOT_AGE,
@@ -70,7 +70,7 @@ impl HealthEndpoints {
     pub fn ready(&self) -> HttpResponse {
         if self.readiness.is_ready() {
             let unreachable_since =
-                self.control.as_ref().and_then(|control| control.database().away_since);
+                self.control.as_ref().and_then(|control| control.database_status().unreachable_since);
             return match unreachable_since {
                 None => reply::probe(true, r#"{"status":"READY"}"#),
                 Some(since) => {
@@ -106,7 +106,7 @@ impl HealthEndpoints {
         }
         self.usage.measure();
         if let Some(control) = &self.control {
-            control.database().measure();
+            control.database_status().record_metrics();
         }
         let mut text = self.registry.render();
         text.push_str(&self.request_metrics.render());

@@ -140,7 +140,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        auth::{self, Authority},
+        auth::{self, Validator},
         feed::ChangeFeed,
         http::reply::{ByteStream, ResponseBody},
         snapshot::{Snapshot, Snapshots},
@@ -192,7 +192,7 @@ mod tests {
         };
         let grant = Grant { kind: TokenKind::Client, scope: scope.clone() };
         let digest = TokenDigest::of("a token");
-        let auth = Authenticator::new(config, Authority::Nobody, [(digest, grant)]);
+        let auth = Authenticator::new(config, Validator::StaticOnly, [(digest, grant)]);
         let config = Config {
             max_streams: 1,
             max_per_address: 1,
@@ -206,7 +206,7 @@ mod tests {
         snapshots.swap(Snapshot::build(scope, Document::default(), None));
         let feed = ChangeFeed::new(snapshots);
         let states = feed.subscribe(&environment).unwrap();
-        let grant = auth.standing(&digest).unwrap();
+        let grant = auth.current_grant(&digest).unwrap();
         let bearer = (digest, IpAddr::from([192, 0, 2, 7]));
         let reply = streams.open(bearer, grant, states, SingleEvent(false)).unwrap();
         let ResponseBody::Stream(mut live) = reply.into_body() else { panic!("not a stream") };
@@ -232,7 +232,7 @@ mod tests {
     async fn stream_closes_on_token_revocation_and_on_shutdown() {
         let (mut live, streams, auth, _feed) = open_stream().await;
         let begun = Instant::now();
-        auth.set_given([]);
+        auth.set_static_tokens([]);
         tokio::select! {
             at = closed_at(&mut live) => assert!(at - begun < Duration::from_mins(1)),
             () = streams.close_revoked() => unreachable!("runs until dropped"),

@@ -10,8 +10,8 @@ const VERSION: u32 = 1;
 
 /// The stored part of the token cache.
 #[derive(Debug)]
-pub(super) struct SavedVerdicts {
-    pub(super) valid: Vec<Saved>,
+pub(super) struct SavedCache {
+    pub(super) valid: Vec<SavedToken>,
     /// Recently revoked tokens; v2 tokens are in `revoked_selectors`.
     pub(super) revoked: Vec<TokenDigest>,
     pub(super) revoked_selectors: Vec<Box<str>>,
@@ -19,7 +19,7 @@ pub(super) struct SavedVerdicts {
 
 /// A valid token without its plaintext.
 #[derive(Debug)]
-pub(super) struct Saved {
+pub(super) struct SavedToken {
     pub(super) digest: TokenDigest,
     pub(super) grant: Arc<Grant>,
     pub(super) masked: Arc<str>,
@@ -63,7 +63,7 @@ struct Item {
     listed: bool,
 }
 
-impl SavedVerdicts {
+impl SavedCache {
     pub(super) fn to_json(&self) -> Vec<u8> {
         let record = Record {
             version: VERSION,
@@ -84,14 +84,14 @@ impl SavedVerdicts {
         let digests = record.revoked.iter().filter_map(|hex| TokenDigest::from_hex(hex));
         Ok(Self {
             revoked: digests.collect(),
-            valid: record.verdicts.into_iter().filter_map(Item::saved).collect(),
+            valid: record.verdicts.into_iter().filter_map(Item::into_saved).collect(),
             revoked_selectors: record.revoked_selectors,
         })
     }
 }
 
 impl Item {
-    fn of(saved: &Saved) -> Self {
+    fn of(saved: &SavedToken) -> Self {
         let scope = &saved.grant.scope;
         Self {
             digest: saved.digest.to_hex(),
@@ -104,12 +104,12 @@ impl Item {
         }
     }
 
-    fn saved(self) -> Option<Saved> {
+    fn into_saved(self) -> Option<SavedToken> {
         let scope = Scope {
             environment: Environment::new(&self.environment),
             projects: Projects::from_list(self.projects.iter().map(String::as_str)),
         };
-        Some(Saved {
+        Some(SavedToken {
             digest: TokenDigest::from_hex(&self.digest)?,
             grant: Arc::new(Grant { kind: TokenKind::parse(&self.kind)?, scope }),
             masked: self.masked.into(),

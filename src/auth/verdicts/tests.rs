@@ -29,8 +29,8 @@ fn selector(text: &str) -> ListedToken {
     listed(ListedSecret::Selector(text.to_owned()))
 }
 
-fn cache() -> Verdicts {
-    Verdicts::new(100, Duration::from_secs(30))
+fn cache() -> TokenCache {
+    TokenCache::new(100, Duration::from_secs(30))
 }
 
 const AN_HOUR: Duration = Duration::from_hours(1);
@@ -44,16 +44,16 @@ fn served() -> BTreeSet<Environment> {
 }
 
 /// Applies a list that was requested just now.
-fn apply_list(cache: &Verdicts, tokens: &[ListedToken]) -> Changes {
-    cache.take_list(&list_of(tokens), &served(), cache.start_request())
+fn apply_list(cache: &TokenCache, tokens: &[ListedToken]) -> ListChanges {
+    cache.apply_token_list(&list_of(tokens), &served(), cache.start_request())
 }
 
-fn unconfirmed(cache: &Verdicts, age: Duration) -> Vec<Token> {
-    cache.take_unconfirmed_for(age, usize::MAX)
+fn unconfirmed(cache: &TokenCache, age: Duration) -> Vec<Token> {
+    cache.take_due_for_revalidation(age, usize::MAX)
 }
 
-fn refuses(cache: &Verdicts, token: &Token) -> bool {
-    matches!(cache.known(token), Some(Err(_)))
+fn refuses(cache: &TokenCache, token: &Token) -> bool {
+    matches!(cache.lookup(token), Some(Err(_)))
 }
 
 #[test]
@@ -62,7 +62,7 @@ fn a_token_that_left_the_list_is_refused_even_if_it_would_validate() {
     let (a, b) = (token("*:dev.aaaa"), token("*:dev.bbbb"));
     apply_list(&cache, &[whole(&a), whole(&b)]);
     let changes = apply_list(&cache, &[whole(&b)]);
-    assert_eq!(changes, Changes { learned: 0, revoked: 1, suspected: 0 });
+    assert_eq!(changes, ListChanges { learned: 0, revoked: 1, marked_stale: 0 });
     assert!(cache.valid(&a.digest()).is_none());
     assert!(refuses(&cache, &a));
     assert!(cache.valid(&b.digest()).is_some());
@@ -81,7 +81,7 @@ fn an_expired_token_in_the_list_counts_as_missing() {
 fn a_token_that_was_never_listed_is_only_marked_stale() {
     let cache = cache();
     let (own, other) = (token("*:dev.aaaa"), token("*:dev.bbbb"));
-    cache.accept(&own, grant(), cache.start_request());
+    cache.record_valid(&own, grant(), cache.start_request());
     assert!(unconfirmed(&cache, AN_HOUR).is_empty());
     apply_list(&cache, &[whole(&other)]);
     assert!(cache.valid(&own.digest()).is_some());
@@ -92,7 +92,7 @@ fn a_token_that_was_never_listed_is_only_marked_stale() {
 fn a_v2_token_is_revoked_when_its_selector_leaves_the_list() {
     let cache = cache();
     let secure = token(V2);
-    cache.accept(&secure, grant(), cache.start_request());
+    cache.record_valid(&secure, grant(), cache.start_request());
     apply_list(&cache, &[selector(secure.selector().unwrap())]);
     assert!(cache.valid(&secure.digest()).is_some());
     apply_list(&cache, &[selector("another-selector-here_")]);
@@ -105,10 +105,10 @@ fn a_revoked_token_stays_revoked_even_if_it_still_validates() {
     let (a, b) = (token("*:dev.aaaa"), token("*:dev.bbbb"));
     apply_list(&cache, &[whole(&a), whole(&b)]);
     apply_list(&cache, &[whole(&b)]);
-    assert_eq!(cache.accept(&a, grant(), cache.start_request()), Accepted::Revoked);
+    assert_eq!(cache.record_valid(&a, grant(), cache.start_request()), InsertOutcome::Revoked);
     assert!(refuses(&cache, &a));
     let after_a_restart = self::cache();
-    after_a_restart.restore(&cache.save().unwrap()).unwrap();
+    after_a_restart.restore(&cache.serialize_if_changed().unwrap()).unwrap();
     assert!(refuses(&after_a_restart, &a));
     apply_list(&cache, &[whole(&a), whole(&b)]);
     assert!(cache.valid(&a.digest()).is_some(), "the list has it again");
@@ -118,10 +118,10 @@ fn a_revoked_token_stays_revoked_even_if_it_still_validates() {
 fn the_listed_mark_survives_a_restart() {
     let (old, new) = (cache(), cache());
     let (secure, other) = (token(V2), token("*:dev.bbbb"));
-    old.accept(&secure, grant(), old.start_request());
-    old.save().unwrap();
+    old.record_valid(&secure, grant(), old.start_request());
+    old.serialize_if_changed().unwrap();
     apply_list(&old, &[selector(secure.selector().unwrap())]);
-    new.restore(&old.save().expect("it is listed now")).unwrap();
+    new.restore(&old.serialize_if_changed().expect("it is listed now")).unwrap();
     assert_eq!(apply_list(&new, &[whole(&other)]).revoked, 1);
 }
 
@@ -129,7 +129,7 @@ fn the_listed_mark_survives_a_restart() {
 fn a_revoked_v2_token_that_is_listed_again_can_be_validated_again() {
     let cache = cache();
     let secure = token(V2);
-    cache.withdraw(&ListedSecret::Full(secure.clone()));
+    cache.revoke_token(&ListedSecret::Full(secure.clone()));
     apply_list(&cache, &[selector(secure.selector().unwrap())]);
     assert!(!refuses(&cache, &secure));
 }
@@ -138,8 +138,8 @@ fn a_revoked_v2_token_that_is_listed_again_can_be_validated_again() {
 fn a_refused_token_that_appears_on_the_list_is_no_longer_refused() {
     let cache = cache();
     let (plain, secure) = (token("*:dev.aaaa"), token(V2));
-    cache.refuse(&plain, cache.start_request());
-    cache.refuse(&secure, cache.start_request());
+    cache.record_invalid(&plain, cache.start_request());
+    cache.record_invalid(&secure, cache.start_request());
     let list = [whole(&plain), selector(secure.selector().unwrap())];
     apply_list(&cache, &list);
     assert!(cache.valid(&plain.digest()).is_some());
@@ -150,16 +150,16 @@ fn a_refused_token_that_appears_on_the_list_is_no_longer_refused() {
 fn a_saved_cache_is_restored_without_plaintext() {
     let (old, new) = (cache(), cache());
     let secure = token(V2);
-    old.accept(&secure, grant(), old.start_request());
-    let saved = old.save().expect("there is a new token");
-    assert!(old.save().is_none(), "nothing changed since");
+    old.record_valid(&secure, grant(), old.start_request());
+    let saved = old.serialize_if_changed().expect("there is a new token");
+    assert!(old.serialize_if_changed().is_none(), "nothing changed since");
     assert!(!String::from_utf8_lossy(&saved).contains(secure.expose()));
     assert_eq!(new.restore(&saved).unwrap(), 1);
     let cached = new.valid(&secure.digest()).unwrap();
     assert_eq!(**cached.grant(), grant());
-    assert!(cached.wants_plaintext());
+    assert!(cached.is_missing_plaintext());
     assert!(unconfirmed(&new, AN_HOUR).is_empty(), "a token without plaintext cannot be validated");
-    cached.learn(secure.clone());
+    cached.set_plaintext(secure.clone());
     assert_eq!(unconfirmed(&new, AN_HOUR), [secure]);
 }
 
@@ -180,13 +180,13 @@ fn format_version_1_can_be_restored() {
 fn made_up_tokens_evict_no_valid_one() {
     let cache = cache();
     let real = token("*:dev.aaaa");
-    cache.accept(&real, grant(), cache.start_request());
+    cache.record_valid(&real, grant(), cache.start_request());
     for i in 0..10_000 {
-        cache.refuse(&token(&format!("*:dev.made-up-{i}")), cache.start_request());
+        cache.record_invalid(&token(&format!("*:dev.made-up-{i}")), cache.start_request());
     }
-    cache.refused.run_pending_tasks();
+    cache.rejected.run_pending_tasks();
     assert!(cache.valid(&real.digest()).is_some());
-    assert!(cache.refused_count() <= 100);
+    assert!(cache.rejected_count() <= 100);
 }
 
 #[test]
@@ -195,16 +195,16 @@ fn a_list_requested_before_a_revocation_does_not_undo_it() {
     let (plain, secure) = (token("*:dev.aaaa"), token(V2));
     let list = [whole(&plain), selector(secure.selector().unwrap())];
     apply_list(&cache, &list);
-    cache.accept(&secure, grant(), cache.start_request());
+    cache.record_valid(&secure, grant(), cache.start_request());
     let in_flight = cache.start_request();
     for named in [&list[0].secret, &list[1].secret] {
-        cache.withdraw(named);
+        cache.revoke_token(named);
     }
-    cache.take_list(&list_of(&list), &served(), in_flight);
+    cache.apply_token_list(&list_of(&list), &served(), in_flight);
     assert!(refuses(&cache, &plain) && refuses(&cache, &secure));
     apply_list(&cache, &list);
     assert!(cache.valid(&plain.digest()).is_some(), "upstream lists it again");
-    assert!(cache.known(&secure).is_none(), "it can be validated again");
+    assert!(cache.lookup(&secure).is_none(), "it can be validated again");
 }
 
 #[test]
@@ -212,14 +212,14 @@ fn a_v2_token_revoked_before_it_was_presented_stays_revoked_after_a_restart() {
     let (old, new) = (cache(), cache());
     let secure = token(V2);
     let before = old.start_request();
-    old.withdraw(&ListedSecret::Selector(secure.selector().unwrap().to_owned()));
+    old.revoke_token(&ListedSecret::Selector(secure.selector().unwrap().to_owned()));
     for start in [before, old.start_request()] {
-        assert_eq!(old.accept(&secure, grant(), start), Accepted::Revoked);
+        assert_eq!(old.record_valid(&secure, grant(), start), InsertOutcome::Revoked);
     }
-    new.restore(&old.save().expect("a revocation")).unwrap();
+    new.restore(&old.serialize_if_changed().expect("a revocation")).unwrap();
     assert!(refuses(&new, &secure));
     apply_list(&new, &[selector(secure.selector().unwrap())]);
-    assert!(new.known(&secure).is_none());
+    assert!(new.lookup(&secure).is_none());
 }
 
 #[test]
@@ -229,14 +229,14 @@ fn a_v2_token_that_left_the_list_is_refused_whether_or_not_it_was_presented_befo
     let other = [selector("anotherSelector_012345")];
     for is_presented_before in [true, false] {
         let cache = cache();
-        let accept = || cache.accept(&secure, grant(), cache.start_request());
+        let accept = || cache.record_valid(&secure, grant(), cache.start_request());
         apply_list(&cache, &on_list);
         if is_presented_before {
-            assert_eq!(accept(), Accepted::New);
+            assert_eq!(accept(), InsertOutcome::New);
         }
         apply_list(&cache, &other);
         assert!(refuses(&cache, &secure));
-        assert_eq!(accept(), Accepted::Revoked);
+        assert_eq!(accept(), InsertOutcome::Revoked);
     }
 }
 
@@ -245,10 +245,10 @@ fn revocations_of_unseen_tokens_are_bounded() {
     let cache = cache();
     let selector = |n: usize| ListedSecret::Selector(format!("{n:022}"));
     for n in 0..10_000 {
-        cache.withdraw(&selector(n));
+        cache.revoke_token(&selector(n));
     }
     cache.revoked_selectors.run_pending_tasks();
-    assert!(cache.refused_count() <= 100);
+    assert!(cache.rejected_count() <= 100);
     assert!(
         cache.revoked_selectors.contains_key(selector(9_999).expose()),
         "the latest revocations stay"
@@ -259,14 +259,14 @@ fn revocations_of_unseen_tokens_are_bounded() {
 fn a_listed_v2_token_has_the_projects_of_the_list() {
     let cache = cache();
     let secure = token(V2);
-    cache.accept(&secure, grant(), cache.start_request());
+    cache.record_valid(&secure, grant(), cache.start_request());
     let of = |ids: &[&str]| ListedToken {
         projects: Projects::from_list(ids.iter().copied()),
         ..selector(secure.selector().unwrap())
     };
     let projects = || {
         let cached = cache.valid(&secure.digest()).unwrap();
-        assert!(!cached.wants_plaintext() && cached.is_listed());
+        assert!(!cached.is_missing_plaintext() && cached.is_listed());
         cached.grant().scope.projects.clone()
     };
     for ids in [&["one"][..], &["one", "two"], &["*"]] {
@@ -275,7 +275,7 @@ fn a_listed_v2_token_has_the_projects_of_the_list() {
     }
     let in_flight = cache.start_request();
     apply_list(&cache, &[of(&["one"])]);
-    cache.accept(&secure, grant(), in_flight);
+    cache.record_valid(&secure, grant(), in_flight);
     assert_eq!(projects(), Projects::from_list(["one"]), "the list is newer");
 }
 
@@ -285,10 +285,10 @@ fn a_denial_requested_before_a_list_does_not_overrule_it() {
     let a = token("*:dev.aaaa");
     let in_flight = cache.start_request();
     apply_list(&cache, &[whole(&a)]);
-    assert_eq!(cache.refuse(&a, in_flight), Rejected::Outdated);
-    assert_eq!(cache.deny(&a, in_flight), Rejected::Outdated);
+    assert_eq!(cache.record_invalid(&a, in_flight), RejectOutcome::Outdated);
+    assert_eq!(cache.record_denial(&a, in_flight), RejectOutcome::Outdated);
     assert!(!refuses(&cache, &a));
-    assert_eq!(cache.refuse(&a, cache.start_request()), Rejected::Refused);
+    assert_eq!(cache.record_invalid(&a, cache.start_request()), RejectOutcome::Rejected);
     assert!(refuses(&cache, &a));
 }
 
@@ -297,9 +297,9 @@ fn a_validation_requested_before_a_denial_does_not_overrule_it() {
     let cache = cache();
     let a = token("*:dev.aaaa");
     let in_flight = cache.start_request();
-    cache.refuse(&a, cache.start_request());
-    assert_eq!(cache.accept(&a, grant(), in_flight), Accepted::Outdated);
-    cache.take_list(&list_of(&[whole(&a)]), &served(), in_flight);
+    cache.record_invalid(&a, cache.start_request());
+    assert_eq!(cache.record_valid(&a, grant(), in_flight), InsertOutcome::Outdated);
+    cache.apply_token_list(&list_of(&[whole(&a)]), &served(), in_flight);
     assert!(refuses(&cache, &a));
 }
 
@@ -307,13 +307,13 @@ fn a_validation_requested_before_a_denial_does_not_overrule_it() {
 fn a_cached_token_is_rejected_at_the_second_denial() {
     let cache = cache();
     let a = token("*:dev.aaaa");
-    let deny = || cache.deny(&a, cache.start_request());
-    let accept = || cache.accept(&a, grant(), cache.start_request());
+    let deny = || cache.record_denial(&a, cache.start_request());
+    let accept = || cache.record_valid(&a, grant(), cache.start_request());
     accept();
-    assert_eq!(deny(), Rejected::Doubted);
+    assert_eq!(deny(), RejectOutcome::NeedsRecheck);
     accept();
-    assert_eq!(deny(), Rejected::Doubted);
-    assert_eq!(deny(), Rejected::Refused);
+    assert_eq!(deny(), RejectOutcome::NeedsRecheck);
+    assert_eq!(deny(), RejectOutcome::Rejected);
     assert!(refuses(&cache, &a));
 }
 
@@ -321,10 +321,10 @@ fn a_cached_token_is_rejected_at_the_second_denial() {
 fn a_stale_mark_survives_the_response_to_an_earlier_request() {
     let cache = cache();
     let a = token("*:dev.aaaa");
-    let accept = |start| cache.accept(&a, grant(), start);
+    let accept = |start| cache.record_valid(&a, grant(), start);
     accept(cache.start_request());
     let in_flight = cache.start_request();
-    cache.suspect(&ListedSecret::Full(a.clone()));
+    cache.mark_stale(&ListedSecret::Full(a.clone()));
     accept(in_flight);
     assert_eq!(unconfirmed(&cache, AN_HOUR), std::slice::from_ref(&a));
     accept(cache.start_request());
@@ -336,17 +336,17 @@ fn an_unreadable_list_item_revokes_no_token() {
     let cache = cache();
     let (a, b, secure) = (token("*:dev.aaaa"), token("*:dev.bbbb"), token(V2));
     let text = secure.selector().unwrap();
-    cache.accept(&secure, grant(), cache.start_request());
+    cache.record_valid(&secure, grant(), cache.start_request());
     apply_list(&cache, &[whole(&a), whole(&b), selector(text)]);
     let named = [ListedSecret::Full(a.clone()), ListedSecret::Selector(text.to_owned())];
     let unreadable = named.map(Some).to_vec();
     let list = TokenList { tokens: vec![whole(&b)], unreadable };
-    let changes = cache.take_list(&list, &served(), cache.start_request());
-    assert_eq!(changes, Changes { learned: 0, revoked: 0, suspected: 2 });
+    let changes = cache.apply_token_list(&list, &served(), cache.start_request());
+    assert_eq!(changes, ListChanges { learned: 0, revoked: 0, marked_stale: 2 });
     // An item without a name may stand for any token.
     let list = TokenList { tokens: vec![whole(&a)], unreadable: vec![None] };
-    let changes = cache.take_list(&list, &served(), cache.start_request());
-    assert_eq!(changes, Changes { learned: 0, revoked: 0, suspected: 2 });
+    let changes = cache.apply_token_list(&list, &served(), cache.start_request());
+    assert_eq!(changes, ListChanges { learned: 0, revoked: 0, marked_stale: 2 });
     let due = unconfirmed(&cache, AN_HOUR);
     assert!(due.len() == 2 && due.contains(&b) && due.contains(&secure), "they are revalidated");
 }
@@ -357,8 +357,8 @@ async fn ages_do_not_follow_the_wall_clock() {
     let a = token("*:dev.aaaa");
     let in_two_days = Timestamp::now() + jiff::SignedDuration::from_hours(48);
     let start = RequestStart { wall: in_two_days, ..cache.start_request() };
-    cache.accept(&a, grant(), start);
-    assert_eq!(cache.valid(&a.digest()).unwrap().checked().as_second(), in_two_days.as_second());
+    cache.record_valid(&a, grant(), start);
+    assert_eq!(cache.valid(&a.digest()).unwrap().confirmed_at().as_second(), in_two_days.as_second());
     assert!(unconfirmed(&cache, AN_HOUR).is_empty());
     tokio::time::advance(AN_HOUR + Duration::from_secs(1)).await;
     assert_eq!(unconfirmed(&cache, AN_HOUR), [a]);
@@ -369,7 +369,7 @@ async fn longest_waiting_tokens_are_revalidated_first() {
     let cache = cache();
     let tokens: Vec<_> = (0..9).map(|n| token(&format!("*:dev.secret-{n}"))).collect();
     for token in &tokens {
-        cache.accept(token, grant(), cache.start_request());
+        cache.record_valid(token, grant(), cache.start_request());
         tokio::time::advance(Duration::from_secs(1)).await;
     }
     assert_eq!(unconfirmed(&cache, Duration::from_secs(2)), tokens[..7]);
@@ -380,11 +380,11 @@ async fn tokens_that_are_never_confirmed_delay_no_others() {
     let cache = cache();
     let mut waiting: Vec<_> = (0..9).map(|n| token(&format!("*:dev.secret-{n}"))).collect();
     for token in &waiting {
-        cache.accept(token, grant(), RequestStart::NEVER);
+        cache.record_valid(token, grant(), RequestStart::NEVER);
     }
     for _ in 0..3 {
         tokio::time::advance(Duration::from_secs(1)).await;
-        let taken = cache.take_unconfirmed_for(AN_HOUR, 3);
+        let taken = cache.take_due_for_revalidation(AN_HOUR, 3);
         assert_eq!(taken.len(), 3);
         waiting.retain(|token| !taken.contains(token));
     }
@@ -395,8 +395,8 @@ async fn tokens_that_are_never_confirmed_delay_no_others() {
 async fn a_postponed_token_is_taken_after_its_pause() {
     let cache = cache();
     let a = token("*:dev.aaaa");
-    cache.accept(&a, grant(), RequestStart::NEVER);
-    cache.postpone(&a.digest(), Duration::from_secs(15));
+    cache.record_valid(&a, grant(), RequestStart::NEVER);
+    cache.postpone_revalidation(&a.digest(), Duration::from_secs(15));
     tokio::time::advance(Duration::from_secs(14)).await;
     assert_eq!(unconfirmed(&cache, AN_HOUR), []);
     tokio::time::advance(Duration::from_secs(1)).await;
@@ -407,25 +407,25 @@ async fn a_postponed_token_is_taken_after_its_pause() {
 fn a_forbidden_token_is_rejected_as_forbidden_unless_it_is_cached_as_valid() {
     let cache = cache();
     let (new, used) = (token("*:dev.aaaa"), token("*:dev.bbbb"));
-    cache.accept(&used, grant(), cache.start_request());
+    cache.record_valid(&used, grant(), cache.start_request());
     for token in [&new, &used] {
-        cache.forbid(token, grant(), cache.start_request());
+        cache.record_forbidden(token, grant(), cache.start_request());
     }
-    assert_eq!(cache.known(&new), Some(Err(Denied::Forbidden)));
-    assert_eq!(cache.refusal(&new.digest()), Some(Denied::Forbidden));
-    assert_eq!(cache.forbidden(&new.digest()).as_deref(), Some(&grant()));
+    assert_eq!(cache.lookup(&new), Some(Err(AuthError::Forbidden)));
+    assert_eq!(cache.rejection(&new.digest()), Some(AuthError::Forbidden));
+    assert_eq!(cache.forbidden_grant(&new.digest()).as_deref(), Some(&grant()));
     assert!(cache.valid(&used.digest()).is_some());
-    cache.withdraw(&ListedSecret::Full(new.clone()));
-    assert_eq!(cache.known(&new), Some(Err(Denied::Unknown)));
+    cache.revoke_token(&ListedSecret::Full(new.clone()));
+    assert_eq!(cache.lookup(&new), Some(Err(AuthError::Unknown)));
 }
 
 #[test]
 fn a_listed_forbidden_token_stays_forbidden_until_its_grant_changes() {
     let cache = cache();
     let a = token("*:dev.aaaa");
-    cache.forbid(&a, grant(), cache.start_request());
+    cache.record_forbidden(&a, grant(), cache.start_request());
     apply_list(&cache, &[whole(&a)]);
-    assert_eq!(cache.known(&a), Some(Err(Denied::Forbidden)));
+    assert_eq!(cache.lookup(&a), Some(Err(AuthError::Forbidden)));
     apply_list(&cache, &[ListedToken { projects: Projects::from_list(["one"]), ..whole(&a) }]);
     assert!(cache.valid(&a.digest()).is_some());
 }
@@ -440,10 +440,10 @@ fn a_listed_token_of_an_unserved_environment_is_validated_when_it_is_presented()
         };
         let (new, refused, used) = (of("new"), of("refused"), of("used"));
         let texts = ["new", "refused", "used"].map(|it| token(&format!("*:{environment}.{it}")));
-        cache.refuse(&texts[1], cache.start_request());
-        cache.accept(&texts[2], used.grant(), cache.start_request());
+        cache.record_invalid(&texts[1], cache.start_request());
+        cache.record_valid(&texts[2], used.grant(), cache.start_request());
         apply_list(&cache, &[new, refused, used]);
-        assert!(cache.known(&texts[0]).is_none() && cache.known(&texts[1]).is_none());
+        assert!(cache.lookup(&texts[0]).is_none() && cache.lookup(&texts[1]).is_none());
         assert!(cache.valid(&texts[2].digest()).is_some(), "it is cached as valid");
         let changes = apply_list(&cache, &[whole(&token("*:dev.aaaa"))]);
         assert_eq!(changes.revoked, 1);
@@ -614,9 +614,9 @@ mod interleavings {
         }
     }
 
-    fn check(cache: &Verdicts, models: &[Model; TOKENS]) -> Result<(), TestCaseError> {
+    fn check(cache: &TokenCache, models: &[Model; TOKENS]) -> Result<(), TestCaseError> {
         for (n, model) in models.iter().enumerate() {
-            let known = cache.known(&token_of(n));
+            let known = cache.lookup(&token_of(n));
             let context = format!("token {n}: {known:?} after {:?}", model.events);
             let admitted = match &known {
                 Some(Ok(grant)) => Some(grant),
@@ -659,8 +659,8 @@ mod interleavings {
                 }
                 Step::Revoke { token } => {
                     upstream[token] = None;
-                    cache.withdraw(&named(token));
-                    models[token].record(cache.start_request().order, TokenEvent::Revoked);
+                    cache.revoke_token(&named(token));
+                    models[token].record(cache.start_request().sequence, TokenEvent::Revoked);
                 }
                 Step::StartList => {
                     if !requests.iter().any(|(_, request)| matches!(request, Request::List(_))) {
@@ -699,7 +699,7 @@ mod interleavings {
     }
 
     fn receive(
-        cache: &Verdicts,
+        cache: &TokenCache,
         models: &mut [Model; TOKENS],
         start: RequestStart,
         request: &Request,
@@ -716,22 +716,22 @@ mod interleavings {
                     token.selector().is_none() || cache.valid(&token.digest()).is_some()
                 };
                 let has_project: Vec<_> = (0..TOKENS).map(has_project).collect();
-                cache.take_list(&list_of(&entries), &served(), start);
+                cache.apply_token_list(&list_of(&entries), &served(), start);
                 for ((model, project), has_project) in
                     models.iter_mut().zip(tokens).zip(has_project)
                 {
                     let listed =
                         |project| TokenEvent::Listed(Some(project).filter(|_| has_project));
-                    model.record(start.order, project.map_or(TokenEvent::Unlisted, listed));
+                    model.record(start.sequence, project.map_or(TokenEvent::Unlisted, listed));
                 }
             }
             &Request::Validation(n, Some(Reply::Valid(project))) => {
-                cache.accept(&token_of(n), grant_of(project), start);
-                models[n].record(start.order, TokenEvent::Valid(project));
+                cache.record_valid(&token_of(n), grant_of(project), start);
+                models[n].record(start.sequence, TokenEvent::Valid(project));
             }
             &Request::Validation(n, Some(Reply::Invalid)) => {
-                cache.refuse(&token_of(n), start);
-                models[n].record(start.order, TokenEvent::Invalid);
+                cache.record_invalid(&token_of(n), start);
+                models[n].record(start.sequence, TokenEvent::Invalid);
             }
             Request::List(None) | Request::Validation(_, None) => {}
         }

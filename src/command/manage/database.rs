@@ -5,22 +5,22 @@
 
 use super::{
     error::Error,
-    input::{first_line, password},
-    told::{AccountRow, TokenRow, Told},
+    input::{read_first_line, read_password},
+    told::{AccountRow, TokenRow, Output},
 };
 use crate::{
     config::ManageTask,
     control::{
-        Account, Actor, ApiToken, Control, Grants, Location, NewAccount, NewToken, Operator,
+        Account, Actor, ApiToken, ControlPlane, PermissionChange, DatabaseLocation, NewAccount, NewToken, Operator,
         Permission,
     },
     token::{Environment, Projects, TokenKind},
 };
 
 /// Runs a task.
-pub(super) async fn run(location: Location, task: ManageTask) -> Result<Told, Error> {
-    let control = Control::attach(location).await?;
-    let actor = Actor { operator: Operator::Shell, address: None };
+pub(super) async fn run(location: DatabaseLocation, task: ManageTask) -> Result<Output, Error> {
+    let control = ControlPlane::open_existing(location).await?;
+    let actor = Actor { operator: Operator::CommandLine, address: None };
     match task {
         ManageTask::CreateToken { name, kind, environment, projects, expires_at } => {
             let all = projects.is_empty() || kind == TokenKind::Admin;
@@ -39,57 +39,57 @@ pub(super) async fn run(location: Location, task: ManageTask) -> Result<Told, Er
                 expires_at,
             };
             let (secret, _) = control.create_token(&actor, new).await?;
-            Ok(Told::Token { secret })
+            Ok(Output::CreatedToken { secret })
         }
         ManageTask::ListTokens { name } => {
             let all = control.tokens(&actor.operator).into_iter();
             let matching = all.filter(|token| name.as_ref().is_none_or(|name| token.name == *name));
-            Ok(Told::Tokens(matching.map(row_of_token).collect()))
+            Ok(Output::Tokens(matching.map(token_row).collect()))
         }
         ManageTask::RevokeToken { identifier } => {
             let identifier = match identifier {
                 Some(identifier) => identifier,
-                None => first_line("-")?,
+                None => read_first_line("-")?,
             };
-            let deleted = control.delete_token(&actor, &identifier).await?.ok_or(Error::NoToken)?;
-            Ok(Told::Revoked { name: deleted.name, masked: deleted.masked.to_string() })
+            let deleted = control.delete_token(&actor, &identifier).await?.ok_or(Error::TokenNotFound)?;
+            Ok(Output::RevokedToken { name: deleted.name, masked: deleted.masked.to_string() })
         }
         ManageTask::AddAccount { username, role, name, email, password } => {
-            let (password, shown) = self::password(password)?;
+            let (password, shown) = self::read_password(password)?;
             let new = NewAccount { username, name, email, role, password };
             let account = control.create_account(&actor, new).await?;
-            Ok(Told::Created { account: row_of_account(account), password: shown })
+            Ok(Output::CreatedAccount { account: account_row(account), password: shown })
         }
         ManageTask::ListAccounts => {
             let accounts = control.accounts(&actor.operator).await?;
-            Ok(Told::Accounts(accounts.into_iter().map(row_of_account).collect()))
+            Ok(Output::Accounts(accounts.into_iter().map(account_row).collect()))
         }
         ManageTask::Grant { username, permissions, revoke } => {
-            let account = find(&control, &actor, username).await?;
+            let account = find_account(&control, &actor, username).await?;
             let permissions = permissions.into_iter().collect();
             let change =
-                if revoke { Grants::Without(permissions) } else { Grants::With(permissions) };
-            let changed = control.grant(&actor, account.id, change).await?;
-            let account = changed.ok_or(Error::NoAccount(account.username))?;
-            Ok(Told::Granted(row_of_account(account)))
+                if revoke { PermissionChange::Remove(permissions) } else { PermissionChange::Add(permissions) };
+            let changed = control.update_permissions(&actor, account.id, change).await?;
+            let account = changed.ok_or(Error::AccountNotFound(account.username))?;
+            Ok(Output::ChangedPermissions(account_row(account)))
         }
         ManageTask::SetPassword { username, password } => {
-            let account = find(&control, &actor, username).await?;
-            let (password, shown) = self::password(password)?;
+            let account = find_account(&control, &actor, username).await?;
+            let (password, shown) = self::read_password(password)?;
             control.set_password(&actor, account.id, password).await?;
-            Ok(Told::Password { username: account.username, password: shown })
+            Ok(Output::NewPassword { username: account.username, password: shown })
         }
     }
 }
 
-async fn find(control: &Control, actor: &Actor, username: String) -> Result<Account, Error> {
+async fn find_account(control: &ControlPlane, actor: &Actor, username: String) -> Result<Account, Error> {
     let accounts = control.accounts(&actor.operator).await?;
     let key = username.to_lowercase();
     let mut found = accounts.into_iter().filter(|it| it.username.to_lowercase() == key);
-    found.next().ok_or(Error::NoAccount(username))
+    found.next().ok_or(Error::AccountNotFound(username))
 }
 
-fn row_of_token(token: ApiToken) -> TokenRow {
+fn token_row(token: ApiToken) -> TokenRow {
     TokenRow {
         identifier: token.id,
         name: token.name,
@@ -101,7 +101,7 @@ fn row_of_token(token: ApiToken) -> TokenRow {
     }
 }
 
-fn row_of_account(account: Account) -> AccountRow {
+fn account_row(account: Account) -> AccountRow {
     AccountRow {
         id: account.id,
         role: account.role.name().to_owned(),

@@ -18,22 +18,22 @@ pub enum Error {
     Read(String, #[source] io::Error),
     /// The text is not a valid password.
     #[error("the password {0}")]
-    Password(PasswordError),
+    InvalidPassword(PasswordError),
     /// There is no account with that username.
     #[error("there is no account `{0}`")]
-    NoAccount(String),
+    AccountNotFound(String),
     /// There is no such token.
     #[error("there is no such token")]
-    NoToken,
+    TokenNotFound,
     /// The file does not contain a token.
     #[error("{0} contains no token in its first line")]
-    Token(String, #[source] ParseError),
+    InvalidToken(String, #[source] ParseError),
     /// The server could not be reached, or did not respond.
     #[error("no answer from {0}")]
-    Silent(String, #[source] reqwest::Error),
+    NoResponse(String, #[source] reqwest::Error),
     /// The server responded with an error status.
     #[error("{origin} answered {status}{}", ServerMessage(message))]
-    Refused {
+    ErrorResponse {
         /// The origin of the server's URL.
         origin: String,
         /// The HTTP status.
@@ -43,7 +43,7 @@ pub enum Error {
     },
     /// The response is not one of the admin API.
     #[error("the response of {0} is not one of the admin API")]
-    Foreign(String, #[source] serde_json::Error),
+    InvalidResponse(String, #[source] serde_json::Error),
 }
 
 struct ServerMessage<'a>(&'a str);

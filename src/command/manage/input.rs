@@ -7,7 +7,7 @@ use crate::{config::PasswordSource, control::Password, wire::text::remove_byte_o
 
 /// Reads or generates a password; the second value is its plaintext if it was generated and must be
 /// shown.
-pub(super) fn password(source: PasswordSource) -> Result<(Password, Option<String>), Error> {
+pub(super) fn read_password(source: PasswordSource) -> Result<(Password, Option<String>), Error> {
     Ok(match source {
         PasswordSource::Generated => {
             let password = Password::generate();
@@ -15,13 +15,13 @@ pub(super) fn password(source: PasswordSource) -> Result<(Password, Option<Strin
             (password, Some(shown))
         }
         PasswordSource::File(path) => {
-            (Password::parse(&first_line(&path)?).map_err(Error::Password)?, None)
+            (Password::parse(&read_first_line(&path)?).map_err(Error::InvalidPassword)?, None)
         }
     })
 }
 
 /// The first line of a file, or of the standard input if the path is `-`.
-pub(super) fn first_line(path: &str) -> Result<String, Error> {
+pub(super) fn read_first_line(path: &str) -> Result<String, Error> {
     let mut text = String::new();
     let read = match path {
         "-" => io::stdin().lock().take(64 << 10).read_to_string(&mut text).map(drop),

@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 
 use super::{
     error::Error,
-    input::{first_line, password},
-    told::{AccountRow, TokenRow, Told},
+    input::{read_first_line, read_password},
+    told::{AccountRow, TokenRow, Output},
 };
 use crate::{
     config::{RemoteServer, ManageTask},
@@ -30,8 +30,8 @@ use crate::{
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Runs a task.
-pub(super) async fn run(server: RemoteServer, task: ManageTask) -> Result<Told, Error> {
-    let api = Api::new(server)?;
+pub(super) async fn run(server: RemoteServer, task: ManageTask) -> Result<Output, Error> {
+    let api = AdminApi::new(server)?;
     match task {
         ManageTask::CreateToken { name, kind, environment, projects, expires_at } => {
             let is_admin = kind == TokenKind::Admin;
@@ -42,18 +42,18 @@ pub(super) async fn run(server: RemoteServer, task: ManageTask) -> Result<Told, 
             if let Some(expires_at) = expires_at {
                 body["expiresAt"] = expires_at.to_string().into();
             }
-            let created: CreatedToken = api.read(Method::POST, TOKENS, Some(&body)).await?;
-            Ok(Told::Token { secret: created.secret })
+            let created: CreatedToken = api.send_for_json(Method::POST, TOKENS, Some(&body)).await?;
+            Ok(Output::CreatedToken { secret: created.secret })
         }
         ManageTask::ListTokens { name } => {
             let matches = |token: &ListedToken| name.as_ref().is_none_or(|it| *it == token.name);
             let tokens = api.tokens().await?.into_iter().filter(matches);
-            Ok(Told::Tokens(tokens.map(row_of_token).collect()))
+            Ok(Output::Tokens(tokens.map(token_row).collect()))
         }
         ManageTask::RevokeToken { identifier } => {
             let identifier = match identifier {
                 Some(identifier) => identifier,
-                None => first_line("-")?,
+                None => read_first_line("-")?,
             };
             // Servers report success also for the deletion of a token that does not exist.
             let token = Token::parse(&identifier).ok();
@@ -61,21 +61,21 @@ pub(super) async fn run(server: RemoteServer, task: ManageTask) -> Result<Told, 
             let same = |it: &ListedToken| {
                 it.secret.expose() == identifier || selector == Some(it.secret.expose())
             };
-            let revoked = api.tokens().await?.into_iter().find(same).ok_or(Error::NoToken)?;
-            api.ask(Method::DELETE, &[TOKENS, &[&identifier]].concat(), None).await?;
-            Ok(Told::Revoked { masked: masked(&revoked.secret), name: revoked.name })
+            let revoked = api.tokens().await?.into_iter().find(same).ok_or(Error::TokenNotFound)?;
+            api.send(Method::DELETE, &[TOKENS, &[&identifier]].concat(), None).await?;
+            Ok(Output::RevokedToken { masked: masked_secret(&revoked.secret), name: revoked.name })
         }
         ManageTask::AddAccount { username, role, name, email, password } => {
-            let (password, shown) = self::password(password)?;
+            let (password, shown) = self::read_password(password)?;
             let body = json!({
                 "username": username, "name": name, "email": email, "rootRole": role.id(),
                 "password": password.expose(), "sendEmail": false,
             });
-            let user: User = api.read(Method::POST, ACCOUNTS, Some(&body)).await?;
-            Ok(Told::Created { account: row_of_account(user), password: shown })
+            let user: User = api.send_for_json(Method::POST, ACCOUNTS, Some(&body)).await?;
+            Ok(Output::CreatedAccount { account: account_row(user), password: shown })
         }
         ManageTask::ListAccounts => {
-            Ok(Told::Accounts(api.users().await?.into_iter().map(row_of_account).collect()))
+            Ok(Output::Accounts(api.users().await?.into_iter().map(account_row).collect()))
         }
         ManageTask::Grant { username, permissions, revoke } => {
             let user = api.user(username).await?;
@@ -88,17 +88,17 @@ pub(super) async fn run(server: RemoteServer, task: ManageTask) -> Result<Told, 
             let id = user.id.to_string();
             let path = [ACCOUNTS, &[&id, "permissions"]].concat();
             let body = json!({ "permissions": granted });
-            let user: User = api.read(Method::PUT, &path, Some(&body)).await?;
-            Ok(Told::Granted(row_of_account(user)))
+            let user: User = api.send_for_json(Method::PUT, &path, Some(&body)).await?;
+            Ok(Output::ChangedPermissions(account_row(user)))
         }
         ManageTask::SetPassword { username, password } => {
             let user = api.user(username).await?;
-            let (password, shown) = self::password(password)?;
+            let (password, shown) = self::read_password(password)?;
             let id = user.id.to_string();
             let path = [ACCOUNTS, &[&id, "change-password"]].concat();
             let body = json!({ "password": password.expose() });
-            api.ask(Method::POST, &path, Some(&body)).await?;
-            Ok(Told::Password { username: user.username.unwrap_or_default(), password: shown })
+            api.send(Method::POST, &path, Some(&body)).await?;
+            Ok(Output::NewPassword { username: user.username.unwrap_or_default(), password: shown })
         }
     }
 }
@@ -118,17 +118,17 @@ struct User {
 }
 
 /// A client of a server's admin API.
-struct Api {
+struct AdminApi {
     client: Client,
     url: Url,
     token: Token,
 }
 
-impl Api {
+impl AdminApi {
     fn new(server: RemoteServer) -> Result<Self, Error> {
         let RemoteServer { url, token_file, no_proxy } = server;
-        let token = Token::parse(&first_line(&token_file)?);
-        let token = token.map_err(|error| Error::Token(token_file, error))?;
+        let token = Token::parse(&read_first_line(&token_file)?);
+        let token = token.map_err(|error| Error::InvalidToken(token_file, error))?;
         // Fails if a provider is installed already, which is fine.
         let _ = rustls::crypto::ring::default_provider().install_default();
         // A redirect could send the token to another server.
@@ -136,12 +136,12 @@ impl Api {
         if no_proxy::includes(&no_proxy, &url) {
             client = client.no_proxy();
         }
-        let client = client.build().map_err(|error| Error::Silent(origin(&url), error))?;
+        let client = client.build().map_err(|error| Error::NoResponse(origin(&url), error))?;
         Ok(Self { client, url, token })
     }
 
     async fn tokens(&self) -> Result<Vec<ListedToken>, Error> {
-        Ok(self.read::<TokenList>(Method::GET, TOKENS, None).await?.tokens)
+        Ok(self.send_for_json::<TokenList>(Method::GET, TOKENS, None).await?.tokens)
     }
 
     async fn users(&self) -> Result<Vec<User>, Error> {
@@ -149,28 +149,28 @@ impl Api {
         struct List {
             users: Vec<User>,
         }
-        Ok(self.read::<List>(Method::GET, ACCOUNTS, None).await?.users)
+        Ok(self.send_for_json::<List>(Method::GET, ACCOUNTS, None).await?.users)
     }
 
     async fn user(&self, username: String) -> Result<User, Error> {
         let key = username.to_lowercase();
         let named = |it: &User| it.username.as_ref().is_some_and(|it| it.to_lowercase() == key);
-        self.users().await?.into_iter().find(named).ok_or(Error::NoAccount(username))
+        self.users().await?.into_iter().find(named).ok_or(Error::AccountNotFound(username))
     }
 
-    async fn read<T: DeserializeOwned>(
+    async fn send_for_json<T: DeserializeOwned>(
         &self,
         method: Method,
         path: &[&str],
         body: Option<&Value>,
     ) -> Result<T, Error> {
-        let response = self.ask(method, path, body).await?;
+        let response = self.send(method, path, body).await?;
         serde_json::from_slice(without_byte_order_mark(&response))
-            .map_err(|error| Error::Foreign(origin(&self.url), error))
+            .map_err(|error| Error::InvalidResponse(origin(&self.url), error))
     }
 
     /// Sends a request; returns the body of a successful response.
-    async fn ask(
+    async fn send(
         &self,
         method: Method,
         path: &[&str],
@@ -186,15 +186,15 @@ impl Api {
             None => request,
         };
         let no_response =
-            |error: reqwest::Error| Error::Silent(origin(&self.url), error.without_url());
+            |error: reqwest::Error| Error::NoResponse(origin(&self.url), error.without_url());
         let response = request.send().await.map_err(no_response)?;
         let status = response.status();
         let body = response.bytes().await.map_err(no_response)?;
         if status.is_success() {
             return Ok(body);
         }
-        let (origin, message) = (origin(&self.url), said(&body));
-        Err(Error::Refused { origin, status: status.as_u16(), message })
+        let (origin, message) = (origin(&self.url), error_message(&body));
+        Err(Error::ErrorResponse { origin, status: status.as_u16(), message })
     }
 }
 
@@ -203,7 +203,7 @@ fn origin(url: &Url) -> String {
 }
 
 /// The message in the body of an error response: those of its details, or else its own.
-fn said(body: &[u8]) -> String {
+fn error_message(body: &[u8]) -> String {
     #[derive(Deserialize)]
     struct Body {
         #[serde(default)]
@@ -223,16 +223,16 @@ fn said(body: &[u8]) -> String {
 }
 
 /// The token masked for display, or its selector.
-fn masked(secret: &ListedSecret) -> String {
+fn masked_secret(secret: &ListedSecret) -> String {
     match secret {
         ListedSecret::Full(token) => token.masked().to_string(),
         ListedSecret::Selector(selector) => selector.clone(),
     }
 }
 
-fn row_of_token(token: ListedToken) -> TokenRow {
+fn token_row(token: ListedToken) -> TokenRow {
     TokenRow {
-        identifier: masked(&token.secret),
+        identifier: masked_secret(&token.secret),
         name: token.name,
         r#type: token.kind.as_str().to_owned(),
         environment: token.environment.as_str().to_owned(),
@@ -242,7 +242,7 @@ fn row_of_token(token: ListedToken) -> TokenRow {
     }
 }
 
-fn row_of_account(user: User) -> AccountRow {
+fn account_row(user: User) -> AccountRow {
     let role = RootRole::ALL.into_iter().find(|role| user.root_role == role.id());
     let role = role.map_or_else(|| user.root_role.to_string(), |role| role.name().to_owned());
     let username = user.username.or(user.email).unwrap_or_default();

@@ -10,18 +10,18 @@ use crate::token::Token;
 /// The output of a task.
 #[derive(Serialize)]
 #[serde(untagged)]
-pub(super) enum Told {
+pub(super) enum Output {
     /// A token was created. It cannot be shown again.
-    Token {
+    CreatedToken {
         #[serde(serialize_with = "expose_secret")]
         secret: Token,
     },
     /// The tokens.
     Tokens(Vec<TokenRow>),
     /// A token was revoked.
-    Revoked { name: String, masked: String },
+    RevokedToken { name: String, masked: String },
     /// An account was created; `password` is set if it was generated.
-    Created {
+    CreatedAccount {
         #[serde(flatten)]
         account: AccountRow,
         #[serde(skip_serializing_if = "Option::is_none")]
@@ -30,9 +30,9 @@ pub(super) enum Told {
     /// The accounts.
     Accounts(Vec<AccountRow>),
     /// The permissions of an account were changed.
-    Granted(AccountRow),
+    ChangedPermissions(AccountRow),
     /// The password of an account was changed; `password` is set if it was generated.
-    Password {
+    NewPassword {
         username: String,
         #[serde(skip_serializing_if = "Option::is_none")]
         password: Option<String>,
@@ -62,7 +62,7 @@ pub(super) struct AccountRow {
     pub(super) permissions: Vec<String>,
 }
 
-impl Told {
+impl Output {
     /// The output as JSON.
     pub(super) fn json(&self) -> String {
         serde_json::to_string_pretty(self).expect("the output contains only texts and numbers")
@@ -72,23 +72,23 @@ impl Told {
     /// The output as text.
     pub(super) fn text(&self) -> String {
         match self {
-            Self::Token { secret } => format!("{}\n", secret.expose()),
-            Self::Tokens(tokens) => table(HEADS_OF_TOKENS, tokens.iter().map(cells_of_token)),
-            Self::Revoked { name, masked } => format!("revoked {name} ({masked})\n"),
-            Self::Created { account, password } => {
+            Self::CreatedToken { secret } => format!("{}\n", secret.expose()),
+            Self::Tokens(tokens) => table(TOKEN_HEADERS, tokens.iter().map(token_cells)),
+            Self::RevokedToken { name, masked } => format!("revoked {name} ({masked})\n"),
+            Self::CreatedAccount { account, password } => {
                 format!(
                     "created {} ({})\n{}",
                     account.username,
                     account.role,
-                    shown(password.as_ref())
+                    password_line(password.as_ref())
                 )
             }
             Self::Accounts(accounts) => {
-                table(HEADS_OF_ACCOUNTS, accounts.iter().map(cells_of_account))
+                table(ACCOUNT_HEADERS, accounts.iter().map(account_cells))
             }
-            Self::Granted(account) => format!("{}: {}\n", account.username, names(account)),
-            Self::Password { username, password } => {
-                let shown = shown(password.as_ref());
+            Self::ChangedPermissions(account) => format!("{}: {}\n", account.username, permission_list(account)),
+            Self::NewPassword { username, password } => {
+                let shown = password_line(password.as_ref());
                 format!("changed the password of {username}; all sessions are ended\n{shown}")
             }
         }
@@ -99,15 +99,15 @@ fn expose_secret<S: Serializer>(secret: &Token, serializer: S) -> Result<S::Ok, 
     serializer.serialize_str(secret.expose())
 }
 
-fn shown(password: Option<&String>) -> String {
+fn password_line(password: Option<&String>) -> String {
     password
         .map_or_else(String::new, |password| format!("password  {password}   (shown only once)\n"))
 }
 
-const HEADS_OF_TOKENS: [&str; 7] =
+const TOKEN_HEADERS: [&str; 7] =
     ["IDENTIFIER", "NAME", "TYPE", "ENVIRONMENT", "PROJECTS", "EXPIRES", "LAST SEEN"];
 
-fn cells_of_token(token: &TokenRow) -> [String; 7] {
+fn token_cells(token: &TokenRow) -> [String; 7] {
     let time = |time: Option<Timestamp>, none: &str| {
         time.map_or_else(|| none.to_owned(), |time| time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string())
     };
@@ -122,14 +122,14 @@ fn cells_of_token(token: &TokenRow) -> [String; 7] {
     ]
 }
 
-const HEADS_OF_ACCOUNTS: [&str; 4] = ["ID", "USERNAME", "ROLE", "GRANTED"];
+const ACCOUNT_HEADERS: [&str; 4] = ["ID", "USERNAME", "ROLE", "GRANTED"];
 
-fn cells_of_account(account: &AccountRow) -> [String; 4] {
+fn account_cells(account: &AccountRow) -> [String; 4] {
     let AccountRow { id, username, role, .. } = account;
-    [id.to_string(), username.clone(), role.clone(), names(account)]
+    [id.to_string(), username.clone(), role.clone(), permission_list(account)]
 }
 
-fn names(account: &AccountRow) -> String {
+fn permission_list(account: &AccountRow) -> String {
     if account.permissions.is_empty() { "-".to_owned() } else { account.permissions.join(",") }
 }
 

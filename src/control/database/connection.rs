@@ -17,7 +17,7 @@ use super::super::health::{Health, Operation};
 
 type BoxStream<'a, T> = std::pin::Pin<Box<dyn stream::Stream<Item = T> + Send + 'a>>;
 type BoxFuture<'a, T> = std::pin::Pin<Box<dyn Future<Output = T> + Send + 'a>>;
-type Step = Either<AnyQueryResult, AnyRow>;
+type StatementItem = Either<AnyQueryResult, AnyRow>;
 
 /// A connection to SQLite or PostgreSQL.
 ///
@@ -27,7 +27,7 @@ pub(in crate::control) struct Connection {
     raw: AnyConnection,
     state: State,
     is_in_transaction: bool,
-    patience: Duration,
+    timeout: Duration,
     health: Health,
 }
 
@@ -37,14 +37,14 @@ pub(super) enum State {
     /// Idle.
     Ready,
     /// A statement is running, or was cancelled before its end.
-    Midway,
+    Pending,
     /// The connection is broken or its server is unusable; other idle connections may be affected too.
-    Lost,
+    Broken,
 }
 
 impl Connection {
-    pub(super) fn new(raw: AnyConnection, patience: Duration, health: Health) -> Self {
-        Self { raw, state: State::Ready, is_in_transaction: false, patience, health }
+    pub(super) fn new(raw: AnyConnection, timeout: Duration, health: Health) -> Self {
+        Self { raw, state: State::Ready, is_in_transaction: false, timeout, health }
     }
 
     pub(super) fn state(&self) -> State {
@@ -52,8 +52,8 @@ impl Connection {
     }
 
     /// Sets the timeout of the following statements.
-    pub(in crate::control) fn set_patience(&mut self, patience: Duration) {
-        self.patience = patience;
+    pub(in crate::control) fn set_timeout(&mut self, patience: Duration) {
+        self.timeout = patience;
     }
 
     /// Whether a transaction is open.
@@ -64,7 +64,7 @@ impl Connection {
     /// The driver's connection, for operations with their own timeout. Until [`Self::mark_ready`] is
     /// called, this connection counts as interrupted.
     pub(super) fn raw(&mut self) -> &mut AnyConnection {
-        self.state = State::Midway;
+        self.state = State::Pending;
         &mut self.raw
     }
 
@@ -81,7 +81,7 @@ impl Connection {
     pub(super) async fn commit(&mut self) -> Result<(), sqlx::Error> {
         let commit = self.raw.execute("COMMIT");
         let running =
-            Running::begin(&mut self.state, &self.health, self.patience, Operation::Commit);
+            RunningStatement::start(&mut self.state, &self.health, self.timeout, Operation::Commit);
         running.finish(commit).await?;
         self.is_in_transaction = false;
         Ok(())
@@ -89,7 +89,7 @@ impl Connection {
 
     /// Waits for the end of a cancelled statement, and rolls back its transaction.
     pub(super) async fn reset(&mut self) -> Result<(), sqlx::Error> {
-        self.ping(self.patience).await?;
+        self.ping(self.timeout).await?;
         if self.is_in_transaction {
             self.execute("ROLLBACK").await?;
             self.is_in_transaction = false;
@@ -100,7 +100,7 @@ impl Connection {
     /// Checks that the server responds.
     pub(super) async fn ping(&mut self, patience: Duration) -> Result<(), sqlx::Error> {
         let ping = sqlx::Connection::ping(&mut self.raw);
-        let running = Running::begin(&mut self.state, &self.health, patience, Operation::Statement);
+        let running = RunningStatement::start(&mut self.state, &self.health, patience, Operation::Statement);
         running.finish(ping).await
     }
 }
@@ -112,27 +112,27 @@ impl fmt::Debug for Connection {
 }
 
 /// A running statement. If it is dropped before its end, the connection stays [`State::Pending`].
-struct Running<'a> {
+struct RunningStatement<'a> {
     state: &'a mut State,
     health: &'a Health,
-    what: Operation,
-    begun: Instant,
-    patience: Duration,
+    operation: Operation,
+    started_at: Instant,
+    timeout: Duration,
 }
 
-impl<'a> Running<'a> {
-    fn begin(
+impl<'a> RunningStatement<'a> {
+    fn start(
         state: &'a mut State,
         health: &'a Health,
-        patience: Duration,
-        what: Operation,
+        timeout: Duration,
+        operation: Operation,
     ) -> Self {
-        *state = State::Midway;
-        Self { state, health, what, begun: Instant::now(), patience }
+        *state = State::Pending;
+        Self { state, health, operation, started_at: Instant::now(), timeout }
     }
 
     fn deadline(&self) -> Instant {
-        self.begun + self.patience
+        self.started_at + self.timeout
     }
 
     async fn finish<T>(
@@ -140,16 +140,16 @@ impl<'a> Running<'a> {
         work: impl Future<Output = Result<T, sqlx::Error>>,
     ) -> Result<T, sqlx::Error> {
         let done = timeout_at(self.deadline(), work).await;
-        self.end(done.unwrap_or_else(|_| Err(no_answer(self.patience))))
+        self.complete(done.unwrap_or_else(|_| Err(timeout_error(self.timeout))))
     }
 
-    fn end<T>(&mut self, done: Result<T, sqlx::Error>) -> Result<T, sqlx::Error> {
+    fn complete<T>(&mut self, done: Result<T, sqlx::Error>) -> Result<T, sqlx::Error> {
         *self.state = match &done {
-            Err(error) if is_lost(error) => State::Lost,
+            Err(error) if is_connection_broken(error) => State::Broken,
             // After an error message of the server, too, the connection is idle.
             Ok(_) | Err(_) => State::Ready,
         };
-        self.health.record(self.what, self.begun.elapsed(), done.as_ref().err());
+        self.health.record(self.operation, self.started_at.elapsed(), done.as_ref().err());
         done
     }
 }
@@ -157,23 +157,23 @@ impl<'a> Running<'a> {
 impl<'c> Executor<'c> for &'c mut Connection {
     type Database = Any;
 
-    fn fetch_many<'e, 'q: 'e, E>(self, query: E) -> BoxStream<'e, Result<Step, sqlx::Error>>
+    fn fetch_many<'e, 'q: 'e, E>(self, query: E) -> BoxStream<'e, Result<StatementItem, sqlx::Error>>
     where
         'c: 'e,
         E: 'q + Execute<'q, Any>,
     {
         let steps = self.raw.fetch_many(query);
         let running =
-            Running::begin(&mut self.state, &self.health, self.patience, Operation::Statement);
-        let next = |state: Option<(BoxStream<'e, _>, Running<'e>)>| async move {
+            RunningStatement::start(&mut self.state, &self.health, self.timeout, Operation::Statement);
+        let next = |state: Option<(BoxStream<'e, _>, RunningStatement<'e>)>| async move {
             let (mut steps, mut running) = state?;
             match timeout_at(running.deadline(), steps.next()).await {
                 Ok(Some(Ok(step))) => Some((Ok(step), Some((steps, running)))),
-                Ok(Some(Err(error))) => Some((running.end(Err(error)), None)),
-                Ok(None) => running.end(Ok(())).err().map(|error| (Err(error), None)),
+                Ok(Some(Err(error))) => Some((running.complete(Err(error)), None)),
+                Ok(None) => running.complete(Ok(())).err().map(|error| (Err(error), None)),
                 Err(_) => {
-                    let error = no_answer(running.patience);
-                    Some((running.end(Err(error)), None))
+                    let error = timeout_error(running.timeout);
+                    Some((running.complete(Err(error)), None))
                 }
             }
         };
@@ -190,7 +190,7 @@ impl<'c> Executor<'c> for &'c mut Connection {
     {
         let row = self.raw.fetch_optional(query);
         let running =
-            Running::begin(&mut self.state, &self.health, self.patience, Operation::Statement);
+            RunningStatement::start(&mut self.state, &self.health, self.timeout, Operation::Statement);
         Box::pin(running.finish(row))
     }
 
@@ -204,24 +204,24 @@ impl<'c> Executor<'c> for &'c mut Connection {
     {
         let prepared = self.raw.prepare_with(sql, parameters);
         let running =
-            Running::begin(&mut self.state, &self.health, self.patience, Operation::Statement);
+            RunningStatement::start(&mut self.state, &self.health, self.timeout, Operation::Statement);
         Box::pin(running.finish(prepared))
     }
 }
 
 /// Connection options with statement logging disabled.
-pub(super) fn quiet(url: &str) -> Result<AnyConnectOptions, sqlx::Error> {
+pub(super) fn options_without_logging(url: &str) -> Result<AnyConnectOptions, sqlx::Error> {
     Ok(AnyConnectOptions::from_str(url)?.disable_statement_logging())
 }
 
 /// The error after a timeout.
-pub(super) fn no_answer(patience: Duration) -> sqlx::Error {
+pub(super) fn timeout_error(patience: Duration) -> sqlx::Error {
     let text = format!("no response within {patience:?}");
     io::Error::new(io::ErrorKind::TimedOut, text).into()
 }
 
 /// Whether a connection is unusable after this error.
-fn is_lost(error: &sqlx::Error) -> bool {
+fn is_connection_broken(error: &sqlx::Error) -> bool {
     /// PostgreSQL: the server closes the session or shuts down, has become read-only, or has another
     /// schema than at the time when the session prepared its statements.
     const GONE: [&str; 7] = ["57P01", "57P02", "57P03", "57P05", "25P03", "25006", "0A000"];

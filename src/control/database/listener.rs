@@ -7,7 +7,7 @@ use tokio::time::timeout;
 
 use super::{
     super::error::Error,
-    connection::{Connection, no_answer},
+    connection::{Connection, timeout_error},
 };
 
 /// A dedicated connection that detects changes by others.
@@ -19,14 +19,14 @@ pub(in crate::control) enum Listener {
 }
 
 impl Listener {
-    pub(super) async fn of_file(mut connection: Connection) -> Result<Self, Error> {
+    pub(super) async fn sqlite(mut connection: Connection) -> Result<Self, Error> {
         let version = data_version(&mut connection).await?;
         Ok(Self::Sqlite { connection: Box::new(connection), version })
     }
 
     /// Returns after a change, or when one may have been missed. Fails within 4 seconds if the
     /// connection is lost.
-    pub(in crate::control) async fn changed(&mut self) -> Result<(), Error> {
+    pub(in crate::control) async fn wait_for_change(&mut self) -> Result<(), Error> {
         /// The polling interval of SQLite.
         const INTERVAL: Duration = Duration::from_millis(250);
         /// The time without a notification after which the server is pinged, and the timeout of the
@@ -47,7 +47,7 @@ impl Listener {
                     return Ok(());
                 }
                 let ping = timeout(SILENCE, (&mut **listener).execute("SELECT 1")).await;
-                ping.unwrap_or_else(|_| Err(no_answer(SILENCE)))?;
+                ping.unwrap_or_else(|_| Err(timeout_error(SILENCE)))?;
             },
         }
     }

@@ -16,16 +16,16 @@ use sqlx::{
 use tokio::time::timeout;
 
 use super::{
-    connection::{no_answer, quiet},
+    connection::{timeout_error, options_without_logging},
     url::{DatabaseUrl, Server},
 };
 
 /// The timeout for connecting to one server and preparing the session.
-const CONNECT: Duration = Duration::from_secs(3);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Sets the timeouts that the server enforces. The lock and statement timeouts are shorter than those of
 /// this side, so that the server's error arrives. A setting that the server's version lacks is skipped.
-const LIMITS: &str = "SELECT set_config(name, value, false) FROM (VALUES \
+const SESSION_TIMEOUTS_SQL: &str = "SELECT set_config(name, value, false) FROM (VALUES \
      ('lock_timeout', '3s'), ('statement_timeout', '4s'), \
      ('idle_in_transaction_session_timeout', '5s'), ('tcp_user_timeout', '10s'), \
      ('tcp_keepalives_idle', '5'), ('tcp_keepalives_interval', '2'), \
@@ -33,43 +33,43 @@ const LIMITS: &str = "SELECT set_config(name, value, false) FROM (VALUES \
      WHERE current_setting(name, true) IS NOT NULL";
 
 /// Fails on a read-only server.
-const CHECK_WRITABLE: &str = "DO $$ BEGIN IF current_setting('transaction_read_only')::boolean \
+const CHECK_WRITABLE_SQL: &str = "DO $$ BEGIN IF current_setting('transaction_read_only')::boolean \
      THEN RAISE EXCEPTION 'the server is read-only' USING ERRCODE = '25006'; END IF; END $$";
 
 /// The servers of a database.
 #[derive(Debug)]
-pub(super) struct Postgres {
+pub(super) struct PostgresServers {
     url: DatabaseUrl,
     /// The index of the server that was connected to last; it is tried first.
-    last: AtomicUsize,
+    last_connected: AtomicUsize,
 }
 
-impl Postgres {
+impl PostgresServers {
     pub(super) fn new(url: DatabaseUrl) -> Self {
-        Self { url, last: AtomicUsize::new(0) }
+        Self { url, last_connected: AtomicUsize::new(0) }
     }
 
     /// Opens a session.
     pub(super) async fn connect(&self) -> Result<AnyConnection, sqlx::Error> {
-        self.first(|server| self.open(server)).await
+        self.first_available(|server| self.open(server)).await
     }
 
     /// Opens a session that receives the notifications on `channel`.
     pub(super) async fn listen(&self, channel: &'static str) -> Result<PgListener, sqlx::Error> {
-        self.first(|server| self.open_listener(server, channel)).await
+        self.first_available(|server| self.open_listener(server, channel)).await
     }
 
     /// The result of `open` for the first server for which it succeeds.
-    async fn first<'a, T, F>(&'a self, open: impl Fn(&'a Server) -> F) -> Result<T, sqlx::Error>
+    async fn first_available<'a, T, F>(&'a self, open: impl Fn(&'a Server) -> F) -> Result<T, sqlx::Error>
     where
         F: Future<Output = Result<T, sqlx::Error>>,
     {
         let mut failures = Vec::new();
         for (at, server) in self.by_preference() {
-            let opened = timeout(CONNECT, open(server)).await;
-            match opened.unwrap_or_else(|_| Err(no_answer(CONNECT))) {
+            let opened = timeout(CONNECT_TIMEOUT, open(server)).await;
+            match opened.unwrap_or_else(|_| Err(timeout_error(CONNECT_TIMEOUT))) {
                 Ok(opened) => {
-                    self.last.store(at, Ordering::Relaxed);
+                    self.last_connected.store(at, Ordering::Relaxed);
                     return Ok(opened);
                 }
                 Err(error) => failures.push((server, error)),
@@ -79,8 +79,8 @@ impl Postgres {
     }
 
     async fn open(&self, server: &Server) -> Result<AnyConnection, sqlx::Error> {
-        let mut connection = quiet(&server.url)?.connect().await?;
-        for statement in self.check() {
+        let mut connection = options_without_logging(&server.url)?.connect().await?;
+        for statement in self.session_setup() {
             connection.execute(*statement).await?;
         }
         Ok(connection)
@@ -91,13 +91,13 @@ impl Postgres {
         server: &Server,
         channel: &'static str,
     ) -> Result<PgListener, sqlx::Error> {
-        let check = self.check();
+        let check = self.session_setup();
         let options = server.url.parse::<PgConnectOptions>()?.disable_statement_logging();
         let pool = PgPoolOptions::new()
             .max_connections(1)
             .max_lifetime(None)
             .idle_timeout(None)
-            .acquire_timeout(CONNECT)
+            .acquire_timeout(CONNECT_TIMEOUT)
             .after_connect(move |connection, _| {
                 Box::pin(async move {
                     for statement in check {
@@ -113,14 +113,14 @@ impl Postgres {
     }
 
     /// The statements that set up a new session.
-    fn check(&self) -> &'static [&'static str] {
-        if self.url.needs_writable() { &[LIMITS, CHECK_WRITABLE] } else { &[LIMITS] }
+    fn session_setup(&self) -> &'static [&'static str] {
+        if self.url.needs_writable() { &[SESSION_TIMEOUTS_SQL, CHECK_WRITABLE_SQL] } else { &[SESSION_TIMEOUTS_SQL] }
     }
 
     /// The servers in the order in which they are tried, with their index in the URL.
     fn by_preference(&self) -> impl Iterator<Item = (usize, &Server)> {
         let servers = self.url.servers();
-        let begin = self.last.load(Ordering::Relaxed);
+        let begin = self.last_connected.load(Ordering::Relaxed);
         let places = (0..servers.len()).map(move |offset| (begin + offset) % servers.len());
         places.map(|at| (at, &servers[at]))
     }

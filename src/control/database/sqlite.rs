@@ -15,11 +15,11 @@ use sqlx::{AnyConnection, ConnectOptions as _, Executor as _, any::AnyConnectOpt
 use tokio::fs::{OpenOptions, metadata};
 use tracing::info;
 
-use super::{super::error::Error, connection::quiet};
+use super::{super::error::Error, connection::options_without_logging};
 use crate::telemetry::error_chain;
 
 /// The busy timeout is shorter than the statement timeout of this side, so that SQLite's error arrives.
-const SETTINGS: &str = "PRAGMA busy_timeout = 4000; PRAGMA auto_vacuum = FULL; \
+const PRAGMAS: &str = "PRAGMA busy_timeout = 4000; PRAGMA auto_vacuum = FULL; \
      PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;";
 
 /// A database file.
@@ -32,13 +32,13 @@ pub(super) struct SqliteFile {
 }
 
 /// The maximum size of a file that is vacuumed at a start, in bytes: this takes about a second.
-const LARGEST_REWRITTEN: i64 = 64 << 20;
+const MAX_VACUUM_SIZE: i64 = 64 << 20;
 
 impl SqliteFile {
     /// Creates the file if it is missing.
     pub(super) async fn new(path: &Path) -> Result<Self, Error> {
-        make_private(path).await.map_err(|error| Error::file(path, error))?;
-        let options = quiet(&url(path)?)?;
+        create_private(path).await.map_err(|error| Error::file(path, error))?;
+        let options = options_without_logging(&connection_url(path)?)?;
         Ok(Self { path: path.to_owned(), options, identity: OnceLock::new() })
     }
 
@@ -67,7 +67,7 @@ impl SqliteFile {
                 "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size",
             );
             let size: i64 = size.fetch_one(&mut *connection).await?;
-            if mode == 0 && size <= LARGEST_REWRITTEN {
+            if mode == 0 && size <= MAX_VACUUM_SIZE {
                 connection.execute("PRAGMA auto_vacuum = FULL; VACUUM").await?;
             }
             Ok::<_, sqlx::Error>(())
@@ -83,26 +83,26 @@ impl SqliteFile {
 
     async fn open(&self) -> Result<AnyConnection, sqlx::Error> {
         let mut connection = self.options.connect().await?;
-        connection.execute(SETTINGS).await?;
+        connection.execute(PRAGMAS).await?;
         Ok(connection)
     }
 
     /// Records the identity of the file; called once it is open.
-    pub(super) async fn remember(&self) {
+    pub(super) async fn record_identity(&self) {
         if let Ok(metadata) = metadata(&self.path).await {
             let _ = self.identity.set(identity(&metadata));
         }
     }
 
     /// Fails if the open file is no longer the one at its path.
-    pub(super) async fn check(&self) -> Result<(), Error> {
+    pub(super) async fn check_identity(&self) -> Result<(), Error> {
         let Some(known) = self.identity.get() else { return Ok(()) };
         match metadata(&self.path).await {
             Ok(metadata) if identity(&metadata) == *known => Ok(()),
             Err(error) if error.kind() != ErrorKind::NotFound => {
                 Err(Error::file(&self.path, error))
             }
-            _ => Err(Error::Replaced(self.path.clone())),
+            _ => Err(Error::FileReplaced(self.path.clone())),
         }
     }
 
@@ -113,9 +113,9 @@ impl SqliteFile {
         log.push("-wal");
         match metadata(&log).await {
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                Err(Error::Replaced(self.path.clone()))
+                Err(Error::FileReplaced(self.path.clone()))
             }
-            _ => self.check().await,
+            _ => self.check_identity().await,
         }
     }
 }
@@ -135,7 +135,7 @@ fn identity(_: &std::fs::Metadata) -> Identity {
     (0, 0)
 }
 
-fn url(path: &Path) -> Result<String, Error> {
+fn connection_url(path: &Path) -> Result<String, Error> {
     let not_text = || {
         let reason = "its path is not valid UTF-8";
         Error::file(path, std::io::Error::new(ErrorKind::InvalidInput, reason))
@@ -145,7 +145,7 @@ fn url(path: &Path) -> Result<String, Error> {
 }
 
 /// Creates the file with access for its owner only; SQLite copies the mode to its auxiliary files.
-async fn make_private(path: &Path) -> std::io::Result<()> {
+async fn create_private(path: &Path) -> std::io::Result<()> {
     let mut options = OpenOptions::new();
     options.create(true).truncate(false).write(true);
     #[cfg(unix)]

@@ -13,7 +13,7 @@ use zeroize::Zeroizing;
 pub struct DatabaseUrl {
     servers: Arc<[Server]>,
     needs_writable: bool,
-    shown: String,
+    redacted: String,
 }
 
 /// One server of a URL.
@@ -32,10 +32,10 @@ pub enum DatabaseUrlError {
     Scheme,
     /// The rest of the URL is malformed.
     #[error("the URL is not of the form postgres://user:password@host:port/database")]
-    Form,
+    Malformed,
     /// `target_session_attrs` selects a read-only server, but Parapet writes to its database.
     #[error("target_session_attrs must be any, read-write or primary")]
-    Session,
+    TargetSessionAttrs,
 }
 
 impl DatabaseUrl {
@@ -65,7 +65,7 @@ impl DatabaseUrl {
         let query = Zeroizing::new(others.collect::<Vec<_>>().join("&"));
         let servers = hosts.split(',').map(|host| {
             let url = Zeroizing::new(format!("{scheme}://{user}{host}{path}?{}", *query));
-            let options = PgConnectOptions::from_str(&url).map_err(|_| DatabaseUrlError::Form)?;
+            let options = PgConnectOptions::from_str(&url).map_err(|_| DatabaseUrlError::Malformed)?;
             let name = format!("{}:{}", options.get_host(), options.get_port());
             Ok((Server { url, name }, options.get_database().unwrap_or_default().to_owned()))
         });
@@ -74,13 +74,13 @@ impl DatabaseUrl {
             None => servers.len() > 1,
             Some("any") => false,
             Some("read-write" | "primary") => true,
-            Some(_) => return Err(DatabaseUrlError::Session),
+            Some(_) => return Err(DatabaseUrlError::TargetSessionAttrs),
         };
         let database = servers[0].1.clone();
         let servers: Arc<[Server]> = servers.into_iter().map(|(server, _)| server).collect();
         let names: Vec<_> = servers.iter().map(|server| server.name.as_str()).collect();
         let shown = format!("postgres://{}/{database}", names.join(","));
-        Ok(Self { servers, needs_writable, shown })
+        Ok(Self { servers, needs_writable, redacted: shown })
     }
 
     /// The servers, in the order in which they are tried; at least one.
@@ -96,13 +96,13 @@ impl DatabaseUrl {
 
 impl fmt::Display for DatabaseUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.shown)
+        f.write_str(&self.redacted)
     }
 }
 
 impl fmt::Debug for DatabaseUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "DatabaseUrl({})", self.shown)
+        write!(f, "DatabaseUrl({})", self.redacted)
     }
 }
 
@@ -119,8 +119,8 @@ mod tests {
         let error = |text| DatabaseUrl::parse(text).err();
         assert_eq!(error("mysql://localhost/flags"), Some(DatabaseUrlError::Scheme));
         assert_eq!(error("postgres"), Some(DatabaseUrlError::Scheme));
-        assert_eq!(error("postgres://host:port/flags"), Some(DatabaseUrlError::Form));
-        assert_eq!(error("postgres://a:1,b:port/flags"), Some(DatabaseUrlError::Form));
+        assert_eq!(error("postgres://host:port/flags"), Some(DatabaseUrlError::Malformed));
+        assert_eq!(error("postgres://a:1,b:port/flags"), Some(DatabaseUrlError::Malformed));
     }
 
     #[test]
@@ -145,6 +145,6 @@ mod tests {
         assert_eq!(needs("postgres://a,b/f"), Ok(true));
         assert_eq!(needs("postgres://a,b/f?target_session_attrs=any"), Ok(false));
         let standby = needs("postgres://a,b/f?target_session_attrs=standby");
-        assert_eq!(standby, Err(DatabaseUrlError::Session));
+        assert_eq!(standby, Err(DatabaseUrlError::TargetSessionAttrs));
     }
 }

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     control::{
-        Account, AccountChange, Actor, Control, Grants, NewAccount, Operator, Permission, RootRole,
+        Account, AccountChange, Actor, ControlPlane, PermissionChange, NewAccount, Operator, Permission, RootRole,
     },
     http::reply::{self, HttpError, HttpResponse},
     wire::admin::{self as wire, Field, FieldErrors, RoleRef, Rfc3339Millis},
@@ -18,7 +18,7 @@ use crate::{
 
 /// Lists all accounts or a page of them, and all roles.
 pub(super) async fn list(
-    control: &Control,
+    control: &ControlPlane,
     operator: &Operator,
     query: &QueryParams<'_>,
 ) -> Result<HttpResponse, HttpError> {
@@ -42,13 +42,13 @@ pub(super) async fn list(
 }
 
 /// Returns one account.
-pub(super) async fn get(control: &Control, actor: &Actor, id: &str) -> Result<HttpResponse, HttpError> {
+pub(super) async fn get(control: &ControlPlane, actor: &Actor, id: &str) -> Result<HttpResponse, HttpError> {
     account_response(control.account(actor, parse_account_id(id)?).await?)
 }
 
 /// Creates an account.
 pub(super) async fn create(
-    control: &Control,
+    control: &ControlPlane,
     actor: &Actor,
     body: &Bytes,
 ) -> Result<HttpResponse, HttpError> {
@@ -76,7 +76,7 @@ pub(super) async fn create(
 
 /// Changes the name, email address, role or password of an account.
 pub(super) async fn update(
-    control: &Control,
+    control: &ControlPlane,
     actor: &Actor,
     id: &str,
     body: &Bytes,
@@ -94,14 +94,14 @@ pub(super) async fn update(
 }
 
 /// Deletes an account.
-pub(super) async fn delete(control: &Control, actor: &Actor, id: &str) -> Result<HttpResponse, HttpError> {
+pub(super) async fn delete(control: &ControlPlane, actor: &Actor, id: &str) -> Result<HttpResponse, HttpError> {
     control.delete_account(actor, parse_account_id(id)?).await?.ok_or_else(account_not_found)?;
     Ok(reply::empty_ok())
 }
 
 /// Sets the permissions of an account beyond those of its role.
 pub(super) async fn set_permissions(
-    control: &Control,
+    control: &ControlPlane,
     actor: &Actor,
     id: &str,
     body: &Bytes,
@@ -111,7 +111,7 @@ pub(super) async fn set_permissions(
     let names = problems.required("permissions", request.permissions).unwrap_or_default();
     let mut permissions = BTreeSet::new();
     for name in &names {
-        if let Some(granted) = Permission::granted_by(&name.0) {
+        if let Some(granted) = Permission::from_grant_name(&name.0) {
             permissions.extend(granted);
         } else {
             let known = Permission::ALL.map(Permission::as_str).join(", ");
@@ -120,12 +120,12 @@ pub(super) async fn set_permissions(
         }
     }
     problems.finish()?;
-    account_response(control.grant(actor, parse_account_id(id)?, Grants::Only(permissions)).await?)
+    account_response(control.update_permissions(actor, parse_account_id(id)?, PermissionChange::Replace(permissions)).await?)
 }
 
 /// Sets a new password for an account.
 pub(super) async fn reset_password(
-    control: &Control,
+    control: &ControlPlane,
     actor: &Actor,
     id: &str,
     body: &Bytes,

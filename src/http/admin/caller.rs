@@ -15,7 +15,7 @@ use super::{origin::is_same_origin, relay::Relay};
 
 use crate::{
     auth::Authenticator,
-    control::{Account, Actor, Cause, Control, Operator},
+    control::{Account, Actor, Activity, ControlPlane, Operator},
     http::reply::HttpError,
     token::{Token, TokenKind},
     wire::person::User,
@@ -51,7 +51,7 @@ pub(super) struct Authentication<'a> {
     /// Validates admin tokens.
     pub(super) auth: &'a Authenticator,
     /// The control plane, which stores the sessions; `None` if there is none.
-    pub(super) control_plane: Option<&'a Control>,
+    pub(super) control_plane: Option<&'a ControlPlane>,
     /// The upstream server that has the sessions instead.
     pub(super) relay: Option<&'a Relay>,
     /// Whether this listener uses TLS.
@@ -86,7 +86,7 @@ impl Authentication<'_> {
             return Err(HttpError::CrossOrigin);
         }
         let is_background = !changes && head.headers.contains_key(&BACKGROUND_HEADER);
-        let cause = if is_background { Cause::Page } else { Cause::Person };
+        let cause = if is_background { Activity::Background } else { Activity::Interactive };
         let session = control.session(cookie, address, cause).await?.ok_or(HttpError::SignInRequired)?;
         let actor = Actor { operator: session.operator(), address: Some(address) };
         Ok(AuthenticatedCaller { actor, account: Some(session.account) })

@@ -20,19 +20,19 @@ const RETRY_AFTER: Duration = Duration::from_secs(5);
 impl From<Error> for HttpError {
     fn from(error: Error) -> Self {
         match error {
-            Error::Missing(missing) => Self::MissingPermission(missing),
-            Error::Taken(field) => {
+            Error::MissingPermission(missing) => Self::MissingPermission(missing),
+            Error::NameTaken(field) => {
                 Self::InvalidFields(vec![FieldError { field: field, reason: "is taken".to_owned() }])
             }
             Error::LastAdmin => Self::OperationDenied(error.to_string()),
-            Error::Limit { .. } => Self::Malformed(error.to_string()),
-            Error::Throttled(pause) => Self::RateLimited(pause),
+            Error::LimitReached { .. } => Self::Malformed(error.to_string()),
+            Error::RateLimited(pause) => Self::RateLimited(pause),
             Error::WrongPassword => Self::WrongPassword,
             Error::SessionEnded => Self::SignInRequired,
-            Error::Invalid { field, reason } => {
+            Error::InvalidField { field, reason } => {
                 Self::InvalidFields(vec![FieldError { field: field, reason }])
             }
-            Error::Replaced(_) => {
+            Error::FileReplaced(_) => {
                 log_database_error(&error);
                 let what =
                     "the file of the database of accounts and tokens was deleted or replaced";
@@ -49,9 +49,9 @@ impl From<Error> for HttpError {
                 let what = "the database of accounts and tokens is busy";
                 Self::Unavailable { what, retry_after: RETRY_AFTER }
             }
-            Error::Newer { .. }
+            Error::NewerSchema { .. }
             | Error::Migration(_)
-            | Error::NotBegun
+            | Error::NotInitialized
             | Error::File(..)
             | Error::Database(_) => {
                 log_database_error(&error);

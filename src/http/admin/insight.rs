@@ -101,7 +101,7 @@ impl InstanceStatus {
             "upstream": self.upstream.as_ref().map(|it| upstream_status(it, self.admin_token.as_ref())),
             "tokens": {
                 "valid": valid_token_count(&self.auth),
-                "refused": self.auth.refused_count(),
+                "refused": self.auth.rejected_count(),
             },
             "certificates": certificate_status(&self.tls, Timestamp::now()),
         })
@@ -127,7 +127,7 @@ impl InstanceStatus {
         json!({
             "tokenRefreshes": [],
             "tokenValidationStatus": valid_tokens(&self.auth),
-            "invalidTokenCount": self.auth.refused_count(),
+            "invalidTokenCount": self.auth.rejected_count(),
         })
     }
 
@@ -150,11 +150,11 @@ impl InstanceStatus {
 /// The valid SDK tokens: those that upstream has confirmed, and those that are configured. Admin tokens
 /// are left out, because not every operator may see them.
 fn valid_tokens(auth: &Authenticator) -> Vec<Value> {
-    let confirmed = auth.verdicts().into_iter().map(|verdict| {
-        let checked = Some(verdict.checked().to_string());
+    let confirmed = auth.cached_tokens().into_iter().map(|verdict| {
+        let checked = Some(verdict.confirmed_at().to_string());
         (Arc::clone(verdict.grant()), verdict.masked().to_owned(), "Validated", checked)
     });
-    let configured = auth.given().into_iter().map(|grant| {
+    let configured = auth.static_grants().into_iter().map(|grant| {
         let masked = mask_scope(&grant.scope);
         (grant, masked, "Trusted", None)
     });
@@ -173,8 +173,8 @@ fn valid_tokens(auth: &Authenticator) -> Vec<Value> {
 }
 
 fn valid_token_count(auth: &Authenticator) -> usize {
-    let confirmed = auth.verdicts().iter().filter(|verdict| is_sdk_token(verdict.grant())).count();
-    confirmed + auth.given().iter().filter(|grant| is_sdk_token(grant)).count()
+    let confirmed = auth.cached_tokens().iter().filter(|verdict| is_sdk_token(verdict.grant())).count();
+    confirmed + auth.static_grants().iter().filter(|grant| is_sdk_token(grant)).count()
 }
 
 fn is_sdk_token(grant: &Grant) -> bool {
@@ -232,11 +232,11 @@ pub(super) fn database_status(database: &DatabaseStatus) -> Value {
         .map(|(at, error)| json!({"at": at.to_string(), "error": error}));
     json!({
         "location": database.location,
-        "reachable": database.away_since.is_none(),
-        "awaySince": database.away_since.map(|at| at.to_string()),
+        "reachable": database.unreachable_since.is_none(),
+        "awaySince": database.unreachable_since.map(|at| at.to_string()),
         "lastError": last_error,
         "registryAgeSeconds": database.registry_age.map(|age| age.as_secs()),
-        "usageWaitsSince": database.usage_waits_since.map(|at| at.to_string()),
+        "usageWaitsSince": database.usage_failing_since.map(|at| at.to_string()),
         "connections": {"busy": busy, "idle": idle, "limit": limit},
     })
 }
@@ -266,7 +266,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        auth::{self, Authority},
+        auth::{self, Validator},
         token::{Environment, TokenDigest},
     };
 
@@ -320,7 +320,7 @@ mod tests {
             let scope = Scope { environment: Environment::new("dev"), projects };
             (TokenDigest::of(kind.as_str()), Grant { kind, scope })
         });
-        let auth = Authenticator::new(config, Authority::Nobody, configured);
+        let auth = Authenticator::new(config, Validator::StaticOnly, configured);
         let mut tokens = valid_tokens(&auth);
         assert_eq!(tokens.len(), valid_token_count(&auth));
         tokens.sort_by_key(|token| token["type"].to_string());

@@ -2,7 +2,7 @@
 
 use super::{body::QueryParams, operation::MAX_EVENTS};
 use crate::{
-    control::{Control, Event, EventKind, EventQuery, Operator},
+    control::{ControlPlane, Event, EventKind, EventQuery, Operator},
     http::reply::{self, HttpError, HttpResponse},
     wire::admin::{self as wire, FieldErrors, Rfc3339Millis},
 };
@@ -12,7 +12,7 @@ const DEFAULT_EVENT_LIMIT: u32 = 100;
 
 /// Lists audit events, newest first.
 pub(super) async fn list_events(
-    control: &Control,
+    control: &ControlPlane,
     operator: &Operator,
     query: &QueryParams<'_>,
 ) -> Result<HttpResponse, HttpError> {

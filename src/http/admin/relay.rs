@@ -202,8 +202,8 @@ fn invalidate_token(auth: &Authenticator, method: &Method, path: &str) {
         AffectedTokens::One(token) => ListedSecret::parse(&token),
     };
     match named {
-        Some(named) if *method == Method::DELETE => auth.withdraw(&named),
-        named => auth.reconsider(named.as_ref()),
+        Some(named) if *method == Method::DELETE => auth.revoke(&named),
+        named => auth.revalidate(named.as_ref()),
     }
 }
 

@@ -14,7 +14,7 @@ use super::{
     origin::is_same_origin,
 };
 use crate::{
-    control::{Account, Control, Operator, RootRole, SignIn},
+    control::{Account, ControlPlane, Operator, RootRole, SignInAttempt},
     http::reply::{self, HttpError, HttpResponse},
     wire::admin::{self as wire, FieldErrors},
 };
@@ -24,7 +24,7 @@ const DEVICE_COOKIE_MAX_AGE_SECONDS: u32 = 365 * 24 * 60 * 60;
 
 /// Starts a session and returns its cookie. `is_tls` states whether this listener uses TLS.
 pub(super) async fn sign_in(
-    control: &Control,
+    control: &ControlPlane,
     headers: &HeaderMap,
     is_tls: bool,
     address: IpAddr,
@@ -41,7 +41,7 @@ pub(super) async fn sign_in(
     let password = body::current_password(&mut problems, "password", password.as_ref());
     let (username, password) = problems.into_result(username.zip(password))?;
     let device = cookie(headers, DEVICE_COOKIE);
-    let attempt = SignIn { username: &username.0, password: &password, address, device };
+    let attempt = SignInAttempt { username: &username.0, password: &password, address, device };
     let signed_in = control.sign_in(attempt).await?;
     let (name, secure) = if is_encrypted(headers, is_tls) {
         (SECURE_SESSION_COOKIE, "; Secure")
@@ -60,7 +60,7 @@ pub(super) async fn sign_in(
 
 /// Ends the session, if there is one.
 pub(super) async fn sign_out(
-    control: &Control,
+    control: &ControlPlane,
     headers: &HeaderMap,
     is_tls: bool,
     address: IpAddr,
@@ -84,7 +84,7 @@ pub(super) fn current_user(caller: &AuthenticatedCaller) -> HttpResponse {
         Some(account) => account_json(account),
         None => token_json(operator),
     };
-    let permissions = operator.permissions();
+    let permissions = operator.permission_names();
     reply::json_document(&wire::Me {
         user,
         permissions: permissions.map(|permission| wire::Permission { permission }).collect(),
@@ -117,7 +117,7 @@ fn token_json(operator: &Operator) -> wire::Caller {
 
 /// Changes the caller's own password.
 pub(super) async fn change_password(
-    control: &Control,
+    control: &ControlPlane,
     caller: &AuthenticatedCaller,
     body: &Bytes,
 ) -> Result<HttpResponse, HttpError> {

@@ -5,7 +5,7 @@ use jiff::Timestamp;
 
 use super::{body, catalogue::FlagCatalogue};
 use crate::{
-    control::{Actor, ApiToken, Control, NewToken},
+    control::{Actor, ApiToken, ControlPlane, NewToken},
     http::reply::{self, HttpError, HttpResponse},
     token::{Environment, Project, Projects, TokenKind},
     wire::admin::{self as wire, Field, ScopeId, Rfc3339, MAX_PROJECTS, FieldErrors, SecretOrIdentifier, Rfc3339Millis},
@@ -26,7 +26,7 @@ pub(super) enum TokenFilter<'a> {
 }
 
 /// Lists the tokens that the caller may see.
-pub(super) fn list(control: &Control, actor: &Actor, filter: TokenFilter<'_>) -> HttpResponse {
+pub(super) fn list(control: &ControlPlane, actor: &Actor, filter: TokenFilter<'_>) -> HttpResponse {
     let is_selected = |token: &ApiToken| match filter {
         TokenFilter::All => true,
         TokenFilter::Named(name) => token.name == name,
@@ -46,7 +46,7 @@ fn is_visible_in(token: &ApiToken, project: &str) -> bool {
 /// Creates a token. Only this response contains its secret. With `project`, the token has access to that
 /// project only.
 pub(super) async fn create(
-    control: &Control,
+    control: &ControlPlane,
     actor: &Actor,
     catalogue: &FlagCatalogue,
     project: Option<&str>,
@@ -58,7 +58,7 @@ pub(super) async fn create(
         Field::Missing | Field::Invalid(_) => None,
     };
     // A missing permission is reported before errors of the body.
-    control.require_create(actor, kind).await?;
+    control.require_create_token(actor, kind).await?;
     let new = parse_new_token(request, catalogue, project)?;
     let (token, created) = control.create_token(actor, new).await?;
     let created = wire::ApiToken { secret: SecretOrIdentifier::Secret(token), ..token_json(created) };
@@ -170,7 +170,7 @@ fn unknown_name_error(name: &str, known: &[String]) -> String {
 
 /// Changes the expiry of a token. As in Unleash, a token that does not exist is no error.
 pub(super) async fn update(
-    control: &Control,
+    control: &ControlPlane,
     actor: &Actor,
     token: &str,
     body: &Bytes,
@@ -186,7 +186,7 @@ pub(super) async fn update(
 
 /// Deletes a token. As in Unleash, a token that does not exist is no error.
 pub(super) async fn delete(
-    control: &Control,
+    control: &ControlPlane,
     actor: &Actor,
     token: &str,
 ) -> Result<HttpResponse, HttpError> {
@@ -196,7 +196,7 @@ pub(super) async fn delete(
 
 /// Deletes a token that has access to this project only.
 pub(super) async fn delete_from_project(
-    control: &Control,
+    control: &ControlPlane,
     actor: &Actor,
     project: &str,
     token: &str,

@@ -4,7 +4,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::{body::QueryParams, operation::MAX_USAGE_HOURS};
 use crate::{
-    control::{ApplicationSummary, Control, UsageHour},
+    control::{ApplicationSummary, ControlPlane, UsageHour},
     http::reply::{self, HttpError, HttpResponse},
     wire::admin::{self as wire, FieldErrors, Rfc3339Millis},
 };
@@ -13,7 +13,7 @@ use crate::{
 const DEFAULT_USAGE_HOURS: u32 = 24;
 
 /// Lists the applications that use flags.
-pub(super) async fn list_applications(control: &Control) -> Result<HttpResponse, HttpError> {
+pub(super) async fn list_applications(control: &ControlPlane) -> Result<HttpResponse, HttpError> {
     let applications = control.applications().await?;
     let applications: Vec<_> = applications.into_iter().map(application_json).collect();
     let total = applications.len();
@@ -34,7 +34,7 @@ fn application_json(application: ApplicationSummary) -> wire::Application {
 
 /// The usage of a flag, by hour.
 pub(super) async fn flag_usage(
-    control: &Control,
+    control: &ControlPlane,
     flag: &str,
     query: &QueryParams<'_>,
 ) -> Result<HttpResponse, HttpError> {
@@ -43,7 +43,7 @@ pub(super) async fn flag_usage(
         query.number(&mut problems, "hoursBack", 1, MAX_USAGE_HOURS).unwrap_or(DEFAULT_USAGE_HOURS);
     problems.finish()?;
     let since = Timestamp::now() - SignedDuration::from_hours(i64::from(hours));
-    let data = control.usage_of(flag, since).await?.into_iter().map(usage_hour_json).collect();
+    let data = control.flag_usage(flag, since).await?.into_iter().map(usage_hour_json).collect();
     let feature_name = flag.to_owned();
     Ok(reply::json_document(&wire::FlagUsage { version: 1, maturity: "stable", feature_name, data }))
 }

@@ -8,7 +8,7 @@ use hyper::{
 };
 
 use crate::{
-    control::Missing,
+    control::MissingPermission,
     wire::admin::{self as wire, Detail, FieldError},
 };
 
@@ -53,7 +53,7 @@ pub enum HttpError {
     CrossOrigin,
     /// A permission that the caller does not have.
     #[error(transparent)]
-    MissingPermission(Missing),
+    MissingPermission(MissingPermission),
     /// An operation that no permission allows.
     #[error("{0}")]
     OperationDenied(String),

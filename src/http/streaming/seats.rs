@@ -112,7 +112,7 @@ impl StreamLimiter {
             tokio::time::sleep(TOKEN_CHECK_INTERVAL).await;
             self.0.lock_lifetimes().retain(|digest, life| {
                 let Some(life) = life.upgrade() else { return false };
-                let is_current = self.0.auth.standing(digest).is_some_and(|it| it == life.grant);
+                let is_current = self.0.auth.current_grant(digest).is_some_and(|it| it == life.grant);
                 if !is_current {
                     life.close_signal.trigger();
                 }

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use parapet::auth::{self, Authenticator, Authority};
+use parapet::auth::{self, Authenticator, Validator};
 use parapet::control::{
-    Actor, Cause, Config, Control, DatabaseUrl, EventQuery, FirstAccount, Location, Opened,
-    Operator, Password, Secret, Seed, SignIn, SignedIn,
+    Actor, Activity, Config, ControlPlane, DatabaseUrl, EventQuery, InitialAccount, DatabaseLocation, BootstrapReport,
+    Operator, Password, CookieSecret, InitialTokens, SignInAttempt, SignedIn,
 };
 use parapet::token::Token;
 use sqlx::{AnyConnection, AssertSqlSafe, Connection as _, Executor as _};
@@ -17,7 +17,7 @@ use crate::rig::Postgres;
 /// The password of the first account.
 pub(super) const PASSWORD: &str = "correct horse battery";
 /// The command line, which has every permission.
-pub(super) const SHELL: Actor = Actor { operator: Operator::Shell, address: None };
+pub(super) const SHELL: Actor = Actor { operator: Operator::CommandLine, address: None };
 
 /// An empty database.
 pub(super) enum TestDatabase {
@@ -39,31 +39,31 @@ impl TestDatabase {
 
     pub(super) fn config(&self) -> Config {
         let location = match self {
-            Self::Sqlite(directory) => Location::Sqlite(directory.path().join("control.db")),
-            Self::Postgres { url, .. } => Location::Postgres(DatabaseUrl::parse(url).unwrap()),
+            Self::Sqlite(directory) => DatabaseLocation::Sqlite(directory.path().join("control.db")),
+            Self::Postgres { url, .. } => DatabaseLocation::Postgres(DatabaseUrl::parse(url).unwrap()),
         };
         Config {
             location,
-            seed: Seed::default(),
-            first_account: FirstAccount {
+            initial_tokens: InitialTokens::default(),
+            initial_account: InitialAccount {
                 username: "admin".to_owned(),
                 password: Some(password(PASSWORD)),
             },
             token_limit: 20,
             account_limit: 5,
-            session_idle: Duration::from_hours(8),
+            session_idle_timeout: Duration::from_hours(8),
             session_lifetime: Duration::from_hours(24),
             event_retention: None,
             usage_retention: Duration::from_hours(24),
         }
     }
 
-    pub(super) async fn open(&self) -> Control {
+    pub(super) async fn open(&self) -> ControlPlane {
         self.open_as(self.config()).await.0
     }
 
-    pub(super) async fn open_as(&self, config: Config) -> (Control, Opened) {
-        Control::open(config, None, |_| ()).await.unwrap()
+    pub(super) async fn open_as(&self, config: Config) -> (ControlPlane, BootstrapReport) {
+        ControlPlane::open(config, None, |_| ()).await.unwrap()
     }
 
     /// A separate connection to the database.
@@ -142,7 +142,7 @@ pub(super) struct RunningInstance {
 
 impl RunningInstance {
     /// Runs `control`.
-    pub(super) fn start(control: &Control) -> Self {
+    pub(super) fn start(control: &ControlPlane) -> Self {
         let config = auth::Config {
             revalidate_after: Duration::from_mins(1),
             forget_invalid_after: Duration::from_mins(1),
@@ -150,7 +150,7 @@ impl RunningInstance {
             deadline: Duration::from_secs(1),
             capacity: 100,
         };
-        let auth = Authenticator::new(config, Authority::Nobody, control.grants());
+        let auth = Authenticator::new(config, Validator::StaticOnly, control.grants());
         let mut running = JoinSet::new();
         let (control, listener) = (control.clone(), auth.clone());
         running.spawn(async move { control.run(&listener).await });
@@ -174,30 +174,30 @@ pub(super) fn password(text: &str) -> Password {
 }
 
 /// An attempt to sign in, from a fixed address.
-pub(super) fn attempt<'a>(username: &'a str, password: &'a Password) -> SignIn<'a> {
-    SignIn { username, password, address: [192, 0, 2, 1].into(), device: None }
+pub(super) fn attempt<'a>(username: &'a str, password: &'a Password) -> SignInAttempt<'a> {
+    SignInAttempt { username, password, address: [192, 0, 2, 1].into(), device: None }
 }
 
 /// The first account, signed in.
-pub(super) async fn admin(control: &Control) -> SignedIn {
+pub(super) async fn admin(control: &ControlPlane) -> SignedIn {
     control.sign_in(attempt("admin", &password(PASSWORD))).await.unwrap()
 }
 
 /// The account of a session, as the actor of a change.
-pub(super) async fn actor_in(control: &Control, session: &Secret) -> Actor {
+pub(super) async fn actor_in(control: &ControlPlane, session: &CookieSecret) -> Actor {
     let address = [192, 0, 2, 1].into();
-    let session = control.session(session.expose(), address, Cause::Person).await.unwrap().unwrap();
+    let session = control.session(session.expose(), address, Activity::Interactive).await.unwrap().unwrap();
     Actor { operator: session.operator(), address: Some(address) }
 }
 
 /// Signs in with this name and password, and returns the account as the actor of a change.
-pub(super) async fn actor(control: &Control, username: &str, password: &Password) -> Actor {
+pub(super) async fn actor(control: &ControlPlane, username: &str, password: &Password) -> Actor {
     let signed_in = control.sign_in(attempt(username, password)).await.unwrap();
     actor_in(control, &signed_in.session).await
 }
 
 /// The kinds of all events, oldest first.
-pub(super) async fn kinds(control: &Control) -> Vec<String> {
+pub(super) async fn kinds(control: &ControlPlane) -> Vec<String> {
     let query = EventQuery { limit: 1000, ..EventQuery::default() };
     let page = control.events(&SHELL.operator, &query).await.unwrap();
     page.events.into_iter().rev().map(|event| event.kind).collect()

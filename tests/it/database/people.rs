@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use parapet::control::{
-    Account, AccountChange, Actor, Cause, Config, Control, Error, FirstAccount, Grants, NewAccount,
-    Password, Permission, RootRole, Session, SignIn,
+    Account, AccountChange, Actor, Activity, Config, ControlPlane, Error, InitialAccount, PermissionChange, NewAccount,
+    Password, Permission, RootRole, Session, SignInAttempt,
 };
 
 use sqlx::Executor as _;
@@ -38,7 +38,7 @@ fn new(username: &str, role: RootRole) -> NewAccount {
 }
 
 /// Signs in to an account that was created by [`new_account`], and returns it as the actor of a change.
-async fn actor(control: &Control, account: &Account) -> Actor {
+async fn actor(control: &ControlPlane, account: &Account) -> Actor {
     bed::actor(control, &account.username, &password("ann's password")).await
 }
 
@@ -49,9 +49,9 @@ async fn accounts_are_created_changed_and_deleted(db: TestDatabase) {
     let ann = control.create_account(&SHELL, ann).await.unwrap();
     assert_eq!((ann.username.as_str(), ann.name.as_deref()), ("Ann", Some("Ann")));
     let taken = control.create_account(&SHELL, new("aNN", RootRole::Editor)).await;
-    assert!(matches!(taken, Err(Error::Taken("username"))), "{taken:?}");
+    assert!(matches!(taken, Err(Error::NameTaken("username"))), "{taken:?}");
     let odd = control.create_account(&SHELL, new("a b", RootRole::Editor)).await;
-    assert!(matches!(odd, Err(Error::Invalid { field: "username", .. })), "{odd:?}");
+    assert!(matches!(odd, Err(Error::InvalidField { field: "username", .. })), "{odd:?}");
 
     let change = AccountChange {
         password: None,
@@ -65,14 +65,14 @@ async fn accounts_are_created_changed_and_deleted(db: TestDatabase) {
     assert_eq!(changed, expect);
     let granted: BTreeSet<_> =
         [Permission::CreateClientApiToken, Permission::DeleteFrontendApiToken].into();
-    let changed = control.grant(&SHELL, ann.id, Grants::Only(granted.clone())).await.unwrap();
+    let changed = control.update_permissions(&SHELL, ann.id, PermissionChange::Replace(granted.clone())).await.unwrap();
     let expect = Account { permissions: granted, ..expect };
     assert_eq!(changed.as_ref(), Some(&expect));
     assert_eq!(control.account(&SHELL, ann.id).await.unwrap(), Some(expect.clone()));
     let all = control.accounts(&SHELL.operator).await.unwrap();
     assert_eq!(all.len(), 2);
     assert_eq!(all[1], expect);
-    let none = control.grant(&SHELL, ann.id, Grants::Only(BTreeSet::new())).await.unwrap().unwrap();
+    let none = control.update_permissions(&SHELL, ann.id, PermissionChange::Replace(BTreeSet::new())).await.unwrap().unwrap();
     assert!(none.permissions.is_empty());
 
     assert!(control.delete_account(&SHELL, ann.id).await.unwrap().is_some());
@@ -91,14 +91,14 @@ async fn accounts_are_created_changed_and_deleted(db: TestDatabase) {
         control.create_account(&SHELL, new(name, RootRole::Viewer)).await.unwrap();
     }
     let all = control.accounts(&SHELL.operator).await.unwrap();
-    let granted = Grants::Only([Permission::CreateClientApiToken].into());
-    let b = control.grant(&SHELL, all[2].id, granted).await.unwrap().unwrap();
+    let granted = PermissionChange::Replace([Permission::CreateClientApiToken].into());
+    let b = control.update_permissions(&SHELL, all[2].id, granted).await.unwrap().unwrap();
     let page = control.accounts_after(&SHELL.operator, all[1].id, 2).await.unwrap();
     assert_eq!(page, [b, all[3].clone()], "each page continues after the previous one");
     let end = control.accounts_after(&SHELL.operator, all[4].id, 2).await.unwrap();
     assert!(end.is_empty());
     let more = control.create_account(&SHELL, new("e", RootRole::Viewer)).await;
-    assert!(matches!(more, Err(Error::Limit { limit: 5, .. })), "{more:?}");
+    assert!(matches!(more, Err(Error::LimitReached { limit: 5, .. })), "{more:?}");
 }
 
 async fn last_admin_cannot_be_demoted_or_deleted(db: TestDatabase) {
@@ -120,17 +120,17 @@ async fn only_admins_manage_accounts(db: TestDatabase) {
     let control = db.open().await;
     let granted = Permission::ALL.into_iter().collect();
     let ann = control.create_account(&SHELL, new("ann", RootRole::Editor)).await.unwrap();
-    let ann = control.grant(&SHELL, ann.id, Grants::Only(granted)).await.unwrap().unwrap();
+    let ann = control.update_permissions(&SHELL, ann.id, PermissionChange::Replace(granted)).await.unwrap().unwrap();
     let (ann, id) = (actor(&control, &ann).await, ann.id);
     let refused = |outcome: Result<(), Error>| {
-        let Err(Error::Missing(missing)) = outcome else { panic!("{outcome:?}") };
+        let Err(Error::MissingPermission(missing)) = outcome else { panic!("{outcome:?}") };
         assert_eq!(missing.permission(), "ADMIN");
     };
     let mallory = new("mallory", RootRole::Admin);
     refused(control.create_account(&ann, mallory).await.map(drop));
     let promote = AccountChange { role: Some(RootRole::Admin), ..AccountChange::default() };
     refused(control.update_account(&ann, id, promote).await.map(drop));
-    refused(control.grant(&ann, id, Grants::Only(BTreeSet::new())).await.map(drop));
+    refused(control.update_permissions(&ann, id, PermissionChange::Replace(BTreeSet::new())).await.map(drop));
     refused(control.set_password(&ann, 1, password("mallory's own")).await.map(drop));
     refused(control.delete_account(&ann, 1).await.map(drop));
     refused(control.accounts(&ann.operator).await.map(drop));
@@ -139,11 +139,11 @@ async fn only_admins_manage_accounts(db: TestDatabase) {
 }
 
 async fn first_account_gets_configured_or_generated_password(db: TestDatabase) {
-    let first_account = FirstAccount { username: "root".to_owned(), password: None };
-    let config = Config { first_account, ..db.config() };
+    let first_account = InitialAccount { username: "root".to_owned(), password: None };
+    let config = Config { initial_account: first_account, ..db.config() };
     let (control, opened) = db.open_as(config.clone()).await;
     let made = opened.account.unwrap();
-    let generated = made.generated.unwrap();
+    let generated = made.generated_password.unwrap();
     let signed_in = control.sign_in(attempt(&made.username, &generated)).await.unwrap();
     assert_eq!(signed_in.account.role, RootRole::Admin);
     let (_, again) = db.open_as(config).await;
@@ -158,19 +158,19 @@ async fn session_starts_with_password_and_ends_at_sign_out(db: TestDatabase) {
     assert!(matches!(nobody, Err(Error::WrongPassword)), "{nobody:?}");
     let signed_in = control.sign_in(attempt(" ADMIN ", &password(PASSWORD))).await.unwrap();
     let cookie = signed_in.session.expose();
-    let account = control.session(cookie, HOME, Cause::Person).await.unwrap().unwrap().account;
+    let account = control.session(cookie, HOME, Activity::Interactive).await.unwrap().unwrap().account;
     assert_eq!(account, signed_in.account);
     assert!(account.seen_at.is_some());
     // Every instance accepts the session, and notices its end.
     let other = db.open().await;
-    assert!(other.session(cookie, HOME, Cause::Person).await.unwrap().is_some());
+    assert!(other.session(cookie, HOME, Activity::Interactive).await.unwrap().is_some());
     let device = signed_in.device.expose();
     assert!(
-        control.session(device, HOME, Cause::Person).await.unwrap().is_none(),
+        control.session(device, HOME, Activity::Interactive).await.unwrap().is_none(),
         "another cookie's value"
     );
     other.sign_out(cookie, HOME).await.unwrap();
-    assert!(control.session(cookie, HOME, Cause::Person).await.unwrap().is_none());
+    assert!(control.session(cookie, HOME, Activity::Interactive).await.unwrap().is_none());
     control.sign_out(cookie, HOME).await.unwrap();
     let recorded = kinds(&control).await;
     let expect = ["sign-in-refused", "sign-in-refused", "user-signed-in", "user-signed-out"];
@@ -181,8 +181,8 @@ async fn password_change_ends_other_sessions(db: TestDatabase) {
     let control = db.open().await;
     let ann = control.create_account(&SHELL, new("ann", RootRole::Viewer)).await.unwrap();
     let old = password("ann's password");
-    let is_open = async |session: &parapet::control::Secret| {
-        control.session(session.expose(), HOME, Cause::Person).await.unwrap().is_some()
+    let is_open = async |session: &parapet::control::CookieSecret| {
+        control.session(session.expose(), HOME, Activity::Interactive).await.unwrap().is_some()
     };
     let one = control.sign_in(attempt("ann", &old)).await.unwrap().session;
     let other = control.sign_in(attempt("ann", &old)).await.unwrap().session;
@@ -209,7 +209,7 @@ async fn password_change_ends_other_sessions(db: TestDatabase) {
     let mut throttled = false;
     for _ in 0..50 {
         let guessed = control.change_own_password(&hers, &guess, guess.clone()).await;
-        throttled |= matches!(guessed, Err(Error::Throttled(_)));
+        throttled |= matches!(guessed, Err(Error::RateLimited(_)));
     }
     assert!(throttled);
 }
@@ -230,7 +230,7 @@ async fn password_reset_is_not_overwritten_by_own_change(db: TestDatabase) {
     set.unwrap().unwrap();
     assert!(control.sign_in(attempt("ann", &chosen)).await.is_err());
     control.sign_in(attempt("ann", &reset)).await.unwrap();
-    let open = control.session(thief.session.expose(), HOME, Cause::Person).await.unwrap();
+    let open = control.session(thief.session.expose(), HOME, Activity::Interactive).await.unwrap();
     assert!(open.is_none());
 }
 
@@ -247,7 +247,7 @@ async fn account_change_after_permission_revocation_is_denied(db: TestDatabase) 
     control.delete_account(&SHELL, deleted.id).await.unwrap().unwrap();
 
     let refused = |outcome: Result<(), Error>| match outcome {
-        Err(Error::Missing(missing)) => assert_eq!(missing.permission(), "ADMIN"),
+        Err(Error::MissingPermission(missing)) => assert_eq!(missing.permission(), "ADMIN"),
         Err(Error::SessionEnded) => {}
         other => panic!("{other:?}"),
     };
@@ -256,8 +256,8 @@ async fn account_change_after_permission_revocation_is_denied(db: TestDatabase) 
         let mallory = new("mallory", RootRole::Admin);
         refused(control.create_account(admin, mallory).await.map(drop));
         refused(control.update_account(admin, ann.id, promote).await.map(drop));
-        let all = Grants::Only(Permission::ALL.into_iter().collect());
-        refused(control.grant(admin, ann.id, all).await.map(drop));
+        let all = PermissionChange::Replace(Permission::ALL.into_iter().collect());
+        refused(control.update_permissions(admin, ann.id, all).await.map(drop));
         refused(control.set_password(admin, ann.id, password("mallory's own")).await.map(drop));
         refused(control.delete_account(admin, ann.id).await.map(drop));
     }
@@ -307,8 +307,8 @@ async fn request_of_ended_session_changes_nothing(db: TestDatabase) {
         refused(control.create_account(actor, mallory).await.map(drop));
         let demote = AccountChange { role: Some(RootRole::Viewer), ..AccountChange::default() };
         refused(control.update_account(actor, ann.id, demote).await.map(drop));
-        let all = Grants::Only(Permission::ALL.into_iter().collect());
-        refused(control.grant(actor, ann.id, all).await.map(drop));
+        let all = PermissionChange::Replace(Permission::ALL.into_iter().collect());
+        refused(control.update_permissions(actor, ann.id, all).await.map(drop));
         refused(control.set_password(actor, ann.id, password("mallory's own")).await.map(drop));
         refused(control.delete_account(actor, ann.id).await.map(drop));
     }
@@ -341,8 +341,8 @@ async fn queued_request_of_ended_session_changes_nothing(db: TestDatabase) {
 
 async fn sessions_expire(db: TestDatabase) {
     let control = db.open().await;
-    let is_open = async |session: &parapet::control::Secret| {
-        control.session(session.expose(), HOME, Cause::Person).await.unwrap().is_some()
+    let is_open = async |session: &parapet::control::CookieSecret| {
+        control.session(session.expose(), HOME, Activity::Interactive).await.unwrap().is_some()
     };
     // Moves the sessions in the database into the past: idle ones end after 8 h, all after 24 h.
     let pass = async |time: &str, hours: u32| {
@@ -363,18 +363,18 @@ async fn sessions_expire(db: TestDatabase) {
 
 async fn session_in_use_does_not_expire(db: TestDatabase) {
     let minute = Duration::from_mins(1);
-    let (control, _) = db.open_as(Config { session_idle: minute, ..db.config() }).await;
+    let (control, _) = db.open_as(Config { session_idle_timeout: minute, ..db.config() }).await;
     let session = admin(&control).await.session;
     let later = async || db.execute("UPDATE sessions SET seen_at = seen_at - 40000").await;
     for _ in 0..3 {
         later().await;
-        assert!(control.session(session.expose(), HOME, Cause::Person).await.unwrap().is_some());
+        assert!(control.session(session.expose(), HOME, Activity::Interactive).await.unwrap().is_some());
     }
     later().await;
-    let by_itself = control.session(session.expose(), HOME, Cause::Page).await;
+    let by_itself = control.session(session.expose(), HOME, Activity::Background).await;
     assert!(by_itself.unwrap().is_some());
     later().await;
-    assert!(control.session(session.expose(), HOME, Cause::Person).await.unwrap().is_none());
+    assert!(control.session(session.expose(), HOME, Activity::Interactive).await.unwrap().is_none());
 }
 
 async fn ten_thousand_wrong_passwords_do_not_lock_out_the_owner(db: TestDatabase) {
@@ -386,21 +386,21 @@ async fn ten_thousand_wrong_passwords_do_not_lock_out_the_owner(db: TestDatabase
     for number in 0..10_000 {
         let wrong = Password::for_sign_in(&format!("guess {number}")).unwrap();
         let username = if number % 2 == 0 { "admin" } else { "nobody" };
-        let guess = SignIn { username, password: &wrong, address: attacker, device: None };
+        let guess = SignInAttempt { username, password: &wrong, address: attacker, device: None };
         match control.sign_in(guess).await {
             Err(Error::WrongPassword) => judged += 1,
-            Err(Error::Throttled(_)) => throttled += 1,
+            Err(Error::RateLimited(_)) => throttled += 1,
             other => panic!("{other:?}"),
         }
     }
     assert_eq!(judged + throttled, 10_000);
     assert!(judged < 500, "{judged} hashes were computed");
     // Even with the right password, from that address.
-    let guess = SignIn { address: attacker, ..attempt("admin", &right) };
-    assert!(matches!(control.sign_in(guess).await, Err(Error::Throttled(_))));
+    let guess = SignInAttempt { address: attacker, ..attempt("admin", &right) };
+    assert!(matches!(control.sign_in(guess).await, Err(Error::RateLimited(_))));
     // The owner signs in from another address, and from the same address with a known browser.
     control.sign_in(attempt("admin", &right)).await.unwrap();
-    let known = SignIn { device: Some(device.expose()), ..guess };
+    let known = SignInAttempt { device: Some(device.expose()), ..guess };
     control.sign_in(known).await.unwrap();
     let recorded = kinds(&control).await.len();
     assert!(recorded < 1000, "{recorded} events were written");
@@ -410,19 +410,19 @@ async fn ten_thousand_wrong_passwords_do_not_lock_out_the_owner(db: TestDatabase
         let [high, low] = number.to_be_bytes();
         let wrong = password("another guess");
         let address = [203, 0, high, low].into();
-        let guess = SignIn { username: "admin", password: &wrong, address, device: None };
+        let guess = SignInAttempt { username: "admin", password: &wrong, address, device: None };
         assert!(control.sign_in(guess).await.is_err());
     }
     let stranger = attempt("admin", &right);
-    assert!(matches!(control.sign_in(stranger).await, Err(Error::Throttled(_))));
-    let known = SignIn { device: Some(device.expose()), ..stranger };
+    assert!(matches!(control.sign_in(stranger).await, Err(Error::RateLimited(_))));
+    let known = SignInAttempt { device: Some(device.expose()), ..stranger };
     control.sign_in(known).await.unwrap();
     // The device cookie of another account does not count for this one.
     control.create_account(&SHELL, new("ann", RootRole::Viewer)).await.unwrap();
     let hers = password("ann's password");
     let hers = control.sign_in(attempt("ann", &hers)).await.unwrap().device;
-    let guess = SignIn { device: Some(hers.expose()), ..stranger };
-    assert!(matches!(control.sign_in(guess).await, Err(Error::Throttled(_))));
+    let guess = SignInAttempt { device: Some(hers.expose()), ..stranger };
+    assert!(matches!(control.sign_in(guess).await, Err(Error::RateLimited(_))));
 }
 
 async fn ten_thousand_made_up_cookies_are_rejected(db: TestDatabase) {
@@ -431,20 +431,20 @@ async fn ten_thousand_made_up_cookies_are_rejected(db: TestDatabase) {
     let mut throttled = 0;
     for number in 0..10_000 {
         let made_up = format!("{number:022}.{number:043}");
-        match control.session(&made_up, HOME, Cause::Person).await {
+        match control.session(&made_up, HOME, Activity::Interactive).await {
             Ok(None) => {}
-            Err(Error::Throttled(_)) => throttled += 1,
+            Err(Error::RateLimited(_)) => throttled += 1,
             other => panic!("{other:?}"),
         }
     }
     assert!(throttled > 5000, "{throttled}");
-    assert!(control.session(session.expose(), HOME, Cause::Person).await.unwrap().is_some());
+    assert!(control.session(session.expose(), HOME, Activity::Interactive).await.unwrap().is_some());
     let again = admin(&control).await.session;
-    assert!(control.session(again.expose(), HOME, Cause::Person).await.unwrap().is_some());
+    assert!(control.session(again.expose(), HOME, Activity::Interactive).await.unwrap().is_some());
     _ = check_is_send(&control);
 }
 
 /// Requests are served on many threads.
-fn check_is_send(control: &Control) -> impl Future<Output = Result<Option<Session>, Error>> + Send {
-    control.session("", HOME, Cause::Person)
+fn check_is_send(control: &ControlPlane) -> impl Future<Output = Result<Option<Session>, Error>> + Send {
+    control.session("", HOME, Activity::Interactive)
 }

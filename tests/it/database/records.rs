@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use jiff::Timestamp;
 use parapet::control::{
-    Actor, Config, Control, Event, EventKind, EventQuery, FoundTokens, NewAccount, NewToken,
-    Operator, RootRole, SignIn,
+    Actor, Config, ControlPlane, Event, EventKind, EventQuery, RegistryBootstrap, NewAccount, NewToken,
+    Operator, RootRole, SignInAttempt,
 };
 use parapet::snapshot::{Snapshot, Snapshots};
 use parapet::token::{Environment, Projects, Scope, TokenKind};
@@ -106,19 +106,19 @@ async fn events_record_actor_action_time_and_address(db: TestDatabase) {
 }
 
 /// Delivers a usage report to the registry and returns the outcome.
-async fn deliver(control: &Control, body: &Value) -> Taken {
+async fn deliver(control: &ControlPlane, body: &Value) -> Taken {
     let batch = BatchId::parse(&format!("{:032x}", rand::random::<u128>())).unwrap();
     deliver_as(control, batch, body).await
 }
 
 /// Delivers it with a batch id.
-async fn deliver_as(control: &Control, batch: BatchId, body: &Value) -> Taken {
+async fn deliver_as(control: &ControlPlane, batch: BatchId, body: &Value) -> Taken {
     let (deliver, mut deliveries) = mpsc::channel(1);
     let (done, taken) = oneshot::channel();
     let body = Bytes::from(body.to_string());
     deliver.send(Delivery { batch, body, done }).await.unwrap();
     drop(deliver);
-    control.run_usage(&configured(), &mut deliveries).await;
+    control.store_usage(&configured(), &mut deliveries).await;
     taken.await.unwrap()
 }
 
@@ -157,7 +157,7 @@ async fn usage_is_merged_by_hour_and_listed(db: TestDatabase) {
     assert_eq!(deliver(&control, &next).await, Taken::Stored);
 
     let since: Timestamp = "2026-05-05T12:30:00Z".parse().unwrap();
-    let hours = control.usage_of("blue", since).await.unwrap();
+    let hours = control.flag_usage("blue", since).await.unwrap();
     let stored_hours: Vec<_> =
         hours.iter().map(|it| (it.hour.to_string(), it.yes, it.no)).collect();
     let expect = [("2026-05-05T13:00:00Z", 0, 1), ("2026-05-05T12:00:00Z", 5, 2)];
@@ -165,9 +165,9 @@ async fn usage_is_merged_by_hour_and_listed(db: TestDatabase) {
     let variants = BTreeMap::from([("a".to_owned(), 3), ("b".to_owned(), 2)]);
     assert_eq!((&hours[0].variants, &hours[1].variants), (&BTreeMap::new(), &variants));
     assert_eq!((hours[1].app_name.as_str(), hours[1].environment.as_str()), ("shop", "dev"));
-    assert_eq!(control.usage_of("green", since).await.unwrap(), []);
+    assert_eq!(control.flag_usage("green", since).await.unwrap(), []);
     let since = "2026-05-05T13:30:00Z".parse().unwrap();
-    assert_eq!(control.usage_of("blue", since).await.unwrap().len(), 1);
+    assert_eq!(control.flag_usage("blue", since).await.unwrap().len(), 1);
 
     let applications = control.applications().await.unwrap();
     assert_eq!(applications.len(), 1);
@@ -192,9 +192,9 @@ async fn usage_that_cannot_be_stored_is_refused(db: TestDatabase) {
     odd["metrics"][0]["featureName"] = "gr\0een".into();
     odd["metrics"][0]["appName"] = "x".repeat(5000).into();
     assert_eq!(deliver(&control, &odd).await, Taken::Stored);
-    let hours = control.usage_of("blue", Timestamp::UNIX_EPOCH).await.unwrap();
+    let hours = control.flag_usage("blue", Timestamp::UNIX_EPOCH).await.unwrap();
     assert!(hours[0].yes >= (1 << 53) - 1, "{hours:?}");
-    assert_eq!(control.usage_of("green", Timestamp::UNIX_EPOCH).await.unwrap()[0].yes, 1);
+    assert_eq!(control.flag_usage("green", Timestamp::UNIX_EPOCH).await.unwrap()[0].yes, 1);
 }
 
 async fn old_usage_and_events_are_deleted_after_retention(db: TestDatabase) {
@@ -205,12 +205,12 @@ async fn old_usage_and_events_are_deleted_after_retention(db: TestDatabase) {
     // The usage is old, but its application was seen just now.
     let long_ago = report("2020-01-01T00:00:00Z", 1, &json!({ "a": 1 }));
     assert_eq!(deliver(&control, &long_ago).await, Taken::Stored);
-    let has_old = async |control: &Control| {
+    let has_old = async |control: &ControlPlane| {
         let query = EventQuery { created_by: Some("x".to_owned()), ..EventQuery::default() };
         control.events(&SHELL.operator, &query).await.unwrap().total == 1
     };
-    let has_usage = async |control: &Control| {
-        !control.usage_of("blue", Timestamp::UNIX_EPOCH).await.unwrap().is_empty()
+    let has_usage = async |control: &ControlPlane| {
+        !control.flag_usage("blue", Timestamp::UNIX_EPOCH).await.unwrap().is_empty()
     };
     // Events are kept for ever by default.
     let instance = RunningInstance::start(&control);
@@ -235,12 +235,12 @@ async fn repeated_batch_is_counted_once(db: TestDatabase) {
     for batch in ["1", "1", "2", "1", "2"] {
         assert_eq!(deliver_as(&control, id(batch), &body).await, Taken::Stored);
     }
-    let hours = control.usage_of("blue", Timestamp::UNIX_EPOCH).await.unwrap();
+    let hours = control.flag_usage("blue", Timestamp::UNIX_EPOCH).await.unwrap();
     assert_eq!((hours[0].yes, hours[0].variants["a"]), (4, 4));
     // A batch that could not be stored is not remembered.
     assert_eq!(deliver_as(&control, id("3"), &json!("usage")).await, Taken::Refused);
     assert_eq!(deliver_as(&control, id("3"), &body).await, Taken::Stored);
-    let hours = control.usage_of("blue", Timestamp::UNIX_EPOCH).await.unwrap();
+    let hours = control.flag_usage("blue", Timestamp::UNIX_EPOCH).await.unwrap();
     assert_eq!(hours[0].yes, 6);
 }
 
@@ -252,7 +252,7 @@ fn rows(count: u32) -> String {
 }
 
 /// Waits until a running instance has deleted so much that a query counts this many rows.
-async fn until_pruned(db: &TestDatabase, control: &Control, query: &str, count: i64) {
+async fn until_pruned(db: &TestDatabase, control: &ControlPlane, query: &str, count: i64) {
     let _instance = RunningInstance::start(control);
     until(&format!("{query} is {count}"), Duration::from_mins(1), async || {
         (db.count(query).await == count).then_some(())
@@ -297,8 +297,8 @@ async fn unknown_flags_and_variants_are_limited_to_ten_thousand_rows(db: TestDat
     until_pruned(&db, &control, flags, 10_000 + 1 + 2).await;
     let variants = "SELECT COUNT(*) FROM variant_usage";
     assert_eq!(db.count(variants).await, 10_000 + 2);
-    assert_eq!(control.usage_of("blue", now).await.unwrap()[0].yes, 1);
-    assert_eq!(control.usage_of("new", Timestamp::UNIX_EPOCH).await.unwrap().len(), 2);
+    assert_eq!(control.flag_usage("blue", now).await.unwrap()[0].yes, 1);
+    assert_eq!(control.flag_usage("new", Timestamp::UNIX_EPOCH).await.unwrap().len(), 2);
 }
 
 async fn rows_beyond_limit_are_deleted_newest_applications_first(db: TestDatabase) {
@@ -348,7 +348,7 @@ async fn long_lived_applications_outlast_made_up_ones(db: TestDatabase) {
 
 async fn no_secret_is_stored(db: TestDatabase) {
     let (control, opened) = db.open_as(db.config()).await;
-    let FoundTokens::Generated(generated) = opened.tokens else { panic!("{opened:?}") };
+    let RegistryBootstrap::Generated(generated) = opened.tokens else { panic!("{opened:?}") };
     let mut secrets = vec![super::bed::PASSWORD.to_owned()];
     let tokens = [&generated.admin, &generated.client, &generated.frontend];
     secrets.extend(tokens.map(|token| token.expose().to_owned()));
@@ -379,7 +379,7 @@ async fn no_secret_is_stored(db: TestDatabase) {
     secrets.extend([signed_in.session, signed_in.device].map(|it| it.expose().to_owned()));
     // A password in the wrong field, and a wrong password.
     let typed = password("a password typed as a name");
-    let slip = SignIn { username: typed.expose(), ..attempt("", &typed) };
+    let slip = SignInAttempt { username: typed.expose(), ..attempt("", &typed) };
     control.sign_in(slip).await.unwrap_err();
     control.sign_in(attempt("ann", &typed)).await.unwrap_err();
     secrets.push(typed.expose().to_owned());

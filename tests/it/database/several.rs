@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use parapet::control::{
-    Control, Error, FoundTokens, NewToken,
+    ControlPlane, Error, RegistryBootstrap, NewToken,
     backup::{self, BackupError},
 };
 use parapet::token::{Environment, Projects, Token, TokenKind};
@@ -24,7 +24,7 @@ super::on_both!(
     concurrent_writers_wait_for_each_other,
 );
 
-async fn make(control: &Control) -> (Token, String) {
+async fn make(control: &ControlPlane) -> (Token, String) {
     let new = NewToken {
         name: "made".to_owned(),
         kind: TokenKind::Client,
@@ -57,7 +57,7 @@ async fn instances_that_start_concurrently_create_one_account_and_one_token_set(
     let opened = [&one.1, &two.1, &three.1, &four.1];
     assert_eq!(opened.iter().filter(|it| it.account.is_some()).count(), 1, "{opened:?}");
     let generated =
-        |it: &&&_| matches!(it, parapet::control::Opened { tokens: FoundTokens::Generated(_), .. });
+        |it: &&&_| matches!(it, parapet::control::BootstrapReport { tokens: RegistryBootstrap::Generated(_), .. });
     assert_eq!(opened.iter().filter(generated).count(), 1, "{opened:?}");
     assert_eq!(one.0.accounts(&SHELL.operator).await.unwrap().len(), 1);
     let again = db.open().await;
@@ -99,7 +99,7 @@ async fn make_first_version(db: &TestDatabase) {
 /// Opens a database that was created by the first version, and checks all of its contents.
 async fn open_first_version(db: &TestDatabase) {
     let (control, opened) = db.open_as(db.config()).await;
-    assert!(opened.account.is_none() && matches!(opened.tokens, FoundTokens::Existing));
+    assert!(opened.account.is_none() && matches!(opened.tokens, RegistryBootstrap::Existing));
     let tokens = control.tokens(&SHELL.operator);
     assert_eq!(tokens.len(), 1);
     assert_eq!((tokens[0].name.as_str(), &*tokens[0].masked), ("billing", "web:dev.AbCd****"));
@@ -112,7 +112,7 @@ async fn open_first_version(db: &TestDatabase) {
     admin(&control).await;
     let recorded = super::bed::kinds(&control).await;
     assert_eq!(recorded, ["api-token-created", "user-signed-in"]);
-    let usage = control.usage_of("blue", Timestamp::UNIX_EPOCH).await.unwrap();
+    let usage = control.flag_usage("blue", Timestamp::UNIX_EPOCH).await.unwrap();
     assert_eq!((usage.len(), usage[0].yes, usage[0].variants["a"]), (1, 7, 3));
     assert_eq!(control.applications().await.unwrap()[0].sdk_versions, ["node:6.0.0"]);
 }
@@ -140,19 +140,19 @@ async fn database_of_newer_version_is_not_opened_or_changed(db: TestDatabase) {
          SELECT 9999, 'of tomorrow', success, checksum, 0 FROM _sqlx_migrations WHERE version = 1",
     )
     .await;
-    let error = Control::open(db.config(), None, |_| ()).await.unwrap_err();
-    assert!(matches!(error, Error::Newer { found: 9999, .. }), "{error:?}");
+    let error = ControlPlane::open(db.config(), None, |_| ()).await.unwrap_err();
+    assert!(matches!(error, Error::NewerSchema { found: 9999, .. }), "{error:?}");
     assert!(error.to_string().contains("newer version of Parapet"), "{error}");
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("parapet.backup");
     let error = backup::save(&db.config().location, &file, false).await.unwrap_err();
-    assert!(matches!(error, BackupError::Database(Error::Newer { found: 9999, .. })), "{error:?}");
+    assert!(matches!(error, BackupError::Database(Error::NewerSchema { found: 9999, .. })), "{error:?}");
     assert!(!file.exists());
 }
 
 async fn concurrent_writers_wait_for_each_other(db: TestDatabase) {
     let (one, other) = (db.open().await, db.open().await);
-    let write = async |control: &Control| {
+    let write = async |control: &ControlPlane| {
         for _ in 0..5 {
             let (_, id) = make(control).await;
             control.delete_token(&SHELL, &id).await.unwrap();

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use jiff::{SignedDuration, Timestamp};
 use parapet::control::{
-    AccountChange, Actor, ApiToken, Control, Error, FoundTokens, Grants, NewAccount, NewToken,
-    Operator, Permission, RootRole, Seed,
+    AccountChange, Actor, ApiToken, ControlPlane, Error, RegistryBootstrap, PermissionChange, NewAccount, NewToken,
+    Operator, Permission, RootRole, InitialTokens,
 };
 use parapet::token::{Environment, Projects, Token, TokenKind};
 
@@ -33,7 +33,7 @@ fn new(name: &str, kind: TokenKind) -> NewToken {
     }
 }
 
-async fn make(control: &Control, kind: TokenKind) -> (Token, ApiToken) {
+async fn make(control: &ControlPlane, kind: TokenKind) -> (Token, ApiToken) {
     control.create_token(&SHELL, new("made", kind)).await.unwrap()
 }
 
@@ -112,7 +112,7 @@ async fn invalid_token_is_rejected_with_its_field(db: TestDatabase) {
     let control = db.open().await;
     let check = async |new: NewToken, expected: &str| match control.create_token(&SHELL, new).await
     {
-        Err(Error::Invalid { field, .. }) => assert_eq!(field, expected),
+        Err(Error::InvalidField { field, .. }) => assert_eq!(field, expected),
         other => panic!("{expected}: {other:?}"),
     };
     let client = || new("it", TokenKind::Client);
@@ -133,7 +133,7 @@ async fn invalid_token_is_rejected_with_its_field(db: TestDatabase) {
 
 /// A new account with this role and these permissions, as the actor of a change.
 async fn account(
-    control: &Control,
+    control: &ControlPlane,
     username: &str,
     role: RootRole,
     permissions: BTreeSet<Permission>,
@@ -147,7 +147,7 @@ async fn account(
         password: password.clone(),
     };
     let made = control.create_account(&SHELL, new).await.unwrap();
-    control.grant(&SHELL, made.id, Grants::Only(permissions)).await.unwrap().unwrap();
+    control.update_permissions(&SHELL, made.id, PermissionChange::Replace(permissions)).await.unwrap().unwrap();
     actor(control, username, &password).await
 }
 
@@ -159,7 +159,7 @@ async fn permissions_are_enforced_and_denials_recorded(db: TestDatabase) {
         account(&control, username, role, permissions).await
     };
     let missing = |outcome: Result<(), Error>| match outcome {
-        Err(Error::Missing(missing)) => missing.permission(),
+        Err(Error::MissingPermission(missing)) => missing.permission(),
         other => panic!("{other:?}"),
     };
     let viewer = actor("viewer", RootRole::Viewer, &[]).await;
@@ -209,14 +209,14 @@ async fn token_change_after_permission_revocation_is_denied(db: TestDatabase) {
     let (secret, kept) = make(&control, TokenKind::Client).await;
     let demoted = account(&control, "demoted", RootRole::Admin, [].into()).await;
     let demote = AccountChange { role: Some(RootRole::Viewer), ..AccountChange::default() };
-    let id = demoted.operator.id().unwrap();
+    let id = demoted.operator.account_id().unwrap();
     control.update_account(&SHELL, id, demote).await.unwrap().unwrap();
     let lost = Permission::ALL.into_iter().collect();
     let lost = account(&control, "lost", RootRole::Viewer, lost).await;
-    let none = Grants::Only(BTreeSet::new());
-    control.grant(&SHELL, lost.operator.id().unwrap(), none).await.unwrap().unwrap();
+    let none = PermissionChange::Replace(BTreeSet::new());
+    control.update_permissions(&SHELL, lost.operator.account_id().unwrap(), none).await.unwrap().unwrap();
     let deleted = account(&control, "deleted", RootRole::Admin, [].into()).await;
-    control.delete_account(&SHELL, deleted.operator.id().unwrap()).await.unwrap().unwrap();
+    control.delete_account(&SHELL, deleted.operator.account_id().unwrap()).await.unwrap().unwrap();
     let first = admin(&control).await.session;
     let signed_out = actor_in(&control, &first).await;
     control.sign_out(first.expose(), [192, 0, 2, 1].into()).await.unwrap();
@@ -227,7 +227,7 @@ async fn token_change_after_permission_revocation_is_denied(db: TestDatabase) {
     control.delete_token(&SHELL, admin.expose()).await.unwrap().unwrap();
 
     let before = control.tokens(&SHELL.operator);
-    let is_refused = |error: &Error| matches!(error, Error::Missing(_) | Error::SessionEnded);
+    let is_refused = |error: &Error| matches!(error, Error::MissingPermission(_) | Error::SessionEnded);
     for actor in [&demoted, &lost, &deleted, &ended, &signed_out] {
         for kind in [TokenKind::Admin, TokenKind::Client, TokenKind::Frontend] {
             let made = control.create_token(actor, new("stale", kind)).await;
@@ -247,20 +247,20 @@ async fn number_of_tokens_is_limited(db: TestDatabase) {
         make(&control, TokenKind::Client).await;
     }
     let more = control.create_token(&SHELL, new("one more", TokenKind::Client)).await;
-    assert!(matches!(more, Err(Error::Limit { limit: 20, .. })), "{more:?}");
+    assert!(matches!(more, Err(Error::LimitReached { limit: 20, .. })), "{more:?}");
 }
 
 async fn initial_tokens_fill_empty_registry_once(db: TestDatabase) {
     let token = |text| Token::parse(text).unwrap();
     let old = format!("*:*.{}", "a0".repeat(28));
     let client = [token("web:production.some-secret"), token("web:production.some-secret")];
-    let seed = Seed {
+    let seed = InitialTokens {
         admin: vec![token(&old)],
         client: client.to_vec(),
         frontend: vec![token("[]:development.some-other-secret")],
     };
-    let (control, opened) = db.open_as(parapet::control::Config { seed, ..db.config() }).await;
-    assert!(matches!(opened.tokens, FoundTokens::Seeded), "{opened:?}");
+    let (control, opened) = db.open_as(parapet::control::Config { initial_tokens: seed, ..db.config() }).await;
+    assert!(matches!(opened.tokens, RegistryBootstrap::Seeded), "{opened:?}");
     let tokens = control.tokens(&SHELL.operator);
     assert_eq!(tokens.len(), 3);
     let web = tokens.iter().find(|token| token.environment.as_str() == "production").unwrap();
@@ -268,20 +268,20 @@ async fn initial_tokens_fill_empty_registry_once(db: TestDatabase) {
     assert!(tokens.iter().all(|token| token.id.len() == 22), "{tokens:?}");
     assert_eq!(control.token_name(&token(&old).digest()).as_deref(), Some(&*tokens[0].name));
 
-    let seed = Seed { client: vec![token("*:staging.later")], ..Seed::default() };
-    let (control, opened) = db.open_as(parapet::control::Config { seed, ..db.config() }).await;
-    assert!(matches!(opened.tokens, FoundTokens::Existing), "{opened:?}");
+    let seed = InitialTokens { client: vec![token("*:staging.later")], ..InitialTokens::default() };
+    let (control, opened) = db.open_as(parapet::control::Config { initial_tokens: seed, ..db.config() }).await;
+    assert!(matches!(opened.tokens, RegistryBootstrap::Existing), "{opened:?}");
     assert_eq!(control.tokens(&SHELL.operator), tokens);
 }
 
 async fn empty_registry_without_initial_tokens_gets_one_token_of_each_kind(db: TestDatabase) {
     let (control, opened) = db.open_as(db.config()).await;
-    let FoundTokens::Generated(generated) = opened.tokens else { panic!("{opened:?}") };
+    let RegistryBootstrap::Generated(generated) = opened.tokens else { panic!("{opened:?}") };
     let instance = RunningInstance::start(&control);
     for token in [&generated.admin, &generated.client, &generated.frontend] {
         instance.wait_until(token, true).await;
     }
     let (_, opened) = db.open_as(db.config()).await;
-    assert!(matches!(opened.tokens, FoundTokens::Existing));
+    assert!(matches!(opened.tokens, RegistryBootstrap::Existing));
     assert!(opened.account.is_none());
 }
