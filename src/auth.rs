@@ -38,7 +38,7 @@ pub use self::{
 use crate::{
     telemetry::error_chain,
     token::{Environment, Grant, Token, TokenDigest, TokenKind},
-    upstream::{Access, AdminToken, Credentials, Upstream},
+    upstream::{TokenAccess, AdminToken, Credentials, Upstream},
     wire::tokens::{ListedSecret, TokenList, ValidatedToken},
 };
 
@@ -287,7 +287,7 @@ impl Authenticator {
         let digests = self.0.token_cache.revoke_token(named);
         if let Validator::Upstream(issuer) = &self.0.validator {
             for digest in &digests {
-                issuer.credentials.withdraw(digest);
+                issuer.credentials.revoke(digest);
             }
         }
         self.0.list_refresh.notify_one();
@@ -307,7 +307,7 @@ impl Authenticator {
     pub fn remove_token(&self, token: &TokenDigest) {
         self.0.token_cache.remove(token);
         if let Validator::Upstream(issuer) = &self.0.validator {
-            issuer.credentials.withdraw(token);
+            issuer.credentials.revoke(token);
             issuer.credentials_changed.notify_one();
         }
     }
@@ -327,7 +327,7 @@ impl Authenticator {
         let count = self.0.token_cache.restore(saved)?;
         if let Validator::Upstream(issuer) = &self.0.validator {
             for (digest, cached) in self.0.token_cache.valid_entries() {
-                issuer.credentials.expect(digest, cached.grant());
+                issuer.credentials.expect_token(digest, cached.grant());
             }
         }
         Ok(count)
@@ -496,7 +496,7 @@ impl Inner {
                     // again after that.
                     RejectOutcome::Rejected => {
                         info!(token = %token.masked(), "A token is no longer valid");
-                        issuer.credentials.withdraw(&token.digest());
+                        issuer.credentials.revoke(&token.digest());
                     }
                     RejectOutcome::Outdated => {}
                 },
@@ -530,7 +530,7 @@ impl Inner {
         if let Some(pause) = self.remaining_pause() {
             return ValidationBatch::unanswered(start, Some(pause));
         }
-        let valid = match issuer.upstream.validate(tokens).await {
+        let valid = match issuer.upstream.validate_tokens(tokens).await {
             Ok(valid) => valid,
             Err(error) => {
                 if !self.is_validation_failing.swap(true, Ordering::Relaxed) {
@@ -539,7 +539,7 @@ impl Inner {
                         "Token validation at upstream failed; requests with first-seen tokens get 503"
                     );
                 }
-                let retry_after = error.retry().wish();
+                let retry_after = error.retry().retry_after();
                 self.pause_validation(retry_after);
                 return ValidationBatch::unanswered(start, retry_after);
             }
@@ -561,7 +561,7 @@ impl Inner {
         }
         let probes: Vec<_> = stream::iter(probed)
             .map(|(digest, (ValidatedToken { token, grant }, is_validated))| async move {
-                let access = issuer.upstream.admits(&token, grant.kind).await;
+                let access = issuer.upstream.probe_access(&token, grant.kind).await;
                 (digest, grant, is_validated, access)
             })
             .buffer_unordered(MAX_CONCURRENT_PROBES)
@@ -570,15 +570,15 @@ impl Inner {
         let mut retry_after = None;
         for (digest, grant, is_validated, access) in probes {
             match access {
-                Ok(Access::Granted) => drop(results.insert(digest, ValidationResult::Valid(grant))),
-                Ok(Access::Forbidden) if is_validated => {
+                Ok(TokenAccess::Granted) => drop(results.insert(digest, ValidationResult::Valid(grant))),
+                Ok(TokenAccess::Forbidden) if is_validated => {
                     results.insert(digest, ValidationResult::Forbidden(grant));
                 }
-                Ok(Access::Forbidden | Access::Unknown) => {}
+                Ok(TokenAccess::Forbidden | TokenAccess::Unauthorized) => {}
                 Err(error) => {
-                    let requested = error.retry().wish();
+                    let requested = error.retry().retry_after();
                     // A failure in one environment does not pause validation of the others.
-                    if error.is_crowded() {
+                    if error.is_throttled() {
                         retry_after = retry_after.max(requested);
                     }
                     let pause = requested.unwrap_or_default().max(REVALIDATION_BACKOFF);
@@ -624,10 +624,10 @@ impl Inner {
             unserved.clear();
             tokio::time::sleep_until(not_before).await;
             let start = self.token_cache.start_request();
-            let list = match issuer.upstream.api_tokens(admin).await {
+            let list = match issuer.upstream.list_api_tokens(admin).await {
                 Ok(list) => list,
                 Err(error) => {
-                    if let Some(retry_after) = error.retry().wish() {
+                    if let Some(retry_after) = error.retry().retry_after() {
                         not_before = Instant::now() + retry_after;
                     }
                     self.report_list_unavailable(&error_chain(&error));
@@ -692,24 +692,24 @@ impl AdminTokenCheck {
     /// The token is marked as refused after two denials in a row. A later success reverts that.
     async fn needs_recheck(&mut self, upstream: &Upstream, admin: &AdminToken) -> bool {
         let token = admin.current();
-        match upstream.admits(&token, TokenKind::Admin).await {
-            Ok(Access::Unknown) if self.denied.as_ref() == Some(&token) => {
-                admin.refuse(&token);
+        match upstream.probe_access(&token, TokenKind::Admin).await {
+            Ok(TokenAccess::Unauthorized) if self.denied.as_ref() == Some(&token) => {
+                admin.mark_refused(&token);
                 self.refused = Some(token);
                 false
             }
-            Ok(Access::Unknown) => {
+            Ok(TokenAccess::Unauthorized) => {
                 self.denied = Some(token);
                 true
             }
-            Ok(Access::Granted) => {
+            Ok(TokenAccess::Granted) => {
                 self.denied = None;
                 if self.refused.take().as_ref() == Some(&token) {
-                    admin.accept(&token);
+                    admin.mark_accepted(&token);
                 }
                 false
             }
-            Ok(Access::Forbidden) | Err(_) => false,
+            Ok(TokenAccess::Forbidden) | Err(_) => false,
         }
     }
 }

@@ -17,4 +17,4 @@ mod sources;
 mod told;
 pub mod upstream;
 
-pub use self::{course::Mode, followed::Config};
+pub use self::{course::UpstreamMode, followed::Config};

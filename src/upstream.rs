@@ -20,11 +20,11 @@ mod seal;
 mod stream;
 
 pub use admin_token::{AdminToken, Error as AdminTokenError, State as AdminTokenState};
-pub use client::{Access, Fetched, Polled, Upstream};
+pub use client::{TokenAccess, FetchResult, FeaturesResponse, Upstream};
 pub use connect::Config;
 pub use credentials::Credentials;
 pub use error::{Error, Fault, Retry};
 pub use exchange::{Credential, Error as ExchangeError};
-pub use identity::{Error as IdentityError, Identity, Passphrase};
+pub use identity::{Error as IdentityError, ClientCertificate, Passphrase};
 pub use outcome::Health;
-pub use stream::Stream;
+pub use stream::SseStream;

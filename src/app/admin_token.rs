@@ -68,7 +68,7 @@ impl Rotation {
         loop {
             tokio::select! {
                 _ = step.tick() => {}
-                () = self.admin.suspected() => {}
+                () = self.admin.reload_requested() => {}
             }
             let Some(file) = self.admin.file() else { continue };
             match self.changed(&file).await {
@@ -151,7 +151,7 @@ async fn reseal(admin: &AdminToken, credentials: &Credentials) {
     while changes.changed().await.is_ok() {
         let now = Arc::clone(changes.borrow_and_update().token());
         if now != before {
-            credentials.reseal().await;
+            credentials.reencrypt().await;
             before = now;
         }
     }
@@ -222,7 +222,7 @@ mod tests {
         let token = |text| Token::parse(text).expect("token");
         let admin = AdminToken::new(token("*:*.first"), None);
         let reminders = timeout(4 * REMIND_EVERY, remind(&admin));
-        admin.refuse_for_test();
+        admin.mark_refused_for_test();
         log.take();
         assert!(reminders.await.is_err(), "it does not end");
         let logged = log.take();

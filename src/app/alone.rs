@@ -25,7 +25,7 @@ use crate::{
     secret_file::parent_dir,
     snapshot::Snapshots,
     store::{Key, Store},
-    sync::files::Files,
+    sync::files::FileSource,
     telemetry::{Latch, error_chain},
     token::{Environment, Grant, Token, TokenDigest, TokenKind},
     usage::Sink,
@@ -56,8 +56,8 @@ pub(super) async fn offline(
 ) -> Result<Plan, Error> {
     let (tokens, environments) = given(&offline);
     let path = offline.bootstrap_file;
-    let files = Files::new(path, environments, snapshots.clone(), offline.reload_interval);
-    let reloadable = Live::Offline(files.rereader());
+    let files = FileSource::new(path, environments, snapshots.clone(), offline.reload_interval);
+    let reloadable = Live::Offline(files.reload_handle());
     plan("offline", files, tokens, Store::memory(), latch, reloadable).await
 }
 
@@ -83,8 +83,8 @@ pub(super) async fn standalone(
     let tokens = control.grants();
     let named = environments(&tokens);
     let served = named.iter().cloned().chain(standalone.environments).collect();
-    let files = Files::new(flags, served, snapshots.clone(), None);
-    let reloadable = Live::Standalone(files.rereader());
+    let files = FileSource::new(flags, served, snapshots.clone(), None);
+    let reloadable = Live::Standalone(files.reload_handle());
     let mut parts = plan("standalone", files, tokens, store, latch, reloadable).await?;
     let (deliver, deliveries) = mpsc::channel(DELIVERIES);
     parts.sink = Sink::Registry(deliver);
@@ -131,7 +131,7 @@ fn flags_of(flags: FlagsPath) -> Result<PathBuf, Error> {
 /// Serves flags from files. The instance is ready once any environment has flags.
 async fn plan(
     name: &'static str,
-    files: Files,
+    files: FileSource,
     tokens: Vec<(TokenDigest, Grant)>,
     store: Store,
     latch: Latch,

@@ -19,7 +19,7 @@ use crate::{
     saver::BackgroundWriter,
     snapshot::Snapshots,
     store::{self, Key, Store, edge_backup},
-    sync::upstream::{Follower, Wanted},
+    sync::upstream::{EnvironmentManager, EnvironmentSelection},
     telemetry::{Latch, error_chain},
     token::{Environment, Grant, Projects, Scope, Token, TokenKind},
     upstream::{AdminToken, Credentials, Upstream},
@@ -35,7 +35,7 @@ const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(30);
 /// The background work of an edge.
 #[derive(Debug)]
 pub(super) struct Edge {
-    follower: Follower,
+    follower: EnvironmentManager,
     /// Configured tokens, which must be validated before use.
     tokens: watch::Receiver<Vec<Token>>,
     backup: Vec<(Token, Grant)>,
@@ -63,7 +63,7 @@ pub(super) async fn plan(
                 Credentials::with_admin(token.clone(), &fleet, upstream.clone(), saver.clone());
             info!(fleet, list_interval = ?auth.list_interval, "Exchanging the admin token for one token per environment");
             let selection =
-                environments.map_or_else(|| Wanted::Enabled(token.clone()), Wanted::Named);
+                environments.map_or_else(|| EnvironmentSelection::Enabled(token.clone()), EnvironmentSelection::Named);
             (credentials, selection, Some(token), Vec::new())
         }
         Given::BackendTokens(tokens) => {
@@ -72,16 +72,16 @@ pub(super) async fn plan(
                     "No token is configured. An environment's flags are fetched with the first valid client token that an SDK presents; until then this instance is not ready"
                 );
             }
-            (Credentials::without_admin(), Wanted::Offered, None, tokens)
+            (Credentials::without_admin(), EnvironmentSelection::FromTokens, None, tokens)
         }
     };
     let token_added = Arc::new(Notify::new());
-    let environments = Follower {
+    let environments = EnvironmentManager {
         config: edge.sync,
-        wanted: selection,
+        selection,
         upstream: upstream.clone(),
         credentials: credentials.clone(),
-        discovered: Arc::clone(&token_added),
+        token_added: Arc::clone(&token_added),
         snapshots: snapshots.clone(),
         store: store.clone(),
         saver,
@@ -144,7 +144,7 @@ fn keep_in(folder: &BackupFolder) -> Result<Store, store::Error> {
 /// Imports the backup of Unleash Edge in the folder; unreadable parts are skipped.
 ///
 /// The scope of an environment's flags is the union of the scopes of Edge's client tokens.
-async fn migrate(folder: &Path, environments: &Follower) -> Vec<(Token, Grant)> {
+async fn migrate(folder: &Path, environments: &EnvironmentManager) -> Vec<(Token, Grant)> {
     let tokens = edge_backup::tokens(folder).await.unwrap_or_else(|error| {
         warn!(error = error_chain(&error), "Cannot read Unleash Edge's backup of tokens; it is ignored");
         Vec::new()
@@ -158,7 +158,7 @@ async fn migrate(folder: &Path, environments: &Follower) -> Vec<(Token, Grant)> 
                 let projects = grants.fold(Projects::Only(BTreeSet::new()), |seen, grant| {
                     seen.union(&grant.scope.projects)
                 });
-                environments.serve(Scope { environment, projects }, text.get().as_bytes()).await;
+                environments.serve_stored(Scope { environment, projects }, text.get().as_bytes()).await;
             }
         }
         Err(error) => {
@@ -206,7 +206,7 @@ impl Edge {
 async fn take_tokens(
     mut configured: watch::Receiver<Vec<Token>>,
     auth: &Authenticator,
-    Follower { snapshots, credentials, .. }: &Follower,
+    EnvironmentManager { snapshots, credentials, .. }: &EnvironmentManager,
     latch: &Latch,
 ) {
     let mut rejected = BTreeSet::new();
@@ -251,7 +251,7 @@ async fn take_tokens(
                 .collect::<Vec<_>>(),
         );
         if all_validated {
-            credentials.set_configured_validated();
+            credentials.mark_configured_validated();
             for token in active_tokens.iter().filter(|token| !tokens.contains(token)) {
                 auth.remove_token(&token.digest());
                 rejected.remove(&token.digest());

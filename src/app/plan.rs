@@ -97,7 +97,7 @@ impl Plan {
 /// Where flags come from.
 #[derive(Debug)]
 pub(super) enum Source {
-    Files(files::Running),
+    Files(files::Watcher),
     Upstream(Box<Edge>),
 }
 
@@ -113,7 +113,7 @@ impl Source {
     /// Spawns the tasks that keep flags up to date.
     pub(super) fn spawn(self, workers: &mut Tasks, auth: &Authenticator) {
         match self {
-            Self::Files(running) => workers.spawn("files", running, files::Running::run),
+            Self::Files(running) => workers.spawn("files", running, files::Watcher::run),
             Self::Upstream(edge) => {
                 let parts = (Arc::new(*edge), auth.clone());
                 workers.spawn("sync", parts, |(edge, auth)| async move { edge.run(&auth).await });

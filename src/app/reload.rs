@@ -14,7 +14,7 @@ use crate::{
     auth::Authenticator,
     config::{Config, Credentials, EffectiveSettings, ConfigErrors, Mode},
     http::data::SdkService,
-    sync::files::Rereader,
+    sync::files::ReloadHandle,
     telemetry,
     token::Token,
     upstream::AdminToken,
@@ -32,9 +32,9 @@ pub(super) enum Live {
     /// Edge mode. `refetch` triggers a search for environments and a fetch of their flags.
     Edge { tokens: EdgeTokens, refetch: Arc<Notify> },
     /// Offline mode: flags of a file, and the configured tokens.
-    Offline(Rereader),
+    Offline(ReloadHandle),
     /// Standalone mode: flags of files.
-    Standalone(Rereader),
+    Standalone(ReloadHandle),
 }
 
 /// The configured tokens of an edge.
@@ -127,7 +127,7 @@ impl Reload {
             (Live::Offline(rereader), Mode::Offline(offline)) if OFFLINE_TOKENS.contains(&name) => {
                 let (tokens, environments) = given(offline);
                 self.auth.set_static_tokens(tokens);
-                rereader.serve(environments);
+                rereader.set_environments(environments);
             }
             _ => return false,
         }
@@ -148,7 +148,7 @@ impl Reload {
                 self.auth.revalidate(None);
                 refetch.notify_one();
             }
-            (Live::Offline(rereader) | Live::Standalone(rereader), _) => rereader.reread(),
+            (Live::Offline(rereader) | Live::Standalone(rereader), _) => rereader.reload(),
             (Live::Edge { .. }, Mode::Offline(_) | Mode::Standalone(_)) => {}
         }
     }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU16, AtomicUsize};
 use super::*;
 use crate::{
     token::{Projects, Scope},
-    upstream::scripted::{Reply, Scripted, Seen},
+    upstream::scripted::{ScriptedReply, ScriptedServer, ReceivedRequest},
 };
 
 const PROBE: &str = "GET /base/api/client/features/";
@@ -22,20 +22,20 @@ fn grant(environment: &str) -> Grant {
 
 /// An authenticator that validates at a scripted upstream.
 struct Fixture {
-    server: Scripted,
+    server: ScriptedServer,
     auth: Authenticator,
 }
 
 impl Fixture {
-    async fn start(script: impl Fn(&Seen) -> Reply + Clone + Send + Sync + 'static) -> Self {
+    async fn start(script: impl Fn(&ReceivedRequest) -> ScriptedReply + Clone + Send + Sync + 'static) -> Self {
         Self::start_with(None, script).await
     }
 
     async fn start_with(
         admin: Option<AdminToken>,
-        script: impl Fn(&Seen) -> Reply + Clone + Send + Sync + 'static,
+        script: impl Fn(&ReceivedRequest) -> ScriptedReply + Clone + Send + Sync + 'static,
     ) -> Self {
-        let server = Scripted::start(script).await;
+        let server = ScriptedServer::start(script).await;
         let config = Config {
             revalidate_after: Duration::ZERO,
             forget_invalid_after: Duration::from_secs(30),
@@ -80,7 +80,7 @@ impl Fixture {
     }
 }
 
-fn answer(status: u16) -> Reply {
+fn answer(status: u16) -> ScriptedReply {
     (status, &[], r#"{"tokens":[]}"#.to_owned())
 }
 

@@ -168,7 +168,7 @@ fn edge(s: &mut RawSettings, identity: &InstanceInfo, data_dir: &Path) -> Option
     let upstream = upstream(s, identity);
     let sync = sync::Config {
         interval: s.interval(&keys::FEATURES_REFRESH_INTERVAL_SECONDS),
-        mode: s.value(&keys::UPSTREAM_MODE, "auto, poll or stream", sync::Mode::parse),
+        mode: s.value(&keys::UPSTREAM_MODE, "auto, poll or stream", sync::UpstreamMode::parse),
     };
     let backup_folder = backup_folder(s, data_dir);
     let admin_relay = s.switch(&keys::ADMIN_RELAY);
@@ -255,7 +255,7 @@ fn upstream(s: &mut RawSettings, identity: &InstanceInfo) -> Option<upstream::Co
         connect_timeout,
         keepalive,
         certificate_file,
-        identity: client_identity,
+        client_certificate: client_identity,
         skip_certificate_verification,
         no_proxy: s.no_proxy.clone(),
         app_name: identity.app_name.clone(),
@@ -264,7 +264,7 @@ fn upstream(s: &mut RawSettings, identity: &InstanceInfo) -> Option<upstream::Co
 }
 
 /// The client certificate for upstream, in one of three forms.
-fn client_identity(s: &mut RawSettings) -> Option<upstream::Identity> {
+fn client_identity(s: &mut RawSettings) -> Option<upstream::ClientCertificate> {
     use keys::{
         PEM_CERT_FILE, PKCS8_CLIENT_CERTIFICATE_FILE, PKCS8_CLIENT_KEY_FILE, PKCS12_IDENTITY_FILE,
         PKCS12_PASSPHRASE,
@@ -290,22 +290,22 @@ fn client_identity(s: &mut RawSettings) -> Option<upstream::Identity> {
     }
     let identity = match (certificate.zip(key), pkcs12, pem) {
         (Some((certificate_file, key_file)), ..) => {
-            upstream::Identity::Pair { certificate_file, key_file }
+            upstream::ClientCertificate::PemPair { certificate_file, key_file }
         }
         (_, Some(file), _) => {
             let passphrase = Passphrase::new(s.text(&PKCS12_PASSPHRASE).unwrap_or_default());
-            upstream::Identity::Pkcs12 { file, passphrase }
+            upstream::ClientCertificate::Pkcs12 { file, passphrase }
         }
-        (_, _, Some(file)) => upstream::Identity::Pem(file),
+        (_, _, Some(file)) => upstream::ClientCertificate::PemFile(file),
         (None, None, None) => return None,
     };
     if let Err(error) = identity.load() {
         let key = match (&identity, &error) {
             (_, IdentityError::Passphrase { .. }) => &PKCS12_PASSPHRASE,
-            (upstream::Identity::Pkcs12 { .. }, _) => &PKCS12_IDENTITY_FILE,
-            (upstream::Identity::Pem(_), _) => &PEM_CERT_FILE,
+            (upstream::ClientCertificate::Pkcs12 { .. }, _) => &PKCS12_IDENTITY_FILE,
+            (upstream::ClientCertificate::PemFile(_), _) => &PEM_CERT_FILE,
             (_, IdentityError::Key(_)) => &PKCS8_CLIENT_KEY_FILE,
-            (upstream::Identity::Pair { .. }, _) => &PKCS8_CLIENT_CERTIFICATE_FILE,
+            (upstream::ClientCertificate::PemPair { .. }, _) => &PKCS8_CLIENT_CERTIFICATE_FILE,
         };
         s.report_error(key, error_chain(&error));
     }

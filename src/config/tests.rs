@@ -117,7 +117,7 @@ fn defaults_match_unleash_edge() {
     assert_eq!(config.log.format, LogFormat::Plain);
     let edge = edge(EDGE, &[]);
     assert_eq!(edge.sync.interval, Duration::from_secs(15));
-    assert_eq!(edge.sync.mode, sync::Mode::Auto);
+    assert_eq!(edge.sync.mode, sync::UpstreamMode::Auto);
     assert_eq!(edge.upstream.request_timeout, Duration::from_secs(5));
     assert_eq!(edge.backup_folder, BackupFolder::Default("data/backup".into()));
     assert!(matches!(edge.credentials, Credentials::BackendTokens(tokens) if tokens.is_empty()));
@@ -137,7 +137,7 @@ fn backup_folder_is_set_by_either_option_unless_empty() {
 
 #[test]
 fn upstream_mode_is_auto_poll_or_stream() {
-    use sync::Mode::{Auto, Poll, Stream};
+    use sync::UpstreamMode::{Auto, Poll, Stream};
     for (name, mode) in [("auto", Auto), ("poll", Poll), ("stream", Stream)] {
         assert_eq!(edge(EDGE, &[("UPSTREAM_MODE", name)]).sync.mode, mode);
     }
@@ -483,18 +483,18 @@ fn tls_options_without_tls_warn() {
 
 #[test]
 fn client_certificate_for_upstream_has_three_forms() {
-    use crate::upstream::{Identity, Passphrase};
+    use crate::upstream::{ClientCertificate, Passphrase};
     let Certificates { certificate, key, both, pkcs12, .. } = &certificates();
-    let check = |env: &[(&str, &str)], expected: Identity| {
-        assert_eq!(edge(EDGE, env).upstream.identity, Some(expected));
+    let check = |env: &[(&str, &str)], expected: ClientCertificate| {
+        assert_eq!(edge(EDGE, env).upstream.client_certificate, Some(expected));
     };
     let pair =
         [("PKCS8_CLIENT_CERTIFICATE_FILE", &**certificate), ("PKCS8_CLIENT_KEY_FILE", &**key)];
-    check(&pair, Identity::Pair { certificate_file: certificate.into(), key_file: key.into() });
-    check(&[("PEM_CERT_FILE", both)], Identity::Pem(both.into()));
+    check(&pair, ClientCertificate::PemPair { certificate_file: certificate.into(), key_file: key.into() });
+    check(&[("PEM_CERT_FILE", both)], ClientCertificate::PemFile(both.into()));
     let passphrase = Passphrase::new("word");
     let env = [("PKCS12_IDENTITY_FILE", &**pkcs12), ("PKCS12_PASSPHRASE", "word")];
-    check(&env, Identity::Pkcs12 { file: pkcs12.into(), passphrase });
+    check(&env, ClientCertificate::Pkcs12 { file: pkcs12.into(), passphrase });
 
     let messages =
         errors(EDGE, &[("PKCS12_IDENTITY_FILE", pkcs12), ("PKCS12_PASSPHRASE", "w0rd")]);

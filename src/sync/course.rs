@@ -4,11 +4,11 @@
 
 use std::time::Duration;
 
-use super::pace::Pace;
+use super::pace::Backoff;
 
 /// How flags are fetched from upstream (`--upstream-mode`).
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Mode {
+pub enum UpstreamMode {
     /// By streaming where upstream supports it, otherwise by polling.
     Auto,
     /// By polling.
@@ -17,7 +17,7 @@ pub enum Mode {
     Stream,
 }
 
-impl Mode {
+impl UpstreamMode {
     /// Parses a mode's name.
     pub fn parse(text: &str) -> Option<Self> {
         match text {
@@ -31,147 +31,147 @@ impl Mode {
 
 /// Why a stream could not be opened.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Refusal {
+pub(super) enum StreamUnavailable {
     /// Upstream does not support streaming.
-    NotOffered,
+    NotSupported,
     /// Upstream rejects the token on the streaming endpoint. Only a poll shows whether the token is
     /// valid: Unleash Edge responds with 403 to every token when streaming is off.
-    NotAdmitted,
+    Unauthorized,
     /// Upstream accepts no further stream now (429), with its `Retry-After` if it sent one.
-    Crowded(Option<Duration>),
+    Throttled(Option<Duration>),
     /// Upstream is unreachable or failed, with its `Retry-After` if it sent one.
     Failed(Option<Duration>),
 }
 
 /// Why a stream was closed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum End {
+pub(super) enum CloseReason {
     /// Upstream ended it regularly, with its `retry` delay if it sent one.
-    Over(Option<Duration>),
+    Ended(Option<Duration>),
     /// The connection broke.
     Broken,
     /// No data arrived within the idle timeout.
-    Silent,
+    TimedOut,
     /// An event could not be parsed or applied.
     Unreadable,
     /// It sent an older state than the one already known: another replica of upstream responded.
-    Outdated,
+    Stale,
     /// Upstream asked clients that can poll to poll.
-    Dismissed,
+    PollingPreferred,
 }
 
-impl End {
+impl CloseReason {
     /// The label value in metrics.
     pub(super) fn as_str(self) -> &'static str {
         match self {
-            Self::Over(_) => "over",
+            Self::Ended(_) => "over",
             Self::Broken => "broken",
-            Self::Silent => "silent",
+            Self::TimedOut => "silent",
             Self::Unreadable => "unreadable",
-            Self::Outdated => "outdated",
-            Self::Dismissed => "dismissed",
+            Self::Stale => "outdated",
+            Self::PollingPreferred => "dismissed",
         }
     }
 }
 
 /// When to reconnect after a stream was closed or could not be opened.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) struct Next {
+pub(super) struct Reconnect {
     /// Delay before the next attempt to open the stream.
-    pub(super) open_after: Duration,
+    pub(super) delay: Duration,
     /// Whether to poll immediately rather than one interval after the flags were last confirmed.
-    pub(super) polls_now: bool,
+    pub(super) poll_now: bool,
 }
 
 /// Retry interval where upstream does not support streaming.
-const ASK_AGAIN: Duration = Duration::from_mins(5);
+const UNSUPPORTED_RETRY_INTERVAL: Duration = Duration::from_mins(5);
 
 /// Retry interval where a stream is expected: it worked before, or `--upstream-mode` is `stream`.
-const ASK_SOON: Duration = Duration::from_mins(1);
+const EXPECTED_STREAM_RETRY_INTERVAL: Duration = Duration::from_mins(1);
 
 /// Delay after a 429 without `Retry-After`.
-const CROWDED_FOR: Duration = Duration::from_mins(1);
+const DEFAULT_THROTTLED_DELAY: Duration = Duration::from_mins(1);
 
 /// A stream that stayed open this long is reopened immediately.
-const LASTING: Duration = Duration::from_secs(10);
+const STABLE_AFTER: Duration = Duration::from_secs(10);
 
 /// The longest delay before a stable stream is reopened.
-const AT_ONCE: Duration = Duration::from_secs(1);
+const MAX_IMMEDIATE_DELAY: Duration = Duration::from_secs(1);
 
 /// The longest `retry` delay accepted from upstream at the end of a stream.
-const LONGEST_WAIT: Duration = Duration::from_mins(1);
+const MAX_SERVER_RETRY_DELAY: Duration = Duration::from_mins(1);
 
 /// The shortest delay after a rejected attempt, even if upstream hints that it streams.
-const HINTED: Duration = Duration::from_secs(10);
+const MIN_DELAY_AFTER_HINT: Duration = Duration::from_secs(10);
 
 /// Reconnect state of one token's stream.
 #[derive(Debug)]
-pub(super) struct Course {
-    mode: Mode,
-    pace: Pace,
+pub(super) struct ReconnectPolicy {
+    mode: UpstreamMode,
+    backoff: Backoff,
     /// A stream has delivered a state before.
-    followed: bool,
+    was_synced: bool,
     /// Upstream declined streaming at the last attempt.
-    declined: bool,
+    is_declined: bool,
 }
 
-impl Course {
+impl ReconnectPolicy {
     /// Starts with an immediate attempt.
-    pub(super) fn new(mode: Mode) -> Self {
-        Self { mode, pace: Pace::new(Duration::ZERO), followed: false, declined: false }
+    pub(super) fn new(mode: UpstreamMode) -> Self {
+        Self { mode, backoff: Backoff::new(Duration::ZERO), was_synced: false, is_declined: false }
     }
 
     /// Records that a stream has delivered its state.
-    pub(super) fn told(&mut self) {
-        (self.followed, self.declined) = (true, false);
+    pub(super) fn on_synced(&mut self) {
+        (self.was_synced, self.is_declined) = (true, false);
     }
 
     /// Schedules the next attempt after one that failed. `jitter` is between 0 and 1: it spreads the
     /// retries of a fleet that failed at the same time.
-    pub(super) fn refused(&mut self, refusal: Refusal, jitter: f64) -> Next {
-        self.declined = matches!(refusal, Refusal::NotOffered | Refusal::NotAdmitted);
+    pub(super) fn on_unavailable(&mut self, refusal: StreamUnavailable, jitter: f64) -> Reconnect {
+        self.is_declined = matches!(refusal, StreamUnavailable::NotSupported | StreamUnavailable::Unauthorized);
         let delay = match refusal {
-            Refusal::NotOffered | Refusal::NotAdmitted => {
-                let expected = self.followed || self.mode == Mode::Stream;
-                let pause = if expected { ASK_SOON } else { ASK_AGAIN };
+            StreamUnavailable::NotSupported | StreamUnavailable::Unauthorized => {
+                let expected = self.was_synced || self.mode == UpstreamMode::Stream;
+                let pause = if expected { EXPECTED_STREAM_RETRY_INTERVAL } else { UNSUPPORTED_RETRY_INTERVAL };
                 pause.mul_f64(0.8 + 0.4 * jitter)
             }
             // Jitter only adds: never earlier than `Retry-After`.
-            Refusal::Crowded(retry_after) => {
-                retry_after.unwrap_or(CROWDED_FOR).mul_f64(1.0 + 0.2 * jitter)
+            StreamUnavailable::Throttled(retry_after) => {
+                retry_after.unwrap_or(DEFAULT_THROTTLED_DELAY).mul_f64(1.0 + 0.2 * jitter)
             }
-            Refusal::Failed(retry_after) => self.pace.after_failure(retry_after, jitter),
+            StreamUnavailable::Failed(retry_after) => self.backoff.after_failure(retry_after, jitter),
         };
-        Next { open_after: delay, polls_now: refusal == Refusal::NotAdmitted }
+        Reconnect { delay, poll_now: refusal == StreamUnavailable::Unauthorized }
     }
 
     /// Schedules the next attempt after a stream that was open for `lifetime`.
-    pub(super) fn ended(&mut self, end: End, lifetime: Duration, jitter: f64) -> Next {
-        if lifetime >= LASTING {
-            self.pace = Pace::new(Duration::ZERO);
+    pub(super) fn on_closed(&mut self, end: CloseReason, lifetime: Duration, jitter: f64) -> Reconnect {
+        if lifetime >= STABLE_AFTER {
+            self.backoff = Backoff::new(Duration::ZERO);
         }
         let delay = match end {
-            End::Dismissed => {
-                self.declined = true;
-                let pause = if self.mode == Mode::Stream { ASK_SOON } else { ASK_AGAIN };
+            CloseReason::PollingPreferred => {
+                self.is_declined = true;
+                let pause = if self.mode == UpstreamMode::Stream { EXPECTED_STREAM_RETRY_INTERVAL } else { UNSUPPORTED_RETRY_INTERVAL };
                 pause.mul_f64(0.8 + 0.4 * jitter)
             }
             // A short-lived stream is reopened with backoff, even after a regular end.
-            _ if lifetime < LASTING => self.pace.after_failure(None, jitter),
-            End::Over(Some(wait)) => wait.min(LONGEST_WAIT).mul_f64(1.0 + 0.2 * jitter),
-            End::Over(None) | End::Broken | End::Silent | End::Unreadable | End::Outdated => {
-                AT_ONCE.mul_f64(jitter)
+            _ if lifetime < STABLE_AFTER => self.backoff.after_failure(None, jitter),
+            CloseReason::Ended(Some(wait)) => wait.min(MAX_SERVER_RETRY_DELAY).mul_f64(1.0 + 0.2 * jitter),
+            CloseReason::Ended(None) | CloseReason::Broken | CloseReason::TimedOut | CloseReason::Unreadable | CloseReason::Stale => {
+                MAX_IMMEDIATE_DELAY.mul_f64(jitter)
             }
         };
         // A stream is complete up to its end or break. After a timeout or a stale state, changes may
         // have been missed, so a poll is needed.
-        Next { open_after: delay, polls_now: matches!(end, End::Silent | End::Outdated) }
+        Reconnect { delay, poll_now: matches!(end, CloseReason::TimedOut | CloseReason::Stale) }
     }
 
     /// The delay, counted from the last failed attempt, after which a hint from upstream allows another
     /// one; `None` unless upstream declined streaming.
-    pub(super) fn hinted(&self) -> Option<Duration> {
-        self.declined.then_some(HINTED)
+    pub(super) fn delay_after_hint(&self) -> Option<Duration> {
+        self.is_declined.then_some(MIN_DELAY_AFTER_HINT)
     }
 }
 
@@ -182,75 +182,75 @@ mod tests {
     const LONG: Duration = Duration::from_hours(1);
     const SHORT: Duration = Duration::from_secs(1);
 
-    fn followed(mode: Mode) -> Course {
-        let mut policy = Course::new(mode);
-        policy.told();
+    fn synced_policy(mode: UpstreamMode) -> ReconnectPolicy {
+        let mut policy = ReconnectPolicy::new(mode);
+        policy.on_synced();
         policy
     }
 
     /// Milliseconds until the next attempt.
-    fn pause(next: Next) -> u128 {
-        next.open_after.as_millis()
+    fn delay_ms(next: Reconnect) -> u128 {
+        next.delay.as_millis()
     }
 
     #[test]
     fn unsupported_stream_is_retried_after_5_min_and_after_1_min_if_expected() {
-        for refusal in [Refusal::NotOffered, Refusal::NotAdmitted] {
-            let ask = |mut policy: Course| pause(policy.refused(refusal, 0.5));
-            assert_eq!(ask(Course::new(Mode::Auto)), 300_000);
-            assert_eq!(ask(Course::new(Mode::Stream)), 60_000);
-            assert_eq!(ask(followed(Mode::Auto)), 60_000);
-            let mut policy = Course::new(Mode::Auto);
-            assert_eq!(pause(policy.refused(refusal, 0.0)), 240_000);
-            assert_eq!(pause(policy.refused(refusal, 1.0)), 360_000, "fleets spread");
+        for refusal in [StreamUnavailable::NotSupported, StreamUnavailable::Unauthorized] {
+            let ask = |mut policy: ReconnectPolicy| delay_ms(policy.on_unavailable(refusal, 0.5));
+            assert_eq!(ask(ReconnectPolicy::new(UpstreamMode::Auto)), 300_000);
+            assert_eq!(ask(ReconnectPolicy::new(UpstreamMode::Stream)), 60_000);
+            assert_eq!(ask(synced_policy(UpstreamMode::Auto)), 60_000);
+            let mut policy = ReconnectPolicy::new(UpstreamMode::Auto);
+            assert_eq!(delay_ms(policy.on_unavailable(refusal, 0.0)), 240_000);
+            assert_eq!(delay_ms(policy.on_unavailable(refusal, 1.0)), 360_000, "fleets spread");
         }
     }
 
     #[test]
     fn streaming_hint_shortens_delay_only_after_upstream_declined() {
-        let mut policy = Course::new(Mode::Auto);
-        assert_eq!(policy.hinted(), None);
-        policy.refused(Refusal::NotOffered, 0.5);
-        assert_eq!(policy.hinted(), Some(HINTED));
-        policy.refused(Refusal::Crowded(None), 0.5);
-        assert_eq!(policy.hinted(), None, "a limit is not a refusal");
-        policy.ended(End::Dismissed, LONG, 0.5);
-        assert_eq!(policy.hinted(), Some(HINTED));
-        policy.told();
-        policy.ended(End::Broken, LONG, 0.5);
-        assert_eq!(policy.hinted(), None);
+        let mut policy = ReconnectPolicy::new(UpstreamMode::Auto);
+        assert_eq!(policy.delay_after_hint(), None);
+        policy.on_unavailable(StreamUnavailable::NotSupported, 0.5);
+        assert_eq!(policy.delay_after_hint(), Some(MIN_DELAY_AFTER_HINT));
+        policy.on_unavailable(StreamUnavailable::Throttled(None), 0.5);
+        assert_eq!(policy.delay_after_hint(), None, "a limit is not a refusal");
+        policy.on_closed(CloseReason::PollingPreferred, LONG, 0.5);
+        assert_eq!(policy.delay_after_hint(), Some(MIN_DELAY_AFTER_HINT));
+        policy.on_synced();
+        policy.on_closed(CloseReason::Broken, LONG, 0.5);
+        assert_eq!(policy.delay_after_hint(), None);
     }
 
     #[test]
     fn throttled_stream_is_retried_after_retry_after_or_1_min() {
-        let mut policy = Course::new(Mode::Auto);
+        let mut policy = ReconnectPolicy::new(UpstreamMode::Auto);
         let retry_after = Some(Duration::from_secs(20));
-        assert_eq!(pause(policy.refused(Refusal::Crowded(retry_after), 0.0)), 20_000);
-        assert_eq!(pause(policy.refused(Refusal::Crowded(retry_after), 1.0)), 24_000);
-        assert_eq!(pause(policy.refused(Refusal::Crowded(None), 0.0)), 60_000);
+        assert_eq!(delay_ms(policy.on_unavailable(StreamUnavailable::Throttled(retry_after), 0.0)), 20_000);
+        assert_eq!(delay_ms(policy.on_unavailable(StreamUnavailable::Throttled(retry_after), 1.0)), 24_000);
+        assert_eq!(delay_ms(policy.on_unavailable(StreamUnavailable::Throttled(None), 0.0)), 60_000);
     }
 
     #[test]
     fn stable_stream_is_reopened_within_1_s_for_any_close_reason() {
-        for end in [End::Over(None), End::Broken, End::Silent, End::Unreadable] {
-            let next = followed(Mode::Auto).ended(end, LONG, 0.5);
-            assert_eq!(pause(next), 500, "{end:?}");
-            assert_eq!(next.polls_now, end == End::Silent);
+        for end in [CloseReason::Ended(None), CloseReason::Broken, CloseReason::TimedOut, CloseReason::Unreadable] {
+            let next = synced_policy(UpstreamMode::Auto).on_closed(end, LONG, 0.5);
+            assert_eq!(delay_ms(next), 500, "{end:?}");
+            assert_eq!(next.poll_now, end == CloseReason::TimedOut);
         }
         let over = |wait| {
-            let end = End::Over(Some(Duration::from_secs(wait)));
-            pause(followed(Mode::Auto).ended(end, LONG, 0.0))
+            let end = CloseReason::Ended(Some(Duration::from_secs(wait)));
+            delay_ms(synced_policy(UpstreamMode::Auto).on_closed(end, LONG, 0.0))
         };
         assert_eq!((over(3), over(4000)), (3_000, 60_000), "upstream's delay, capped");
-        assert_eq!(pause(followed(Mode::Auto).ended(End::Dismissed, LONG, 0.5)), 300_000);
+        assert_eq!(delay_ms(synced_policy(UpstreamMode::Auto).on_closed(CloseReason::PollingPreferred, LONG, 0.5)), 300_000);
     }
 
     #[test]
     fn delay_grows_while_stream_fails_to_open_or_closes_early() {
-        let mut policy = followed(Mode::Auto);
-        let fail = |policy: &mut Course| pause(policy.refused(Refusal::Failed(None), 0.5));
+        let mut policy = synced_policy(UpstreamMode::Auto);
+        let fail = |policy: &mut ReconnectPolicy| delay_ms(policy.on_unavailable(StreamUnavailable::Failed(None), 0.5));
         let end =
-            |policy: &mut Course, lifetime| pause(policy.ended(End::Over(None), lifetime, 0.5));
+            |policy: &mut ReconnectPolicy, lifetime| delay_ms(policy.on_closed(CloseReason::Ended(None), lifetime, 0.5));
         assert_eq!([fail(&mut policy), fail(&mut policy)], [1_000, 2_000]);
         assert_eq!([end(&mut policy, SHORT), end(&mut policy, SHORT)], [4_000, 8_000]);
         for _ in 0..9 {
@@ -259,14 +259,14 @@ mod tests {
         assert_eq!(end(&mut policy, LONG), 500);
         assert_eq!(fail(&mut policy), 1_000);
         let retry_after = Some(Duration::from_secs(9));
-        assert_eq!(pause(policy.refused(Refusal::Failed(retry_after), 0.5)), 9_000);
+        assert_eq!(delay_ms(policy.on_unavailable(StreamUnavailable::Failed(retry_after), 0.5)), 9_000);
     }
 
     #[test]
     fn token_rejected_by_stream_is_polled_immediately() {
-        let polls = |refusal| Course::new(Mode::Auto).refused(refusal, 0.5).polls_now;
-        assert!(polls(Refusal::NotAdmitted));
-        for refusal in [Refusal::NotOffered, Refusal::Crowded(None), Refusal::Failed(None)] {
+        let polls = |refusal| ReconnectPolicy::new(UpstreamMode::Auto).on_unavailable(refusal, 0.5).poll_now;
+        assert!(polls(StreamUnavailable::Unauthorized));
+        for refusal in [StreamUnavailable::NotSupported, StreamUnavailable::Throttled(None), StreamUnavailable::Failed(None)] {
             assert!(!polls(refusal), "{refusal:?}");
         }
     }

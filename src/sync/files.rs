@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// The interval of checks for changed files.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Why flags cannot be loaded from files.
 #[derive(Debug, thiserror::Error)]
@@ -48,7 +48,7 @@ pub enum Error {
     },
     /// A file is not a valid flags document.
     #[error("{} holds no flags that can be read", path.display())]
-    Document {
+    Parse {
         /// The file.
         path: PathBuf,
         /// The JSON error, with its position.
@@ -62,42 +62,42 @@ pub enum Error {
     },
     /// A folder contains no flags file.
     #[error("{} contains no file named <environment>.json", path.display())]
-    Empty {
+    EmptyFolder {
         /// The folder.
         path: PathBuf,
     },
     /// Several files of a folder cannot be read.
     #[error("{}", .0.join("; "))]
-    Several(Vec<String>),
+    Multiple(Vec<String>),
 }
 
 /// Flags in a file or folder.
 #[derive(Clone, Debug)]
-pub struct Files {
+pub struct FileSource {
     path: PathBuf,
     environments: Arc<ArcSwap<BTreeSet<Environment>>>,
     snapshots: Snapshots,
-    reread_every: Option<Duration>,
-    requested: Arc<Notify>,
+    reload_interval: Option<Duration>,
+    reload_requested: Arc<Notify>,
 }
 
 /// Triggers a reload of a running [`FileSource`]. A cheap handle.
 #[derive(Clone, Debug)]
-pub struct Rereader {
+pub struct ReloadHandle {
     environments: Arc<ArcSwap<BTreeSet<Environment>>>,
-    requested: Arc<Notify>,
+    reload_requested: Arc<Notify>,
 }
 
-impl Rereader {
+impl ReloadHandle {
     /// Reloads the files, whether or not they seem to have changed.
-    pub fn reread(&self) {
-        self.requested.notify_one();
+    pub fn reload(&self) {
+        self.reload_requested.notify_one();
     }
 
     /// Replaces the environments that a single file serves, and reloads it.
-    pub fn serve(&self, environments: BTreeSet<Environment>) {
+    pub fn set_environments(&self, environments: BTreeSet<Environment>) {
         self.environments.store(Arc::new(environments));
-        self.reread();
+        self.reload();
     }
 }
 
@@ -113,14 +113,14 @@ struct FileMeta {
 
 /// The number of consecutive checks that read a file after a change. A second write within the same tick
 /// of the file system's clock (up to 2 s) changes only the content, not the metadata.
-const READS_AFTER_CHANGE: u8 = 3;
+const READS_AFTER_CHANGE_DETECTED: u8 = 3;
 
 /// The last known state of a file.
 #[derive(Clone, Debug)]
 struct FileState {
     meta: FileMeta,
     /// A hash of the content last read.
-    content: Option<u64>,
+    content_hash: Option<u64>,
     /// The number of further reads even if the metadata does not change.
     reads_left: u8,
     /// Why the content last read is not served.
@@ -128,12 +128,12 @@ struct FileState {
 }
 
 /// The state of all files.
-type State = BTreeMap<PathBuf, FileState>;
+type FileStates = BTreeMap<PathBuf, FileState>;
 
 /// The files found by a check, and the parsed documents of the changed ones.
-type Found = (State, Vec<(PathBuf, Document)>);
+type ScanResult = (FileStates, Vec<(PathBuf, Document)>);
 
-impl Files {
+impl FileSource {
     /// Serves the flags of `path`. If it is a single file, it serves each of `environments`.
     ///
     /// With `reload_interval` the content is compared at that interval even if the metadata is unchanged.
@@ -148,16 +148,16 @@ impl Files {
             path,
             environments,
             snapshots,
-            reread_every: reload_interval,
-            requested: Arc::default(),
+            reload_interval,
+            reload_requested: Arc::default(),
         }
     }
 
     /// A handle to trigger a reload.
-    pub fn rereader(&self) -> Rereader {
+    pub fn reload_handle(&self) -> ReloadHandle {
         let (environments, reload_requested) =
-            (Arc::clone(&self.environments), Arc::clone(&self.requested));
-        Rereader { environments, requested: reload_requested }
+            (Arc::clone(&self.environments), Arc::clone(&self.reload_requested));
+        ReloadHandle { environments, reload_requested }
     }
 
     /// Loads and serves the flags; [`Watcher::run`] then keeps them current.
@@ -168,22 +168,22 @@ impl Files {
     /// If any file cannot be read. A file that breaks later affects only its own environment. At the
     /// start, however, there are no earlier flags to fall back to, and this instance would reject an
     /// environment that the previous instance still serves.
-    pub async fn start(self, latch: Latch) -> Result<Running, Error> {
+    pub async fn start(self, latch: Latch) -> Result<Watcher, Error> {
         let served_environments = self.environments.load_full();
-        let mut file_states = State::new();
+        let mut file_states = FileStates::new();
         self.check(&mut file_states, true).await?;
         let mut failures: Vec<_> =
             file_states.values_mut().filter_map(|it| it.failure.take()).collect();
         match (failures.len(), failures.pop()) {
             (_, None) => {
                 latch.describe("an environment: no configured token names one");
-                let watcher = Running {
-                    files: self,
-                    state: file_states,
-                    served: served_environments,
+                let watcher = Watcher {
+                    source: self,
+                    file_states,
+                    served_environments,
                     latch: Arc::new(latch),
                 };
-                watcher.release_if_served();
+                watcher.release_latch_if_served();
                 Ok(watcher)
             }
             (1, Some(failure)) => {
@@ -191,7 +191,7 @@ impl Files {
             }
             (_, Some(last)) => {
                 failures.push(last);
-                Err(Error::Several(failures.iter().map(|error| error_chain(&**error)).collect()))
+                Err(Error::Multiple(failures.iter().map(|error| error_chain(&**error)).collect()))
             }
         }
     }
@@ -201,9 +201,9 @@ impl Files {
     ///
     /// # Errors
     /// Only if the folder itself cannot be read.
-    async fn check(&self, state: &mut State, reread: bool) -> Result<(), Error> {
+    async fn check(&self, state: &mut FileStates, reread: bool) -> Result<(), Error> {
         let (path, known) = (self.path.clone(), state.clone());
-        let found = spawn_blocking(move || find(&path, &known, reread)).await;
+        let found = spawn_blocking(move || scan(&path, &known, reread)).await;
         let (mut found, documents) = found.map_err(|source| Error::Panic { source })??;
         let before = self.environments_in(state);
         let now = self.environments_in(&found);
@@ -246,7 +246,7 @@ impl Files {
         Ok(())
     }
 
-    fn environments_in(&self, state: &State) -> BTreeSet<Environment> {
+    fn environments_in(&self, state: &FileStates) -> BTreeSet<Environment> {
         state.keys().flat_map(|path| self.environments_of(path)).collect()
     }
 
@@ -260,42 +260,42 @@ impl Files {
 
 /// Watches the files of a started [`FileSource`].
 #[derive(Clone, Debug)]
-pub struct Running {
-    files: Files,
-    state: State,
+pub struct Watcher {
+    source: FileSource,
+    file_states: FileStates,
     /// The environments for which the single file was last loaded.
-    served: Arc<BTreeSet<Environment>>,
+    served_environments: Arc<BTreeSet<Environment>>,
     /// Released once any environment has flags.
     latch: Arc<Latch>,
 }
 
-impl Running {
+impl Watcher {
     /// Reloads changed files until dropped. Files that cannot be read change nothing.
     pub async fn run(mut self) {
-        let mut ticks = interval(LOOK_EVERY);
+        let mut ticks = interval(CHECK_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut reread_at = self.next_reread();
+        let mut reread_at = self.next_reload();
         let mut reported = BTreeMap::<PathBuf, String>::new();
         loop {
             let requested = tokio::select! {
                 _ = ticks.tick() => false,
-                () = self.files.requested.notified() => true,
+                () = self.source.reload_requested.notified() => true,
             };
             if requested {
                 // Log persisting errors again after an explicit request.
                 reported.clear();
-                if !Arc::ptr_eq(&self.served, &self.files.environments.load()) {
-                    self.served = self.files.environments.load_full();
+                if !Arc::ptr_eq(&self.served_environments, &self.source.environments.load()) {
+                    self.served_environments = self.source.environments.load_full();
                     // New environments have no flags yet: load everything again.
-                    self.state = State::new();
+                    self.file_states = FileStates::new();
                 }
             }
             let reread = requested || reread_at.is_some_and(|at| at <= Instant::now());
             if reread {
-                reread_at = self.next_reread();
+                reread_at = self.next_reload();
             }
-            let failures = self.failures_after_check(reread).await;
-            self.release_if_served();
+            let failures = self.check_and_collect_failures(reread).await;
+            self.release_latch_if_served();
             for (path, error) in &failures {
                 if reported.get(path) != Some(error) {
                     warn!(error, "Reloading flags failed; the last known flags stay");
@@ -309,34 +309,34 @@ impl Running {
     }
 
     /// Checks the files; returns the errors by path.
-    async fn failures_after_check(&mut self, reread: bool) -> BTreeMap<PathBuf, String> {
-        if let Err(error) = self.files.check(&mut self.state, reread).await {
-            return BTreeMap::from([(self.files.path.clone(), error_chain(&error))]);
+    async fn check_and_collect_failures(&mut self, reread: bool) -> BTreeMap<PathBuf, String> {
+        if let Err(error) = self.source.check(&mut self.file_states, reread).await {
+            return BTreeMap::from([(self.source.path.clone(), error_chain(&error))]);
         }
-        let failures = self.state.iter().filter_map(|(path, file)| {
+        let failures = self.file_states.iter().filter_map(|(path, file)| {
             let error = file.failure.as_deref()?;
             Some((path.clone(), error_chain(error)))
         });
         failures.collect()
     }
 
-    fn release_if_served(&self) {
-        if !self.files.snapshots.environments().is_empty() {
+    fn release_latch_if_served(&self) {
+        if !self.source.snapshots.environments().is_empty() {
             self.latch.release();
         }
     }
 
-    fn next_reread(&self) -> Option<Instant> {
-        self.files.reread_every.map(|every| Instant::now() + every)
+    fn next_reload(&self) -> Option<Instant> {
+        self.source.reload_interval.map(|every| Instant::now() + every)
     }
 }
 
 /// Lists the files of a path: the file itself, or the folder's `*.json`.
-fn list(path: &Path) -> Result<BTreeMap<PathBuf, FileMeta>, Error> {
+fn list_files(path: &Path) -> Result<BTreeMap<PathBuf, FileMeta>, Error> {
     let failed = |source| Error::Read { path: path.to_owned(), source };
     let metadata = std::fs::metadata(path).map_err(failed)?;
     if !metadata.is_dir() {
-        return Ok(BTreeMap::from([(path.to_owned(), FileMeta::of(&metadata))]));
+        return Ok(BTreeMap::from([(path.to_owned(), FileMeta::from_metadata(&metadata))]));
     }
     let mut files = BTreeMap::new();
     for entry in std::fs::read_dir(path).map_err(failed)? {
@@ -348,7 +348,7 @@ fn list(path: &Path) -> Result<BTreeMap<PathBuf, FileMeta>, Error> {
         }
         match std::fs::metadata(&path) {
             Ok(metadata) if metadata.is_file() => {
-                files.insert(path, FileMeta::of(&metadata));
+                files.insert(path, FileMeta::from_metadata(&metadata));
             }
             Ok(_) => {}
             // Removed since the folder was listed.
@@ -360,13 +360,13 @@ fn list(path: &Path) -> Result<BTreeMap<PathBuf, FileMeta>, Error> {
         }
     }
     if files.is_empty() {
-        return Err(Error::Empty { path: path.to_owned() });
+        return Err(Error::EmptyFolder { path: path.to_owned() });
     }
     Ok(files)
 }
 
 impl FileMeta {
-    fn of(metadata: &std::fs::Metadata) -> Self {
+    fn from_metadata(metadata: &std::fs::Metadata) -> Self {
         #[cfg(unix)]
         use std::os::unix::fs::MetadataExt as _;
         Self {
@@ -379,13 +379,13 @@ impl FileMeta {
 }
 
 /// Lists the files of `path` and reads those that may have changed since `known`.
-fn find(path: &Path, known: &State, reread: bool) -> Result<Found, Error> {
-    let (mut state, mut documents) = (State::new(), Vec::new());
-    for (path, meta) in list(path)? {
+fn scan(path: &Path, known: &FileStates, reread: bool) -> Result<ScanResult, Error> {
+    let (mut state, mut documents) = (FileStates::new(), Vec::new());
+    for (path, meta) in list_files(path)? {
         let file = match known.get(&path) {
             Some(file) if file.meta == meta && file.reads_left == 0 && !reread => file.clone(),
             file => {
-                let (file, document) = read(&path, meta, file);
+                let (file, document) = read_file(&path, meta, file);
                 documents.extend(document.map(|document| (path.clone(), document)));
                 file
             }
@@ -396,10 +396,10 @@ fn find(path: &Path, known: &State, reread: bool) -> Result<Found, Error> {
 }
 
 /// Reads a file; parses it if its content has changed.
-fn read(path: &Path, meta: FileMeta, known: Option<&FileState>) -> (FileState, Option<Document>) {
+fn read_file(path: &Path, meta: FileMeta, known: Option<&FileState>) -> (FileState, Option<Document>) {
     let reads_left = match known {
         Some(file) if file.meta == meta => file.reads_left.saturating_sub(1),
-        Some(_) | None => READS_AFTER_CHANGE - 1,
+        Some(_) | None => READS_AFTER_CHANGE_DETECTED - 1,
     };
     let path = path.to_owned();
     let text = match std::fs::read(&path) {
@@ -407,21 +407,21 @@ fn read(path: &Path, meta: FileMeta, known: Option<&FileState>) -> (FileState, O
         Err(source) => {
             let failure = Some(Arc::new(Error::Read { path, source }));
             // The cause may disappear without a change of the file: read it again at the next check.
-            return (FileState { meta, content: None, reads_left: 1, failure }, None);
+            return (FileState { meta, content_hash: None, reads_left: 1, failure }, None);
         }
     };
     let content_hash = Some(xxh3_64(&text));
     if let Some(file) = known
-        && file.content == content_hash
+        && file.content_hash == content_hash
     {
         let failure = file.failure.clone();
-        return (FileState { meta, content: content_hash, reads_left, failure }, None);
+        return (FileState { meta, content_hash, reads_left, failure }, None);
     }
     let (document, failure) = match Document::parse_file(&text) {
         Ok(document) => (Some(document), None),
-        Err(source) => (None, Some(Arc::new(Error::Document { path, source }))),
+        Err(source) => (None, Some(Arc::new(Error::Parse { path, source }))),
     };
-    (FileState { meta, content: content_hash, reads_left, failure }, document)
+    (FileState { meta, content_hash, reads_left, failure }, document)
 }
 
 #[cfg(test)]
@@ -429,7 +429,7 @@ mod tests {
     use super::*;
     use crate::telemetry::Readiness;
 
-    fn flags(name: &str) -> String {
+    fn flags_json(name: &str) -> String {
         format!(r#"{{"features":[{{"name":"{name}","enabled":true}}]}}"#)
     }
 
@@ -437,7 +437,7 @@ mod tests {
         Readiness::new().1
     }
 
-    fn names(snapshots: &Snapshots, environment: &str) -> Vec<String> {
+    fn flag_names(snapshots: &Snapshots, environment: &str) -> Vec<String> {
         let snapshot = snapshots.load(&Environment::new(environment)).unwrap();
         snapshot.document().features().iter().map(|it| it.name().to_string()).collect()
     }
@@ -446,19 +446,19 @@ mod tests {
     async fn single_file_serves_every_environment_and_invalid_edit_changes_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("flags.json");
-        std::fs::write(&path, flags("one")).unwrap();
+        std::fs::write(&path, flags_json("one")).unwrap();
         let snapshots = Snapshots::default();
         let environments = ["dev", "prod"].map(Environment::new).into();
-        let files = Files::new(path.clone(), environments, snapshots.clone(), None);
+        let files = FileSource::new(path.clone(), environments, snapshots.clone(), None);
         let mut watcher = files.start(latch()).await.unwrap();
-        assert_eq!(names(&snapshots, "prod"), ["one"]);
+        assert_eq!(flag_names(&snapshots, "prod"), ["one"]);
         std::fs::write(&path, "{ no JSON").unwrap();
-        let failures = watcher.failures_after_check(false).await;
+        let failures = watcher.check_and_collect_failures(false).await;
         assert!(failures[&path].contains("flags.json"), "{failures:?}");
-        assert_eq!(names(&snapshots, "dev"), ["one"]);
-        std::fs::write(&path, flags("another")).unwrap();
-        assert!(watcher.failures_after_check(false).await.is_empty());
-        assert_eq!(names(&snapshots, "dev"), ["another"]);
+        assert_eq!(flag_names(&snapshots, "dev"), ["one"]);
+        std::fs::write(&path, flags_json("another")).unwrap();
+        assert!(watcher.check_and_collect_failures(false).await.is_empty());
+        assert_eq!(flag_names(&snapshots, "dev"), ["another"]);
     }
 
     #[tokio::test]
@@ -466,15 +466,15 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let snapshots = Snapshots::default();
         let path = folder.path().to_owned();
-        let files = || Files::new(path.clone(), BTreeSet::new(), snapshots.clone(), None);
-        assert!(matches!(files().start(latch()).await, Err(Error::Empty { .. })));
-        std::fs::write(path.join("dev.json"), flags("one")).unwrap();
-        std::fs::write(path.join("prod.json"), flags("two")).unwrap();
+        let files = || FileSource::new(path.clone(), BTreeSet::new(), snapshots.clone(), None);
+        assert!(matches!(files().start(latch()).await, Err(Error::EmptyFolder { .. })));
+        std::fs::write(path.join("dev.json"), flags_json("one")).unwrap();
+        std::fs::write(path.join("prod.json"), flags_json("two")).unwrap();
         std::os::unix::fs::symlink("nowhere", path.join(".#dev.json")).unwrap();
         std::os::unix::fs::symlink("nowhere", path.join("gone.json")).unwrap();
         files().start(latch()).await.unwrap();
-        assert_eq!(names(&snapshots, "dev"), ["one"]);
-        assert_eq!(names(&snapshots, "prod"), ["two"]);
+        assert_eq!(flag_names(&snapshots, "dev"), ["one"]);
+        assert_eq!(flag_names(&snapshots, "prod"), ["two"]);
     }
 
     #[tokio::test]
@@ -482,16 +482,16 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let snapshots = Snapshots::default();
         let path = folder.path().to_owned();
-        std::fs::write(path.join("dev.json"), flags("one")).unwrap();
-        let files = Files::new(path.clone(), BTreeSet::new(), snapshots.clone(), None);
+        std::fs::write(path.join("dev.json"), flags_json("one")).unwrap();
+        let files = FileSource::new(path.clone(), BTreeSet::new(), snapshots.clone(), None);
         let mut watcher = files.start(latch()).await.unwrap();
         std::fs::rename(path.join("dev.json"), path.join("prod.json")).unwrap();
-        assert!(watcher.failures_after_check(false).await.is_empty());
-        assert_eq!(names(&snapshots, "prod"), ["one"]);
-        assert_eq!(names(&snapshots, "dev"), ["one"]);
+        assert!(watcher.check_and_collect_failures(false).await.is_empty());
+        assert_eq!(flag_names(&snapshots, "prod"), ["one"]);
+        assert_eq!(flag_names(&snapshots, "dev"), ["one"]);
         let confirmed = |name| snapshots.load(&Environment::new(name)).unwrap().confirmed_at();
         let (before, since) = (confirmed("dev"), confirmed("prod"));
-        assert!(watcher.failures_after_check(false).await.is_empty());
+        assert!(watcher.check_and_collect_failures(false).await.is_empty());
         assert_eq!(confirmed("dev"), before);
         assert!(confirmed("prod") >= since);
     }
@@ -500,21 +500,21 @@ mod tests {
     async fn instance_is_ready_once_the_first_environment_is_named() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("flags.json");
-        std::fs::write(&path, flags("one")).unwrap();
+        std::fs::write(&path, flags_json("one")).unwrap();
         let snapshots = Snapshots::default();
-        let files = Files::new(path, BTreeSet::new(), snapshots.clone(), None);
-        let rereader = files.rereader();
+        let files = FileSource::new(path, BTreeSet::new(), snapshots.clone(), None);
+        let rereader = files.reload_handle();
         let (readiness, latch) = Readiness::new();
         let task = tokio::spawn(files.start(latch).await.unwrap().run());
         assert!(readiness.pending_conditions()[0].contains("no configured token names one"));
-        rereader.serve([Environment::new("dev")].into());
+        rereader.set_environments([Environment::new("dev")].into());
         let ready = async {
             while !readiness.is_ready() {
-                tokio::time::sleep(LOOK_EVERY).await;
+                tokio::time::sleep(CHECK_INTERVAL).await;
             }
         };
-        tokio::time::timeout(60 * LOOK_EVERY, ready).await.expect("ready");
-        assert_eq!(names(&snapshots, "dev"), ["one"]);
+        tokio::time::timeout(60 * CHECK_INTERVAL, ready).await.expect("ready");
+        assert_eq!(flag_names(&snapshots, "dev"), ["one"]);
         task.abort();
     }
 }

@@ -5,19 +5,19 @@
 use std::time::Duration;
 
 /// The delay after the first failure.
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const INITIAL_DELAY: Duration = Duration::from_secs(1);
 
 /// The longest delay between retries, unless the interval is longer.
-const LONGEST_PAUSE: Duration = Duration::from_mins(1);
+const MAX_DELAY: Duration = Duration::from_mins(1);
 
 /// Poll interval and failure count of one source.
 #[derive(Debug)]
-pub(super) struct Pace {
+pub(super) struct Backoff {
     interval: Duration,
     failures: u32,
 }
 
-impl Pace {
+impl Backoff {
     pub(super) fn new(interval: Duration) -> Self {
         Self { interval, failures: 0 }
     }
@@ -34,8 +34,8 @@ impl Pace {
     pub(super) fn after_failure(&mut self, retry_after: Option<Duration>, jitter: f64) -> Duration {
         let factor = 2_u32.saturating_pow(self.failures.min(16));
         self.failures = self.failures.saturating_add(1);
-        let longest = LONGEST_PAUSE.max(self.interval);
-        let pause = FIRST_PAUSE.saturating_mul(factor).min(longest);
+        let longest = MAX_DELAY.max(self.interval);
+        let pause = INITIAL_DELAY.saturating_mul(factor).min(longest);
         pause.mul_f64(0.8 + 0.4 * jitter).max(retry_after.unwrap_or_default())
     }
 
@@ -51,7 +51,7 @@ mod tests {
 
     #[test]
     fn delay_doubles_while_source_fails_and_resets_on_success() {
-        let mut backoff = Pace::new(Duration::from_secs(15));
+        let mut backoff = Backoff::new(Duration::from_secs(15));
         let pauses: Vec<_> = (0..8).map(|_| backoff.after_failure(None, 0.5).as_secs()).collect();
         assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 60, 60]);
         assert_eq!(backoff.after_success(0.5), Duration::from_secs(15));
@@ -60,7 +60,7 @@ mod tests {
 
     #[test]
     fn delay_is_never_shorter_than_retry_after() {
-        let mut backoff = Pace::new(Duration::from_secs(15));
+        let mut backoff = Backoff::new(Duration::from_secs(15));
         let retry_after = Duration::from_secs(30);
         assert_eq!(backoff.after_failure(Some(retry_after), 0.0), retry_after);
     }

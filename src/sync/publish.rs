@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// The largest number of problems logged per document.
-const PROBLEMS_LOGGED: usize = 10;
+const MAX_LOGGED_PROBLEMS: usize = 10;
 
 /// Compiles the document of `make`, which must contain every flag of `scope`, on a blocking thread and
 /// swaps it in. Readers never wait.
@@ -57,30 +57,30 @@ pub(super) async fn publish(
         Some(snapshot)
     });
     let Some(snapshot) = built.await? else { return Ok(None) };
-    report(&snapshot);
+    log_published(&snapshot);
     let snapshot = snapshots.swap(snapshot);
     if let Some(previous) = previous {
-        spawn_blocking(|| retire(previous));
+        spawn_blocking(|| drop_when_unused(previous));
     }
     Ok(Some(snapshot))
 }
 
 /// How long to wait for a snapshot's last readers, and how often to check for them.
-const LAST_READERS: Duration = Duration::from_secs(1);
-const LOOK_EVERY: Duration = Duration::from_millis(20);
+const MAX_READER_WAIT: Duration = Duration::from_secs(1);
+const READER_CHECK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Drops a snapshot once it has no other readers. Dropping thousands of flags with their caches takes
 /// milliseconds, which the last reading request would otherwise pay for.
-fn retire(snapshot: Arc<Snapshot>) {
+fn drop_when_unused(snapshot: Arc<Snapshot>) {
     let mut waited = Duration::ZERO;
-    while Arc::strong_count(&snapshot) > 1 && waited < LAST_READERS {
-        thread::sleep(LOOK_EVERY);
-        waited += LOOK_EVERY;
+    while Arc::strong_count(&snapshot) > 1 && waited < MAX_READER_WAIT {
+        thread::sleep(READER_CHECK_INTERVAL);
+        waited += READER_CHECK_INTERVAL;
     }
     drop(snapshot);
 }
 
-fn report(snapshot: &Snapshot) {
+fn log_published(snapshot: &Snapshot) {
     let (environment, problems) = (snapshot.environment(), snapshot.problems());
     counter!("parapet_snapshot_swaps_total", "environment" => environment.as_str().to_owned())
         .increment(1);
@@ -91,11 +91,11 @@ fn report(snapshot: &Snapshot) {
         problems = problems.len(),
         "New flags"
     );
-    for problem in problems.iter().take(PROBLEMS_LOGGED) {
+    for problem in problems.iter().take(MAX_LOGGED_PROBLEMS) {
         warn!(environment = %environment, "{problem}");
     }
-    if problems.len() > PROBLEMS_LOGGED {
-        let more = problems.len() - PROBLEMS_LOGGED;
+    if problems.len() > MAX_LOGGED_PROBLEMS {
+        let more = problems.len() - MAX_LOGGED_PROBLEMS;
         warn!(environment = %environment, "{more} more problems; /status lists all");
     }
 }

@@ -9,19 +9,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::{token::Environment, wire::tokens::ListedEnvironment};
 
 /// An environment is removed after this many consecutive lists without it.
-const MISSES: u8 = 3;
+const REMOVED_AFTER_MISSES: u8 = 3;
 
 /// The environments that upstream lists, or has listed.
 #[derive(Debug, Default)]
-pub(super) struct Roll {
+pub(super) struct EnvironmentList {
     /// Consecutive lists without each environment. One listed as disabled counts as removed immediately.
-    missed: BTreeMap<Environment, u8>,
+    consecutive_misses: BTreeMap<Environment, u8>,
 }
 
-impl Roll {
+impl EnvironmentList {
     /// Applies a list while `known` are served. Returns the enabled environments; `None` if there are
     /// none.
-    pub(super) fn call(
+    pub(super) fn update(
         &mut self,
         list: &[ListedEnvironment],
         known: BTreeSet<Environment>,
@@ -32,20 +32,20 @@ impl Roll {
             return None;
         }
         for environment in known {
-            self.missed.entry(environment).or_default();
+            self.consecutive_misses.entry(environment).or_default();
         }
-        for missed in self.missed.values_mut() {
+        for missed in self.consecutive_misses.values_mut() {
             *missed = missed.saturating_add(1);
         }
         for ListedEnvironment { name, enabled } in list {
-            self.missed.insert(name.clone(), if *enabled { 0 } else { MISSES });
+            self.consecutive_misses.insert(name.clone(), if *enabled { 0 } else { REMOVED_AFTER_MISSES });
         }
         Some(enabled)
     }
 
     /// The environments that were removed or disabled upstream.
-    pub(super) fn gone(&self) -> BTreeSet<Environment> {
-        let gone = self.missed.iter().filter(|(_, missed)| **missed >= MISSES);
+    pub(super) fn removed(&self) -> BTreeSet<Environment> {
+        let gone = self.consecutive_misses.iter().filter(|(_, missed)| **missed >= REMOVED_AFTER_MISSES);
         gone.map(|(environment, _)| environment.clone()).collect()
     }
 }
@@ -66,34 +66,34 @@ mod tests {
 
     #[test]
     fn disabled_environment_is_removed_until_it_is_enabled_again() {
-        let mut environments = Roll::default();
-        let enabled = environments.call(&list(&[("dev", true), ("old", false)]), names(&["old"]));
-        assert_eq!((enabled, environments.gone()), (Some(names(&["dev"])), names(&["old"])));
-        environments.call(&list(&[("dev", true), ("old", true)]), names(&["dev"]));
-        assert_eq!(environments.gone(), names(&[]));
+        let mut environments = EnvironmentList::default();
+        let enabled = environments.update(&list(&[("dev", true), ("old", false)]), names(&["old"]));
+        assert_eq!((enabled, environments.removed()), (Some(names(&["dev"])), names(&["old"])));
+        environments.update(&list(&[("dev", true), ("old", true)]), names(&["dev"]));
+        assert_eq!(environments.removed(), names(&[]));
     }
 
     #[test]
     fn missing_environment_is_removed_after_three_consecutive_lists() {
-        let mut environments = Roll::default();
+        let mut environments = EnvironmentList::default();
         let (whole, short) = (list(&[("dev", true), ("prod", true)]), list(&[("prod", true)]));
         for _ in 0..5 {
-            environments.call(&whole, names(&[]));
-            environments.call(&short, names(&["dev", "prod"]));
-            environments.call(&short, names(&["dev", "prod"]));
-            assert_eq!(environments.gone(), names(&[]));
+            environments.update(&whole, names(&[]));
+            environments.update(&short, names(&["dev", "prod"]));
+            environments.update(&short, names(&["dev", "prod"]));
+            assert_eq!(environments.removed(), names(&[]));
         }
-        environments.call(&short, names(&["dev", "prod"]));
-        assert_eq!(environments.gone(), names(&["dev"]));
+        environments.update(&short, names(&["dev", "prod"]));
+        assert_eq!(environments.removed(), names(&["dev"]));
     }
 
     #[test]
     fn list_without_enabled_environment_is_ignored() {
-        let mut environments = Roll::default();
+        let mut environments = EnvironmentList::default();
         for _ in 0..5 {
-            assert_eq!(environments.call(&[], names(&["dev"])), None);
-            assert_eq!(environments.call(&list(&[("dev", false)]), names(&["dev"])), None);
+            assert_eq!(environments.update(&[], names(&["dev"])), None);
+            assert_eq!(environments.update(&list(&[("dev", false)]), names(&["dev"])), None);
         }
-        assert_eq!(environments.gone(), names(&[]));
+        assert_eq!(environments.removed(), names(&[]));
     }
 }

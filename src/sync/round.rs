@@ -12,79 +12,79 @@ use tokio::{
 use tracing::debug;
 
 use super::{
-    sources::{Received, Sources},
+    sources::{FetchedDocument, TokenDocuments},
     told::differences,
 };
 use crate::{
     token::{Environment, TokenDigest},
-    upstream::{Credential, Credentials, Error, ExchangeError, Fetched, Polled, Upstream},
+    upstream::{Credential, Credentials, Error, ExchangeError, FetchResult, FeaturesResponse, Upstream},
     wire::features::Document,
 };
 
 /// The number of concurrent fetches per environment.
-const FETCHES_AT_ONCE: usize = 4;
+const MAX_CONCURRENT_FETCHES: usize = 4;
 
 /// One poll of an environment.
 #[derive(Debug)]
-pub(super) struct Round<'a> {
+pub(super) struct Poll<'a> {
     pub(super) upstream: &'a Upstream,
     pub(super) credentials: &'a Credentials,
     pub(super) environment: &'a Environment,
     /// How long the removal of a flag is deferred while other tokens have streams that may report it.
-    pub(super) held_for: Duration,
+    pub(super) removal_grace: Duration,
 }
 
 /// The result of a poll.
 #[derive(Debug, Default)]
-pub(super) struct Asked {
+pub(super) struct PollResult {
     /// The first error. Refused tokens count only if no token got a response.
-    pub(super) failure: Option<Failure>,
+    pub(super) error: Option<PollError>,
     /// Whether upstream asks polling clients to use its streams.
     pub(super) prefers_streaming: bool,
 }
 
-impl Round<'_> {
+impl Poll<'_> {
     /// Polls with every available token except those with a synced stream (`followed`).
-    pub(super) async fn ask(
+    pub(super) async fn run(
         &self,
-        documents: &mut Sources,
+        documents: &mut TokenDocuments,
         followed: &BTreeSet<TokenDigest>,
-    ) -> Asked {
-        let mut result = Asked::default();
-        let removal_grace = (!followed.is_empty()).then_some(self.held_for);
+    ) -> PollResult {
+        let mut result = PollResult::default();
+        let removal_grace = (!followed.is_empty()).then_some(self.removal_grace);
         let mut tokens = match self.credentials.obtain(self.environment).await {
             Ok(tokens) => tokens,
-            Err(error) => return Asked { failure: Some(error.into()), ..result },
+            Err(error) => return PollResult { error: Some(error.into()), ..result },
         };
         let mut done = BTreeSet::new();
         tokens.retain(|it| !followed.contains(&it.token.digest()));
         let (mut has_response, mut refusal) = (tokens.is_empty(), None);
         while !tokens.is_empty() {
             let mut others = Vec::new();
-            for (credential, response) in self.fetch(tokens, documents).await {
+            for (credential, response) in self.fetch_flags(tokens, documents).await {
                 let digest = credential.token.digest();
                 done.insert(digest);
-                match take(&credential, response, documents, removal_grace).await {
+                match apply_response(&credential, response, documents, removal_grace).await {
                     Ok(prefers_streaming) => {
-                        self.credentials.accept(self.environment, &digest);
+                        self.credentials.mark_accepted(self.environment, &digest);
                         has_response = true;
                         result.prefers_streaming |= prefers_streaming;
                     }
-                    Err(Failure::Upstream(error)) if error.is_unauthorized() => {
-                        let cause = match self.credentials.replace(self.environment, &digest).await
+                    Err(PollError::Upstream(error)) if error.is_unauthorized() => {
+                        let cause = match self.credentials.replace_refused(self.environment, &digest).await
                         {
                             // At most one replacement per poll: upstream may refuse every token.
                             Ok(found) if refusal.is_none() => {
                                 others = found;
-                                Failure::Upstream(error)
+                                PollError::Upstream(error)
                             }
-                            Ok(_) => Failure::Upstream(error),
-                            Err(cause) => Failure::Credentials(cause),
+                            Ok(_) => PollError::Upstream(error),
+                            Err(cause) => PollError::Credentials(cause),
                         };
                         refusal.get_or_insert(cause);
                     }
                     Err(cause) => {
-                        result.failure.get_or_insert(cause);
+                        result.error.get_or_insert(cause);
                     }
                 }
             }
@@ -94,44 +94,44 @@ impl Round<'_> {
             });
             tokens = others;
         }
-        result.failure = result.failure.or(refusal.filter(|_| !has_response));
+        result.error = result.error.or(refusal.filter(|_| !has_response));
         result
     }
 
     /// Fetches flags with each of `tokens`, a few at a time.
-    async fn fetch(
+    async fn fetch_flags(
         &self,
         tokens: Vec<Credential>,
-        documents: &Sources,
-    ) -> Vec<(Credential, Result<Polled, Error>)> {
+        documents: &TokenDocuments,
+    ) -> Vec<(Credential, Result<FeaturesResponse, Error>)> {
         let fetch = |credential: Credential| {
             let upstream = self.upstream.clone();
             let known = documents.etag(&credential.token.digest()).map(str::to_owned);
             async move {
-                let polled = upstream.features(&credential.token, known.as_deref()).await;
+                let polled = upstream.fetch_features(&credential.token, known.as_deref()).await;
                 (credential, polled)
             }
         };
         let fetches: Vec<_> = tokens.into_iter().map(fetch).collect();
-        stream::iter(fetches).buffered(FETCHES_AT_ONCE).collect().await
+        stream::iter(fetches).buffered(MAX_CONCURRENT_FETCHES).collect().await
     }
 }
 
 /// Applies the response to one token. The removal of flags is deferred by `removal_grace`. Returns
 /// whether upstream asks polling clients to use streams.
-async fn take(
+async fn apply_response(
     credential: &Credential,
-    response: Result<Polled, Error>,
-    documents: &mut Sources,
+    response: Result<FeaturesResponse, Error>,
+    documents: &mut TokenDocuments,
     removal_grace: Option<Duration>,
-) -> Result<bool, Failure> {
-    let Polled { flags, prefers_streaming } = response.map_err(Failure::Upstream)?;
+) -> Result<bool, PollError> {
+    let FeaturesResponse { flags, prefers_streaming } = response.map_err(PollError::Upstream)?;
     match flags {
-        Fetched::NotModified => documents.confirm(credential, Instant::now()),
-        Fetched::Changed { body, etag } => {
+        FetchResult::NotModified => documents.confirm(credential, Instant::now()),
+        FetchResult::Changed { body, etag } => {
             let digest = credential.token.digest();
             let known = documents.document(&digest).cloned();
-            let tag_revision = etag.as_deref().and_then(revision_in);
+            let tag_revision = etag.as_deref().and_then(revision_from_etag);
             let read = spawn_blocking(move || {
                 let (document, (is_changed, removed)) = match known {
                     None => (Document::parse(&body)?, (true, Vec::new())),
@@ -142,13 +142,13 @@ async fn take(
                     }
                 };
                 let revision = tag_revision.filter(|_| document.revision() == tag_revision);
-                let received = Received::new(document).with_revision(revision);
+                let received = FetchedDocument::new(document).with_revision(revision);
                 Ok((received, revision, is_changed, removed))
             });
             let (received, revision, is_changed, removed) =
-                read.await?.map_err(Failure::Document)?;
+                read.await?.map_err(PollError::Document)?;
             let now = Instant::now();
-            if is_changed && documents.is_outdated(&digest, revision, now) {
+            if is_changed && documents.is_stale_response(&digest, revision, now) {
                 debug!(
                     revision,
                     "Upstream responded with an older revision; the response is ignored"
@@ -156,7 +156,7 @@ async fn take(
                 return Ok(prefers_streaming);
             }
             if let Some(removal_grace) = removal_grace {
-                documents.hold(credential, &removed, now + removal_grace);
+                documents.defer_removal(credential, &removed, now + removal_grace);
             }
             documents.insert(credential, etag, received, is_changed, now);
         }
@@ -166,14 +166,14 @@ async fn take(
 
 /// The revision in an entity tag of Unleash, `"<query hash>:<revision>:v1"`. It counts all changes of
 /// the server, so it is comparable between tokens.
-fn revision_in(etag: &str) -> Option<u64> {
+fn revision_from_etag(etag: &str) -> Option<u64> {
     let tag = etag.trim_start_matches("W/").trim_matches('"');
     tag.split(':').nth(1)?.parse().ok()
 }
 
 /// Why a poll failed.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Failure {
+pub(super) enum PollError {
     #[error("no token to fetch flags with")]
     Credentials(#[from] ExchangeError),
     #[error("fetching flags from upstream failed")]
@@ -184,12 +184,12 @@ pub(super) enum Failure {
     Panic(#[from] JoinError),
 }
 
-impl Failure {
+impl PollError {
     /// The `Retry-After` of upstream, if it sent one.
-    pub(super) fn wish(&self) -> Option<Duration> {
+    pub(super) fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::Upstream(error) => error.retry().wish(),
-            Self::Credentials(error) => error.retry().wish(),
+            Self::Upstream(error) => error.retry().retry_after(),
+            Self::Credentials(error) => error.retry().retry_after(),
             Self::Document(_) | Self::Panic(_) => None,
         }
     }
@@ -209,7 +209,7 @@ mod tests {
             (r#""a:b:c""#, None),
             ("", None),
         ] {
-            assert_eq!(revision_in(tag), expect, "{tag}");
+            assert_eq!(revision_from_etag(tag), expect, "{tag}");
         }
     }
 }

@@ -20,28 +20,28 @@ const FETCH_MODE: &str = "fetch-mode";
 
 /// The result of applying events.
 #[derive(Debug, Default)]
-pub(super) struct Step {
+pub(super) struct StreamUpdate {
     /// The new state, if there were events with changes.
-    pub(super) reached: Option<Reached>,
+    pub(super) applied: Option<Applied>,
     /// Upstream asks clients that can poll to poll.
-    pub(super) dismissed: bool,
+    pub(super) prefers_polling: bool,
 }
 
 /// The state after applying events.
 #[derive(Debug)]
-pub(super) struct Reached {
+pub(super) struct Applied {
     /// The `Last-Event-ID` to reopen the stream with; `None` if the last id was not a number.
-    pub(super) id: Option<EventId>,
+    pub(super) event_id: Option<EventId>,
     /// The document, if it differs from the previous one.
-    pub(super) news: Option<Document>,
+    pub(super) changed: Option<Document>,
     /// The names of removed flags.
-    pub(super) gone: Vec<Arc<str>>,
+    pub(super) removed_flags: Vec<Arc<str>>,
     /// The states in between, oldest first; at most the last [`MAX_INTERMEDIATE_STATES`].
-    pub(super) passed: Vec<Document>,
+    pub(super) intermediate_states: Vec<Document>,
 }
 
 /// The largest number of intermediate states that are computed.
-const PASSED: usize = 16;
+const MAX_INTERMEDIATE_STATES: usize = 16;
 
 /// Why events cannot be applied.
 #[derive(Debug, thiserror::Error)]
@@ -51,20 +51,20 @@ pub(super) enum Error {
     Unreadable(#[from] ParseError),
     /// A delta to a state that is not known.
     #[error("upstream's stream starts with a delta to an unknown state")]
-    Unfounded,
+    MissingBase,
 }
 
 /// Applies `events` to the state `known`. Unless they continue that state (`continues`), they must start
 /// with a hydration. Intermediate states are computed only if other tokens' states are compared with
 /// them (`is_shared`).
-pub(super) fn follow(
+pub(super) fn apply_events(
     known: Option<&Document>,
     continues: bool,
     events: &[Event],
     is_shared: bool,
-) -> Result<Step, Error> {
+) -> Result<StreamUpdate, Error> {
     let (mut update, mut received, mut event_id) =
-        (Step::default(), None::<Vec<delta::Event>>, None);
+        (StreamUpdate::default(), None::<Vec<delta::Event>>, None);
     for event in events {
         match &*event.name {
             CONNECTED | UPDATED => {
@@ -72,7 +72,7 @@ pub(super) fn follow(
                 received.get_or_insert_default().extend(changes);
                 event_id = event.id.parse().ok();
             }
-            FETCH_MODE => update.dismissed |= event.data.trim() == "polling",
+            FETCH_MODE => update.prefers_polling |= event.data.trim() == "polling",
             // Unknown events are ignored.
             _ => {}
         }
@@ -81,11 +81,11 @@ pub(super) fn follow(
     let base = match (known, received.first().map(|it| &it.change)) {
         (_, Some(Change::Hydration(_))) => &Document::default(),
         (Some(known), _) if continues => known,
-        _ => return Err(Error::Unfounded),
+        _ => return Err(Error::MissingBase),
     };
     // Changes with the same event id belong together.
     let groups: Vec<_> = received.chunk_by(|one, next| one.id == next.id).collect();
-    let separate = if is_shared { PASSED } else { 0 };
+    let separate = if is_shared { MAX_INTERMEDIATE_STATES } else { 0 };
     let together =
         received.len() - groups.iter().rev().take(separate).map(|it| it.len()).sum::<usize>();
     let mut intermediate_states = Vec::new();
@@ -100,11 +100,11 @@ pub(super) fn follow(
     }
     let (is_changed, removed_flags) =
         known.map_or((true, Vec::new()), |known| differences(known, &state));
-    update.reached = Some(Reached {
-        id: event_id,
-        news: is_changed.then_some(state),
-        gone: removed_flags,
-        passed: intermediate_states,
+    update.applied = Some(Applied {
+        event_id,
+        changed: is_changed.then_some(state),
+        removed_flags,
+        intermediate_states,
     });
     Ok(update)
 }
@@ -141,28 +141,28 @@ mod tests {
     }
 
     /// An event with these changes, given as JSON without the type's `eventId`.
-    fn changes(name: &str, id: &str, changes: &str) -> Event {
+    fn delta_event(name: &str, id: &str, changes: &str) -> Event {
         let text = changes.replace(r#"{"type""#, &format!(r#"{{"eventId":{id},"type""#));
         event(name, id, &format!(r#"{{"events":[{text}]}}"#))
     }
 
     const A: &str = r#"{"name":"a"}"#;
     const B: &str = r#"{"name":"b"}"#;
-    const WHOLE: &str = r#"{"type":"hydration","features":[{"name":"a"}],"segments":[]}"#;
+    const HYDRATION: &str = r#"{"type":"hydration","features":[{"name":"a"}],"segments":[]}"#;
     const ADD_B: &str = r#"{"type":"feature-updated","feature":{"name":"b"}}"#;
     const REMOVE_A: &str = r#"{"type":"feature-removed","featureName":"a","project":"default"}"#;
 
     /// Checks the resulting event id and, if they changed, the names of the flags.
     #[track_caller]
-    fn check(
+    fn assert_applied(
         known: Option<&str>,
         continues: bool,
         events: &[Event],
         expect: (Option<EventId>, Option<&[&str]>),
     ) {
         let known = known.map(document);
-        let step = follow(known.as_ref(), continues, events, true).unwrap();
-        let Reached { id, news, .. } = step.reached.unwrap();
+        let step = apply_events(known.as_ref(), continues, events, true).unwrap();
+        let Applied { event_id: id, changed: news, .. } = step.applied.unwrap();
         let names = news.map(|it| it.features().iter().map(|it| it.name().to_string()).collect());
         assert_eq!(id, expect.0);
         assert_eq!(
@@ -173,31 +173,31 @@ mod tests {
 
     #[test]
     fn stream_starts_with_hydration_or_continues_previous_state() {
-        let connected = |text: &str| [changes(CONNECTED, "7", text)];
-        check(None, false, &connected(WHOLE), (Some(7), Some(&["a"])));
-        check(Some(B), true, &connected(WHOLE), (Some(7), Some(&["a"])));
-        check(Some(A), true, &connected(ADD_B), (Some(7), Some(&["a", "b"])));
+        let connected = |text: &str| [delta_event(CONNECTED, "7", text)];
+        assert_applied(None, false, &connected(HYDRATION), (Some(7), Some(&["a"])));
+        assert_applied(Some(B), true, &connected(HYDRATION), (Some(7), Some(&["a"])));
+        assert_applied(Some(A), true, &connected(ADD_B), (Some(7), Some(&["a", "b"])));
         for (known, continues) in [(None, true), (None, false), (Some(A), false)] {
             for text in [ADD_B, ""] {
                 let known = known.map(document);
-                let error = follow(known.as_ref(), continues, &connected(text), true).unwrap_err();
-                assert!(matches!(error, Error::Unfounded), "{error}");
+                let error = apply_events(known.as_ref(), continues, &connected(text), true).unwrap_err();
+                assert!(matches!(error, Error::MissingBase), "{error}");
             }
         }
     }
 
     #[test]
     fn unreadable_flags_count_as_a_change() {
-        let with_odd = WHOLE.replace(r#"[{"name":"a"}]"#, r#"[{"name":"a"},{"title":"b"}]"#);
+        let with_odd = HYDRATION.replace(r#"[{"name":"a"}]"#, r#"[{"name":"a"},{"title":"b"}]"#);
         let known = document(A);
         let step = |known: &Document, text: &str| {
-            let step = follow(Some(known), true, &[changes(CONNECTED, "7", text)], true).unwrap();
-            step.reached.unwrap().news
+            let step = apply_events(Some(known), true, &[delta_event(CONNECTED, "7", text)], true).unwrap();
+            step.applied.unwrap().changed
         };
         let news = step(&known, &with_odd).unwrap();
         assert_eq!(news.unreadable().len(), 1);
         assert!(step(&news, &with_odd).is_none(), "unchanged");
-        assert!(step(&news, WHOLE).unwrap().unreadable().is_empty());
+        assert!(step(&news, HYDRATION).unwrap().unreadable().is_empty());
     }
 
     #[test]
@@ -205,31 +205,31 @@ mod tests {
         let gone = |known: Option<&str>, text: &str| {
             let known = known.map(document);
             let step =
-                follow(known.as_ref(), true, &[changes(CONNECTED, "7", text)], true).unwrap();
-            step.reached.unwrap().gone
+                apply_events(known.as_ref(), true, &[delta_event(CONNECTED, "7", text)], true).unwrap();
+            step.applied.unwrap().removed_flags
         };
-        assert_eq!(gone(Some(B), WHOLE), [Arc::from("b")]);
+        assert_eq!(gone(Some(B), HYDRATION), [Arc::from("b")]);
         assert_eq!(gone(Some(A), REMOVE_A), [Arc::from("a")]);
-        assert!(gone(Some(A), ADD_B).is_empty() && gone(None, WHOLE).is_empty());
+        assert!(gone(Some(A), ADD_B).is_empty() && gone(None, HYDRATION).is_empty());
     }
 
     #[test]
     fn equal_state_is_not_reported_as_changed() {
-        check(Some(A), false, &[changes(CONNECTED, "7", WHOLE)], (Some(7), None));
-        check(Some(A), true, &[changes(CONNECTED, "7", "")], (Some(7), None));
-        let there_and_back = [changes(UPDATED, "8", ADD_B), changes(UPDATED, "9", WHOLE)];
-        check(Some(A), true, &there_and_back, (Some(9), None));
+        assert_applied(Some(A), false, &[delta_event(CONNECTED, "7", HYDRATION)], (Some(7), None));
+        assert_applied(Some(A), true, &[delta_event(CONNECTED, "7", "")], (Some(7), None));
+        let there_and_back = [delta_event(UPDATED, "8", ADD_B), delta_event(UPDATED, "9", HYDRATION)];
+        assert_applied(Some(A), true, &there_and_back, (Some(9), None));
     }
 
     #[test]
     fn events_of_one_batch_are_applied_together() {
         let events = [
-            changes(CONNECTED, "7", WHOLE),
+            delta_event(CONNECTED, "7", HYDRATION),
             event("message", "7", "hello"),
-            changes(UPDATED, "8", ADD_B),
-            changes(UPDATED, "9", REMOVE_A),
+            delta_event(UPDATED, "8", ADD_B),
+            delta_event(UPDATED, "9", REMOVE_A),
         ];
-        check(None, false, &events, (Some(9), Some(&["b"])));
+        assert_applied(None, false, &events, (Some(9), Some(&["b"])));
     }
 
     #[test]
@@ -237,32 +237,32 @@ mod tests {
         let names = |it: &Document| it.features().iter().map(|it| it.name().to_string()).collect();
         let reached = |events: &[Event], is_shared| {
             let known = document(A);
-            follow(Some(&known), true, events, is_shared).unwrap().reached.unwrap()
+            apply_events(Some(&known), true, events, is_shared).unwrap().applied.unwrap()
         };
         let passed = |events: &[Event]| {
-            reached(events, true).passed.iter().map(names).collect::<Vec<Vec<String>>>()
+            reached(events, true).intermediate_states.iter().map(names).collect::<Vec<Vec<String>>>()
         };
         let add = |id: usize| {
             let feature = format!(r#"{{"type":"feature-updated","feature":{{"name":"f{id}"}}}}"#);
-            changes(UPDATED, &id.to_string(), &feature)
+            delta_event(UPDATED, &id.to_string(), &feature)
         };
         assert!(passed(&[add(8)]).is_empty());
         let both = format!("{ADD_B},{REMOVE_A}");
-        assert!(passed(&[changes(UPDATED, "8", &both)]).is_empty(), "they belong together");
-        assert_eq!(passed(&[changes(UPDATED, "8", &both), add(9)]), [["b"]]);
+        assert!(passed(&[delta_event(UPDATED, "8", &both)]).is_empty(), "they belong together");
+        assert_eq!(passed(&[delta_event(UPDATED, "8", &both), add(9)]), [["b"]]);
         let many: Vec<_> = (8..48).map(add).collect();
         let passed = passed(&many);
-        assert_eq!((passed.len(), passed[0].len()), (PASSED, 40 - PASSED + 1));
+        assert_eq!((passed.len(), passed[0].len()), (MAX_INTERMEDIATE_STATES, 40 - MAX_INTERMEDIATE_STATES + 1));
         let [alone, shared] = [false, true].map(|is_shared| reached(&many, is_shared));
-        assert!(alone.passed.is_empty(), "no other token to compare with");
-        assert_eq!(names(&alone.news.unwrap()), names(&shared.news.unwrap()));
+        assert!(alone.intermediate_states.is_empty(), "no other token to compare with");
+        assert_eq!(names(&alone.changed.unwrap()), names(&shared.changed.unwrap()));
     }
 
     #[test]
     fn event_id_that_is_not_a_number_is_dropped() {
-        let mut events = [changes(CONNECTED, "7", WHOLE)];
+        let mut events = [delta_event(CONNECTED, "7", HYDRATION)];
         events[0].id = "x".to_owned();
-        check(None, false, &events, (None, Some(&["a"])));
+        assert_applied(None, false, &events, (None, Some(&["a"])));
     }
 
     #[test]
@@ -273,19 +273,19 @@ mod tests {
             r#"{"events":[{"eventId":8,"type":"feature-vanished"}]}"#,
             r#"{"events":[{"eventId":8,"type":"feature-updated","feature":{}}]}"#,
         ] {
-            let events = [changes(CONNECTED, "7", WHOLE), event(UPDATED, "8", odd)];
-            let error = follow(None, false, &events, true).unwrap_err();
+            let events = [delta_event(CONNECTED, "7", HYDRATION), event(UPDATED, "8", odd)];
+            let error = apply_events(None, false, &events, true).unwrap_err();
             assert!(matches!(error, Error::Unreadable(_)), "{odd}: {error}");
         }
     }
 
     #[test]
     fn fetch_mode_event_can_request_polling() {
-        let step = |data| follow(None, false, &[event(FETCH_MODE, "", data)], true).unwrap();
-        assert!(step("polling").dismissed && !step("streaming").dismissed);
-        assert!(step("polling").reached.is_none());
-        let events = [event(FETCH_MODE, "", "polling"), changes(CONNECTED, "7", WHOLE)];
-        let step = follow(None, false, &events, true).unwrap();
-        assert!(step.dismissed && step.reached.is_some());
+        let step = |data| apply_events(None, false, &[event(FETCH_MODE, "", data)], true).unwrap();
+        assert!(step("polling").prefers_polling && !step("streaming").prefers_polling);
+        assert!(step("polling").applied.is_none());
+        let events = [event(FETCH_MODE, "", "polling"), delta_event(CONNECTED, "7", HYDRATION)];
+        let step = apply_events(None, false, &events, true).unwrap();
+        assert!(step.prefers_polling && step.applied.is_some());
     }
 }

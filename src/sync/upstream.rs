@@ -15,11 +15,11 @@ use tokio::{
 use tracing::{error, warn};
 
 use super::{
-    followed::{Config, Followed, Means},
+    followed::{Config, EnvironmentSync, Dependencies},
     lines,
-    pace::Pace,
+    pace::Backoff,
     publish::publish,
-    roll::Roll,
+    roll::EnvironmentList,
 };
 use crate::{
     saver::BackgroundWriter,
@@ -32,35 +32,35 @@ use crate::{
 };
 
 /// The interval at which upstream's environments are listed.
-const ENVIRONMENTS_EVERY: Duration = Duration::from_mins(1);
+const LIST_INTERVAL: Duration = Duration::from_mins(1);
 
 /// How long to wait before the sync of an environment is restarted after a panic.
-const BEGIN_ANEW_AFTER: Duration = Duration::from_secs(1);
+const RESTART_DELAY: Duration = Duration::from_secs(1);
 
 /// Which environments are synchronised.
 #[derive(Clone, Debug)]
-pub enum Wanted {
+pub enum EnvironmentSelection {
     /// All environments enabled upstream, listed with this admin token.
     Enabled(AdminToken),
     /// A fixed set.
     Named(BTreeSet<Environment>),
     /// The environments of configured tokens and of tokens that SDKs presented.
-    Offered,
+    FromTokens,
 }
 
 /// Synchronises all selected environments with upstream.
 #[derive(Clone, Debug)]
-pub struct Follower {
+pub struct EnvironmentManager {
     /// Interval and mode.
     pub config: Config,
     /// The environments to synchronise.
-    pub wanted: Wanted,
+    pub selection: EnvironmentSelection,
     /// The upstream client.
     pub upstream: Upstream,
     /// The tokens to fetch flags with.
     pub credentials: Credentials,
     /// Notified when a new token widens what can be fetched.
-    pub discovered: Arc<Notify>,
+    pub token_added: Arc<Notify>,
     /// The served snapshots.
     pub snapshots: Snapshots,
     /// The store to restore flags from at a start without upstream.
@@ -69,11 +69,11 @@ pub struct Follower {
     pub saver: BackgroundWriter,
 }
 
-impl Follower {
+impl EnvironmentManager {
     /// Serves the stored flags of the selected environments until upstream responds. Damaged records are
     /// skipped.
     pub async fn restore(&self) {
-        if let Wanted::Named(wanted) = &self.wanted {
+        if let EnvironmentSelection::Named(wanted) = &self.selection {
             self.snapshots.set_environments(&EnvironmentFilter::Only(wanted.clone()));
         }
         let stored = match self.store.environments().await {
@@ -89,7 +89,7 @@ impl Follower {
             match self.store.load(&Key::Flags(environment.clone())).await {
                 Ok(Some(bytes)) => {
                     let scope = Scope { environment, projects: query_projects(&bytes) };
-                    self.serve(scope, &bytes).await;
+                    self.serve_stored(scope, &bytes).await;
                 }
                 Ok(None) => {}
                 Err(error) => {
@@ -100,7 +100,7 @@ impl Follower {
     }
 
     /// Serves stored flags of `scope`, unless the environment already has flags or is not selected.
-    pub async fn serve(&self, scope: Scope, text: &[u8]) {
+    pub async fn serve_stored(&self, scope: Scope, text: &[u8]) {
         let environment = scope.environment.clone();
         if self.snapshots.load(&environment).is_some() || !self.snapshots.is_served(&environment) {
             return;
@@ -131,12 +131,12 @@ impl Follower {
     pub async fn run(self, latch: &Latch) {
         lines::describe();
         let (sender, initial) = oneshot::channel();
-        tokio::join!(self.follow_all(sender), self.await_first(initial, latch));
+        tokio::join!(self.sync_all(sender), self.await_initial_flags(initial, latch));
     }
 
     /// Releases the latch once each initial environment has had flags or is no longer served.
-    async fn await_first(&self, initial: oneshot::Receiver<BTreeSet<Environment>>, latch: &Latch) {
-        if self.expects_environments() {
+    async fn await_initial_flags(&self, initial: oneshot::Receiver<BTreeSet<Environment>>, latch: &Latch) {
+        if self.is_environment_required() {
             latch.describe("upstream's list of environments");
         }
         // `sync_all` sends them; it runs concurrently and never ends.
@@ -153,31 +153,31 @@ impl Follower {
         latch.release();
     }
 
-    async fn follow_all(&self, sender: oneshot::Sender<BTreeSet<Environment>>) {
+    async fn sync_all(&self, sender: oneshot::Sender<BTreeSet<Environment>>) {
         let mut sender = Some(sender);
         let mut loops = JoinSet::new();
         let mut followed: BTreeMap<Environment, Id> = BTreeMap::new();
         let poll_request = watch::Sender::new(());
-        let mut backoff = Pace::new(ENVIRONMENTS_EVERY);
-        let mut environment_list = Roll::default();
+        let mut backoff = Backoff::new(LIST_INTERVAL);
+        let mut environment_list = EnvironmentList::default();
         loop {
-            let (found, pause) = self.environments(&mut backoff, &mut environment_list).await;
-            if matches!(self.wanted, Wanted::Enabled(_))
-                && self.snapshots.set_environments(&EnvironmentFilter::Except(environment_list.gone()))
+            let (found, pause) = self.list_environments(&mut backoff, &mut environment_list).await;
+            if matches!(self.selection, EnvironmentSelection::Enabled(_))
+                && self.snapshots.set_environments(&EnvironmentFilter::Except(environment_list.removed()))
             {
                 // The syncs of removed environments notice and end.
                 poll_request.send_replace(());
             }
             for environment in found.iter().flatten() {
                 if !followed.contains_key(environment) {
-                    let follow = self.followed(environment.clone()).run(poll_request.subscribe());
+                    let follow = self.environment_sync(environment.clone()).run(poll_request.subscribe());
                     let task = loops.spawn(follow);
                     followed.insert(environment.clone(), task.id());
                 }
             }
             // Readiness waits for the environments of the first list.
             if let Some(found) = found
-                && (!found.is_empty() || !self.expects_environments())
+                && (!found.is_empty() || !self.is_environment_required())
                 && let Some(sender) = sender.take()
             {
                 // The receiver lives as long as this loop.
@@ -187,7 +187,7 @@ impl Follower {
             loop {
                 tokio::select! {
                     () = &mut next => break,
-                    () = self.discovered.notified() => {
+                    () = self.token_added.notified() => {
                         poll_request.send_replace(());
                         break;
                     }
@@ -200,7 +200,7 @@ impl Follower {
                                 "Synchronising an environment panicked; it restarts in 1 s"
                             );
                             followed.retain(|_, task| *task != error.id());
-                            sleep(BEGIN_ANEW_AFTER).await;
+                            sleep(RESTART_DELAY).await;
                             break;
                         }
                     }
@@ -210,26 +210,26 @@ impl Follower {
     }
 
     /// Whether readiness waits until at least one environment is found.
-    fn expects_environments(&self) -> bool {
-        !matches!(self.wanted, Wanted::Offered)
+    fn is_environment_required(&self) -> bool {
+        !matches!(self.selection, EnvironmentSelection::FromTokens)
     }
 
     /// Lists the environments to synchronise; `None` if that fails and none is served. Also returns the
     /// delay until the next list.
-    async fn environments(
+    async fn list_environments(
         &self,
-        backoff: &mut Pace,
-        environment_list: &mut Roll,
+        backoff: &mut Backoff,
+        environment_list: &mut EnvironmentList,
     ) -> (Option<BTreeSet<Environment>>, Duration) {
-        let admin = match &self.wanted {
-            Wanted::Named(named) => return (Some(named.clone()), ENVIRONMENTS_EVERY),
-            Wanted::Offered => return (Some(self.credentials.environments()), ENVIRONMENTS_EVERY),
-            Wanted::Enabled(admin) => admin,
+        let admin = match &self.selection {
+            EnvironmentSelection::Named(named) => return (Some(named.clone()), LIST_INTERVAL),
+            EnvironmentSelection::FromTokens => return (Some(self.credentials.environments()), LIST_INTERVAL),
+            EnvironmentSelection::Enabled(admin) => admin,
         };
         let served = self.snapshots.environments();
-        let retry_after = match self.upstream.environments(admin).await {
+        let retry_after = match self.upstream.list_environments(admin).await {
             Ok(list) => {
-                if let Some(enabled) = environment_list.call(&list, served.clone()) {
+                if let Some(enabled) = environment_list.update(&list, served.clone()) {
                     return (Some(enabled), backoff.after_success(rand::random()));
                 }
                 if backoff.failures() == 0 {
@@ -244,15 +244,15 @@ impl Follower {
                         "Listing upstream's environments failed; the known environments stay"
                     );
                 }
-                error.retry().wish()
+                error.retry().retry_after()
             }
         };
         let pause = backoff.after_failure(retry_after, rand::random());
         (Some(served).filter(|served| !served.is_empty()), pause)
     }
 
-    fn followed(&self, environment: Environment) -> Followed {
+    fn environment_sync(&self, environment: Environment) -> EnvironmentSync {
         let Self { config, upstream, credentials, snapshots, saver, .. } = self.clone();
-        Followed::new(environment, Means { config, upstream, credentials, snapshots, saver })
+        EnvironmentSync::new(environment, Dependencies { config, upstream, credentials, snapshots, saver })
     }
 }

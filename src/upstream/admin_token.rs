@@ -23,7 +23,7 @@ use crate::{
     token::{Environment, ParseError, Token},
 };
 
-const REFUSED: &str = "parapet_upstream_admin_token_refused";
+const REFUSED_GAUGE: &str = "parapet_upstream_admin_token_refused";
 
 /// Upstream's admin token; a cheap handle.
 #[derive(Clone)]
@@ -32,7 +32,7 @@ pub struct AdminToken(Arc<Inner>);
 struct Inner {
     state: watch::Sender<State>,
     /// Notified when upstream refuses the token: its file may contain another by now.
-    suspected: Notify,
+    reload_requested: Notify,
 }
 
 /// The token, its file, and whether upstream accepts it.
@@ -40,13 +40,13 @@ struct Inner {
 pub struct State {
     token: Arc<Token>,
     file: Option<PathBuf>,
-    verdict: Verdict,
+    status: Status,
 }
 
 /// Whether upstream accepts the token.
 #[derive(Clone, Copy, Debug)]
-enum Verdict {
-    Unknown,
+enum Status {
+    Unverified,
     Accepted,
     /// Since this time.
     Refused(Timestamp, Instant),
@@ -69,10 +69,10 @@ pub enum Error {
 impl AdminToken {
     /// Starts with the configured token and the file that it was read from.
     pub fn new(token: Token, file: Option<PathBuf>) -> Self {
-        describe_gauge!(REFUSED, "One while upstream refuses the admin token (401), else zero");
-        gauge!(REFUSED).set(0.0);
-        let state = State { token: Arc::new(token), file, verdict: Verdict::Unknown };
-        Self(Arc::new(Inner { state: watch::Sender::new(state), suspected: Notify::new() }))
+        describe_gauge!(REFUSED_GAUGE, "One while upstream refuses the admin token (401), else zero");
+        gauge!(REFUSED_GAUGE).set(0.0);
+        let state = State { token: Arc::new(token), file, status: Status::Unverified };
+        Self(Arc::new(Inner { state: watch::Sender::new(state), reload_requested: Notify::new() }))
     }
 
     /// Parses an admin token.
@@ -115,8 +115,8 @@ impl AdminToken {
     }
 
     /// Waits until upstream next refuses the token.
-    pub async fn suspected(&self) {
-        self.0.suspected.notified().await;
+    pub async fn reload_requested(&self) {
+        self.0.reload_requested.notified().await;
     }
 
     /// Replaces the token; returns whether it differs. A different token starts as unverified.
@@ -126,8 +126,8 @@ impl AdminToken {
             let is_other = *state.token != token;
             if is_other {
                 state.token = Arc::new(token);
-                state.verdict = Verdict::Unknown;
-                gauge!(REFUSED).set(0.0);
+                state.status = Status::Unverified;
+                gauge!(REFUSED_GAUGE).set(0.0);
             }
             is_other
         })
@@ -135,17 +135,17 @@ impl AdminToken {
 
     /// Marks the current token as refused by upstream.
     #[cfg(test)]
-    pub(crate) fn refuse_for_test(&self) {
-        self.refuse(&self.current());
+    pub(crate) fn mark_refused_for_test(&self) {
+        self.mark_refused(&self.current());
     }
 
     /// Records that upstream responded to `token` with 401.
-    pub(crate) fn refuse(&self, token: &Token) {
+    pub(crate) fn mark_refused(&self, token: &Token) {
         let is_news = self.0.state.send_if_modified(|state| {
             let is_news = *state.token == *token && !state.is_refused();
             if is_news {
-                state.verdict = Verdict::Refused(Timestamp::now(), Instant::now());
-                gauge!(REFUSED).set(1.0);
+                state.status = Status::Refused(Timestamp::now(), Instant::now());
+                gauge!(REFUSED_GAUGE).set(1.0);
             }
             is_news
         });
@@ -156,22 +156,22 @@ impl AdminToken {
                  Flags are served as before"
             );
         }
-        self.suspect();
+        self.request_reload();
     }
 
     /// Requests an immediate reload of the token's file: upstream refused a request, perhaps because the
     /// token has been replaced.
-    pub(super) fn suspect(&self) {
-        self.0.suspected.notify_one();
+    pub(super) fn request_reload(&self) {
+        self.0.reload_requested.notify_one();
     }
 
     /// Records that upstream has accepted `token`.
-    pub(crate) fn accept(&self, token: &Token) {
+    pub(crate) fn mark_accepted(&self, token: &Token) {
         let is_news = self.0.state.send_if_modified(|state| {
-            let is_news = *state.token == *token && !matches!(state.verdict, Verdict::Accepted);
+            let is_news = *state.token == *token && !matches!(state.status, Status::Accepted);
             if is_news {
-                state.verdict = Verdict::Accepted;
-                gauge!(REFUSED).set(0.0);
+                state.status = Status::Accepted;
+                gauge!(REFUSED_GAUGE).set(0.0);
             }
             is_news
         });
@@ -194,13 +194,13 @@ impl State {
 
     /// Whether upstream accepts it.
     pub fn is_accepted(&self) -> bool {
-        matches!(self.verdict, Verdict::Accepted)
+        matches!(self.status, Status::Accepted)
     }
 
     fn refused(&self) -> Option<(Timestamp, Instant)> {
-        match self.verdict {
-            Verdict::Refused(at, since) => Some((at, since)),
-            Verdict::Unknown | Verdict::Accepted => None,
+        match self.status {
+            Status::Refused(at, since) => Some((at, since)),
+            Status::Unverified | Status::Accepted => None,
         }
     }
 }
@@ -224,19 +224,19 @@ mod tests {
         let (first, second) = (token("*:*.first"), token("*:*.second"));
         let admin = AdminToken::new(first.clone(), None);
         let mut changes = admin.subscribe();
-        admin.refuse(&first);
+        admin.mark_refused(&first);
         assert!(admin.refused_since().is_some() && changes.has_changed().expect("open"));
         assert!(admin.replace(second.clone(), None));
         assert_eq!((admin.refused_since(), &*admin.current()), (None, &second));
         changes.mark_unchanged();
-        admin.refuse(&first);
-        admin.accept(&first);
+        admin.mark_refused(&first);
+        admin.mark_accepted(&first);
         assert!(admin.refused_since().is_none() && !changes.has_changed().expect("open"));
-        admin.refuse(&second);
+        admin.mark_refused(&second);
         let since = admin.refused_since();
-        admin.refuse(&second);
+        admin.mark_refused(&second);
         assert_eq!(admin.refused_since(), since);
-        admin.accept(&second);
+        admin.mark_accepted(&second);
         assert_eq!(admin.refused_since(), None);
     }
 

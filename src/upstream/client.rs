@@ -22,9 +22,9 @@ use super::{
     admin_token::AdminToken,
     connect::{self, Config},
     error::{self, Error},
-    outcome::{self, Health, Outcome, Pulse, Purpose},
+    outcome::{self, Health, RequestOutcome, HealthTracker, Operation},
     redirect::Redirect,
-    stream::Stream,
+    stream::SseStream,
 };
 use crate::{
     token::{Environment, Token, TokenKind},
@@ -39,21 +39,21 @@ use crate::{
 };
 
 /// A name that exists on no server, neither as a flag nor as a path.
-const PROBE: &str = "parapet-asks-for-nothing";
+const NONEXISTENT_NAME: &str = "parapet-asks-for-nothing";
 
 /// The timeout for sending usage and creating a token. It is longer than for other requests: a retry of
 /// a batch that upstream is still storing would count it twice, and the secret of a created token is
 /// returned only once.
-const PATIENT_TIMEOUT: Duration = Duration::from_secs(30);
+const LONG_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The largest number of redirects followed per request.
-const MOST_REDIRECTS: u32 = 5;
+const MAX_REDIRECTS: u32 = 5;
 
 /// The largest response body accepted from upstream, in bytes after decompression.
 const MAX_BODY: usize = 256 << 20;
 
 /// The largest response body that is relayed, in bytes.
-const MAX_RELAYED: usize = 32 << 20;
+const MAX_RELAYED_BODY: usize = 32 << 20;
 
 /// The client of the upstream Unleash server.
 ///
@@ -63,26 +63,26 @@ const MAX_RELAYED: usize = 32 << 20;
 pub struct Upstream(Arc<Inner>);
 
 struct Inner {
-    pool: Client,
+    http_client: Client,
     url: Url,
     token_header: HeaderName,
     request_timeout: Duration,
     max_body: usize,
-    pulse: Arc<Pulse>,
+    health_tracker: Arc<HealthTracker>,
 }
 
 /// The response to a request for flags.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Polled {
+pub struct FeaturesResponse {
     /// The flags.
-    pub flags: Fetched,
+    pub flags: FetchResult,
     /// Whether upstream asks polling clients to use its streams.
     pub prefers_streaming: bool,
 }
 
 /// The result of a conditional request for flags.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Fetched {
+pub enum FetchResult {
     /// The flags with the `ETag` of the request are still current (304).
     NotModified,
     /// A flag set.
@@ -96,17 +96,17 @@ pub enum Fetched {
 
 /// Whether upstream's API accepts a token that its validation called valid.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Access {
+pub enum TokenAccess {
     /// It accepts the token.
     Granted,
     /// It knows the token, but grants it no access (403).
     Forbidden,
     /// It no longer knows the token (401).
-    Unknown,
+    Unauthorized,
 }
 
 /// A successful response with its complete body.
-struct Answer {
+struct BufferedResponse {
     status: StatusCode,
     headers: HeaderMap,
     body: Bytes,
@@ -120,19 +120,19 @@ impl Upstream {
 
     fn with_max_body(config: Config, max_body: usize) -> Result<Self, Error> {
         if !matches!(config.url.scheme(), "http" | "https") {
-            return Err(Error::Scheme);
+            return Err(Error::InvalidScheme);
         }
         outcome::describe();
-        let http_client = connect::pool(&config)?;
+        let http_client = connect::build(&config)?;
         let Config { url, token_header, request_timeout, .. } = config;
         let health_tracker = Arc::default();
         Ok(Self(Arc::new(Inner {
-            pool: http_client,
+            http_client,
             url,
             token_header,
             request_timeout,
             max_body,
-            pulse: health_tracker,
+            health_tracker,
         })))
     }
 
@@ -143,64 +143,64 @@ impl Upstream {
 
     /// The health of upstream as seen by this client.
     pub fn health(&self) -> Health {
-        self.0.pulse.health()
+        self.0.health_tracker.health()
     }
 
     /// Fetches the flags of `token`; a conditional request if `etag` is given.
-    pub async fn features(&self, token: &Token, etag: Option<&str>) -> Result<Polled, Error> {
+    pub async fn fetch_features(&self, token: &Token, etag: Option<&str>) -> Result<FeaturesResponse, Error> {
         let mut request = self.request(Method::GET, &["api", "client", "features"], Some(token));
-        let known = etag.and_then(strong_form);
+        let known = etag.and_then(strong_etag);
         let conditional = known.is_some();
         if let Some(known) = known {
             request = request.header(IF_NONE_MATCH, known);
         }
-        self.call(Purpose::Features, request, |answer| {
+        self.call(Operation::Features, request, |answer| {
             let prefers_streaming =
                 answer.headers.get(FETCH_MODE).is_some_and(|mode| mode == "streaming");
             let flags = match answer.status {
-                StatusCode::NOT_MODIFIED if conditional => Fetched::NotModified,
-                StatusCode::NOT_MODIFIED => return Err(Error::Unconditional),
+                StatusCode::NOT_MODIFIED if conditional => FetchResult::NotModified,
+                StatusCode::NOT_MODIFIED => return Err(Error::UnexpectedNotModified),
                 _ => {
                     let etag = answer.headers.get(ETAG).and_then(|it| it.to_str().ok());
-                    Fetched::Changed { etag: etag.map(str::to_owned), body: answer.body }
+                    FetchResult::Changed { etag: etag.map(str::to_owned), body: answer.body }
                 }
             };
-            Ok(Polled { flags, prefers_streaming })
+            Ok(FeaturesResponse { flags, prefers_streaming })
         })
         .await
     }
 
     /// Opens the event stream of `token`'s flags, resuming after the event `last` if given. `None` if
     /// upstream does not support streaming.
-    pub async fn follow(
+    pub async fn open_stream(
         &self,
         token: &Token,
         last: Option<EventId>,
-    ) -> Result<Option<Stream>, Error> {
+    ) -> Result<Option<SseStream>, Error> {
         let started = Instant::now();
         let path = &["api", "client", "streaming"];
         // No compression: a proxy may fail to flush the encoder after each event.
         let request = self
-            .endless(Method::GET, path, Some(token))
+            .without_timeout(Method::GET, path, Some(token))
             .header(ACCEPT, EVENT_STREAM)
             .header(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         let request = last.into_iter().fold(request, |it, last| it.header(LAST_EVENT_ID, last));
         let limit = self.0.request_timeout;
-        let head = timeout(limit, self.head(request)).await;
-        let answer = match head.unwrap_or(Err(Error::Silent(limit))) {
+        let head = timeout(limit, self.send_following_redirects(request)).await;
+        let answer = match head.unwrap_or(Err(Error::StreamTimeout(limit))) {
             Ok(response) if is_event_stream(&response) => {
-                Ok(Some(Stream::new(response, self.0.max_body, &self.0.pulse)))
+                Ok(Some(SseStream::new(response, self.0.max_body, &self.0.health_tracker)))
             }
             Ok(_) => Ok(None),
-            Err(Error::Status { status, .. }) if knows_no_path(status) => Ok(None),
+            Err(Error::Status { status, .. }) if is_path_missing(status) => Ok(None),
             Err(error) => Err(error),
         };
         let outcome = match &answer {
-            Ok(None) => Outcome::NotOffered,
-            Ok(Some(_)) | Err(_) => Outcome::of(None, &answer),
+            Ok(None) => RequestOutcome::NotSupported,
+            Ok(Some(_)) | Err(_) => RequestOutcome::from_result(None, &answer),
         };
-        outcome::count(Purpose::Stream, outcome, started.elapsed());
-        self.0.pulse.feel(&answer);
+        outcome::record_request(Operation::Stream, outcome, started.elapsed());
+        self.0.health_tracker.record(&answer);
         answer
     }
 
@@ -208,14 +208,14 @@ impl Upstream {
     ///
     /// The requests (Unleash's `POST /edge/validate`) carry no `Authorization`. The tokens are split
     /// into several requests if one would exceed upstream's size limit.
-    pub async fn validate(&self, tokens: &[Token]) -> Result<Vec<ValidatedToken>, Error> {
+    pub async fn validate_tokens(&self, tokens: &[Token]) -> Result<Vec<ValidatedToken>, Error> {
         let mut valid = Vec::new();
         let mut rest = tokens;
         while !rest.is_empty() {
             let (batch, more) = rest.split_at(batch_len(rest));
             let body = ValidateRequest { tokens: batch.into() };
-            let request = json(self.request(Method::POST, &["edge", "validate"], None), &body);
-            let reply: ValidateResponse = self.call(Purpose::Validate, request, read).await?;
+            let request = with_json_body(self.request(Method::POST, &["edge", "validate"], None), &body);
+            let reply: ValidateResponse = self.call(Operation::Validate, request, parse_json).await?;
             valid.extend(reply.tokens);
             rest = more;
         }
@@ -230,23 +230,23 @@ impl Upstream {
     /// response is 404 if the token is accepted, 401 if it is unknown, and 403 if it is known but has no
     /// access: a client token of all environments (measured on 8.2.0), or a token of an environment that
     /// an upstream edge does not serve.
-    pub async fn admits(&self, token: &Token, kind: TokenKind) -> Result<Access, Error> {
+    pub async fn probe_access(&self, token: &Token, kind: TokenKind) -> Result<TokenAccess, Error> {
         let path: &[&str] = match kind {
-            TokenKind::Client => &["api", "client", "features", PROBE],
+            TokenKind::Client => &["api", "client", "features", NONEXISTENT_NAME],
             // Edges serve this path too; they reject every token on others.
-            TokenKind::Frontend => &["api", "frontend", "features", PROBE],
+            TokenKind::Frontend => &["api", "frontend", "features", NONEXISTENT_NAME],
             TokenKind::Admin => &["api", "admin", "environments"],
         };
         let started = Instant::now();
-        let answer = self.exchange(self.request(Method::GET, path, Some(token))).await;
+        let answer = self.send(self.request(Method::GET, path, Some(token))).await;
         // These are expected results of the probe, not failures of upstream.
         let access = match answer {
-            Err(Error::Status { status: StatusCode::UNAUTHORIZED, .. }) => Ok(Access::Unknown),
-            Err(Error::Status { status: StatusCode::FORBIDDEN, .. }) => Ok(Access::Forbidden),
-            Ok(_) | Err(Error::Status { status: StatusCode::NOT_FOUND, .. }) => Ok(Access::Granted),
+            Err(Error::Status { status: StatusCode::UNAUTHORIZED, .. }) => Ok(TokenAccess::Unauthorized),
+            Err(Error::Status { status: StatusCode::FORBIDDEN, .. }) => Ok(TokenAccess::Forbidden),
+            Ok(_) | Err(Error::Status { status: StatusCode::NOT_FOUND, .. }) => Ok(TokenAccess::Granted),
             Err(error) => Err(error),
         };
-        self.note(Purpose::Probe, None, &access, started);
+        self.record(Operation::Probe, None, &access, started);
         access
     }
 
@@ -256,36 +256,36 @@ impl Upstream {
     pub async fn send_usage(&self, token: &Token, body: Bytes) -> Result<(), Error> {
         let path = &["api", "client", "metrics", "bulk"];
         let request =
-            self.request(Method::POST, path, Some(token)).timeout(PATIENT_TIMEOUT).body(body);
-        self.call(Purpose::Usage, request.header(CONTENT_TYPE, JSON), done).await
+            self.request(Method::POST, path, Some(token)).timeout(LONG_TIMEOUT).body(body);
+        self.call(Operation::Usage, request.header(CONTENT_TYPE, JSON), ignore_body).await
     }
 
     /// Lists upstream's environments.
-    pub async fn environments(&self, admin: &AdminToken) -> Result<Vec<ListedEnvironment>, Error> {
+    pub async fn list_environments(&self, admin: &AdminToken) -> Result<Vec<ListedEnvironment>, Error> {
         let request = |token: &Token| {
             self.request(Method::GET, &["api", "admin", "environments"], Some(token))
         };
         let list: EnvironmentList =
-            self.call_as_admin(admin, Purpose::Environments, request, read).await?;
+            self.call_as_admin(admin, Operation::Environments, request, parse_json).await?;
         Ok(list.environments)
     }
 
     /// Lists upstream's tokens.
-    pub async fn api_tokens(&self, admin: &AdminToken) -> Result<TokenList, Error> {
+    pub async fn list_api_tokens(&self, admin: &AdminToken) -> Result<TokenList, Error> {
         let request =
             |token: &Token| self.request(Method::GET, &["api", "admin", "api-tokens"], Some(token));
-        self.call_as_admin(admin, Purpose::ListTokens, request, read).await
+        self.call_as_admin(admin, Operation::ListTokens, request, parse_json).await
     }
 
     /// Lists upstream's tokens with this name.
-    pub async fn api_tokens_named(
+    pub async fn list_api_tokens_named(
         &self,
         admin: &AdminToken,
         name: &str,
     ) -> Result<Vec<ListedToken>, Error> {
         let path = &["api", "admin", "api-tokens", name];
         let request = |token: &Token| self.request(Method::GET, path, Some(token));
-        let list: TokenList = self.call_as_admin(admin, Purpose::ListTokens, request, read).await?;
+        let list: TokenList = self.call_as_admin(admin, Operation::ListTokens, request, parse_json).await?;
         Ok(list.tokens)
     }
 
@@ -299,10 +299,10 @@ impl Upstream {
         let body = CreateTokenRequest::backend(name, environment);
         let path = &["api", "admin", "api-tokens"];
         let request = |token: &Token| {
-            json(self.request(Method::POST, path, Some(token)), &body).timeout(PATIENT_TIMEOUT)
+            with_json_body(self.request(Method::POST, path, Some(token)), &body).timeout(LONG_TIMEOUT)
         };
         let created: CreatedToken =
-            self.call_as_admin(admin, Purpose::CreateToken, request, read).await?;
+            self.call_as_admin(admin, Operation::CreateToken, request, parse_json).await?;
         Ok(created.secret)
     }
 
@@ -314,7 +314,7 @@ impl Upstream {
     ) -> Result<(), Error> {
         let path = &["api", "admin", "api-tokens", secret.expose()];
         let request = |token: &Token| self.request(Method::DELETE, path, Some(token));
-        self.call_as_admin(admin, Purpose::DeleteToken, request, done).await
+        self.call_as_admin(admin, Operation::DeleteToken, request, ignore_body).await
     }
 
     /// The header that carries tokens to upstream.
@@ -335,34 +335,34 @@ impl Upstream {
         let mut url = self.0.url.clone();
         url.set_path(&format!("{}{}", url.path().trim_end_matches('/'), head.uri.path()));
         url.set_query(head.uri.query());
-        let request = self.0.pool.request(head.method, url).headers(head.headers).body(content);
+        let request = self.0.http_client.request(head.method, url).headers(head.headers).body(content);
         let request = request.timeout(self.0.request_timeout);
         let answer = async {
-            let response = request.send().await.map_err(Error::transport)?;
+            let response = request.send().await.map_err(Error::from_transport)?;
             let (status, headers) = (response.status(), response.headers().clone());
-            let mut answer = hyper::Response::new(body(response, MAX_RELAYED).await?);
+            let mut answer = hyper::Response::new(read_body(response, MAX_RELAYED_BODY).await?);
             *answer.status_mut() = status;
             *answer.headers_mut() = headers;
             Ok(answer)
         };
         let answer = answer.await;
         let status = answer.as_ref().ok().map(hyper::Response::status);
-        self.note(Purpose::Relay, status, &answer, started);
+        self.record(Operation::Relay, status, &answer, started);
         answer
     }
 
     fn request(&self, method: Method, path: &[&str], token: Option<&Token>) -> RequestBuilder {
-        self.endless(method, path, token).timeout(self.0.request_timeout)
+        self.without_timeout(method, path, token).timeout(self.0.request_timeout)
     }
 
     /// A request without a total timeout.
-    fn endless(&self, method: Method, path: &[&str], token: Option<&Token>) -> RequestBuilder {
+    fn without_timeout(&self, method: Method, path: &[&str], token: Option<&Token>) -> RequestBuilder {
         let mut url = self.0.url.clone();
         url.path_segments_mut()
             .expect("URLs of http and https have a path")
             .pop_if_empty()
             .extend(path);
-        let mut request = self.0.pool.request(method, url);
+        let mut request = self.0.http_client.request(method, url);
         if let Some(token) = token {
             let mut value =
                 HeaderValue::from_str(token.expose()).expect("tokens are visible ASCII");
@@ -376,15 +376,15 @@ impl Upstream {
     /// Sends a request, parses its response and records the outcome.
     async fn call<T>(
         &self,
-        purpose: Purpose,
+        purpose: Operation,
         request: RequestBuilder,
-        parse: impl FnOnce(Answer) -> Result<T, Error>,
+        parse: impl FnOnce(BufferedResponse) -> Result<T, Error>,
     ) -> Result<T, Error> {
         let started = Instant::now();
-        let answer = self.exchange(request).await;
+        let answer = self.send(request).await;
         let status = answer.as_ref().ok().map(|answer| answer.status);
         let result = answer.and_then(parse);
-        self.note(purpose, status, &result, started);
+        self.record(purpose, status, &result, started);
         result
     }
 
@@ -394,64 +394,64 @@ impl Upstream {
     async fn call_as_admin<T>(
         &self,
         admin: &AdminToken,
-        purpose: Purpose,
+        purpose: Operation,
         request: impl FnOnce(&Token) -> RequestBuilder,
-        parse: impl FnOnce(Answer) -> Result<T, Error>,
+        parse: impl FnOnce(BufferedResponse) -> Result<T, Error>,
     ) -> Result<T, Error> {
         let token = admin.current();
         let result = self.call(purpose, request(&token), parse).await;
         match (&result, purpose) {
-            (Ok(_), Purpose::ListTokens) => admin.accept(&token),
-            (Err(Error::Status { status: StatusCode::UNAUTHORIZED, .. }), Purpose::ListTokens) => {
-                admin.refuse(&token);
+            (Ok(_), Operation::ListTokens) => admin.mark_accepted(&token),
+            (Err(Error::Status { status: StatusCode::UNAUTHORIZED, .. }), Operation::ListTokens) => {
+                admin.mark_refused(&token);
             }
-            (Err(Error::Status { status: StatusCode::UNAUTHORIZED, .. }), _) => admin.suspect(),
+            (Err(Error::Status { status: StatusCode::UNAUTHORIZED, .. }), _) => admin.request_reload(),
             (Ok(_) | Err(_), _) => {}
         }
         result
     }
 
     /// Records the outcome of a request in metrics and health.
-    fn note<T>(
+    fn record<T>(
         &self,
-        purpose: Purpose,
+        purpose: Operation,
         status: Option<StatusCode>,
         result: &Result<T, Error>,
         started: Instant,
     ) {
-        outcome::count(purpose, Outcome::of(status, result), started.elapsed());
-        self.0.pulse.feel(result);
+        outcome::record_request(purpose, RequestOutcome::from_result(status, result), started.elapsed());
+        self.0.health_tracker.record(result);
     }
 
-    async fn exchange(&self, request: RequestBuilder) -> Result<Answer, Error> {
-        let response = self.head(request).await?;
+    async fn send(&self, request: RequestBuilder) -> Result<BufferedResponse, Error> {
+        let response = self.send_following_redirects(request).await?;
         let (status, headers) = (response.status(), response.headers().clone());
-        let body = body(response, self.0.max_body).await?;
-        Ok(Answer { status, headers, body })
+        let body = read_body(response, self.0.max_body).await?;
+        Ok(BufferedResponse { status, headers, body })
     }
 
     /// Sends a request and follows redirects within upstream's origin; returns the response, its body
     /// unread.
-    async fn head(&self, request: RequestBuilder) -> Result<Response, Error> {
-        let mut request = request.build().map_err(Error::transport)?;
+    async fn send_following_redirects(&self, request: RequestBuilder) -> Result<Response, Error> {
+        let mut request = request.build().map_err(Error::from_transport)?;
         let mut followed = 0;
         loop {
             let again = request.try_clone();
             let (method, url) = (request.method().clone(), request.url().clone());
-            let response = self.0.pool.execute(request).await.map_err(Error::transport)?;
+            let response = self.0.http_client.execute(request).await.map_err(Error::from_transport)?;
             let status = response.status();
             if status.is_success() || status == StatusCode::NOT_MODIFIED {
                 return Ok(response);
             }
             if !status.is_redirection() {
                 let pause = response.headers().get(RETRY_AFTER);
-                let pause = pause.and_then(|it| error::retry_after(it, Timestamp::now()));
+                let pause = pause.and_then(|it| error::parse_retry_after(it, Timestamp::now()));
                 return Err(Error::Status { status, retry_after: pause });
             }
-            let redirect = Redirect::of(&response, method, url);
-            let next = redirect.within(&self.0.url).filter(|_| followed < MOST_REDIRECTS);
+            let redirect = Redirect::from_response(&response, method, url);
+            let next = redirect.followable_target(&self.0.url).filter(|_| followed < MAX_REDIRECTS);
             let (Some(url), Some(again)) = (next, again) else {
-                return Err(Error::Redirect { status, target: redirect.target(&self.0.url) });
+                return Err(Error::Redirect { status, target: redirect.display_target(&self.0.url) });
             };
             request = again;
             *request.url_mut() = url;
@@ -474,18 +474,18 @@ const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 /// The header in which upstream tells clients whether to poll or to stream.
 const FETCH_MODE: HeaderName = HeaderName::from_static("fetch-mode");
 
-fn json(request: RequestBuilder, body: &impl Serialize) -> RequestBuilder {
+fn with_json_body(request: RequestBuilder, body: &impl Serialize) -> RequestBuilder {
     let body = serde_json::to_vec(body).expect("shapes of text always serialize");
     request.header(CONTENT_TYPE, JSON).body(body)
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "the shape that `call` wants")]
-fn read<T: for<'de> Deserialize<'de>>(answer: Answer) -> Result<T, Error> {
-    serde_json::from_slice(without_byte_order_mark(&answer.body)).map_err(Error::decode)
+fn parse_json<T: for<'de> Deserialize<'de>>(answer: BufferedResponse) -> Result<T, Error> {
+    serde_json::from_slice(without_byte_order_mark(&answer.body)).map_err(Error::from_decode)
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "the shape that `call` wants")]
-fn done(_: Answer) -> Result<(), Error> {
+fn ignore_body(_: BufferedResponse) -> Result<(), Error> {
     Ok(())
 }
 
@@ -498,7 +498,7 @@ fn is_event_stream(response: &Response) -> bool {
 }
 
 /// Whether a status means that the server does not have the path, for any token.
-fn knows_no_path(status: StatusCode) -> bool {
+fn is_path_missing(status: StatusCode) -> bool {
     matches!(
         status,
         StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED
@@ -518,18 +518,18 @@ fn batch_len(tokens: &[Token]) -> usize {
 
 /// The `ETag` as upstream issued it, without `W/`. Unleash compares `ETag`s as text, so a `W/` that a
 /// proxy has added would never match.
-fn strong_form(etag: &str) -> Option<HeaderValue> {
+fn strong_etag(etag: &str) -> Option<HeaderValue> {
     HeaderValue::from_str(etag.strip_prefix("W/").unwrap_or(etag)).ok()
 }
 
 /// Reads a body of at most `limit` bytes.
-async fn body(mut response: Response, limit: usize) -> Result<Bytes, Error> {
-    let Some(first) = response.chunk().await.map_err(Error::transport)? else {
+async fn read_body(mut response: Response, limit: usize) -> Result<Bytes, Error> {
+    let Some(first) = response.chunk().await.map_err(Error::from_transport)? else {
         return Ok(Bytes::new());
     };
     let mut whole = BytesMut::from(first);
     while whole.len() <= limit {
-        match response.chunk().await.map_err(Error::transport)? {
+        match response.chunk().await.map_err(Error::from_transport)? {
             Some(chunk) => whole.extend_from_slice(&chunk),
             None => return Ok(whole.freeze()),
         }
@@ -547,7 +547,7 @@ mod tests {
     use super::{
         super::{
             error::{Fault, Retry},
-            scripted::{Reply, Scripted, config},
+            scripted::{ScriptedReply, ScriptedServer, config},
         },
         *,
     };
@@ -560,15 +560,15 @@ mod tests {
     }
 
     /// Fetches flags from a server that always sends this reply.
-    async fn fetch(reply: Reply, etag: Option<&str>) -> (Result<Fetched, Error>, Upstream) {
-        let server = Scripted::start(move |_| reply.clone()).await;
+    async fn fetch(reply: ScriptedReply, etag: Option<&str>) -> (Result<FetchResult, Error>, Upstream) {
+        let server = ScriptedServer::start(move |_| reply.clone()).await;
         let upstream = Upstream::with_max_body(server.config(), 64).expect("client");
-        (upstream.features(&token(), etag).await.map(|it| it.flags), upstream)
+        (upstream.fetch_features(&token(), etag).await.map(|it| it.flags), upstream)
     }
 
     #[tokio::test]
     async fn requests_carry_token_app_names_and_configured_headers() {
-        let server = Scripted::start(|_| (202, &[], String::new())).await;
+        let server = ScriptedServer::start(|_| (202, &[], String::new())).await;
         let mut config = server.config();
         config.token_header = HeaderName::from_static("x-token");
         let name = |text| HeaderName::from_static(text);
@@ -578,7 +578,7 @@ mod tests {
         ];
         let upstream = Upstream::new(config).expect("client");
         upstream.send_usage(&token(), Bytes::from_static(b"{}")).await.expect("202");
-        let seen = server.seen();
+        let seen = server.received_requests();
         let [request] = seen.as_slice() else { panic!("{seen:?}") };
         assert_eq!(request.line, "POST /base/api/client/metrics/bulk");
         assert_eq!(request.body, "{}");
@@ -599,17 +599,17 @@ mod tests {
 
     #[tokio::test]
     async fn etag_is_sent_in_strong_form_and_yields_304() {
-        let server = Scripted::start(|request| match request.headers.get(IF_NONE_MATCH) {
+        let server = ScriptedServer::start(|request| match request.headers.get(IF_NONE_MATCH) {
             Some(known) if known == "\"a:1:v1\"" => (304, &[], String::new()),
             _ => (200, &[("etag", "W/\"a:1:v1\"")], "{}".to_owned()),
         })
         .await;
         let upstream = Upstream::new(server.config()).expect("client");
-        let first = upstream.features(&token(), None).await.expect("200").flags;
-        let Fetched::Changed { body, etag } = first else { panic!("{first:?}") };
+        let first = upstream.fetch_features(&token(), None).await.expect("200").flags;
+        let FetchResult::Changed { body, etag } = first else { panic!("{first:?}") };
         assert_eq!((&body[..], etag.as_deref()), (&b"{}"[..], Some("W/\"a:1:v1\"")));
-        let second = upstream.features(&token(), etag.as_deref()).await.expect("304");
-        assert_eq!(second, Polled { flags: Fetched::NotModified, prefers_streaming: false });
+        let second = upstream.fetch_features(&token(), etag.as_deref()).await.expect("304");
+        assert_eq!(second, FeaturesResponse { flags: FetchResult::NotModified, prefers_streaming: false });
     }
 
     #[tokio::test]
@@ -617,19 +617,19 @@ mod tests {
         let (fetched, _) = fetch((200, &[("etag", "\"~\"")], "{}".to_owned()), Some("\n")).await;
         assert_eq!(
             fetched.expect("200"),
-            Fetched::Changed { body: Bytes::from_static(b"{}"), etag: None }
+            FetchResult::Changed { body: Bytes::from_static(b"{}"), etag: None }
         );
         let (unasked, _) = fetch((304, &[], String::new()), None).await;
-        assert!(matches!(unasked, Err(Error::Unconditional)), "{unasked:?}");
+        assert!(matches!(unasked, Err(Error::UnexpectedNotModified)), "{unasked:?}");
     }
 
     #[tokio::test]
     async fn fetch_mode_header_can_request_streaming() {
         for (mode, prefers_streaming) in [("streaming", true), ("polling", false)] {
             let headers: &'static [_] = vec![("fetch-mode", mode)].leak();
-            let server = Scripted::start(move |_| (200, headers, "{}".to_owned())).await;
+            let server = ScriptedServer::start(move |_| (200, headers, "{}".to_owned())).await;
             let upstream = Upstream::new(server.config()).expect("client");
-            let polled = upstream.features(&token(), None).await.expect("200");
+            let polled = upstream.fetch_features(&token(), None).await.expect("200");
             assert_eq!(polled.prefers_streaming, prefers_streaming, "{mode}");
         }
     }
@@ -639,16 +639,16 @@ mod tests {
     #[tokio::test]
     async fn stream_request_sends_last_event_id_and_yields_events() {
         let events = "event: e\nid: 7\ndata: x\n\n";
-        let server = Scripted::start(move |_| (200, STREAM, events.to_owned())).await;
+        let server = ScriptedServer::start(move |_| (200, STREAM, events.to_owned())).await;
         let upstream = Upstream::new(server.config()).expect("client");
         for last in [None, Some(7)] {
-            let stream = upstream.follow(&token(), last).await.expect("200");
+            let stream = upstream.open_stream(&token(), last).await.expect("200");
             let mut stream = stream.expect("a stream");
-            let events = stream.next().await.expect("no failure").expect("events");
+            let events = stream.next_events().await.expect("no failure").expect("events");
             assert_eq!((events.len(), &*events[0].id), (1, "7"));
-            assert_eq!(stream.next().await.expect("no failure"), None);
+            assert_eq!(stream.next_events().await.expect("no failure"), None);
         }
-        let [first, second] = &server.seen()[..] else { panic!("{:?}", server.seen()) };
+        let [first, second] = &server.received_requests()[..] else { panic!("{:?}", server.received_requests()) };
         assert_eq!(first.line, "GET /base/api/client/streaming");
         let header = |name: &str| second.headers[name].to_str().expect("text");
         assert_eq!(header("accept"), "text/event-stream");
@@ -661,9 +661,9 @@ mod tests {
     #[tokio::test]
     async fn missing_stream_support_is_not_an_error_but_failure_is() {
         let follow = async |status: u16, headers: &'static [_]| {
-            let server = Scripted::start(move |_| (status, headers, "<html>".to_owned())).await;
+            let server = ScriptedServer::start(move |_| (status, headers, "<html>".to_owned())).await;
             let upstream = Upstream::new(server.config()).expect("client");
-            (upstream.follow(&token(), None).await, upstream.health())
+            (upstream.open_stream(&token(), None).await, upstream.health())
         };
         for (status, headers) in [(404, STREAM), (405, &[]), (501, &[]), (200, &[]), (204, STREAM)]
         {
@@ -685,9 +685,9 @@ mod tests {
         let mut config = config(&format!("http://{}", listener.local_addr().expect("an address")));
         config.request_timeout = Duration::from_millis(50);
         let upstream = Upstream::new(config).expect("client");
-        let error = upstream.follow(&token(), None).await.expect_err("no head");
-        assert!(matches!(error, Error::Silent(_)), "{error:?}");
-        let error = upstream.features(&token(), None).await.expect_err("no answer");
+        let error = upstream.open_stream(&token(), None).await.expect_err("no head");
+        assert!(matches!(error, Error::StreamTimeout(_)), "{error:?}");
+        let error = upstream.fetch_features(&token(), None).await.expect_err("no answer");
         assert!(matches!(error, Error::Timeout(_)), "{error:?}");
         let relayed = upstream.relay(hyper::Request::new(Bytes::new())).await;
         let error = relayed.expect_err("no answer");
@@ -721,7 +721,7 @@ mod tests {
 
     #[tokio::test]
     async fn redirect_to_another_origin_is_an_error_and_does_not_leak_the_token() {
-        let away = Scripted::start(|_| (200, &[], "{}".to_owned())).await;
+        let away = ScriptedServer::start(|_| (200, &[], "{}".to_owned())).await;
         let place = away.config().url;
         let location =
             place.join("api/client/features?key=s3cret").expect("url").to_string().leak();
@@ -732,8 +732,8 @@ mod tests {
         let message = error.to_string();
         assert!(message.contains(place.as_str().trim_end_matches('/')), "{message}");
         assert!(!message.contains("s3cret") && !message.contains("features"), "{message}");
-        assert_eq!(error.fault(), Fault::Ours);
-        assert!(away.seen().is_empty());
+        assert_eq!(error.fault(), Fault::Local);
+        assert!(away.received_requests().is_empty());
     }
 
     #[tokio::test]
@@ -741,7 +741,7 @@ mod tests {
         const FEATURES: &[(&str, &str)] = &[("location", "/moved/api/client/features")];
         const BULK: &[(&str, &str)] = &[("location", "/moved/api/client/metrics/bulk")];
         const VALIDATE: &[(&str, &str)] = &[("location", "/moved/edge/validate")];
-        let server = Scripted::start(|request| match request.line.as_str() {
+        let server = ScriptedServer::start(|request| match request.line.as_str() {
             "GET /moved/api/client/features" => (200, &[], "{}".to_owned()),
             "POST /moved/api/client/metrics/bulk" => (202, &[], String::new()),
             line if line.starts_with("GET /base/") => (301, FEATURES, String::new()),
@@ -750,30 +750,30 @@ mod tests {
         })
         .await;
         let upstream = Upstream::new(server.config()).expect("client");
-        upstream.features(&token(), None).await.expect("301 is followed");
+        upstream.fetch_features(&token(), None).await.expect("301 is followed");
         upstream.send_usage(&token(), Bytes::from_static(b"[7]")).await.expect("308 is followed");
-        let seen = server.seen();
+        let seen = server.received_requests();
         assert_eq!(seen[1].headers["authorization"], SECRET);
         let moved = "POST /moved/api/client/metrics/bulk";
         assert_eq!((seen[3].line.as_str(), seen[3].body.as_str()), (moved, "[7]"));
         // A browser would turn this POST into a GET.
-        let error = upstream.validate(&[token()]).await.expect_err("302");
+        let error = upstream.validate_tokens(&[token()]).await.expect_err("302");
         assert!(error.to_string().contains("/moved"), "{error}");
-        assert_eq!(server.seen().len(), 5);
+        assert_eq!(server.received_requests().len(), 5);
     }
 
     #[tokio::test]
     async fn redirect_to_login_page_grants_no_access() {
         const LOGIN: &[(&str, &str)] = &[("location", "/base/login")];
         for status in [200, 404] {
-            let server = Scripted::start(move |request| match request.line.as_str() {
+            let server = ScriptedServer::start(move |request| match request.line.as_str() {
                 "GET /base/login" => (status, &[], "{}".to_owned()),
                 _ => (302, LOGIN, String::new()),
             })
             .await;
             let upstream = Upstream::new(server.config()).expect("client");
             for kind in [TokenKind::Client, TokenKind::Frontend, TokenKind::Admin] {
-                let admitted = upstream.admits(&token(), kind).await;
+                let admitted = upstream.probe_access(&token(), kind).await;
                 assert!(matches!(admitted, Err(Error::Redirect { .. })), "{admitted:?}");
             }
         }
@@ -782,29 +782,29 @@ mod tests {
     #[tokio::test]
     async fn circular_redirect_is_an_error() {
         const CIRCLE: &[(&str, &str)] = &[("location", "/base/api/client/features")];
-        let server = Scripted::start(|_| (307, CIRCLE, String::new())).await;
+        let server = ScriptedServer::start(|_| (307, CIRCLE, String::new())).await;
         let upstream = Upstream::new(server.config()).expect("client");
-        let error = upstream.features(&token(), None).await.expect_err("a circle");
+        let error = upstream.fetch_features(&token(), None).await.expect_err("a circle");
         assert!(matches!(error, Error::Redirect { .. }), "{error:?}");
-        assert_eq!(server.seen().len(), 6);
+        assert_eq!(server.received_requests().len(), 6);
     }
 
     #[tokio::test]
     async fn decode_error_does_not_contain_the_body() {
-        let server = Scripted::start(|_| (200, &[], format!(r#"{{"tokens":"{SECRET}"}}"#))).await;
+        let server = ScriptedServer::start(|_| (200, &[], format!(r#"{{"tokens":"{SECRET}"}}"#))).await;
         let upstream = Upstream::new(server.config()).expect("client");
-        let error = upstream.validate(&[token()]).await.expect_err("no list");
+        let error = upstream.validate_tokens(&[token()]).await.expect_err("no list");
         assert!(matches!(error, Error::Decode { line: 1, .. }), "{error:?}");
         assert!(!format!("{error:?} {}", error_chain(&error)).contains("964a"));
-        assert!(server.seen()[0].headers.get("authorization").is_none());
-        assert_eq!(server.seen()[0].body, format!(r#"{{"tokens":["{SECRET}"]}}"#));
+        assert!(server.received_requests()[0].headers.get("authorization").is_none());
+        assert_eq!(server.received_requests()[0].body, format!(r#"{{"tokens":["{SECRET}"]}}"#));
     }
 
     #[tokio::test]
     async fn admin_token_is_marked_refused_only_by_401_on_token_list() {
         let status = Arc::new(AtomicU16::new(200));
         let answer = Arc::clone(&status);
-        let server = Scripted::start(move |request| match answer.load(Ordering::Relaxed) {
+        let server = ScriptedServer::start(move |request| match answer.load(Ordering::Relaxed) {
             200 if request.line.ends_with("environments") => {
                 (200, &[], r#"{"environments":[]}"#.to_owned())
             }
@@ -816,35 +816,35 @@ mod tests {
         let admin = AdminToken::new(Token::parse("*:*.secret").expect("token"), None);
         for other in [200, 403, 404, 429, 500, 503, 302] {
             status.store(other, Ordering::Relaxed);
-            assert_eq!(upstream.api_tokens(&admin).await.is_ok(), other == 200);
+            assert_eq!(upstream.list_api_tokens(&admin).await.is_ok(), other == 200);
             assert_eq!(admin.refused_since(), None, "{other}");
         }
         status.store(401, Ordering::Relaxed);
-        upstream.environments(&admin).await.expect_err("401");
+        upstream.list_environments(&admin).await.expect_err("401");
         assert_eq!(admin.refused_since(), None, "a proxy may block one endpoint");
         // But a reload of the file is requested.
-        admin.suspected().await;
-        upstream.api_tokens(&admin).await.expect_err("401");
+        admin.reload_requested().await;
+        upstream.list_api_tokens(&admin).await.expect_err("401");
         assert!(admin.refused_since().is_some());
         status.store(500, Ordering::Relaxed);
-        upstream.api_tokens(&admin).await.expect_err("500");
+        upstream.list_api_tokens(&admin).await.expect_err("500");
         assert!(admin.refused_since().is_some(), "a 500 is not an acceptance");
         status.store(200, Ordering::Relaxed);
-        upstream.environments(&admin).await.expect("200");
+        upstream.list_environments(&admin).await.expect("200");
         assert!(admin.refused_since().is_some(), "another endpoint does not decide");
-        upstream.api_tokens(&admin).await.expect("200");
+        upstream.list_api_tokens(&admin).await.expect("200");
         assert_eq!(admin.refused_since(), None);
     }
 
     #[tokio::test]
     async fn many_tokens_are_validated_in_requests_below_size_limit() {
-        let server = Scripted::start(|_| (200, &[], r#"{"tokens":[]}"#.to_owned())).await;
+        let server = ScriptedServer::start(|_| (200, &[], r#"{"tokens":[]}"#.to_owned())).await;
         let upstream = Upstream::new(server.config()).expect("client");
         let tokens = vec![token(); 3000];
-        assert_eq!(upstream.validate(&tokens).await.expect("a reply"), []);
-        let sizes: Vec<_> = server.seen().iter().map(|it| it.body.len()).collect();
+        assert_eq!(upstream.validate_tokens(&tokens).await.expect("a reply"), []);
+        let sizes: Vec<_> = server.received_requests().iter().map(|it| it.body.len()).collect();
         assert!(sizes.iter().all(|&size| size <= 100_000), "{sizes:?}");
-        let sent = server.seen().iter().map(|it| it.body.matches(SECRET).count()).sum::<usize>();
+        let sent = server.received_requests().iter().map(|it| it.body.matches(SECRET).count()).sum::<usize>();
         assert_eq!(sent, tokens.len());
     }
 
@@ -855,7 +855,7 @@ mod tests {
         drop(listener);
         let config = config(&format!("http://user:hunter2@{address}/"));
         let upstream = Upstream::new(config).expect("client");
-        let error = upstream.features(&token(), None).await.expect_err("nobody listens");
+        let error = upstream.fetch_features(&token(), None).await.expect_err("nobody listens");
         assert!(matches!(error, Error::Unreachable(_)), "{error:?}");
         assert!(!error.is_ambiguous());
         let shown = format!("{error:?} {} {upstream:?}", error_chain(&error));
@@ -874,7 +874,7 @@ mod tests {
             stream.write_all(head).await.expect("a peer");
         });
         let upstream = Upstream::new(config(&format!("http://{address}"))).expect("client");
-        let error = upstream.features(&token(), None).await.expect_err("half a body");
+        let error = upstream.fetch_features(&token(), None).await.expect_err("half a body");
         assert!(matches!(error, Error::Interrupted(_)), "{error:?}");
         assert!(error.is_ambiguous());
     }
@@ -883,7 +883,7 @@ mod tests {
     fn url_without_http_scheme_is_rejected() {
         // This parses as a URL with the scheme `unleash`.
         let error = Upstream::new(config("unleash:4242")).expect_err("no scheme");
-        assert!(matches!(error, Error::Scheme), "{error:?}");
+        assert!(matches!(error, Error::InvalidScheme), "{error:?}");
     }
 
     #[test]

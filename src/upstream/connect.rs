@@ -17,7 +17,7 @@ use rustls::crypto::ring;
 use ulid::Ulid;
 use zeroize::Zeroizing;
 
-use super::{error::Error, identity::Identity, no_proxy};
+use super::{error::Error, identity::ClientCertificate, no_proxy};
 use crate::wire::text::without_byte_order_mark;
 
 /// How to reach upstream.
@@ -38,7 +38,7 @@ pub struct Config {
     /// Certificates (PEM) to trust in addition to the platform's.
     pub certificate_file: Option<PathBuf>,
     /// The client certificate and its key.
-    pub identity: Option<Identity>,
+    pub client_certificate: Option<ClientCertificate>,
     /// Accept any server certificate; only for an operator's tests.
     pub skip_certificate_verification: bool,
     /// Hosts to reach without a proxy, in the syntax of `NO_PROXY`.
@@ -51,17 +51,17 @@ pub struct Config {
 
 /// The version of the Unleash client specification that we implement. From 4.2.0 on, Unleash sends
 /// segments separately from the flags that refer to them.
-const CLIENT_SPEC: &str = "6.1.0";
+const CLIENT_SPEC_VERSION: &str = "6.1.0";
 
 /// Builds the HTTP client of `config`, with its connection pool.
 ///
 /// The request timeout is set on each request, because streams have none.
-pub(super) fn pool(config: &Config) -> Result<Client, Error> {
+pub(super) fn build(config: &Config) -> Result<Client, Error> {
     // Another part of the process may have installed a provider already; any is fine.
     let _ = ring::default_provider().install_default();
     let mut builder = Client::builder()
         .user_agent(concat!("parapet/", env!("CARGO_PKG_VERSION")))
-        .default_headers(standing_headers(config)?)
+        .default_headers(default_headers(config)?)
         .connect_timeout(config.connect_timeout)
         .pool_idle_timeout(config.keepalive)
         // Automatic redirects could send the token to another host, and turn a POST into a GET.
@@ -69,7 +69,7 @@ pub(super) fn pool(config: &Config) -> Result<Client, Error> {
         .referer(false)
         .tls_danger_accept_invalid_certs(config.skip_certificate_verification);
     let roots = match &config.certificate_file {
-        Some(file) => certificates(file)?,
+        Some(file) => load_certificates(file)?,
         None => Vec::new(),
     };
     builder = if config.url.scheme() == "https" {
@@ -82,15 +82,15 @@ pub(super) fn pool(config: &Config) -> Result<Client, Error> {
     if no_proxy::includes(&config.no_proxy, &config.url) {
         builder = builder.no_proxy();
     }
-    if let Some(identity) = &config.identity {
+    if let Some(identity) = &config.client_certificate {
         builder = builder.identity(identity.load()?);
     }
     builder.build().map_err(|error| Error::Setup(error.without_url()))
 }
 
-fn standing_headers(config: &Config) -> Result<HeaderMap, Error> {
+fn default_headers(config: &Config) -> Result<HeaderMap, Error> {
     let text =
-        |setting, text: &str| HeaderValue::from_str(text).map_err(|_| Error::Header(setting));
+        |setting, text: &str| HeaderValue::from_str(text).map_err(|_| Error::InvalidHeader(setting));
     let mut headers = HeaderMap::new();
     for (name, value) in &config.extra_headers {
         headers.append(name, value.clone());
@@ -99,7 +99,7 @@ fn standing_headers(config: &Config) -> Result<HeaderMap, Error> {
         ("unleash-appname", text("application name", &config.app_name)?),
         ("unleash-instanceid", text("instance id", &config.instance_id)?),
         ("unleash-connection-id", text("connection id", &Ulid::generate().to_string())?),
-        ("unleash-client-spec", HeaderValue::from_static(CLIENT_SPEC)),
+        ("unleash-client-spec", HeaderValue::from_static(CLIENT_SPEC_VERSION)),
     ];
     for (name, value) in ours {
         // Configured headers win.
@@ -108,8 +108,8 @@ fn standing_headers(config: &Config) -> Result<HeaderMap, Error> {
     Ok(headers)
 }
 
-fn certificates(file: &Path) -> Result<Vec<Certificate>, Error> {
-    let pem = read(file)?;
+fn load_certificates(file: &Path) -> Result<Vec<Certificate>, Error> {
+    let pem = read_file(file)?;
     let certificates = Certificate::from_pem_bundle(without_byte_order_mark(&pem))
         .map_err(|source| Error::Pem { file: file.to_owned(), source: source.without_url() })?;
     if certificates.is_empty() {
@@ -119,7 +119,7 @@ fn certificates(file: &Path) -> Result<Vec<Certificate>, Error> {
     Ok(certificates)
 }
 
-fn read(file: &Path) -> Result<Zeroizing<Vec<u8>>, Error> {
+fn read_file(file: &Path) -> Result<Zeroizing<Vec<u8>>, Error> {
     fs::read(file)
         .map(Zeroizing::new)
         .map_err(|source| Error::File { file: file.to_owned(), source })

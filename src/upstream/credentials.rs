@@ -20,7 +20,7 @@ use tracing::warn;
 use super::{
     admin_token::AdminToken,
     client::Upstream,
-    exchange::{Credential, Error, Exchange, Past},
+    exchange::{Credential, Error, TokenExchange, ExchangeHistory},
 };
 use crate::{
     saver::BackgroundWriter,
@@ -28,41 +28,41 @@ use crate::{
 };
 
 /// The number of tokens per environment up to which redundant ones, covered by others, are retained.
-const SPARE: usize = 16;
+const MAX_REDUNDANT_TOKENS: usize = 16;
 
 /// How long after the start to wait for SDKs to present tokens of an earlier run again.
-const EXPECTED_FOR: Duration = Duration::from_mins(5);
+const EXPECTATION_TIMEOUT: Duration = Duration::from_mins(5);
 
 /// The edge's own tokens for upstream. A cheap handle.
 #[derive(Clone)]
 pub struct Credentials(Arc<Inner>);
 
 struct Inner {
-    hands: RwLock<HashMap<Environment, Hand>>,
-    exchange: Option<(Exchange, Pasts)>,
+    token_sets: RwLock<HashMap<Environment, TokenSet>>,
+    exchange: Option<(TokenExchange, ExchangeHistories)>,
     started: Instant,
     /// Whether upstream has validated each configured token.
-    are_configured_validated: AtomicBool,
+    are_configured_tokens_validated: AtomicBool,
     /// Client tokens of an earlier run that have not been presented since, with their projects.
-    expected: RwLock<HashMap<Environment, HashMap<TokenDigest, Projects>>>,
+    expected_tokens: RwLock<HashMap<Environment, HashMap<TokenDigest, Projects>>>,
 }
 
 /// The exchange history of each environment. Its lock is held during an exchange, so that concurrent
 /// callers share one exchange.
-type Pasts = Mutex<HashMap<Environment, Arc<tokio::sync::Mutex<Past>>>>;
+type ExchangeHistories = Mutex<HashMap<Environment, Arc<tokio::sync::Mutex<ExchangeHistory>>>>;
 
 /// The tokens of one environment.
 #[derive(Default)]
-struct Hand(Vec<Held>);
+struct TokenSet(Vec<TokenEntry>);
 
-struct Held {
+struct TokenEntry {
     credential: Credential,
-    state: State,
+    state: TokenState,
 }
 
 #[derive(Clone, Copy, Eq, PartialEq)]
-enum State {
-    Good,
+enum TokenState {
+    Accepted,
     /// Upstream has refused it, possibly by mistake: it is still used for projects that no accepted
     /// token covers.
     Refused,
@@ -71,8 +71,8 @@ enum State {
 impl Credentials {
     /// Exchanges `admin` for tokens named `parapet-<fleet>`, which `saver` stores encrypted.
     pub fn with_admin(admin: AdminToken, fleet: &str, upstream: Upstream, saver: BackgroundWriter) -> Self {
-        let exchange = Exchange::new(admin, fleet, upstream, saver);
-        Self::new(Some((exchange, Pasts::default())))
+        let exchange = TokenExchange::new(admin, fleet, upstream, saver);
+        Self::new(Some((exchange, ExchangeHistories::default())))
     }
 
     /// Uses only [offered](Self::offer) tokens.
@@ -80,26 +80,26 @@ impl Credentials {
         Self::new(None)
     }
 
-    fn new(exchange: Option<(Exchange, Pasts)>) -> Self {
+    fn new(exchange: Option<(TokenExchange, ExchangeHistories)>) -> Self {
         Self(Arc::new(Inner {
-            hands: RwLock::default(),
+            token_sets: RwLock::default(),
             exchange,
             started: Instant::now(),
-            are_configured_validated: AtomicBool::new(false),
-            expected: RwLock::default(),
+            are_configured_tokens_validated: AtomicBool::new(false),
+            expected_tokens: RwLock::default(),
         }))
     }
 
     /// The tokens to use for `environment`: accepted before refused ones, those with the most projects
     /// first, of equals the one offered first. Tokens covered by an earlier one are left out.
     pub fn tokens(&self, environment: &Environment) -> Vec<Credential> {
-        let hands = self.0.hands.read().unwrap_or_else(PoisonError::into_inner);
-        hands.get(environment).map(Hand::in_use).unwrap_or_default()
+        let hands = self.0.token_sets.read().unwrap_or_else(PoisonError::into_inner);
+        hands.get(environment).map(TokenSet::tokens_in_use).unwrap_or_default()
     }
 
     /// The environments with at least one token.
     pub fn environments(&self) -> BTreeSet<Environment> {
-        let hands = self.0.hands.read().unwrap_or_else(PoisonError::into_inner);
+        let hands = self.0.token_sets.read().unwrap_or_else(PoisonError::into_inner);
         hands.iter().filter(|(_, set)| !set.0.is_empty()).map(|(name, _)| name.clone()).collect()
     }
 
@@ -116,22 +116,22 @@ impl Credentials {
         }
         let credential =
             Credential { token: token.clone(), projects: grant.scope.projects.clone() };
-        let is_wider = self.with_hand(&grant.scope.environment, |set| set.take(credential));
-        self.expect_no_more(&token.digest());
+        let is_wider = self.update_token_set(&grant.scope.environment, |set| set.insert(credential));
+        self.remove_expected(&token.digest());
         is_wider
     }
 
     /// Records a token that was valid in an earlier run and will probably be offered again.
-    pub fn expect(&self, token: TokenDigest, grant: &Grant) {
+    pub fn expect_token(&self, token: TokenDigest, grant: &Grant) {
         if self.0.exchange.is_none() && grant.kind == TokenKind::Client {
             let Scope { environment, projects } = grant.scope.clone();
-            let mut expected = self.0.expected.write().unwrap_or_else(PoisonError::into_inner);
+            let mut expected = self.0.expected_tokens.write().unwrap_or_else(PoisonError::into_inner);
             expected.entry(environment).or_default().insert(token, projects);
         }
     }
 
-    fn expect_no_more(&self, token: &TokenDigest) {
-        let mut expected = self.0.expected.write().unwrap_or_else(PoisonError::into_inner);
+    fn remove_expected(&self, token: &TokenDigest) {
+        let mut expected = self.0.expected_tokens.write().unwrap_or_else(PoisonError::into_inner);
         expected.retain(|_, tokens| {
             tokens.remove(token);
             !tokens.is_empty()
@@ -139,8 +139,8 @@ impl Credentials {
     }
 
     /// Records that upstream has validated each configured token.
-    pub fn set_configured_validated(&self) {
-        self.0.are_configured_validated.store(true, Ordering::Relaxed);
+    pub fn mark_configured_validated(&self) {
+        self.0.are_configured_tokens_validated.store(true, Ordering::Relaxed);
     }
 
     /// Whether every expected token for `environment` is available. Flags of an earlier run may still be
@@ -150,37 +150,37 @@ impl Credentials {
         if self.0.exchange.is_some() {
             return true;
         }
-        if !self.0.are_configured_validated.load(Ordering::Relaxed) {
+        if !self.0.are_configured_tokens_validated.load(Ordering::Relaxed) {
             return false;
         }
-        if self.0.started.elapsed() >= EXPECTED_FOR {
+        if self.0.started.elapsed() >= EXPECTATION_TIMEOUT {
             return true;
         }
         let available = self.tokens(environment);
         let no_projects = Projects::Only(BTreeSet::new());
         let seen = available.iter().fold(no_projects, |seen, it| seen.union(&it.projects));
-        let expected = self.0.expected.read().unwrap_or_else(PoisonError::into_inner);
+        let expected = self.0.expected_tokens.read().unwrap_or_else(PoisonError::into_inner);
         expected.get(environment).is_none_or(|it| it.values().all(|it| seen.covers(it)))
     }
 
     /// Records that upstream accepts a token; an earlier refusal was temporary.
-    pub fn accept(&self, environment: &Environment, token: &TokenDigest) {
-        self.with_hand(environment, |set| set.mark(token, State::Good));
+    pub fn mark_accepted(&self, environment: &Environment, token: &TokenDigest) {
+        self.update_token_set(environment, |set| set.set_state(token, TokenState::Accepted));
     }
 
     /// Removes an offered token that was revoked; its flags may then be removed.
     ///
     /// A refusal alone does not mean revocation. Exchanged tokens are replaced, not removed.
-    pub fn withdraw(&self, token: &TokenDigest) {
+    pub fn revoke(&self, token: &TokenDigest) {
         if self.0.exchange.is_some() {
             return;
         }
-        let mut hands = self.0.hands.write().unwrap_or_else(PoisonError::into_inner);
+        let mut hands = self.0.token_sets.write().unwrap_or_else(PoisonError::into_inner);
         for set in hands.values_mut() {
             set.0.retain(|entry| entry.credential.token.digest() != *token);
         }
         drop(hands);
-        self.expect_no_more(token);
+        self.remove_expected(token);
     }
 
     /// The tokens for `environment`, never empty; obtained by an exchange if there is none.
@@ -193,16 +193,16 @@ impl Credentials {
             return Ok(available);
         }
         let Some((exchange, histories)) = &self.0.exchange else {
-            return Err(Error::Unknown { environment: environment.clone() });
+            return Err(Error::NoToken { environment: environment.clone() });
         };
-        let history = past(histories, environment);
+        let history = exchange_history(histories, environment);
         let mut history = history.lock().await;
         let available = self.tokens(environment);
         if !available.is_empty() {
             return Ok(available);
         }
         let credential = exchange.obtain(environment, &mut history).await?;
-        Ok(self.hold(environment, credential))
+        Ok(self.set_token(environment, credential))
     }
 
     /// The tokens for `environment` after upstream has refused one of them with 401 or 403.
@@ -212,22 +212,22 @@ impl Credentials {
     ///
     /// # Errors
     /// If there is no other token. The refused one then stays in use: the refusal may be temporary.
-    pub async fn replace(
+    pub async fn replace_refused(
         &self,
         environment: &Environment,
         refused: &TokenDigest,
     ) -> Result<Vec<Credential>, Error> {
         let Some((exchange, histories)) = &self.0.exchange else {
-            let (is_new, has_accepted) = self.with_hand(environment, |set| {
-                (set.mark(refused, State::Refused), set.of(State::Good).next().is_some())
+            let (is_new, has_accepted) = self.update_token_set(environment, |set| {
+                (set.set_state(refused, TokenState::Refused), set.with_state(TokenState::Accepted).next().is_some())
             });
             if is_new {
                 warn!("Upstream refuses a token for environment {environment}");
             }
-            let no_token = || Error::Unknown { environment: environment.clone() };
+            let no_token = || Error::NoToken { environment: environment.clone() };
             return has_accepted.then(|| self.tokens(environment)).ok_or_else(no_token);
         };
-        let history = past(histories, environment);
+        let history = exchange_history(histories, environment);
         let mut history = history.lock().await;
         let available = self.tokens(environment);
         if !available.is_empty() && available.iter().all(|it| it.token.digest() != *refused) {
@@ -237,7 +237,7 @@ impl Credentials {
             "Upstream refuses the edge's token for environment {environment}; looking for another"
         );
         let credential = exchange.replace(environment, &mut history, *refused).await?;
-        Ok(self.hold(environment, credential))
+        Ok(self.set_token(environment, credential))
     }
 
     /// Encrypts the tokens in use with the current admin token, after it has been replaced, and saves
@@ -245,30 +245,30 @@ impl Credentials {
     ///
     /// Stored tokens that are not in use can no longer be decrypted; when one is needed, another token
     /// is found or created. Waits for exchanges in progress, and so for upstream.
-    pub async fn reseal(&self) {
+    pub async fn reencrypt(&self) {
         let Some((exchange, histories)) = &self.0.exchange else { return };
         // Includes environments with an exchange in progress: their token may already be encrypted.
         let environments: Vec<_> =
             histories.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect();
         for environment in environments {
-            let history = past(histories, &environment);
+            let history = exchange_history(histories, &environment);
             // The lock prevents a concurrent replacement of the token.
             let mut history = history.lock().await;
             for credential in self.tokens(&environment) {
-                exchange.reseal(&environment, &mut history, &credential);
+                exchange.reencrypt(&environment, &mut history, &credential);
             }
         }
     }
 
     /// Makes `credential` the only token of `environment`.
-    fn hold(&self, environment: &Environment, credential: Credential) -> Vec<Credential> {
-        let entry = Held { credential: credential.clone(), state: State::Good };
-        self.with_hand(environment, |set| set.0 = vec![entry]);
+    fn set_token(&self, environment: &Environment, credential: Credential) -> Vec<Credential> {
+        let entry = TokenEntry { credential: credential.clone(), state: TokenState::Accepted };
+        self.update_token_set(environment, |set| set.0 = vec![entry]);
         vec![credential]
     }
 
-    fn with_hand<T>(&self, environment: &Environment, change: impl FnOnce(&mut Hand) -> T) -> T {
-        let mut hands = self.0.hands.write().unwrap_or_else(PoisonError::into_inner);
+    fn update_token_set<T>(&self, environment: &Environment, change: impl FnOnce(&mut TokenSet) -> T) -> T {
+        let mut hands = self.0.token_sets.write().unwrap_or_else(PoisonError::into_inner);
         change(hands.entry(environment.clone()).or_default())
     }
 }
@@ -279,20 +279,20 @@ impl fmt::Debug for Credentials {
     }
 }
 
-fn past(histories: &Pasts, environment: &Environment) -> Arc<tokio::sync::Mutex<Past>> {
+fn exchange_history(histories: &ExchangeHistories, environment: &Environment) -> Arc<tokio::sync::Mutex<ExchangeHistory>> {
     let mut histories = histories.lock().unwrap_or_else(PoisonError::into_inner);
     Arc::clone(histories.entry(environment.clone()).or_default())
 }
 
-impl Hand {
-    fn of(&self, state: State) -> impl Iterator<Item = &Credential> {
+impl TokenSet {
+    fn with_state(&self, state: TokenState) -> impl Iterator<Item = &Credential> {
         self.0.iter().filter(move |entry| entry.state == state).map(|entry| &entry.credential)
     }
 
     /// The accepted tokens, then the refused ones, without those that an earlier one covers.
-    fn in_use(&self) -> Vec<Credential> {
+    fn tokens_in_use(&self) -> Vec<Credential> {
         let by_width = |state| {
-            let mut candidates: Vec<_> = self.of(state).collect();
+            let mut candidates: Vec<_> = self.with_state(state).collect();
             // The sort is stable: of two with the same projects the first stays, as it may have a
             // stream.
             candidates.sort_by_key(|it| match &it.projects {
@@ -302,7 +302,7 @@ impl Hand {
             candidates
         };
         let mut chosen: Vec<Credential> = Vec::new();
-        for candidate in by_width(State::Good).into_iter().chain(by_width(State::Refused)) {
+        for candidate in by_width(TokenState::Accepted).into_iter().chain(by_width(TokenState::Refused)) {
             if !chosen.iter().any(|wider| wider.projects.covers(&candidate.projects)) {
                 chosen.push(candidate.clone());
             }
@@ -311,26 +311,26 @@ impl Hand {
     }
 
     /// Inserts an accepted token; returns whether no earlier one covered it.
-    fn take(&mut self, credential: Credential) -> bool {
-        let is_wider = !self.of(State::Good).any(|it| it.projects.covers(&credential.projects));
+    fn insert(&mut self, credential: Credential) -> bool {
+        let is_wider = !self.with_state(TokenState::Accepted).any(|it| it.projects.covers(&credential.projects));
         if let Some(entry) = self.0.iter_mut().find(|it| it.credential.token == credential.token) {
-            *entry = Held { credential, state: State::Good };
+            *entry = TokenEntry { credential, state: TokenState::Accepted };
             return is_wider;
         }
-        if self.0.len() >= SPARE {
+        if self.0.len() >= MAX_REDUNDANT_TOKENS {
             self.0.retain(|entry| {
-                entry.state == State::Good
+                entry.state == TokenState::Accepted
                     || !credential.projects.covers(&entry.credential.projects)
             });
         }
-        if is_wider || self.0.len() < SPARE {
-            self.0.push(Held { credential, state: State::Good });
+        if is_wider || self.0.len() < MAX_REDUNDANT_TOKENS {
+            self.0.push(TokenEntry { credential, state: TokenState::Accepted });
         }
         is_wider
     }
 
     /// Sets the state of a token; returns whether it changed.
-    fn mark(&mut self, token: &TokenDigest, state: State) -> bool {
+    fn set_state(&mut self, token: &TokenDigest, state: TokenState) -> bool {
         let entry = self.0.iter_mut().find(|entry| entry.credential.token.digest() == *token);
         entry.is_some_and(|entry| std::mem::replace(&mut entry.state, state) != state)
     }
@@ -345,7 +345,7 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::{
-        super::scripted::{Reply, Scripted, Seen},
+        super::scripted::{ScriptedReply, ScriptedServer, ReceivedRequest},
         *,
     };
     use crate::store::Store;
@@ -362,27 +362,27 @@ mod tests {
 
     /// The format of the secrets that the server issues.
     #[derive(Clone, Copy)]
-    enum Secrets {
+    enum SecretFormat {
         V1,
         V2,
     }
 
     /// An in-memory fake of the token endpoints of Unleash's admin API.
     #[derive(Clone)]
-    struct Admin {
-        secrets: Secrets,
+    struct FakeAdminApi {
+        secrets: SecretFormat,
         tokens: Arc<Mutex<Vec<Value>>>,
-        made: Arc<AtomicUsize>,
+        created: Arc<AtomicUsize>,
     }
 
-    impl Admin {
-        async fn start(secrets: Secrets) -> (Self, Scripted) {
-            let admin = Self { secrets, tokens: Arc::default(), made: Arc::default() };
+    impl FakeAdminApi {
+        async fn start(secrets: SecretFormat) -> (Self, ScriptedServer) {
+            let admin = Self { secrets, tokens: Arc::default(), created: Arc::default() };
             let script = admin.clone();
-            (admin, Scripted::start(move |request| script.answer(request)).await)
+            (admin, ScriptedServer::start(move |request| script.respond(request)).await)
         }
 
-        fn answer(&self, request: &Seen) -> Reply {
+        fn respond(&self, request: &ReceivedRequest) -> ScriptedReply {
             let mut tokens = self.tokens.lock().expect("tokens");
             let (method, path) = request.line.split_once(' ').expect("a request line");
             let last = path.rsplit('/').next().expect("a path");
@@ -409,47 +409,47 @@ mod tests {
 
         /// A new secret and what listings show of it.
         fn secret(&self, environment: &str) -> (String, String) {
-            let number = self.made.fetch_add(1, Ordering::Relaxed);
+            let number = self.created.fetch_add(1, Ordering::Relaxed);
             match self.secrets {
-                Secrets::V1 => {
+                SecretFormat::V1 => {
                     let secret = format!("*:{environment}.{number:056x}");
                     (secret.clone(), secret)
                 }
-                Secrets::V2 => {
+                SecretFormat::V2 => {
                     let selector = format!("{number:022}");
                     (format!("*:{environment}.v2_{selector}_{number:043}"), selector)
                 }
             }
         }
 
-        fn listed(&self) -> Vec<String> {
+        fn listed_secrets(&self) -> Vec<String> {
             let tokens = self.tokens.lock().expect("tokens");
             tokens.iter().map(|it| it["secret"].as_str().expect("secret").to_owned()).collect()
         }
     }
 
-    fn edge(server: &Scripted, saver: &BackgroundWriter) -> Credentials {
+    fn edge(server: &ScriptedServer, saver: &BackgroundWriter) -> Credentials {
         edge_of(ADMIN, server, saver)
     }
 
-    fn edge_of(admin: &str, server: &Scripted, saver: &BackgroundWriter) -> Credentials {
+    fn edge_of(admin: &str, server: &ScriptedServer, saver: &BackgroundWriter) -> Credentials {
         let upstream = Upstream::new(server.config()).expect("client");
         let admin = AdminToken::new(token(admin), None);
         Credentials::with_admin(admin, "main", upstream, saver.clone())
     }
 
-    fn in_memory() -> BackgroundWriter {
+    fn memory_saver() -> BackgroundWriter {
         BackgroundWriter::new(Store::memory())
     }
 
     /// Saves pending records, as at shutdown.
-    async fn end(saver: &BackgroundWriter) {
+    async fn save_pending(saver: &BackgroundWriter) {
         let stop = CancellationToken::new();
         stop.cancel();
         saver.run(&stop).await;
     }
 
-    async fn obtained(edge: &Credentials) -> Token {
+    async fn obtain_one(edge: &Credentials) -> Token {
         let credentials = edge.obtain(&dev()).await.expect("a token");
         let [credential] = credentials.as_slice() else { panic!("{credentials:?}") };
         assert_eq!(edge.usage_token(&dev()).as_ref(), Some(&credential.token));
@@ -458,15 +458,15 @@ mod tests {
 
     #[tokio::test]
     async fn concurrent_callers_share_one_created_token_per_environment() {
-        let (admin, server) = Admin::start(Secrets::V1).await;
-        let edge = edge(&server, &in_memory());
-        let (one, two, other) = tokio::join!(obtained(&edge), obtained(&edge), async {
+        let (admin, server) = FakeAdminApi::start(SecretFormat::V1).await;
+        let edge = edge(&server, &memory_saver());
+        let (one, two, other) = tokio::join!(obtain_one(&edge), obtain_one(&edge), async {
             edge.obtain(&Environment::new("production")).await.expect("a token")
         });
         assert_eq!(one, two);
         assert_eq!(other[0].token.environment(), Some(Environment::new("production")));
-        assert_eq!(admin.listed().len(), 2);
-        let create = server.seen().into_iter().find(|it| it.line.starts_with("POST"));
+        assert_eq!(admin.listed_secrets().len(), 2);
+        let create = server.received_requests().into_iter().find(|it| it.line.starts_with("POST"));
         let body: Value = serde_json::from_str(&create.expect("a request").body).expect("json");
         assert_eq!(
             (&body["tokenName"], &body["type"]),
@@ -476,23 +476,23 @@ mod tests {
 
     #[tokio::test]
     async fn edges_of_a_fleet_share_a_v1_token() {
-        let (admin, server) = Admin::start(Secrets::V1).await;
-        let first = obtained(&edge(&server, &in_memory())).await;
-        let second = obtained(&edge(&server, &in_memory())).await;
+        let (admin, server) = FakeAdminApi::start(SecretFormat::V1).await;
+        let first = obtain_one(&edge(&server, &memory_saver())).await;
+        let second = obtain_one(&edge(&server, &memory_saver())).await;
         assert_eq!(first, second);
-        assert_eq!(admin.listed().len(), 1);
+        assert_eq!(admin.listed_secrets().len(), 1);
     }
 
     #[tokio::test]
     async fn restart_needs_no_upstream_and_store_contains_no_secret() {
-        let (_, server) = Admin::start(Secrets::V2).await;
+        let (_, server) = FakeAdminApi::start(SecretFormat::V2).await;
         let folder = tempfile::tempdir().expect("folder");
         let saver = BackgroundWriter::new(Store::directory(folder.path()).expect("store"));
-        let made = obtained(&edge(&server, &saver)).await;
-        end(&saver).await;
-        let calls = server.seen().len();
-        assert_eq!(obtained(&edge(&server, &saver)).await, made);
-        assert_eq!(server.seen().len(), calls);
+        let made = obtain_one(&edge(&server, &saver)).await;
+        save_pending(&saver).await;
+        let calls = server.received_requests().len();
+        assert_eq!(obtain_one(&edge(&server, &saver)).await, made);
+        assert_eq!(server.received_requests().len(), calls);
         for file in std::fs::read_dir(folder.path()).expect("folder") {
             let bytes = std::fs::read(file.expect("file").path()).expect("bytes");
             let text = String::from_utf8_lossy(&bytes);
@@ -503,11 +503,11 @@ mod tests {
     #[cfg(unix)]
     #[tokio::test]
     async fn no_token_is_created_while_stored_record_is_slow_to_read() {
-        let (admin, server) = Admin::start(Secrets::V2).await;
+        let (admin, server) = FakeAdminApi::start(SecretFormat::V2).await;
         let folder = tempfile::tempdir().expect("folder");
         let saver = BackgroundWriter::new(Store::directory(folder.path()).expect("store"));
-        let made = obtained(&edge(&server, &saver)).await;
-        end(&saver).await;
+        let made = obtain_one(&edge(&server, &saver)).await;
+        save_pending(&saver).await;
         // Opening a named pipe for reading blocks until there is a writer.
         let file = folder.path().join("credentials-development.parapet");
         let record = std::fs::read(&file).expect("the record");
@@ -515,7 +515,7 @@ mod tests {
         let pipe = std::process::Command::new("mkfifo").arg(&file).status();
         assert!(pipe.expect("mkfifo runs").success());
         let (edge, lists) = (edge(&server, &saver), server.count("GET"));
-        let (found, ()) = tokio::join!(obtained(&edge), async {
+        let (found, ()) = tokio::join!(obtain_one(&edge), async {
             while server.count("GET") == lists {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
@@ -524,50 +524,50 @@ mod tests {
                 .expect("no panic");
         });
         assert_eq!(found, made);
-        assert_eq!(admin.listed().len(), 1);
+        assert_eq!(admin.listed_secrets().len(), 1);
     }
 
     #[tokio::test]
     async fn refused_own_token_is_replaced_once_and_deleted() {
-        let (admin, server) = Admin::start(Secrets::V2).await;
-        let saver = in_memory();
-        let (edge, other) = (edge(&server, &saver), edge(&server, &in_memory()));
-        let (refused, theirs) = (obtained(&edge).await, obtained(&other).await);
-        end(&saver).await;
+        let (admin, server) = FakeAdminApi::start(SecretFormat::V2).await;
+        let saver = memory_saver();
+        let (edge, other) = (edge(&server, &saver), edge(&server, &memory_saver()));
+        let (refused, theirs) = (obtain_one(&edge).await, obtain_one(&other).await);
+        save_pending(&saver).await;
         // A restart resets the mint limiter.
         let edge = self::edge(&server, &saver);
-        assert_eq!(obtained(&edge).await, refused);
+        assert_eq!(obtain_one(&edge).await, refused);
         let digest = refused.digest();
         let dev = dev();
-        let (one, two) = tokio::join!(edge.replace(&dev, &digest), edge.replace(&dev, &digest));
+        let (one, two) = tokio::join!(edge.replace_refused(&dev, &digest), edge.replace_refused(&dev, &digest));
         assert_eq!(one.expect("another"), two.expect("the same"));
-        let now = obtained(&edge).await;
+        let now = obtain_one(&edge).await;
         assert_ne!(now, refused);
         let selectors: Vec<_> =
             [theirs, now].iter().map(|it| it.selector().expect("v2").to_owned()).collect();
-        assert_eq!(admin.listed(), selectors);
+        assert_eq!(admin.listed_secrets(), selectors);
         assert_eq!(server.count("POST"), 3);
     }
 
     #[tokio::test]
     async fn upstream_that_refuses_everything_is_not_flooded_with_tokens() {
-        let (admin, server) = Admin::start(Secrets::V1).await;
-        let edge = edge(&server, &in_memory());
-        let made = obtained(&edge).await;
+        let (admin, server) = FakeAdminApi::start(SecretFormat::V1).await;
+        let edge = edge(&server, &memory_saver());
+        let made = obtain_one(&edge).await;
         for _ in 0..3 {
-            let error = edge.replace(&dev(), &made.digest()).await.expect_err("too soon");
+            let error = edge.replace_refused(&dev(), &made.digest()).await.expect_err("too soon");
             assert!(matches!(error, Error::Throttled { .. }), "{error:?}");
         }
-        assert_eq!(obtained(&edge).await, made);
-        assert_eq!(admin.listed().len(), 1);
+        assert_eq!(obtain_one(&edge).await, made);
+        assert_eq!(admin.listed_secrets().len(), 1);
     }
 
     #[tokio::test]
     async fn token_encrypted_with_another_admin_token_is_replaced_and_deleted() {
-        let (admin, server) = Admin::start(Secrets::V2).await;
-        let saver = in_memory();
-        let old = obtained(&edge(&server, &saver)).await;
-        end(&saver).await;
+        let (admin, server) = FakeAdminApi::start(SecretFormat::V2).await;
+        let saver = memory_saver();
+        let old = obtain_one(&edge(&server, &saver)).await;
+        save_pending(&saver).await;
         let error = edge_of("*:*.other", &server, &saver).obtain(&dev()).await.expect_err("401");
         assert!(matches!(&error, Error::Upstream { source, .. } if source.is_unauthorized()));
         assert!(!format!("{error} {error:?}").contains(old.expose()));
@@ -575,42 +575,42 @@ mod tests {
         let foreign = edge_of("*:*.former", &server, &saver);
         let (exchange, _) = foreign.0.exchange.as_ref().expect("an exchange");
         let sealed = Credential { token: old, projects: Projects::All };
-        exchange.save(&dev(), &mut Past::default(), &sealed, true);
-        end(&saver).await;
-        let new = obtained(&edge(&server, &saver)).await;
-        assert_eq!(admin.listed(), [new.selector().expect("v2")]);
+        exchange.save(&dev(), &mut ExchangeHistory::default(), &sealed, true);
+        save_pending(&saver).await;
+        let new = obtain_one(&edge(&server, &saver)).await;
+        assert_eq!(admin.listed_secrets(), [new.selector().expect("v2")]);
     }
 
     #[tokio::test]
     async fn stored_token_survives_a_replaced_admin_token() {
-        let (admin, server) = Admin::start(Secrets::V2).await;
-        let saver = in_memory();
+        let (admin, server) = FakeAdminApi::start(SecretFormat::V2).await;
+        let saver = memory_saver();
         let upstream = Upstream::new(server.config()).expect("client");
         let first = AdminToken::new(token(ADMIN), None);
         let edge = Credentials::with_admin(first.clone(), "main", upstream, saver.clone());
-        let made = obtained(&edge).await;
-        end(&saver).await;
+        let made = obtain_one(&edge).await;
+        save_pending(&saver).await;
         assert!(first.replace(token("*:*.second"), None));
-        edge.reseal().await;
-        end(&saver).await;
+        edge.reencrypt().await;
+        save_pending(&saver).await;
         // Without a request to upstream, which accepts only the first admin token.
         let restarted = edge_of("*:*.second", &server, &saver);
-        assert_eq!(obtained(&restarted).await, made);
+        assert_eq!(obtain_one(&restarted).await, made);
         // The record still says that this edge created it, so it may be deleted.
         first.replace(token(ADMIN), None);
-        edge.reseal().await;
-        end(&saver).await;
-        let error = edge.replace(&dev(), &made.digest()).await.expect_err("too soon");
+        edge.reencrypt().await;
+        save_pending(&saver).await;
+        let error = edge.replace_refused(&dev(), &made.digest()).await.expect_err("too soon");
         assert!(matches!(error, Error::Throttled { .. }), "{error:?}");
         let restarted = edge_of(ADMIN, &server, &saver);
-        assert_eq!(obtained(&restarted).await, made);
-        let replaced = restarted.replace(&dev(), &made.digest()).await.expect("another");
-        assert_eq!(admin.listed(), [replaced[0].token.selector().expect("v2")]);
+        assert_eq!(obtain_one(&restarted).await, made);
+        let replaced = restarted.replace_refused(&dev(), &made.digest()).await.expect("another");
+        assert_eq!(admin.listed_secrets(), [replaced[0].token.selector().expect("v2")]);
     }
 
     #[tokio::test]
     async fn fleet_tokens_are_deleted_only_after_24_h_without_use() {
-        let (admin, server) = Admin::start(Secrets::V2).await;
+        let (admin, server) = FakeAdminApi::start(SecretFormat::V2).await;
         let at = |hours: i64| {
             (jiff::Timestamp::now() - jiff::SignedDuration::from_hours(hours)).to_string()
         };
@@ -626,10 +626,10 @@ mod tests {
             listed("d", "development", 2, None),
             listed("e", "production", 100, None),
         ];
-        obtained(&edge(&server, &in_memory())).await;
+        obtain_one(&edge(&server, &memory_saver())).await;
         let retained = ["a", "d", "e"].map(|it| it.repeat(22));
-        assert_eq!(admin.listed()[..3], retained);
-        assert_eq!(admin.listed().len(), 4);
+        assert_eq!(admin.listed_secrets()[..3], retained);
+        assert_eq!(admin.listed_secrets().len(), 4);
     }
 
     fn offer(edge: &Credentials, text: &str, kind: TokenKind, ids: &[&str]) -> bool {
@@ -637,7 +637,7 @@ mod tests {
         edge.offer(&token(text), &Grant { kind, scope: Scope { environment: dev(), projects } })
     }
 
-    fn in_use(edge: &Credentials) -> Vec<String> {
+    fn secrets_in_use(edge: &Credentials) -> Vec<String> {
         edge.tokens(&dev()).iter().map(|it| it.token.expose().to_owned()).collect()
     }
 
@@ -646,23 +646,23 @@ mod tests {
         use TokenKind::{Client, Frontend};
         let edge = Credentials::without_admin();
         let error = edge.obtain(&dev()).await.expect_err("nothing offered");
-        assert!(matches!(error, Error::Unknown { .. }), "{error:?}");
+        assert!(matches!(error, Error::NoToken { .. }), "{error:?}");
         assert!(!offer(&edge, "a:development.f", Frontend, &["a"]));
         assert!(offer(&edge, "a:development.1", Client, &["a"]));
         assert!(!offer(&edge, "a:development.2", Client, &["a"]));
         assert!(offer(&edge, "[]:development.3", Client, &["b", "c"]));
-        assert_eq!(in_use(&edge)[0], "[]:development.3");
-        assert_eq!(in_use(&edge).len(), 2);
+        assert_eq!(secrets_in_use(&edge)[0], "[]:development.3");
+        assert_eq!(secrets_in_use(&edge).len(), 2);
         assert!(offer(&edge, "*:development.4", Client, &["*"]));
-        assert_eq!(in_use(&edge), ["*:development.4"]);
+        assert_eq!(secrets_in_use(&edge), ["*:development.4"]);
     }
 
     #[test]
     fn token_in_use_is_not_replaced_by_one_with_the_same_projects() {
         let edge = Credentials::without_admin();
-        for number in 0..SPARE {
+        for number in 0..MAX_REDUNDANT_TOKENS {
             offer(&edge, &format!("*:development.{number}"), TokenKind::Client, &["*"]);
-            assert_eq!(in_use(&edge), ["*:development.0"]);
+            assert_eq!(secrets_in_use(&edge), ["*:development.0"]);
         }
     }
 
@@ -672,30 +672,30 @@ mod tests {
         offer(&edge, "*:development.1", TokenKind::Client, &["*"]);
         offer(&edge, "a:development.2", TokenKind::Client, &["a"]);
         let first = token("*:development.1").digest();
-        edge.replace(&dev(), &first).await.expect("the other");
-        assert_eq!(in_use(&edge), ["a:development.2", "*:development.1"]);
+        edge.replace_refused(&dev(), &first).await.expect("the other");
+        assert_eq!(secrets_in_use(&edge), ["a:development.2", "*:development.1"]);
         let second = token("a:development.2").digest();
-        edge.replace(&dev(), &second).await.expect_err("no other");
-        assert_eq!(in_use(&edge), ["*:development.1"]);
+        edge.replace_refused(&dev(), &second).await.expect_err("no other");
+        assert_eq!(secrets_in_use(&edge), ["*:development.1"]);
         assert!(offer(&edge, "a:development.2", TokenKind::Client, &["a"]));
-        assert_eq!(in_use(&edge), ["a:development.2", "*:development.1"]);
-        edge.accept(&dev(), &first);
-        assert_eq!(in_use(&edge), ["*:development.1"]);
+        assert_eq!(secrets_in_use(&edge), ["a:development.2", "*:development.1"]);
+        edge.mark_accepted(&dev(), &first);
+        assert_eq!(secrets_in_use(&edge), ["*:development.1"]);
     }
 
     #[tokio::test]
     async fn only_revoked_tokens_are_removed() {
         let edge = Credentials::without_admin();
         offer(&edge, "a:development.1", TokenKind::Client, &["a"]);
-        for number in 0..2 * SPARE {
+        for number in 0..2 * MAX_REDUNDANT_TOKENS {
             offer(&edge, &format!("b:development.{number}"), TokenKind::Client, &["b"]);
         }
         let first = token("a:development.1").digest();
-        edge.replace(&dev(), &first).await.expect("the other");
+        edge.replace_refused(&dev(), &first).await.expect("the other");
         offer(&edge, "b:development.more", TokenKind::Client, &["b"]);
-        assert!(in_use(&edge).contains(&"a:development.1".to_owned()));
-        edge.withdraw(&first);
-        assert!(!in_use(&edge).contains(&"a:development.1".to_owned()));
+        assert!(secrets_in_use(&edge).contains(&"a:development.1".to_owned()));
+        edge.revoke(&first);
+        assert!(!secrets_in_use(&edge).contains(&"a:development.1".to_owned()));
         assert_eq!(edge.environments(), BTreeSet::from([dev()]));
     }
 
@@ -707,10 +707,10 @@ mod tests {
         };
         let expecting = |ids: &[&str]| {
             let edge = Credentials::without_admin();
-            edge.expect(token("c:development.1").digest(), &grant(ids));
+            edge.expect_token(token("c:development.1").digest(), &grant(ids));
             offer(&edge, "a:development.2", TokenKind::Client, &["a"]);
             assert!(!edge.is_complete(&dev()), "configured tokens are not validated yet");
-            edge.set_configured_validated();
+            edge.mark_configured_validated();
             edge
         };
         assert!(expecting(&["a"]).is_complete(&dev()), "another sees as much");
@@ -722,18 +722,18 @@ mod tests {
         offer(&edge, "c:development.1", TokenKind::Client, &["a"]);
         assert!(edge.is_complete(&dev()));
         let edge = expecting(&["c"]);
-        edge.withdraw(&token("c:development.1").digest());
+        edge.revoke(&token("c:development.1").digest());
         assert!(edge.is_complete(&dev()));
 
         let edge = expecting(&["c"]);
-        tokio::time::advance(EXPECTED_FOR / 2).await;
+        tokio::time::advance(EXPECTATION_TIMEOUT / 2).await;
         assert!(!edge.is_complete(&dev()));
-        tokio::time::advance(EXPECTED_FOR / 2).await;
+        tokio::time::advance(EXPECTATION_TIMEOUT / 2).await;
         assert!(edge.is_complete(&dev()));
 
-        let (_, server) = Admin::start(Secrets::V1).await;
-        let edge = self::edge(&server, &in_memory());
-        edge.expect(token("c:development.1").digest(), &grant(&["c"]));
+        let (_, server) = FakeAdminApi::start(SecretFormat::V1).await;
+        let edge = self::edge(&server, &memory_saver());
+        edge.expect_token(token("c:development.1").digest(), &grant(&["c"]));
         assert!(edge.is_complete(&dev()), "the edge has tokens of its own");
     }
 
@@ -768,6 +768,6 @@ mod tests {
         for number in 0..1000 {
             offer(&edge, &format!("*:development.{number}"), TokenKind::Client, &["*"]);
         }
-        assert_eq!(edge.with_hand(&dev(), |set| set.0.len()), SPARE);
+        assert_eq!(edge.update_token_set(&dev(), |set| set.0.len()), MAX_REDUNDANT_TOKENS);
     }
 }

@@ -11,7 +11,7 @@ use reqwest::{StatusCode, header::HeaderValue};
 use super::identity;
 
 /// The cap of `Retry-After`.
-const LONGEST_PAUSE: Duration = Duration::from_mins(10);
+const MAX_RETRY_AFTER: Duration = Duration::from_mins(10);
 
 /// Why a request to upstream failed.
 #[derive(Debug, thiserror::Error)]
@@ -27,7 +27,7 @@ pub enum Error {
     Timeout(#[source] reqwest::Error),
     /// No data of a stream within the timeout.
     #[error("upstream's stream sent nothing for {0:?}")]
-    Silent(Duration),
+    StreamTimeout(Duration),
     /// A status other than success.
     #[error("upstream answered {status}")]
     Status {
@@ -48,7 +48,7 @@ pub enum Error {
     },
     /// 304 to a request without an `ETag`.
     #[error("upstream answered 304 to a request without an ETag")]
-    Unconditional,
+    UnexpectedNotModified,
     /// A body larger than the limit.
     #[error("upstream's response is larger than {limit} bytes")]
     TooLarge {
@@ -65,7 +65,7 @@ pub enum Error {
     },
     /// The scheme of the configured URL is neither `http` nor `https`.
     #[error("upstream's URL begins neither with http:// nor with https://")]
-    Scheme,
+    InvalidScheme,
     /// A file of the configuration cannot be read.
     #[error("cannot read {}", file.display())]
     File {
@@ -84,10 +84,10 @@ pub enum Error {
     },
     /// The client certificate cannot be used.
     #[error(transparent)]
-    Identity(#[from] identity::Error),
+    ClientCertificate(#[from] identity::Error),
     /// A setting that cannot be sent as a header.
     #[error("the {0} contains characters that are invalid in a header")]
-    Header(&'static str),
+    InvalidHeader(&'static str),
     /// The HTTP client cannot be built from the configuration.
     #[error("the HTTP client for upstream cannot be built")]
     Setup(#[source] reqwest::Error),
@@ -101,7 +101,7 @@ pub enum Fault {
     /// The token: upstream does not, or no longer, accept it for this request.
     Credentials,
     /// Our request or our configuration.
-    Ours,
+    Local,
 }
 
 /// Whether the same request may succeed later.
@@ -115,7 +115,7 @@ pub enum Retry {
 
 impl Retry {
     /// The `Retry-After` of upstream, if it sent one.
-    pub fn wish(self) -> Option<Duration> {
+    pub fn retry_after(self) -> Option<Duration> {
         match self {
             Self::Later(retry_after) => retry_after,
             Self::Never => None,
@@ -125,7 +125,7 @@ impl Retry {
 
 impl Error {
     /// Classifies an error of the HTTP client and removes its URL.
-    pub(super) fn transport(error: reqwest::Error) -> Self {
+    pub(super) fn from_transport(error: reqwest::Error) -> Self {
         let error = error.without_url();
         if error.is_connect() {
             Self::Unreachable(error)
@@ -138,7 +138,7 @@ impl Error {
 
     /// Keeps the position of a JSON error but not its text, which may quote a token.
     #[expect(clippy::needless_pass_by_value, reason = "the shape that map_err wants")]
-    pub(super) fn decode(error: serde_json::Error) -> Self {
+    pub(super) fn from_decode(error: serde_json::Error) -> Self {
         Self::Decode { line: error.line(), column: error.column() }
     }
 
@@ -147,23 +147,23 @@ impl Error {
         match self {
             Self::Status { status, .. } => match *status {
                 StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Fault::Credentials,
-                status if judges_content(status) => Fault::Ours,
+                status if is_content_error(status) => Fault::Local,
                 _ => Fault::Upstream,
             },
             Self::Unreachable(_)
             | Self::Interrupted(_)
             | Self::Timeout(_)
-            | Self::Silent(_)
-            | Self::Unconditional
+            | Self::StreamTimeout(_)
+            | Self::UnexpectedNotModified
             | Self::TooLarge { .. }
             | Self::Decode { .. } => Fault::Upstream,
             Self::Redirect { .. }
-            | Self::Scheme
+            | Self::InvalidScheme
             | Self::File { .. }
             | Self::Pem { .. }
-            | Self::Identity(_)
-            | Self::Header(_)
-            | Self::Setup(_) => Fault::Ours,
+            | Self::ClientCertificate(_)
+            | Self::InvalidHeader(_)
+            | Self::Setup(_) => Fault::Local,
         }
     }
 
@@ -204,7 +204,7 @@ impl Error {
     }
 
     /// Whether upstream throttled the request (429).
-    pub fn is_crowded(&self) -> bool {
+    pub fn is_throttled(&self) -> bool {
         self.status() == Some(StatusCode::TOO_MANY_REQUESTS)
     }
 
@@ -212,14 +212,14 @@ impl Error {
     pub fn status(&self) -> Option<StatusCode> {
         match self {
             Self::Status { status, .. } | Self::Redirect { status, .. } => Some(*status),
-            Self::Unconditional => Some(StatusCode::NOT_MODIFIED),
+            Self::UnexpectedNotModified => Some(StatusCode::NOT_MODIFIED),
             _ => None,
         }
     }
 }
 
 /// Whether a status rejects the content of the request, so that a retry is useless.
-fn judges_content(status: StatusCode) -> bool {
+fn is_content_error(status: StatusCode) -> bool {
     matches!(
         status,
         StatusCode::BAD_REQUEST
@@ -233,7 +233,7 @@ fn judges_content(status: StatusCode) -> bool {
 }
 
 /// Parses `Retry-After`, as seconds or as a date (RFC 9110, section 10.2.3).
-pub(super) fn retry_after(value: &HeaderValue, now: Timestamp) -> Option<Duration> {
+pub(super) fn parse_retry_after(value: &HeaderValue, now: Timestamp) -> Option<Duration> {
     let text = value.to_str().ok()?.trim();
     let pause = if let Ok(seconds) = text.parse() {
         Duration::from_secs(seconds)
@@ -241,7 +241,7 @@ pub(super) fn retry_after(value: &HeaderValue, now: Timestamp) -> Option<Duratio
         let until = rfc2822::DateTimeParser::new().parse_timestamp(text).ok()?;
         Duration::try_from(until.duration_since(now)).unwrap_or(Duration::ZERO)
     };
-    Some(pause.min(LONGEST_PAUSE))
+    Some(pause.min(MAX_RETRY_AFTER))
 }
 
 #[cfg(test)]
@@ -265,7 +265,7 @@ mod tests {
             check(status, Fault::Credentials, Retry::Never);
         }
         for status in [400, 413, 415] {
-            check(status, Fault::Ours, Retry::Never);
+            check(status, Fault::Local, Retry::Never);
         }
     }
 
@@ -274,7 +274,7 @@ mod tests {
         let now: Timestamp = "1994-11-06T08:49:07Z".parse().expect("time");
         let check = |text: &str, seconds: Option<u64>| {
             let value = HeaderValue::from_str(text).expect("header");
-            assert_eq!(retry_after(&value, now), seconds.map(Duration::from_secs), "{text}");
+            assert_eq!(parse_retry_after(&value, now), seconds.map(Duration::from_secs), "{text}");
         };
         check("120", Some(120));
         check(" 0 ", Some(0));

@@ -21,7 +21,7 @@ use super::{
     admin_token::AdminToken,
     client::Upstream,
     error::{self, Retry},
-    seal::Seal,
+    seal::TokenCipher,
 };
 use crate::{
     saver::BackgroundWriter,
@@ -32,18 +32,18 @@ use crate::{
 };
 
 /// A token with our name that was not used for this long counts as abandoned.
-const ABANDONED: SignedDuration = SignedDuration::from_hours(24);
+const ABANDONED_AFTER: SignedDuration = SignedDuration::from_hours(24);
 
 /// The timeout for reading an environment's record, from the first attempt. After it, a token is looked
 /// up upstream.
-const READ_PATIENCE: Duration = Duration::from_secs(1);
+const READ_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The timeout for reading the record before another token is created, if upstream lists a token that
 /// may be the one in the record.
-const READ_PATIENCE_BEFORE_MINTING: Duration = Duration::from_secs(10);
+const READ_TIMEOUT_BEFORE_MINTING: Duration = Duration::from_secs(10);
 
 /// The largest number of refused tokens remembered per environment.
-const REFUSED: usize = 16;
+const MAX_REFUSED_TOKENS: usize = 16;
 
 /// A token for upstream, with its projects.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -75,7 +75,7 @@ pub enum Error {
     },
     /// There is no admin token, and no usable token of that environment has been offered.
     #[error("no token for environment {environment} is available")]
-    Unknown {
+    NoToken {
         /// The environment.
         environment: Environment,
     },
@@ -90,17 +90,17 @@ impl Error {
                 later @ Retry::Later(_) => later,
             },
             // Another edge may create one sooner, which the next attempt finds.
-            Self::Throttled { .. } | Self::Unknown { .. } => Retry::Later(None),
+            Self::Throttled { .. } | Self::NoToken { .. } => Retry::Later(None),
         }
     }
 }
 
 /// Looks up or creates tokens for environments.
 #[derive(Debug)]
-pub(super) struct Exchange {
+pub(super) struct TokenExchange {
     admin: AdminToken,
     fleet: String,
-    name: String,
+    token_name: String,
     upstream: Upstream,
     saver: BackgroundWriter,
     /// Unknown tokens created after this were created by other edges.
@@ -109,34 +109,34 @@ pub(super) struct Exchange {
 
 /// The history of one environment's exchanges.
 #[derive(Debug, Default)]
-pub(super) struct Past {
+pub(super) struct ExchangeHistory {
     refused: Vec<TokenDigest>,
-    mints: Mints,
-    stored: Stored,
+    mint_limiter: MintLimiter,
+    record: RecordState,
     /// When the record was first read, successfully or not.
-    first_read: Option<Instant>,
+    first_read_at: Option<Instant>,
 }
 
 /// The record of an environment, in the store or about to be saved there.
 #[derive(Debug, Default)]
-enum Stored {
+enum RecordState {
     /// Not read yet, or reading failed.
     #[default]
     Unread,
     Reading(JoinSet<Result<Option<Vec<u8>>, store::Error>>),
-    Known(Option<Record>),
+    Loaded(Option<CredentialRecord>),
 }
 
 /// Limits the creation of tokens: at most one a minute, and with doubling pauses while new tokens are
 /// refused.
 #[derive(Debug, Default)]
-struct Mints {
-    last: Option<(Instant, Duration)>,
+struct MintLimiter {
+    last_mint: Option<(Instant, Duration)>,
 }
 
 /// The stored form of an environment's token.
 #[derive(Debug, Deserialize, Serialize)]
-struct Record {
+struct CredentialRecord {
     version: u32,
     /// Whether this edge created the token. Others belong to the fleet.
     minted: bool,
@@ -148,21 +148,21 @@ struct Record {
 
 /// A [`CredentialRecord`], decrypted if possible.
 #[derive(Debug)]
-struct Kept {
+struct StoredCredential {
     minted: bool,
     selector: Option<String>,
     credential: Option<Credential>,
 }
 
-impl Exchange {
+impl TokenExchange {
     pub(super) fn new(admin: AdminToken, fleet: &str, upstream: Upstream, saver: BackgroundWriter) -> Self {
         let (fleet, token_name) = (fleet.to_owned(), format!("parapet-{fleet}"));
-        Self { admin, fleet, name: token_name, upstream, saver, started: Timestamp::now() }
+        Self { admin, fleet, token_name, upstream, saver, started: Timestamp::now() }
     }
 
     /// The cipher of the current admin token.
-    fn seal(&self) -> Seal {
-        Seal::new(&self.admin.current(), &self.fleet)
+    fn cipher(&self) -> TokenCipher {
+        TokenCipher::new(&self.admin.current(), &self.fleet)
     }
 
     /// Obtains a token for `environment`: the stored one, otherwise one found by its name, otherwise a
@@ -170,11 +170,11 @@ impl Exchange {
     pub(super) async fn obtain(
         &self,
         environment: &Environment,
-        history: &mut Past,
+        history: &mut ExchangeHistory,
     ) -> Result<Credential, Error> {
-        self.read(environment, history, READ_PATIENCE).await;
+        self.load_record(environment, history, READ_TIMEOUT).await;
         if let Some(credential) =
-            self.open(environment, history).and_then(|previous| previous.credential)
+            self.stored_credential(environment, history).and_then(|previous| previous.credential)
         {
             return Ok(credential);
         }
@@ -185,51 +185,51 @@ impl Exchange {
     pub(super) async fn replace(
         &self,
         environment: &Environment,
-        history: &mut Past,
+        history: &mut ExchangeHistory,
         refused: TokenDigest,
     ) -> Result<Credential, Error> {
-        history.refuse(refused);
+        history.add_refused(refused);
         self.find_or_mint(environment, history).await
     }
 
     async fn find_or_mint(
         &self,
         environment: &Environment,
-        history: &mut Past,
+        history: &mut ExchangeHistory,
     ) -> Result<Credential, Error> {
         let failed = |source| Error::Upstream { environment: environment.clone(), source };
-        let listed = self.upstream.api_tokens_named(&self.admin, &self.name).await;
+        let listed = self.upstream.list_api_tokens_named(&self.admin, &self.token_name).await;
         let mut fleet = listed.map_err(failed)?;
         fleet.retain(|it| {
-            it.name == self.name && it.kind == TokenKind::Client && it.environment == *environment
+            it.name == self.token_name && it.kind == TokenKind::Client && it.environment == *environment
         });
         let now = Timestamp::now();
-        if let Some(found) = best(&fleet, history, now) {
+        if let Some(found) = best_token(&fleet, history, now) {
             info!("Found token {} for environment {environment}", found.token.masked());
             self.save(environment, history, &found, false);
             return Ok(found);
         }
-        if let Some(pause) = history.mints.pause() {
+        if let Some(pause) = history.mint_limiter.remaining_pause() {
             return Err(Error::Throttled { environment: environment.clone(), pause });
         }
-        if history.stored.is_being_read() && fleet.iter().any(|it| self.may_be_stored(it, now)) {
-            self.read(environment, history, READ_PATIENCE_BEFORE_MINTING).await;
+        if history.record.is_loading() && fleet.iter().any(|it| self.can_be_stored(it, now)) {
+            self.load_record(environment, history, READ_TIMEOUT_BEFORE_MINTING).await;
             if let Some(stored) =
-                self.open(environment, history).and_then(|previous| previous.credential)
+                self.stored_credential(environment, history).and_then(|previous| previous.credential)
             {
                 return Ok(stored);
             }
         }
-        let before = history.mints.begin();
-        let created = self.upstream.create_token(&self.admin, &self.name, environment).await;
+        let before = history.mint_limiter.record_mint();
+        let created = self.upstream.create_token(&self.admin, &self.token_name, environment).await;
         if created.as_ref().is_err_and(|error| !error.is_ambiguous()) {
-            history.mints.last = before;
+            history.mint_limiter.last_mint = before;
         }
         let minted = Credential { token: created.map_err(failed)?, projects: Projects::All };
         info!("Created token {} for environment {environment}", minted.token.masked());
-        let previous = self.open(environment, history);
+        let previous = self.stored_credential(environment, history);
         self.save(environment, history, &minted, true);
-        for old in fleet.iter().filter(|it| is_ours_to_delete(it, previous.as_ref(), history, now))
+        for old in fleet.iter().filter(|it| can_delete(it, previous.as_ref(), history, now))
         {
             self.delete(environment, &old.secret).await;
         }
@@ -237,7 +237,7 @@ impl Exchange {
     }
 
     /// Whether a listed token may be the one in a record that has not been read yet.
-    fn may_be_stored(&self, listed: &ListedToken, now: Timestamp) -> bool {
+    fn can_be_stored(&self, listed: &ListedToken, now: Timestamp) -> bool {
         matches!(listed.secret, ListedSecret::Selector(_))
             && !listed.is_expired(now)
             && listed.created_at.is_none_or(|at| at < self.started)
@@ -256,26 +256,26 @@ impl Exchange {
     /// Loads the record of `environment` unless it is loaded. Waits for at most `limit` since the first
     /// attempt. A slower read, or one repeated after a failure, continues in the background; a later
     /// call uses its result.
-    async fn read(&self, environment: &Environment, history: &mut Past, limit: Duration) {
-        if matches!(history.stored, Stored::Unread) {
+    async fn load_record(&self, environment: &Environment, history: &mut ExchangeHistory, limit: Duration) {
+        if matches!(history.record, RecordState::Unread) {
             let (store, key) = (self.saver.store().clone(), Key::Credentials(environment.clone()));
             let mut read = JoinSet::new();
             read.spawn(async move { store.load(&key).await });
-            history.stored = Stored::Reading(read);
+            history.record = RecordState::Reading(read);
         }
-        let Stored::Reading(read) = &mut history.stored else { return };
-        let until = *history.first_read.get_or_insert_with(Instant::now) + limit;
+        let RecordState::Reading(read) = &mut history.record else { return };
+        let until = *history.first_read_at.get_or_insert_with(Instant::now) + limit;
         let Ok(read) = timeout_at(until, read.join_next()).await else { return };
-        history.stored = match read {
+        history.record = match read {
             Some(Ok(Ok(bytes))) => {
-                let record = bytes.as_deref().and_then(Record::parse);
+                let record = bytes.as_deref().and_then(CredentialRecord::parse);
                 if bytes.is_some() && record.is_none() {
                     warn!(
                         "The stored token for environment {environment} has an unknown format; \
                          it is ignored"
                     );
                 }
-                Stored::Known(record)
+                RecordState::Loaded(record)
             }
             Some(Ok(Err(error))) => {
                 let error = error_chain(&error);
@@ -283,17 +283,17 @@ impl Exchange {
                     error,
                     "Reading the stored token for environment {environment} failed and is retried"
                 );
-                Stored::Unread
+                RecordState::Unread
             }
             // The runtime is shutting down.
-            Some(Err(_)) | None => Stored::Unread,
+            Some(Err(_)) | None => RecordState::Unread,
         };
     }
 
     /// Decrypts the record of `environment`; `None` if there is none or it has not been loaded.
-    fn open(&self, environment: &Environment, history: &Past) -> Option<Kept> {
-        let Stored::Known(Some(record)) = &history.stored else { return None };
-        let token = self.seal().open(environment, &record.sealed);
+    fn stored_credential(&self, environment: &Environment, history: &ExchangeHistory) -> Option<StoredCredential> {
+        let RecordState::Loaded(Some(record)) = &history.record else { return None };
+        let token = self.cipher().decrypt(environment, &record.sealed);
         if token.is_none() {
             info!(
                 "The stored token for environment {environment} belongs to another admin token or \
@@ -302,17 +302,17 @@ impl Exchange {
         }
         let projects = Projects::from_list(record.projects.iter().map(String::as_str));
         let credential = token.map(|token| Credential { token, projects });
-        Some(Kept { minted: record.minted, selector: record.selector.clone(), credential })
+        Some(StoredCredential { minted: record.minted, selector: record.selector.clone(), credential })
     }
 
     /// Encrypts and saves the token in use for `environment` with the current admin token.
-    pub(super) fn reseal(
+    pub(super) fn reencrypt(
         &self,
         environment: &Environment,
-        history: &mut Past,
+        history: &mut ExchangeHistory,
         credential: &Credential,
     ) {
-        let minted = matches!(&history.stored, Stored::Known(Some(record)) if record.minted);
+        let minted = matches!(&history.record, RecordState::Loaded(Some(record)) if record.minted);
         self.save(environment, history, credential, minted);
     }
 
@@ -320,35 +320,35 @@ impl Exchange {
     pub(super) fn save(
         &self,
         environment: &Environment,
-        history: &mut Past,
+        history: &mut ExchangeHistory,
         credential: &Credential,
         minted: bool,
     ) {
         let Credential { token, projects } = credential;
-        let record = Record {
-            version: Record::VERSION,
+        let record = CredentialRecord {
+            version: CredentialRecord::VERSION,
             minted,
             selector: token.selector().map(str::to_owned),
             projects: projects.to_list().into_iter().map(str::to_owned).collect(),
-            sealed: self.seal().close(environment, token),
+            sealed: self.cipher().encrypt(environment, token),
         };
         let bytes = serde_json::to_vec(&record).expect("a record of plain fields serializes");
         let bytes = Bytes::from(bytes);
         self.saver.save(Key::Credentials(environment.clone()), move || bytes.clone());
-        history.stored = Stored::Known(Some(record));
+        history.record = RecordState::Loaded(Some(record));
     }
 }
 
-impl Stored {
-    fn is_being_read(&self) -> bool {
+impl RecordState {
+    fn is_loading(&self) -> bool {
         matches!(self, Self::Reading(_))
     }
 }
 
-impl Past {
-    fn refuse(&mut self, token: TokenDigest) {
+impl ExchangeHistory {
+    fn add_refused(&mut self, token: TokenDigest) {
         if !self.refused.contains(&token) {
-            if self.refused.len() == REFUSED {
+            if self.refused.len() == MAX_REFUSED_TOKENS {
                 self.refused.remove(0);
             }
             self.refused.push(token);
@@ -356,28 +356,28 @@ impl Past {
     }
 }
 
-impl Mints {
-    const SHORTEST: Duration = Duration::from_mins(1);
-    const LONGEST: Duration = Duration::from_hours(1);
+impl MintLimiter {
+    const MIN_PAUSE: Duration = Duration::from_mins(1);
+    const MAX_PAUSE: Duration = Duration::from_hours(1);
 
     /// How long no token may be created yet; `None` if one may be created now.
-    fn pause(&self) -> Option<Duration> {
-        let (at, pause) = self.last?;
+    fn remaining_pause(&self) -> Option<Duration> {
+        let (at, pause) = self.last_mint?;
         pause.checked_sub(at.elapsed()).filter(|rest| !rest.is_zero())
     }
 
     /// Records that a token is about to be created; returns the previous record, to undo this one.
-    fn begin(&mut self) -> Option<(Instant, Duration)> {
-        let pause = match self.last {
+    fn record_mint(&mut self) -> Option<(Instant, Duration)> {
+        let pause = match self.last_mint {
             // The last token was refused soon after it was created.
-            Some((at, pause)) if at.elapsed() < 2 * pause => (2 * pause).min(Self::LONGEST),
-            _ => Self::SHORTEST,
+            Some((at, pause)) if at.elapsed() < 2 * pause => (2 * pause).min(Self::MAX_PAUSE),
+            _ => Self::MIN_PAUSE,
         };
-        self.last.replace((Instant::now(), pause))
+        self.last_mint.replace((Instant::now(), pause))
     }
 }
 
-impl Record {
+impl CredentialRecord {
     const VERSION: u32 = 1;
 
     fn parse(bytes: &[u8]) -> Option<Self> {
@@ -387,7 +387,7 @@ impl Record {
 
 /// The fleet's token to use: one for all projects if there is one, then the newest, so that all edges
 /// choose the same.
-fn best(fleet: &[ListedToken], history: &Past, now: Timestamp) -> Option<Credential> {
+fn best_token(fleet: &[ListedToken], history: &ExchangeHistory, now: Timestamp) -> Option<Credential> {
     let usable = fleet.iter().filter(|it| !it.is_expired(now)).filter_map(|it| match &it.secret {
         ListedSecret::Full(token) if !history.refused.contains(&token.digest()) => {
             Some((it, token))
@@ -403,10 +403,10 @@ fn best(fleet: &[ListedToken], history: &Past, now: Timestamp) -> Option<Credent
 ///
 /// Another edge of the fleet may use it. So it must be one that this edge created and can no longer use,
 /// or an abandoned one.
-fn is_ours_to_delete(
+fn can_delete(
     listed: &ListedToken,
-    previous: Option<&Kept>,
-    history: &Past,
+    previous: Option<&StoredCredential>,
+    history: &ExchangeHistory,
     now: Timestamp,
 ) -> bool {
     let replaced = previous.filter(|previous| previous.minted).is_some_and(|previous| {
@@ -421,7 +421,7 @@ fn is_ours_to_delete(
         }
     });
     let last_sign = listed.seen_at.or(listed.created_at);
-    replaced || last_sign.is_some_and(|last| now.duration_since(last) > ABANDONED)
+    replaced || last_sign.is_some_and(|last| now.duration_since(last) > ABANDONED_AFTER)
 }
 
 #[cfg(test)]
@@ -430,17 +430,17 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn tokens_are_created_at_most_once_a_minute_with_doubling_pauses() {
-        let mut mints = Mints::default();
+        let mut mints = MintLimiter::default();
         for minutes in [1, 2, 4, 8, 16, 32, 60, 60] {
-            assert_eq!(mints.pause(), None);
-            mints.begin();
+            assert_eq!(mints.remaining_pause(), None);
+            mints.record_mint();
             let pause = Duration::from_mins(minutes);
-            assert_eq!(mints.pause(), Some(pause));
+            assert_eq!(mints.remaining_pause(), Some(pause));
             tokio::time::advance(pause).await;
         }
         tokio::time::advance(Duration::from_hours(2)).await;
-        mints.begin();
-        assert_eq!(mints.pause(), Some(Duration::from_mins(1)));
+        mints.record_mint();
+        assert_eq!(mints.remaining_pause(), Some(Duration::from_mins(1)));
     }
 
     #[test]
@@ -450,9 +450,9 @@ mod tests {
             187, 218, 82, 147, 167, 179, 133, 52, 40, 101, 195, 239, 215, 198, 23, 61, 31,
             131, 50, 185, 83, 122, 174, 16, 94, 71, 42, 226, 130, 226, 151, 117, 218, 221,
             244, 123, 133, 146, 224, 254, 8, 50, 72, 117, 76, 151, 10, 54, 70, 253, 206, 67]}"#;
-        let record = Record::parse(json).expect("record");
-        let seal = Seal::new(&Token::parse("*:*.admin").expect("token"), "main");
-        let token = seal.open(&Environment::new("dev"), &record.sealed).expect("the same seal");
+        let record = CredentialRecord::parse(json).expect("record");
+        let seal = TokenCipher::new(&Token::parse("*:*.admin").expect("token"), "main");
+        let token = seal.decrypt(&Environment::new("dev"), &record.sealed).expect("the same seal");
         assert_eq!(token, Token::parse("*:dev.964a287e1b728cb5f4f3e012").expect("token"));
         assert!(record.minted && record.selector.is_none() && record.projects == ["*"]);
     }

@@ -14,16 +14,16 @@ use crate::tls::pem;
 
 /// The files with a client certificate for upstream and its key.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Identity {
+pub enum ClientCertificate {
     /// Two PEM files.
-    Pair {
+    PemPair {
         /// The certificate chain, leaf first.
         certificate_file: PathBuf,
         /// The private key.
         key_file: PathBuf,
     },
     /// One PEM file with both.
-    Pem(PathBuf),
+    PemFile(PathBuf),
     /// A PKCS #12 file (`.p12`, `.pfx`).
     Pkcs12 {
         /// The file.
@@ -87,27 +87,27 @@ pub enum Error {
     },
     /// The HTTP client rejects it.
     #[error("the client certificate cannot be used")]
-    Refused(#[source] reqwest::Error),
+    Rejected(#[source] reqwest::Error),
 }
 
 /// A certificate chain, leaf first, and the key of the leaf.
-type Pair = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
+type ChainAndKey = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
-impl Identity {
+impl ClientCertificate {
     /// Reads and checks the certificate and its key. Blocks on the file system.
     pub fn load(&self) -> Result<reqwest::Identity, Error> {
         let (chain, key) = match self {
-            Self::Pair { certificate_file, key_file } => of_pem(certificate_file, key_file)?,
-            Self::Pem(file) => of_pem(file, file)?,
-            Self::Pkcs12 { file, passphrase } => of_pkcs12(file, passphrase)?,
+            Self::PemPair { certificate_file, key_file } => read_pem(certificate_file, key_file)?,
+            Self::PemFile(file) => read_pem(file, file)?,
+            Self::Pkcs12 { file, passphrase } => read_pkcs12(file, passphrase)?,
         };
         let pem = Zeroizing::new(to_pem(&chain, &key));
         reqwest::Identity::from_pem(pem.as_bytes())
-            .map_err(|error| Error::Refused(error.without_url()))
+            .map_err(|error| Error::Rejected(error.without_url()))
     }
 }
 
-fn of_pem(certificate_file: &Path, key_file: &Path) -> Result<Pair, Error> {
+fn read_pem(certificate_file: &Path, key_file: &Path) -> Result<ChainAndKey, Error> {
     let pem = pem::read_file(certificate_file).map_err(Error::Certificate)?;
     let chain = pem::certificates(certificate_file, &pem).map_err(Error::Certificate)?;
     let pem = pem::read_file(key_file).map_err(Error::Key)?;
@@ -117,7 +117,7 @@ fn of_pem(certificate_file: &Path, key_file: &Path) -> Result<Pair, Error> {
     Ok((chain, key))
 }
 
-fn of_pkcs12(file: &Path, passphrase: &Passphrase) -> Result<Pair, Error> {
+fn read_pkcs12(file: &Path, passphrase: &Passphrase) -> Result<ChainAndKey, Error> {
     let bytes = pem::read_file(file).map_err(Error::Certificate)?;
     let archive = Pkcs12Archive::from_pkcs12(&bytes, &passphrase.0).map_err(|source| {
         let file = file.to_owned();
@@ -132,18 +132,18 @@ fn of_pkcs12(file: &Path, passphrase: &Passphrase) -> Result<Pair, Error> {
     let key = archive.keys.first().ok_or_else(|| Error::NoKey { file: file.to_owned() })?;
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.key.as_der().to_vec()));
     let certificates: Vec<_> = archive.certs.into_iter().map(|bag| bag.cert).collect();
-    let leaf = leaf(file, &key, &certificates)?;
-    Ok((chain(leaf, &certificates).into_iter().map(der).collect(), key))
+    let leaf = find_leaf(file, &key, &certificates)?;
+    Ok((build_chain(leaf, &certificates).into_iter().map(to_der).collect(), key))
 }
 
 /// The certificate of `key` among all that are in `file`.
-fn leaf<'a>(
+fn find_leaf<'a>(
     file: &Path,
     key: &PrivateKeyDer<'static>,
     certificates: &'a [Certificate],
 ) -> Result<&'a Certificate, Error> {
     for certificate in certificates {
-        match pem::certified_key((file, vec![der(certificate)]), (file, key.clone_key())) {
+        match pem::certified_key((file, vec![to_der(certificate)]), (file, key.clone_key())) {
             Ok(_) => return Ok(certificate),
             // The certificate of another key, for instance the issuer's.
             Err(pem::Error::KeyMismatch { .. } | pem::Error::InvalidCertificate { .. }) => {}
@@ -158,7 +158,7 @@ fn leaf<'a>(
 
 /// The chain from `leaf` upwards, as far as its issuers are among `certificates`. Excludes the root,
 /// which upstream has.
-fn chain<'a>(leaf: &'a Certificate, certificates: &'a [Certificate]) -> Vec<&'a Certificate> {
+fn build_chain<'a>(leaf: &'a Certificate, certificates: &'a [Certificate]) -> Vec<&'a Certificate> {
     let mut chain = vec![leaf];
     let is_root = |it: &Certificate| it.issuer() == it.subject();
     while let Some(issuer) = certificates.iter().find(|it| {
@@ -170,7 +170,7 @@ fn chain<'a>(leaf: &'a Certificate, certificates: &'a [Certificate]) -> Vec<&'a 
     chain
 }
 
-fn der(certificate: &Certificate) -> CertificateDer<'static> {
+fn to_der(certificate: &Certificate) -> CertificateDer<'static> {
     certificate.as_der().to_vec().into()
 }
 
@@ -259,7 +259,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().expect("file");
         fs::write(file.path(), bytes).expect("write");
         let passphrase = Passphrase::new(passphrase);
-        Identity::Pkcs12 { file: file.path().to_owned(), passphrase }.load()
+        ClientCertificate::Pkcs12 { file: file.path().to_owned(), passphrase }.load()
     }
 
     #[test]
@@ -294,7 +294,7 @@ mod tests {
     fn single_pem_file_contains_certificate_and_key() {
         let chain = Chain::new();
         let file = tempfile::NamedTempFile::new().expect("file");
-        let identity = Identity::Pem(file.path().to_owned());
+        let identity = ClientCertificate::PemFile(file.path().to_owned());
         fs::write(file.path(), chain.pem()).expect("write");
         identity.load().expect("identity");
         fs::write(file.path(), chain.leaf.pem()).expect("write");
@@ -340,12 +340,12 @@ mod tests {
         let chain_pem = chain.leaf.pem() + &chain.intermediate.pem();
         let _ = rustls::crypto::ring::default_provider().install_default();
         for identity in [
-            Identity::Pair {
+            ClientCertificate::PemPair {
                 certificate_file: write("edge.crt", chain_pem.as_bytes()),
                 key_file: write("edge.key", chain.key.serialize_pem().as_bytes()),
             },
-            Identity::Pem(write("edge.pem", chain.pem().as_bytes())),
-            Identity::Pkcs12 { file: write("edge.p12", &pkcs12), passphrase },
+            ClientCertificate::PemFile(write("edge.pem", chain.pem().as_bytes())),
+            ClientCertificate::Pkcs12 { file: write("edge.p12", &pkcs12), passphrase },
         ] {
             let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
             let client = reqwest::Client::builder()

@@ -19,10 +19,10 @@ pub fn includes(list: &str, url: &Url) -> bool {
     let port = url.port_or_known_default();
     list.split(|char: char| char == ',' || char.is_whitespace())
         .filter(|entry| !entry.is_empty())
-        .any(|entry| includes_host(entry, host, port))
+        .any(|entry| entry_includes(entry, host, port))
 }
 
-fn includes_host(entry: &str, host: &str, port: Option<u16>) -> bool {
+fn entry_includes(entry: &str, host: &str, port: Option<u16>) -> bool {
     if entry == "*" {
         return true;
     }
@@ -33,15 +33,15 @@ fn includes_host(entry: &str, host: &str, port: Option<u16>) -> bool {
     }
     match entry.rsplit_once(':') {
         Some((entry, of_entry)) if of_entry.parse().ok() == port => {
-            entry == "*" || matches(entry, host)
+            entry == "*" || entry_matches(entry, host)
         }
         // Another port, or an invalid one.
         Some(_) => false,
-        None => matches(entry, host),
+        None => entry_matches(entry, host),
     }
 }
 
-fn matches(entry: &str, host: &str) -> bool {
+fn entry_matches(entry: &str, host: &str) -> bool {
     if let Ok(address) = host.parse::<IpAddr>() {
         return network(entry).is_some_and(|network| network.contains(&address));
     }

@@ -23,7 +23,7 @@ const STREAMS: &str = "parapet_upstream_streams";
 
 /// The operation of a request; a metrics label.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Purpose {
+pub(super) enum Operation {
     Features,
     Stream,
     Validate,
@@ -36,7 +36,7 @@ pub(super) enum Purpose {
     Relay,
 }
 
-impl Purpose {
+impl Operation {
     fn as_str(self) -> &'static str {
         match self {
             Self::Features => "features",
@@ -55,10 +55,10 @@ impl Purpose {
 
 /// The outcome of a request; a metrics label.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Outcome {
+pub(super) enum RequestOutcome {
     Ok,
     NotModified,
-    NotOffered,
+    NotSupported,
     Unauthorized,
     Rejected,
     Throttled,
@@ -68,18 +68,18 @@ pub(super) enum Outcome {
     Timeout,
     Unreachable,
     Interrupted,
-    Unsent,
+    NotSent,
 }
 
-impl Outcome {
+impl RequestOutcome {
     /// Classifies a `result`; `status` is that of the response, if there was one.
-    pub(super) fn of<T>(status: Option<StatusCode>, result: &Result<T, Error>) -> Self {
+    pub(super) fn from_result<T>(status: Option<StatusCode>, result: &Result<T, Error>) -> Self {
         match result {
             Ok(_) if status == Some(StatusCode::NOT_MODIFIED) => Self::NotModified,
             Ok(_) => Self::Ok,
             Err(Error::Unreachable(_)) => Self::Unreachable,
             Err(Error::Interrupted(_)) => Self::Interrupted,
-            Err(Error::Timeout(_) | Error::Silent(_)) => Self::Timeout,
+            Err(Error::Timeout(_) | Error::StreamTimeout(_)) => Self::Timeout,
             Err(Error::Redirect { .. }) => Self::Redirected,
             Err(Error::Status { status, .. }) => match *status {
                 StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Self::Unauthorized,
@@ -87,17 +87,17 @@ impl Outcome {
                 status if status.is_client_error() => Self::Rejected,
                 _ => Self::Failed,
             },
-            Err(Error::Unconditional | Error::TooLarge { .. } | Error::Decode { .. }) => {
+            Err(Error::UnexpectedNotModified | Error::TooLarge { .. } | Error::Decode { .. }) => {
                 Self::Malformed
             }
             Err(
-                Error::Scheme
+                Error::InvalidScheme
                 | Error::File { .. }
                 | Error::Pem { .. }
-                | Error::Identity(_)
-                | Error::Header(_)
+                | Error::ClientCertificate(_)
+                | Error::InvalidHeader(_)
                 | Error::Setup(_),
-            ) => Self::Unsent,
+            ) => Self::NotSent,
         }
     }
 
@@ -105,7 +105,7 @@ impl Outcome {
         match self {
             Self::Ok => "ok",
             Self::NotModified => "not_modified",
-            Self::NotOffered => "not_offered",
+            Self::NotSupported => "not_offered",
             Self::Unauthorized => "unauthorized",
             Self::Rejected => "rejected",
             Self::Throttled => "throttled",
@@ -115,7 +115,7 @@ impl Outcome {
             Self::Timeout => "timeout",
             Self::Unreachable => "unreachable",
             Self::Interrupted => "interrupted",
-            Self::Unsent => "unsent",
+            Self::NotSent => "unsent",
         }
     }
 }
@@ -128,7 +128,7 @@ pub(super) fn describe() {
 }
 
 /// Records a finished request in the metrics.
-pub(super) fn count(purpose: Purpose, outcome: Outcome, took: Duration) {
+pub(super) fn record_request(purpose: Operation, outcome: RequestOutcome, took: Duration) {
     let (purpose, outcome) = (purpose.as_str(), outcome.as_str());
     counter!(REQUESTS, "purpose" => purpose, "outcome" => outcome).increment(1);
     histogram!(DURATION, "purpose" => purpose).record(took);
@@ -149,7 +149,7 @@ pub struct Health {
 
 /// Tracks [`Health`] from the results of requests.
 #[derive(Debug, Default)]
-pub(super) struct Pulse {
+pub(super) struct HealthTracker {
     health: Mutex<Health>,
     outage: Mutex<Outage>,
 }
@@ -159,32 +159,32 @@ pub(super) struct Pulse {
 struct Outage {
     /// The last reason since the last success.
     reason: Option<String>,
-    changes: LogLimiter,
+    change_log_limiter: LogLimiter,
 }
 
 impl Outage {
     /// Records a reason, and logs it if it differs from the previous one. Callers log only the first
     /// error of an outage. Without this, a rejected certificate after a refused connection would never
     /// be logged.
-    fn note(&mut self, reason: &str) {
+    fn record_reason(&mut self, reason: &str) {
         let before = self.reason.replace(reason.to_owned());
-        if before.is_some_and(|before| before != reason) && self.changes.admit().is_some() {
+        if before.is_some_and(|before| before != reason) && self.change_log_limiter.admit().is_some() {
             warn!(error = reason, "Upstream is unreachable for another reason than before");
         }
     }
 }
 
-impl Pulse {
+impl HealthTracker {
     /// Records the result of a request.
-    pub(super) fn feel<T>(&self, result: &Result<T, Error>) {
+    pub(super) fn record<T>(&self, result: &Result<T, Error>) {
         match result {
-            Ok(_) => self.beat(),
-            Err(error) => self.miss(error),
+            Ok(_) => self.record_success(),
+            Err(error) => self.record_failure(error),
         }
     }
 
     /// Records a success or data on a stream.
-    pub(super) fn beat(&self) {
+    pub(super) fn record_success(&self) {
         lock(&self.outage).reason = None;
         let mut health = self.lock();
         health.last_success = Some(Timestamp::now());
@@ -192,27 +192,27 @@ impl Pulse {
     }
 
     /// Records a failure.
-    pub(super) fn miss(&self, error: &Error) {
+    pub(super) fn record_failure(&self, error: &Error) {
         let report = telemetry::error_chain(error);
         if matches!(error, Error::Unreachable(_)) {
-            lock(&self.outage).note(&report);
+            lock(&self.outage).record_reason(&report);
         }
         let mut health = self.lock();
         health.last_error = Some((Timestamp::now(), report));
         match error.fault() {
             Fault::Upstream => health.consecutive_failures += 1,
-            Fault::Credentials | Fault::Ours => health.consecutive_failures = 0,
+            Fault::Credentials | Fault::Local => health.consecutive_failures = 0,
         }
     }
 
     /// Records an opened stream.
-    pub(super) fn opened(&self) {
+    pub(super) fn stream_opened(&self) {
         self.lock().streams += 1;
         gauge!(STREAMS).increment(1);
     }
 
     /// Records a closed stream.
-    pub(super) fn closed(&self) {
+    pub(super) fn stream_closed(&self) {
         self.lock().streams -= 1;
         gauge!(STREAMS).decrement(1);
     }

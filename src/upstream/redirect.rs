@@ -5,7 +5,7 @@
 use reqwest::{Method, Response, StatusCode, Url, header::LOCATION};
 
 /// The longest redirect target shown in an error, in bytes.
-const LONGEST_TARGET: usize = 200;
+const MAX_TARGET_LEN: usize = 200;
 
 /// A redirect, with the method and URL of its request.
 pub(super) struct Redirect {
@@ -18,7 +18,7 @@ pub(super) struct Redirect {
 
 impl Redirect {
     /// The redirect in a response to a request with this method and URL.
-    pub(super) fn of(response: &Response, method: Method, url: Url) -> Self {
+    pub(super) fn from_response(response: &Response, method: Method, url: Url) -> Self {
         let location = response.headers().get(LOCATION).and_then(|it| it.to_str().ok());
         let location = location.and_then(|it| url.join(it).ok());
         Self { status: response.status(), method, url, location }
@@ -30,7 +30,7 @@ impl Redirect {
     ///
     /// Any other target is not followed: the success of a login page, for example, would make a refused
     /// token look accepted.
-    pub(super) fn within(&self, base: &Url) -> Option<Url> {
+    pub(super) fn followable_target(&self, base: &Url) -> Option<Url> {
         let keeps_request = match self.status {
             StatusCode::TEMPORARY_REDIRECT | StatusCode::PERMANENT_REDIRECT => true,
             StatusCode::MOVED_PERMANENTLY | StatusCode::FOUND | StatusCode::SEE_OTHER => {
@@ -39,12 +39,12 @@ impl Redirect {
             _ => false,
         };
         let location = self.location.as_ref().filter(|it| it.origin() == base.origin());
-        let leads_there = |it: &&Url| it.path().ends_with(self.asked(base));
+        let leads_there = |it: &&Url| it.path().ends_with(self.request_path(base));
         location.filter(|_| keeps_request).filter(leads_there).cloned()
     }
 
     /// The request's path relative to `base`.
-    fn asked(&self, base: &Url) -> &str {
+    fn request_path(&self, base: &Url) -> &str {
         let path = self.url.path();
         path.strip_prefix(base.path().trim_end_matches('/')).unwrap_or(path)
     }
@@ -52,10 +52,10 @@ impl Redirect {
     /// The target for an error message, without its query. If it ends with the request's path, that is
     /// removed, which leaves another base URL. The last path segment of the request, which may be a
     /// token, is never shown.
-    pub(super) fn target(&self, base: &Url) -> String {
+    pub(super) fn display_target(&self, base: &Url) -> String {
         let Some(location) = &self.location else { return "an unreadable address".to_owned() };
         let (origin, path) = (location.origin().ascii_serialization(), location.path());
-        let requested = self.asked(base);
+        let requested = self.request_path(base);
         let last = requested.rsplit('/').next().unwrap_or_default();
         let path = match path.strip_suffix(requested) {
             Some(base) => base,
@@ -64,7 +64,7 @@ impl Redirect {
         };
         let mut target = origin + path;
         // Truncating cannot panic: URLs are ASCII.
-        target.truncate(LONGEST_TARGET);
+        target.truncate(MAX_TARGET_LEN);
         target
     }
 }

@@ -17,26 +17,26 @@ use super::connect::Config;
 
 /// A received request.
 #[derive(Clone, Debug)]
-pub(crate) struct Seen {
+pub(crate) struct ReceivedRequest {
     pub(crate) line: String,
     pub(crate) headers: HeaderMap,
     pub(crate) body: String,
 }
 
 /// Status, headers and body of a response.
-pub(crate) type Reply = (u16, &'static [(&'static str, &'static str)], String);
+pub(crate) type ScriptedReply = (u16, &'static [(&'static str, &'static str)], String);
 
 /// A running server. It stops on drop.
-pub(crate) struct Scripted {
+pub(crate) struct ScriptedServer {
     address: SocketAddr,
-    received: Arc<Mutex<Vec<Seen>>>,
+    received: Arc<Mutex<Vec<ReceivedRequest>>>,
     task: AbortHandle,
 }
 
-impl Scripted {
+impl ScriptedServer {
     /// Starts a server that responds to every request with the result of `script`.
     pub(crate) async fn start(
-        script: impl Fn(&Seen) -> Reply + Clone + Send + Sync + 'static,
+        script: impl Fn(&ReceivedRequest) -> ScriptedReply + Clone + Send + Sync + 'static,
     ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("an address");
@@ -68,13 +68,13 @@ impl Scripted {
     }
 
     /// The requests received so far.
-    pub(crate) fn seen(&self) -> Vec<Seen> {
+    pub(crate) fn received_requests(&self) -> Vec<ReceivedRequest> {
         self.received.lock().expect("log").clone()
     }
 
     /// The number of requests whose request line starts with `line`.
     pub(crate) fn count(&self, line: &str) -> usize {
-        self.seen().iter().filter(|it| it.line.starts_with(line)).count()
+        self.received_requests().iter().filter(|it| it.line.starts_with(line)).count()
     }
 
     /// A configuration for this server.
@@ -83,7 +83,7 @@ impl Scripted {
     }
 }
 
-impl Drop for Scripted {
+impl Drop for ScriptedServer {
     fn drop(&mut self) {
         self.task.abort();
     }
@@ -99,7 +99,7 @@ pub(crate) fn config(url: &str) -> Config {
         connect_timeout: Duration::from_secs(30),
         keepalive: Duration::from_secs(15),
         certificate_file: None,
-        identity: None,
+        client_certificate: None,
         skip_certificate_verification: false,
         no_proxy: String::new(),
         app_name: "parapet".to_owned(),
@@ -107,11 +107,11 @@ pub(crate) fn config(url: &str) -> Config {
     }
 }
 
-async fn read(request: Request<Incoming>) -> Result<Seen, hyper::Error> {
+async fn read(request: Request<Incoming>) -> Result<ReceivedRequest, hyper::Error> {
     let line = format!("{} {}", request.method(), request.uri());
     let headers = request.headers().clone();
     let body = request.into_body().collect().await?.to_bytes();
-    Ok(Seen { line, headers, body: String::from_utf8_lossy(&body).into_owned() })
+    Ok(ReceivedRequest { line, headers, body: String::from_utf8_lossy(&body).into_owned() })
 }
 
 /// Maps `~` to a non-ASCII byte, so that a script can put one into a header.

@@ -11,28 +11,28 @@ use zeroize::Zeroizing;
 
 use crate::token::{Environment, Token};
 
-const NONCE: usize = 24;
-const INFO: &[u8] = b"parapet: seal of an upstream credential, 1";
+const NONCE_LEN: usize = 24;
+const KEY_DERIVATION_INFO: &[u8] = b"parapet: seal of an upstream credential, 1";
 
 /// Encrypts and decrypts the tokens of one fleet.
-pub(super) struct Seal {
+pub(super) struct TokenCipher {
     key: Zeroizing<[u8; 32]>,
     fleet: String,
 }
 
-impl Seal {
+impl TokenCipher {
     /// A cipher for `fleet`. Decryption needs the same admin token.
     pub(super) fn new(admin: &Token, fleet: &str) -> Self {
-        Self { key: admin.derive_key(INFO), fleet: fleet.to_owned() }
+        Self { key: admin.derive_key(KEY_DERIVATION_INFO), fleet: fleet.to_owned() }
     }
 
     /// Encrypts `token`, bound to `environment` and the fleet. Returns nonce and ciphertext.
-    pub(super) fn close(&self, environment: &Environment, token: &Token) -> Vec<u8> {
-        let nonce: [u8; NONCE] = rand::random();
+    pub(super) fn encrypt(&self, environment: &Environment, token: &Token) -> Vec<u8> {
+        let nonce: [u8; NONCE_LEN] = rand::random();
         let aad = self.associated_data(environment);
         let payload = Payload { msg: token.expose().as_bytes(), aad: aad.as_bytes() };
         let text = self
-            .cipher()
+            .aead()
             .encrypt(&XNonce::from(nonce), payload)
             .expect("a token is far below the cipher's limit");
         [&nonce[..], &text].concat()
@@ -40,16 +40,16 @@ impl Seal {
 
     /// Decrypts a token; `None` if it was encrypted for another admin token, environment or fleet, or if
     /// it was altered.
-    pub(super) fn open(&self, environment: &Environment, sealed: &[u8]) -> Option<Token> {
-        let (nonce, text) = sealed.split_first_chunk::<NONCE>()?;
+    pub(super) fn decrypt(&self, environment: &Environment, sealed: &[u8]) -> Option<Token> {
+        let (nonce, text) = sealed.split_first_chunk::<NONCE_LEN>()?;
         let aad = self.associated_data(environment);
         let payload = Payload { msg: text, aad: aad.as_bytes() };
-        let plain = self.cipher().decrypt(&XNonce::from(*nonce), payload).ok()?;
+        let plain = self.aead().decrypt(&XNonce::from(*nonce), payload).ok()?;
         let plain = Zeroizing::new(plain);
         Token::parse(str::from_utf8(&plain).ok()?).ok()
     }
 
-    fn cipher(&self) -> XChaCha20Poly1305 {
+    fn aead(&self) -> XChaCha20Poly1305 {
         XChaCha20Poly1305::new((&*self.key).into())
     }
 
@@ -60,7 +60,7 @@ impl Seal {
     }
 }
 
-impl fmt::Debug for Seal {
+impl fmt::Debug for TokenCipher {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TokenCipher").field("fleet", &self.fleet).finish_non_exhaustive()
     }
@@ -78,25 +78,25 @@ mod tests {
     fn token_is_decrypted_only_with_same_admin_token_environment_and_fleet() {
         let (dev, prod) = (Environment::new("dev"), Environment::new("prod"));
         let secret = token("*:dev.964a287e1b728cb5f4f3e012");
-        let seal = Seal::new(&token("*:*.admin"), "main");
-        let sealed = seal.close(&dev, &secret);
-        assert_eq!(seal.open(&dev, &sealed), Some(secret.clone()));
-        assert_eq!(seal.open(&prod, &sealed), None);
-        assert_eq!(Seal::new(&token("*:*.other"), "main").open(&dev, &sealed), None);
-        assert_eq!(Seal::new(&token("*:*.admin"), "other").open(&dev, &sealed), None);
-        assert_ne!(seal.close(&dev, &secret), sealed);
+        let seal = TokenCipher::new(&token("*:*.admin"), "main");
+        let sealed = seal.encrypt(&dev, &secret);
+        assert_eq!(seal.decrypt(&dev, &sealed), Some(secret.clone()));
+        assert_eq!(seal.decrypt(&prod, &sealed), None);
+        assert_eq!(TokenCipher::new(&token("*:*.other"), "main").decrypt(&dev, &sealed), None);
+        assert_eq!(TokenCipher::new(&token("*:*.admin"), "other").decrypt(&dev, &sealed), None);
+        assert_ne!(seal.encrypt(&dev, &secret), sealed);
     }
 
     #[test]
     fn altered_or_truncated_ciphertext_is_rejected() {
         let dev = Environment::new("dev");
-        let seal = Seal::new(&token("*:*.admin"), "main");
-        let sealed = seal.close(&dev, &token("*:dev.964a287e1b728cb5f4f3e012"));
+        let seal = TokenCipher::new(&token("*:*.admin"), "main");
+        let sealed = seal.encrypt(&dev, &token("*:dev.964a287e1b728cb5f4f3e012"));
         for at in 0..sealed.len() {
             let mut altered = sealed.clone();
             altered[at] ^= 1;
-            assert_eq!(seal.open(&dev, &altered), None);
-            assert_eq!(seal.open(&dev, &sealed[..at]), None);
+            assert_eq!(seal.decrypt(&dev, &altered), None);
+            assert_eq!(seal.decrypt(&dev, &sealed[..at]), None);
         }
     }
 }

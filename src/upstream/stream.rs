@@ -9,31 +9,31 @@ use futures_util::FutureExt as _;
 use reqwest::Response;
 use tokio::time::{Instant, timeout_at};
 
-use super::{error::Error, outcome::Pulse};
+use super::{error::Error, outcome::HealthTracker};
 use crate::wire::sse::{Decoder, Event, EventTooLong};
 
 /// A stream without data for this long is dead: servers send a comment every 30 s.
-const SILENCE: Duration = Duration::from_secs(90);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// The largest number of buffered bytes read before their events are returned.
-const AT_ONCE: usize = 1 << 20;
+const MAX_READ_AHEAD: usize = 1 << 20;
 
 /// An open event stream. Dropping it closes the connection.
-pub struct Stream {
+pub struct SseStream {
     response: Response,
     decoder: Decoder,
     /// When data last arrived.
-    heard: Instant,
+    last_activity: Instant,
     /// The end of the stream, to be returned by the next call.
-    end: Option<Result<(), Error>>,
-    open: Open,
+    pending_end: Option<Result<(), Error>>,
+    open_guard: OpenStreamGuard,
 }
 
-impl Stream {
+impl SseStream {
     /// Reads events of up to `limit` bytes from a response whose head has been read.
-    pub(super) fn new(response: Response, limit: usize, pulse: &Arc<Pulse>) -> Self {
+    pub(super) fn new(response: Response, limit: usize, pulse: &Arc<HealthTracker>) -> Self {
         let (decoder, last_activity) = (Decoder::new(limit), Instant::now());
-        Self { response, decoder, heard: last_activity, end: None, open: Open::new(pulse) }
+        Self { response, decoder, last_activity, pending_end: None, open_guard: OpenStreamGuard::new(pulse) }
     }
 
     /// Waits for data and returns all events that are complete by then; none if only a comment arrived.
@@ -41,40 +41,40 @@ impl Stream {
     ///
     /// # Errors
     /// If the stream breaks, an event is too large, or no data arrives for 90 s. The stream then ends.
-    pub async fn next(&mut self) -> Result<Option<Vec<Event>>, Error> {
-        if let Some(end) = self.end.take() {
+    pub async fn next_events(&mut self) -> Result<Option<Vec<Event>>, Error> {
+        if let Some(end) = self.pending_end.take() {
             return end.map(|()| None);
         }
-        let chunk = match timeout_at(self.heard + SILENCE, self.response.chunk()).await {
-            Ok(chunk) => chunk.map_err(Error::transport),
-            Err(_) => Err(Error::Silent(SILENCE)),
+        let chunk = match timeout_at(self.last_activity + IDLE_TIMEOUT, self.response.chunk()).await {
+            Ok(chunk) => chunk.map_err(Error::from_transport),
+            Err(_) => Err(Error::StreamTimeout(IDLE_TIMEOUT)),
         };
         // No await below this line: a dropped future must lose no event.
         let mut bytes = match chunk {
             Ok(Some(bytes)) => bytes,
             Ok(None) => return Ok(None),
-            Err(error) => return Err(self.missed(error)),
+            Err(error) => return Err(self.record_failure(error)),
         };
-        self.heard = Instant::now();
-        self.open.0.beat();
+        self.last_activity = Instant::now();
+        self.open_guard.0.record_success();
         let (mut events, mut size) = (Vec::new(), 0);
         loop {
             size += bytes.len();
             if let Err(EventTooLong(limit)) = self.decoder.decode(&bytes, |event| events.push(event)) {
-                self.end = Some(Err(self.missed(Error::TooLarge { limit })));
+                self.pending_end = Some(Err(self.record_failure(Error::TooLarge { limit })));
                 break;
             }
-            if size > AT_ONCE {
+            if size > MAX_READ_AHEAD {
                 break;
             }
             match self.response.chunk().now_or_never() {
                 Some(Ok(Some(more))) => bytes = more,
                 Some(Ok(None)) => {
-                    self.end = Some(Ok(()));
+                    self.pending_end = Some(Ok(()));
                     break;
                 }
                 Some(Err(error)) => {
-                    self.end = Some(Err(self.missed(Error::transport(error))));
+                    self.pending_end = Some(Err(self.record_failure(Error::from_transport(error))));
                     break;
                 }
                 None => break,
@@ -84,37 +84,37 @@ impl Stream {
     }
 
     /// The reconnect delay that upstream sent (`retry:`), if any.
-    pub fn retry(&self) -> Option<Duration> {
+    pub fn retry_delay(&self) -> Option<Duration> {
         self.decoder.retry_delay()
     }
 
     /// Records a failure in upstream's health.
-    fn missed(&self, error: Error) -> Error {
-        self.open.0.miss(&error);
+    fn record_failure(&self, error: Error) -> Error {
+        self.open_guard.0.record_failure(&error);
         error
     }
 }
 
-impl fmt::Debug for Stream {
+impl fmt::Debug for SseStream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Omits the response: its URL may contain a password.
-        f.debug_struct("SseStream").field("last_activity", &self.heard).finish_non_exhaustive()
+        f.debug_struct("SseStream").field("last_activity", &self.last_activity).finish_non_exhaustive()
     }
 }
 
 /// Counts the stream as open until dropped.
-struct Open(Arc<Pulse>);
+struct OpenStreamGuard(Arc<HealthTracker>);
 
-impl Open {
-    fn new(pulse: &Arc<Pulse>) -> Self {
-        pulse.opened();
+impl OpenStreamGuard {
+    fn new(pulse: &Arc<HealthTracker>) -> Self {
+        pulse.stream_opened();
         Self(Arc::clone(pulse))
     }
 }
 
-impl Drop for Open {
+impl Drop for OpenStreamGuard {
     fn drop(&mut self) {
-        self.0.closed();
+        self.0.stream_closed();
     }
 }
 
@@ -135,48 +135,48 @@ mod tests {
     const UPDATED: &str = "event: b\nid: 2\ndata: y\n\n";
 
     /// The server's end of a stream.
-    type Teller = mpsc::UnboundedSender<io::Result<String>>;
+    type EventSender = mpsc::UnboundedSender<io::Result<String>>;
 
     /// A stream with events of up to 100 bytes, and the server's end of it.
-    fn open(pulse: &Arc<Pulse>) -> (Teller, Stream) {
+    fn open_stream(pulse: &Arc<HealthTracker>) -> (EventSender, SseStream) {
         let (teller, mut receiver) = mpsc::unbounded_channel::<io::Result<String>>();
         let frames = stream::poll_fn(move |context| {
             let chunk = receiver.poll_recv(context);
             chunk.map(|it| it.map(|it| it.map(|text| Frame::data(Bytes::from(text)))))
         });
         let response = hyper::Response::new(Body::wrap(StreamBody::new(frames)));
-        (teller, Stream::new(response.into(), 100, pulse))
+        (teller, SseStream::new(response.into(), 100, pulse))
     }
 
-    fn tell(teller: &Teller, text: &str) {
+    fn send(teller: &EventSender, text: &str) {
         teller.send(Ok(text.to_owned())).unwrap();
     }
 
     /// The names of the next events; `None` at the end.
-    async fn next(stream: &mut Stream) -> Option<Vec<String>> {
-        let events = stream.next().await.unwrap();
+    async fn next_names(stream: &mut SseStream) -> Option<Vec<String>> {
+        let events = stream.next_events().await.unwrap();
         events.map(|events| events.into_iter().map(|event| event.name).collect())
     }
 
     #[tokio::test(start_paused = true)]
     async fn stream_times_out_after_90_s_without_data() {
         let pulse = Arc::default();
-        let (teller, mut stream) = open(&pulse);
+        let (teller, mut stream) = open_stream(&pulse);
         let begin = Instant::now();
         let server = async {
             for text in [":\n", CONNECTED, "e", ": keep-alive\n\n"] {
                 tokio::time::sleep(Duration::from_secs(89)).await;
-                tell(&teller, text);
+                send(&teller, text);
             }
         };
         let client = async {
             for names in [vec![], vec!["a"], vec![], vec![]] {
-                assert_eq!(next(&mut stream).await.unwrap(), names);
+                assert_eq!(next_names(&mut stream).await.unwrap(), names);
             }
         };
         tokio::join!(server, client);
-        let error = stream.next().await.expect_err("silence");
-        assert!(matches!(error, Error::Silent(SILENCE)), "{error:?}");
+        let error = stream.next_events().await.expect_err("silence");
+        assert!(matches!(error, Error::StreamTimeout(IDLE_TIMEOUT)), "{error:?}");
         assert_eq!(begin.elapsed().as_secs(), 4 * 89 + 90);
         let health = pulse.health();
         assert_eq!((health.streams, health.consecutive_failures), (1, 1));
@@ -188,39 +188,39 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn buffered_events_are_returned_together_and_before_the_end() {
-        let (teller, mut stream) = open(&Arc::default());
-        assert_eq!(stream.next().now_or_never().map(|_| ()), None, "nothing is there");
+        let (teller, mut stream) = open_stream(&Arc::default());
+        assert_eq!(stream.next_events().now_or_never().map(|_| ()), None, "nothing is there");
         let (half, rest) = CONNECTED.split_at(11);
-        tell(&teller, half);
-        assert_eq!(next(&mut stream).await.unwrap(), [""; 0]);
+        send(&teller, half);
+        assert_eq!(next_names(&mut stream).await.unwrap(), [""; 0]);
         for text in [rest, UPDATED, "retry: 700\n\n", UPDATED] {
-            tell(&teller, text);
+            send(&teller, text);
         }
-        assert_eq!(next(&mut stream).await.unwrap(), ["a", "b", "b"]);
-        assert_eq!(stream.retry(), Some(Duration::from_millis(700)));
-        tell(&teller, UPDATED);
+        assert_eq!(next_names(&mut stream).await.unwrap(), ["a", "b", "b"]);
+        assert_eq!(stream.retry_delay(), Some(Duration::from_millis(700)));
+        send(&teller, UPDATED);
         drop(teller);
-        assert_eq!(next(&mut stream).await.unwrap(), ["b"]);
+        assert_eq!(next_names(&mut stream).await.unwrap(), ["b"]);
         for _ in 0..2 {
-            assert_eq!(next(&mut stream).await, None);
+            assert_eq!(next_names(&mut stream).await, None);
         }
     }
 
     #[tokio::test(start_paused = true)]
     async fn broken_stream_or_too_large_event_fails_after_earlier_events() {
         let pulse = Arc::default();
-        let (teller, mut stream) = open(&pulse);
-        tell(&teller, CONNECTED);
+        let (teller, mut stream) = open_stream(&pulse);
+        send(&teller, CONNECTED);
         teller.send(Err(io::ErrorKind::ConnectionReset.into())).unwrap();
-        assert_eq!(next(&mut stream).await.unwrap(), ["a"]);
-        let error = stream.next().await.expect_err("a break");
+        assert_eq!(next_names(&mut stream).await.unwrap(), ["a"]);
+        let error = stream.next_events().await.expect_err("a break");
         assert!(matches!(error, Error::Interrupted(_)), "{error:?}");
 
-        let (teller, mut stream) = open(&pulse);
-        tell(&teller, CONNECTED);
-        tell(&teller, &"x".repeat(101));
-        assert_eq!(next(&mut stream).await.unwrap(), ["a"]);
-        let error = stream.next().await.expect_err("too much");
+        let (teller, mut stream) = open_stream(&pulse);
+        send(&teller, CONNECTED);
+        send(&teller, &"x".repeat(101));
+        assert_eq!(next_names(&mut stream).await.unwrap(), ["a"]);
+        let error = stream.next_events().await.expect_err("too much");
         assert!(matches!(error, Error::TooLarge { limit: 100 }), "{error:?}");
         assert_eq!(pulse.health().consecutive_failures, 1);
     }

@@ -25,7 +25,7 @@ use super::{
 use crate::{
     telemetry::error_chain,
     token::{Environment, Token, TokenKind},
-    upstream::{Access, Credentials, Error, Retry, Upstream},
+    upstream::{TokenAccess, Credentials, Error, Retry, Upstream},
 };
 
 /// Interval between warnings for environments in which only usage is rejected.
@@ -182,8 +182,8 @@ async fn replace(
     environment: &Environment,
     token: &Token,
 ) -> Option<Token> {
-    match upstream.admits(token, TokenKind::Client).await {
-        Ok(Access::Granted) => {
+    match upstream.probe_access(token, TokenKind::Client).await {
+        Ok(TokenAccess::Granted) => {
             if refusals.refused(environment, Instant::now()) {
                 warn!(
                     %environment,
@@ -194,12 +194,12 @@ async fn replace(
             }
             return None;
         }
-        Ok(Access::Forbidden | Access::Unknown) => {}
+        Ok(TokenAccess::Forbidden | TokenAccess::Unauthorized) => {}
         // The token's validity is unknown.
         Err(_) => return None,
     }
     // Even if this fails, another token may be available now.
-    let _ = credentials.replace(environment, &token.digest()).await;
+    let _ = credentials.replace_refused(environment, &token.digest()).await;
     credentials.usage_token(environment).filter(|other| other != token)
 }
 

@@ -28,7 +28,7 @@ use crate::{
     upstream::scripted::config,
 };
 
-const PATIENCE: Duration = Duration::from_mins(2);
+const TIMEOUT: Duration = Duration::from_mins(2);
 
 /// Longer than any test.
 const LONG: Duration = Duration::from_hours(1);
@@ -37,35 +37,35 @@ const ONE: &str = "[]:dev.one-0123456789abcdef0123456789abcdef";
 const TWO: &str = "[]:dev.two-0123456789abcdef0123456789abcdef";
 
 /// A flag that only the first event of each token's stream contains.
-const STREAMED: [(&str, &str); 2] = [(ONE, "p1/streamed-1"), (TWO, "p2/streamed-2")];
+const STREAM_ONLY_FLAGS: [(&str, &str); 2] = [(ONE, "p1/streamed-1"), (TWO, "p2/streamed-2")];
 
-struct State {
+struct UpstreamState {
     /// The flags that each token sees, as `project/name`.
-    shown: BTreeMap<&'static str, Vec<&'static str>>,
+    visible_flags: BTreeMap<&'static str, Vec<&'static str>>,
     /// The tokens that get no stream.
-    crowded: BTreeSet<&'static str>,
-    open: BTreeMap<String, mpsc::UnboundedSender<String>>,
+    throttled: BTreeSet<&'static str>,
+    open_streams: BTreeMap<String, mpsc::UnboundedSender<String>>,
 }
 
 type Body = UnsyncBoxBody<Bytes, Infallible>;
 
 /// An [`EnvironmentSync`] against the fake upstream. Both stop on drop.
-struct Bed {
-    state: Arc<Mutex<State>>,
+struct Fixture {
+    state: Arc<Mutex<UpstreamState>>,
     snapshots: Snapshots,
     poll_request: watch::Sender<()>,
     tasks: [AbortHandle; 2],
 }
 
-impl Bed {
+impl Fixture {
     /// The first token sees project p1 with flags `moving` and `kept`, the second p2; both see `shared`.
     /// `crowded` tokens get no stream.
     async fn start(crowded: &[&'static str], held_for: Duration) -> Self {
         let shown = [(ONE, vec!["p1/moving", "p1/kept"]), (TWO, vec!["p2/other"])];
-        let state = State {
-            shown: shown.into(),
-            crowded: crowded.iter().copied().collect(),
-            open: BTreeMap::new(),
+        let state = UpstreamState {
+            visible_flags: shown.into(),
+            throttled: crowded.iter().copied().collect(),
+            open_streams: BTreeMap::new(),
         };
         let state = Arc::new(Mutex::new(state));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -75,7 +75,7 @@ impl Bed {
             while let Ok((stream, _)) = listener.accept().await {
                 let state = Arc::clone(&shared);
                 let service = service_fn(move |request| {
-                    let answer = answer(&mut state.lock().unwrap(), &request);
+                    let answer = respond(&mut state.lock().unwrap(), &request);
                     async { Ok::<_, Infallible>(answer) }
                 });
                 tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
@@ -91,51 +91,51 @@ impl Bed {
             assert!(credentials.offer(&Token::parse(token).unwrap(), &grant));
         }
         let snapshots = Snapshots::default();
-        let dependencies = Means {
-            config: Config { interval: LONG, mode: Mode::Auto },
+        let dependencies = Dependencies {
+            config: Config { interval: LONG, mode: UpstreamMode::Auto },
             upstream: Upstream::new(config(&url)).unwrap(),
             credentials,
             snapshots: snapshots.clone(),
             saver: BackgroundWriter::new(Store::memory()),
         };
-        let mut environment_sync = Followed::new(environment, dependencies);
-        environment_sync.held_for = held_for;
+        let mut environment_sync = EnvironmentSync::new(environment, dependencies);
+        environment_sync.removal_grace = held_for;
         let (poll_request, poll_requested) = watch::channel(());
         let edge = tokio::spawn(environment_sync.run(poll_requested));
         let tasks = [server.abort_handle(), edge.abort_handle()];
         let fixture = Self { state, snapshots, poll_request, tasks };
-        fixture.until(&["p1/kept", "p1/moving", "p2/other"], &[]).await;
+        fixture.wait_for_flags(&["p1/kept", "p1/moving", "p2/other"], &[]).await;
         // Only the stream contains this flag: once it is served, the stream is synced.
-        for (token, streamed) in STREAMED {
+        for (token, streamed) in STREAM_ONLY_FLAGS {
             if !crowded.contains(&token) {
-                fixture.until(&[streamed], &[]).await;
+                fixture.wait_for_flags(&[streamed], &[]).await;
             }
         }
         fixture
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, UpstreamState> {
         self.state.lock().unwrap()
     }
 
     /// Changes the flags that a token sees without sending an event.
-    fn show(&self, token: &'static str, flags: &[&'static str]) {
-        self.state().shown.insert(token, flags.to_vec());
+    fn set_flags(&self, token: &'static str, flags: &[&'static str]) {
+        self.state().visible_flags.insert(token, flags.to_vec());
     }
 
     /// Changes the flags that a token sees and sends them on its stream.
-    fn tell(&self, token: &'static str, flags: &[&'static str]) {
-        self.show(token, flags);
-        self.state().open[token].send(whole("unleash-updated", flags)).unwrap();
+    fn push(&self, token: &'static str, flags: &[&'static str]) {
+        self.set_flags(token, flags);
+        self.state().open_streams[token].send(hydration_event("unleash-updated", flags)).unwrap();
     }
 
     /// Waits until `flags` are served; panics if a flag of `always` is missing meanwhile.
-    async fn until(&self, flags: &[&str], always: &[&str]) {
+    async fn wait_for_flags(&self, flags: &[&str], always: &[&str]) {
         let mut swaps = self.snapshots.subscribe();
         let mut arrived = async || {
             loop {
                 swaps.borrow_and_update();
-                let served = self.served();
+                let served = self.served_flags();
                 let names: Vec<_> = served.iter().filter_map(|it| it.split('/').nth(1)).collect();
                 if !served.is_empty() {
                     assert!(always.iter().all(|name| names.contains(name)), "{served:?}");
@@ -146,25 +146,25 @@ impl Bed {
                 swaps.changed().await.unwrap();
             }
         };
-        timeout(PATIENCE, arrived()).await.unwrap_or_else(|_| panic!("{:?}", self.served()));
+        timeout(TIMEOUT, arrived()).await.unwrap_or_else(|_| panic!("{:?}", self.served_flags()));
     }
 
-    fn served(&self) -> Vec<String> {
+    fn served_flags(&self) -> Vec<String> {
         let snapshot = self.snapshots.load(&Environment::new("dev"));
         let flags = snapshot.iter().flat_map(|it| it.document().features());
         flags.map(|it| format!("{}/{}", it.project(), it.name())).collect()
     }
 }
 
-impl Drop for Bed {
+impl Drop for Fixture {
     fn drop(&mut self) {
         self.tasks.iter().for_each(AbortHandle::abort);
     }
 }
 
-fn answer(state: &mut State, request: &Request<Incoming>) -> Response<Body> {
+fn respond(state: &mut UpstreamState, request: &Request<Incoming>) -> Response<Body> {
     let token = request.headers()[AUTHORIZATION].to_str().unwrap();
-    let shown = state.shown[token].clone();
+    let shown = state.visible_flags[token].clone();
     let reply = |status, kind, body: Body| {
         let reply = Response::builder().status(status).header("content-type", kind);
         reply.header("retry-after", "3600").body(body).unwrap()
@@ -172,18 +172,18 @@ fn answer(state: &mut State, request: &Request<Incoming>) -> Response<Body> {
     let text = |text: String| Full::from(text).boxed_unsync();
     match request.uri().path() {
         "/api/client/features" => {
-            let flags = json!({ "version": 2, "features": features(&shown) });
+            let flags = json!({ "version": 2, "features": features_json(&shown) });
             reply(StatusCode::OK, "application/json", text(flags.to_string()))
         }
-        "/api/client/streaming" if state.crowded.contains(token) => {
+        "/api/client/streaming" if state.throttled.contains(token) => {
             reply(StatusCode::TOO_MANY_REQUESTS, "text/plain", text(String::new()))
         }
         "/api/client/streaming" => {
             let (sender, receiver) = mpsc::unbounded_channel();
-            let streamed = STREAMED.iter().filter(|it| it.0 == token).map(|it| it.1);
+            let streamed = STREAM_ONLY_FLAGS.iter().filter(|it| it.0 == token).map(|it| it.1);
             let first: Vec<_> = shown.into_iter().chain(streamed).collect();
-            sender.send(whole("unleash-connected", &first)).unwrap();
-            state.open.insert(token.to_owned(), sender);
+            sender.send(hydration_event("unleash-connected", &first)).unwrap();
+            state.open_streams.insert(token.to_owned(), sender);
             let chunks = stream::unfold(receiver, async |mut receiver| {
                 let chunk: String = receiver.recv().await?;
                 Some((Ok(Frame::data(Bytes::from(chunk))), receiver))
@@ -194,7 +194,7 @@ fn answer(state: &mut State, request: &Request<Incoming>) -> Response<Body> {
     }
 }
 
-fn features(flags: &[&str]) -> Vec<Value> {
+fn features_json(flags: &[&str]) -> Vec<Value> {
     let feature = |flag: &&str| {
         let (project, name) = flag.split_once('/').unwrap();
         json!({ "name": name, "project": project, "enabled": true, "strategies": [] })
@@ -203,74 +203,74 @@ fn features(flags: &[&str]) -> Vec<Value> {
 }
 
 /// An event with all flags.
-fn whole(name: &str, flags: &[&str]) -> String {
-    let features = features(flags);
+fn hydration_event(name: &str, flags: &[&str]) -> String {
+    let features = features_json(flags);
     let hydration = json!({ "type": "hydration", "eventId": 7, "features": features });
     format!("event: {name}\nid: 7\ndata: {}\n\n", json!({ "events": [hydration] }))
 }
 
 #[tokio::test]
 async fn flag_that_moves_between_streaming_tokens_is_never_missing() {
-    let fixture = Bed::start(&[], LONG).await;
+    let fixture = Fixture::start(&[], LONG).await;
     // The marker flag `sign` shows that its event has been published.
-    fixture.tell(ONE, &["p1/kept", "p1/sign"]);
-    fixture.until(&["p1/sign"], &["moving"]).await;
-    fixture.tell(TWO, &["p2/other", "p2/moving"]);
-    fixture.until(&["p2/moving"], &["moving"]).await;
+    fixture.push(ONE, &["p1/kept", "p1/sign"]);
+    fixture.wait_for_flags(&["p1/sign"], &["moving"]).await;
+    fixture.push(TWO, &["p2/other", "p2/moving"]);
+    fixture.wait_for_flags(&["p2/moving"], &["moving"]).await;
     // And back.
-    fixture.tell(TWO, &["p2/other", "p2/sign-2"]);
-    fixture.until(&["p2/sign-2"], &["moving"]).await;
-    fixture.tell(ONE, &["p1/kept", "p1/moving"]);
-    fixture.until(&["p1/moving"], &["moving"]).await;
+    fixture.push(TWO, &["p2/other", "p2/sign-2"]);
+    fixture.wait_for_flags(&["p2/sign-2"], &["moving"]).await;
+    fixture.push(ONE, &["p1/kept", "p1/moving"]);
+    fixture.wait_for_flags(&["p1/moving"], &["moving"]).await;
 }
 
 #[tokio::test]
 async fn token_without_stream_is_polled_at_once_when_a_flag_may_have_moved_to_it() {
-    let fixture = Bed::start(&[TWO], LONG).await;
-    fixture.show(TWO, &["p2/other", "p2/moving"]);
-    fixture.tell(ONE, &["p1/kept"]);
-    fixture.until(&["p2/moving"], &["moving"]).await;
+    let fixture = Fixture::start(&[TWO], LONG).await;
+    fixture.set_flags(TWO, &["p2/other", "p2/moving"]);
+    fixture.push(ONE, &["p1/kept"]);
+    fixture.wait_for_flags(&["p2/moving"], &["moving"]).await;
 }
 
 #[tokio::test]
 async fn removal_seen_by_poll_waits_for_streaming_tokens() {
-    let fixture = Bed::start(&[ONE], LONG).await;
-    fixture.show(ONE, &["p1/kept", "p1/sign"]);
+    let fixture = Fixture::start(&[ONE], LONG).await;
+    fixture.set_flags(ONE, &["p1/kept", "p1/sign"]);
     fixture.poll_request.send_replace(());
-    fixture.until(&["p1/sign"], &["moving"]).await;
-    fixture.tell(TWO, &["p2/other", "p2/moving"]);
-    fixture.until(&["p2/moving"], &["moving"]).await;
+    fixture.wait_for_flags(&["p1/sign"], &["moving"]).await;
+    fixture.push(TWO, &["p2/other", "p2/moving"]);
+    fixture.wait_for_flags(&["p2/moving"], &["moving"]).await;
 }
 
 #[tokio::test]
 async fn flag_that_no_token_reports_is_removed_after_grace_period() {
-    let fixture = Bed::start(&[], Duration::from_millis(20)).await;
-    fixture.tell(ONE, &["p1/kept"]);
+    let fixture = Fixture::start(&[], Duration::from_millis(20)).await;
+    fixture.push(ONE, &["p1/kept"]);
     let mut swaps = fixture.snapshots.subscribe();
     let mut gone = async || {
-        while fixture.served() != ["p1/kept", "p2/other", "p2/streamed-2"] {
+        while fixture.served_flags() != ["p1/kept", "p2/other", "p2/streamed-2"] {
             swaps.changed().await.unwrap();
         }
     };
-    timeout(PATIENCE, gone()).await.unwrap_or_else(|_| panic!("{:?}", fixture.served()));
+    timeout(TIMEOUT, gone()).await.unwrap_or_else(|_| panic!("{:?}", fixture.served_flags()));
 }
 
 #[tokio::test]
 async fn older_state_of_a_shared_project_is_not_served_again_while_a_stream_lags() {
-    let fixture = Bed::start(&[], Duration::from_millis(20)).await;
-    fixture.tell(ONE, &["p1/kept", "shared/old"]);
-    fixture.until(&["shared/old"], &[]).await;
-    fixture.tell(TWO, &["p2/sign", "shared/old"]);
-    fixture.until(&["p2/sign"], &[]).await;
-    fixture.tell(ONE, &["p1/kept", "shared/new"]);
-    fixture.until(&["shared/new"], &[]).await;
+    let fixture = Fixture::start(&[], Duration::from_millis(20)).await;
+    fixture.push(ONE, &["p1/kept", "shared/old"]);
+    fixture.wait_for_flags(&["shared/old"], &[]).await;
+    fixture.push(TWO, &["p2/sign", "shared/old"]);
+    fixture.wait_for_flags(&["p2/sign"], &[]).await;
+    fixture.push(ONE, &["p1/kept", "shared/new"]);
+    fixture.wait_for_flags(&["shared/new"], &[]).await;
     // The other stream lags behind this change.
     for sign in ["p2/sign-2", "p2/sign-3"] {
-        fixture.tell(TWO, &[sign, "shared/old"]);
-        fixture.until(&[sign], &["new"]).await;
+        fixture.push(TWO, &[sign, "shared/old"]);
+        fixture.wait_for_flags(&[sign], &["new"]).await;
     }
-    fixture.tell(TWO, &["p2/sign-4", "shared/new"]);
-    fixture.until(&["p2/sign-4"], &["new"]).await;
-    fixture.tell(TWO, &["p2/sign-4", "shared/newest"]);
-    fixture.until(&["shared/newest"], &[]).await;
+    fixture.push(TWO, &["p2/sign-4", "shared/new"]);
+    fixture.wait_for_flags(&["p2/sign-4"], &["new"]).await;
+    fixture.push(TWO, &["p2/sign-4", "shared/newest"]);
+    fixture.wait_for_flags(&["shared/newest"], &[]).await;
 }
