@@ -27,8 +27,8 @@ use tracing::{error, info, warn};
 
 pub use self::plan::Error;
 use self::{
-    admin_token::Rotation, banner::Bound, descriptors::Wanted, keep::Keeper, listen::Sockets,
-    plan::Plan, reload::Reload, tasks::Tasks,
+    admin_token::AdminTokenWatcher, banner::ListenerAddress, descriptors::RequestedConnections, keep::Persistence, listen::Sockets,
+    plan::ModeParts, reload::Reloader, tasks::Supervisor,
 };
 use crate::{
     auth::{self, Authenticator},
@@ -50,12 +50,12 @@ use crate::{
     telemetry::{self, Readiness},
     tls,
     upstream::Upstream,
-    usage::{Ending, Usage},
+    usage::{Shutdown, Usage},
     wire::usage::ConnectVia,
 };
 
 /// Interval of the upkeep that the metrics library requires.
-const UPKEEP_EVERY: Duration = Duration::from_secs(5);
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A request to the running process.
 #[derive(Debug)]
@@ -71,29 +71,29 @@ pub enum Signal {
 /// An instance that listens and is ready to serve.
 #[derive(Debug)]
 pub struct App {
-    data: Listening<SdkService>,
-    admin: Listening<AdminService>,
+    data: BoundListener<SdkService>,
+    admin: BoundListener<AdminService>,
     /// Redirects requests without TLS to the TLS port.
-    redirect: Option<Listening<HttpsRedirect>>,
+    redirect: Option<BoundListener<HttpsRedirect>>,
     drain_delay: Duration,
-    grace: Duration,
+    shutdown_timeout: Duration,
     readiness: Readiness,
-    registry: PrometheusHandle,
-    plan: Plan,
-    keeper: Keeper,
-    reload: Reload,
-    rotation: Option<Rotation>,
+    metrics_handle: PrometheusHandle,
+    mode: ModeParts,
+    persistence: Persistence,
+    reloader: Reloader,
+    admin_token_watcher: Option<AdminTokenWatcher>,
 }
 
 /// A bound listener and the service behind it.
 #[derive(Debug)]
-struct Listening<S> {
+struct BoundListener<S> {
     listener: TcpListener,
     service: Arc<S>,
     config: listener::Config,
 }
 
-impl<S: HttpService> Listening<S> {
+impl<S: HttpService> BoundListener<S> {
     async fn serve(self, drain: Drain, grace: Duration) {
         listener::serve(self.listener, self.service, self.config, drain, grace).await;
     }
@@ -112,18 +112,18 @@ impl App {
         let data_tls = config.data.tls.map(tls::TlsAcceptor::new).transpose()?;
         let admin_tls = config.admin.tls.map(tls::TlsAcceptor::new).transpose()?;
         let mut mode = match config.mode {
-            Mode::Edge(edge) => edge::plan(*edge, &config.auth, &snapshots, latch).await?,
-            Mode::Offline(offline) => alone::offline(offline, &snapshots, latch).await?,
+            Mode::Edge(edge) => edge::build(*edge, &config.auth, &snapshots, latch).await?,
+            Mode::Offline(offline) => alone::build_offline(offline, &snapshots, latch).await?,
             Mode::Standalone(standalone) => {
                 let addresses = (
-                    Bound { address: data_address, is_tls: data_tls.is_some() },
-                    Bound { address: admin_address, is_tls: admin_tls.is_some() },
+                    ListenerAddress { address: data_address, is_tls: data_tls.is_some() },
+                    ListenerAddress { address: admin_address, is_tls: admin_tls.is_some() },
                 );
                 let (base_path, data_dir) = (&config.data.base_path, &config.data_dir);
                 let announce = |opened: &_| {
-                    banner::announce(opened, addresses, base_path, config.log.format, data_dir);
+                    banner::announce_first_start(opened, addresses, base_path, config.log.format, data_dir);
                 };
-                alone::standalone(standalone, data_dir, &snapshots, latch, announce).await?
+                alone::build_standalone(standalone, data_dir, &snapshots, latch, announce).await?
             }
         };
         let identity = InstanceIdentity {
@@ -136,9 +136,9 @@ impl App {
         };
         let mut limits = config.data.connection_limits;
         let mut streams = config.data.streams;
-        let connections = descriptors::divide(Wanted {
+        let connections = descriptors::allocate(RequestedConnections {
             connections: limits.max_connections,
-            is_said: config.data.has_explicit_max_connections,
+            is_explicit: config.data.has_explicit_max_connections,
         });
         if connections.data < limits.max_connections {
             // Limits scale with the available descriptors; streams leave room for polling clients and
@@ -152,13 +152,13 @@ impl App {
         // timeout, so that the response can say which one is missing.
         let deadline = config.auth.deadline.min(config.data.request_timeout / 3);
         let settings = auth::Config { deadline, ..config.auth };
-        let auth = Authenticator::new(settings, mode.take_authority(), mode.given.drain(..));
+        let auth = Authenticator::new(settings, mode.take_validator(), mode.static_tokens.drain(..));
         let hop = ConnectVia {
             app_name: identity.app_name.as_str().into(),
             instance_id: identity.instance_id.as_str().into(),
         };
         let usage = Usage::new(&config.usage, hop);
-        let persistence = Keeper::restore(mode.store.clone(), auth.clone(), usage.clone()).await;
+        let persistence = Persistence::restore(mode.store.clone(), auth.clone(), usage.clone()).await;
         let meter = Arc::new(RequestMetrics::new(admin::path_templates()));
         let ops = HealthEndpoints::new(
             readiness.clone(),
@@ -166,10 +166,10 @@ impl App {
             snapshots.clone(),
             usage.clone(),
             Arc::clone(&meter),
-            mode.control.as_ref().map(|(control, _)| control.clone()),
+            mode.control_plane.as_ref().map(|(control, _)| control.clone()),
         );
         let feed = ChangeFeed::new(snapshots.clone());
-        let credentials = mode.admin.take();
+        let credentials = mode.admin_token.take();
         let admin_token = credentials.as_ref().map(|it| it.token.clone());
         let ticket_key = config.data.stream_ticket_key.unwrap_or_else(|| match &admin_token {
             // All edges of a fleet know this token.
@@ -213,15 +213,15 @@ impl App {
             is_tls: data_tls.is_some(),
         };
         let upstream = mode.upstream.clone();
-        let watcher = credentials.map(|it| Rotation {
+        let watcher = credentials.map(|it| AdminTokenWatcher {
             admin: it.token,
             auth: auth.clone(),
             credentials: it.credentials,
-            discovered: it.discovered,
+            token_added: it.token_added,
             data: Arc::clone(&service),
         });
-        let reloadable = mode.live.take().expect("taken only once");
-        let reloader = Reload::new(reloadable, auth.clone(), config.effective_settings, config.warnings);
+        let reloadable = mode.reloadable.take().expect("taken only once");
+        let reloader = Reloader::new(reloadable, auth.clone(), config.effective_settings, config.warnings);
         let tls: Vec<_> = [&data_tls, &admin_tls].into_iter().flatten().cloned().collect();
         let insight = InstanceStatus {
             identity,
@@ -236,15 +236,15 @@ impl App {
         };
         let operators = AdminService {
             instance: insight,
-            control_plane: mode.control.as_ref().map(|(control, _)| control.clone()),
-            relay: mode.upstream.clone().filter(|_| mode.relays).map(|upstream| Relay { upstream }),
+            control_plane: mode.control_plane.as_ref().map(|(control, _)| control.clone()),
+            relay: mode.upstream.clone().filter(|_| mode.relays_admin_api).map(|upstream| Relay { upstream }),
             token_header: config.data.token_header,
             disabled_endpoints: config.data.disabled_endpoints,
             is_tls: admin_tls.is_some(),
             sdk: Arc::clone(&service),
         };
         let of = |connections| ConnectionLimits { max_connections: connections, ..limits.clone() };
-        let redirect = redirect.map(|(listener, _)| Listening {
+        let redirect = redirect.map(|(listener, _)| BoundListener {
             listener,
             service: Arc::new(HttpsRedirect::to_port(data_address.port())),
             config: listener::Config {
@@ -253,7 +253,7 @@ impl App {
                 tls: None,
             },
         });
-        let data = Listening {
+        let data = BoundListener {
             listener: data,
             service,
             config: listener::Config {
@@ -262,7 +262,7 @@ impl App {
                 tls: data_tls,
             },
         };
-        let admin = Listening {
+        let admin = BoundListener {
             listener: admin,
             service: Arc::new(operators),
             config: listener::Config {
@@ -276,13 +276,13 @@ impl App {
             admin,
             redirect,
             drain_delay: config.shutdown.drain_delay,
-            grace: config.shutdown.timeout,
+            shutdown_timeout: config.shutdown.timeout,
             readiness,
-            registry,
-            plan: mode,
-            keeper: persistence,
-            reload: reloader,
-            rotation: watcher,
+            metrics_handle: registry,
+            mode,
+            persistence,
+            reloader,
+            admin_token_watcher: watcher,
         })
     }
 
@@ -298,9 +298,9 @@ impl App {
     /// If a listener stops, the rest shuts down in the same order and an error is returned.
     pub async fn run(self, signals: impl Stream<Item = Signal>) -> Result<(), Error> {
         let mut signals = pin!(signals);
-        let Self { data, admin, redirect, drain_delay, grace, readiness, registry, .. } = self;
+        let Self { data, admin, redirect, drain_delay, shutdown_timeout: grace, readiness, metrics_handle: registry, .. } = self;
         let Self {
-            plan: mode, keeper: persistence, reload: mut reloader, rotation: watcher, ..
+            mode, persistence, mut reloader, admin_token_watcher: watcher, ..
         } = self;
         let service = Arc::clone(&data.service);
         let (feed, streams) = (service.feed.clone(), service.streams.clone());
@@ -315,29 +315,29 @@ impl App {
             listeners.spawn(redirect.serve(drain.clone(), grace));
         }
 
-        let mut workers = Tasks::default();
-        let saver = mode.source.saver();
-        mode.source.spawn(&mut workers, &persistence.auth);
+        let mut workers = Supervisor::default();
+        let saver = mode.flag_source.background_writer();
+        mode.flag_source.spawn_updates(&mut workers, &persistence.auth);
         workers.spawn("auth", persistence.auth.clone(), |auth| async move { auth.run().await });
         workers.spawn("feed", feed, |feed| async move { feed.run().await });
         workers.spawn("streams", streams.clone(), |streams| async move { streams.close_revoked().await });
-        workers.spawn("metrics", registry, upkeep);
+        workers.spawn("metrics", registry, run_metrics_upkeep);
         for server in tls.into_iter().flatten() {
             workers.spawn("tls", server, |server| async move { server.watch_files().await });
         }
         if let Some(watcher) = watcher {
-            let run = |watcher: Rotation| async move { watcher.run().await };
+            let run = |watcher: AdminTokenWatcher| async move { watcher.run().await };
             workers.spawn("admin token", watcher, run);
         }
 
         // Outlives all tasks that deliver to it, and is not awaited after they end, because a database
         // may never respond.
-        let mut registry_task = Tasks::default();
-        if let Some((control, deliveries)) = mode.control {
-            if mode.copies_registry {
+        let mut registry_task = Supervisor::default();
+        if let Some((control, deliveries)) = mode.control_plane {
+            if mode.saves_registry_copies {
                 let parts = (control.clone(), mode.store.clone());
                 workers.spawn("registry copy", parts, |(control, store)| async move {
-                    alone::keep_copy(&control, &store).await;
+                    alone::save_registry_copies(&control, &store).await;
                 });
             }
             let parts = (control.clone(), persistence.auth.clone());
@@ -351,9 +351,9 @@ impl App {
         }
 
         // These tasks return after their final work.
-        let mut flushers = Tasks::default();
-        let shutdown = Ending { begins: stop_working.clone(), grace, hurries: force.clone() };
-        let parts = (persistence.usage.clone(), mode.sink, shutdown);
+        let mut flushers = Supervisor::default();
+        let shutdown = Shutdown { requested: stop_working.clone(), grace, forced: force.clone() };
+        let parts = (persistence.usage.clone(), mode.usage_sink, shutdown);
         flushers.spawn("usage", parts, |(usage, sink, shutdown)| async move {
             usage.run(sink, shutdown).await;
         });
@@ -383,7 +383,7 @@ impl App {
                 },
                 _ = listeners.join_next() => {
                     error!("A listener stopped unexpectedly; shutting down");
-                    break (Err(Error::Listener), Duration::ZERO);
+                    break (Err(Error::ListenerStopped), Duration::ZERO);
                 }
             }
         };
@@ -403,11 +403,11 @@ impl App {
                 () = force.cancelled() => {}
             }
             listeners.shutdown().await;
-            workers.end().await;
+            workers.abort_all().await;
             stop_working.cancel();
-            flushers.join().await;
-            registry_task.end().await;
-            persistence.finish().await;
+            flushers.join_all().await;
+            registry_task.abort_all().await;
+            persistence.save_final().await;
         });
         loop {
             tokio::select! {
@@ -426,9 +426,9 @@ impl App {
     }
 }
 
-async fn upkeep(registry: PrometheusHandle) {
+async fn run_metrics_upkeep(registry: PrometheusHandle) {
     loop {
-        sleep(UPKEEP_EVERY).await;
+        sleep(UPKEEP_INTERVAL).await;
         registry.run_upkeep();
     }
 }
@@ -472,8 +472,8 @@ mod tests {
         let report = json!({"appName": "a", "instanceId": "i", "bucket": bucket}).to_string();
         let report = ClientMetrics::parse(report.as_bytes()).expect("report");
         let token = &TokenDigest::of("token");
-        let reporter = Reporter { token, kind: SdkKind::Backend, scope: &scope, snapshot: None };
-        app.keeper.usage.record_metrics(&reporter, report, now).expect("there is room");
+        let reporter = Reporter { token, sdk_kind: SdkKind::Backend, scope: &scope, snapshot: None };
+        app.persistence.usage.record_metrics(&reporter, report, now).expect("there is room");
 
         let mistake = ConfigError { location: "PORT".to_owned(), reason: "of no interest".to_owned() };
         let reload = || Signal::Reload(Err(mistake.clone().into()));

@@ -58,7 +58,7 @@ use crate::{
     snapshot::Snapshots,
     telemetry::error_chain,
     token::{Grant, Token, TokenDigest, TokenKind},
-    usage::{Delivery, Taken},
+    usage::{RegistryDelivery, DeliveryOutcome},
 };
 
 /// The configuration of a control plane.
@@ -212,25 +212,25 @@ impl ControlPlane {
     pub async fn store_usage(
         &self,
         snapshots: &Snapshots,
-        deliveries: &mut mpsc::Receiver<Delivery>,
+        deliveries: &mut mpsc::Receiver<RegistryDelivery>,
     ) {
         let health = self.0.database.health();
         while let Some(delivery) = deliveries.recv().await {
             let taken = match usage::store(&self.0.database, snapshots, &delivery).await {
-                Ok(true) => Taken::Stored,
-                Ok(false) => Taken::Refused,
+                Ok(true) => DeliveryOutcome::Stored,
+                Ok(false) => DeliveryOutcome::Rejected,
                 Err(error) => {
                     if health.record_usage(false) {
                         warn!(error = error_chain(&error), "Usage could not be stored; it stays queued");
                     }
-                    Taken::Failed
+                    DeliveryOutcome::Failed
                 }
             };
-            if taken == Taken::Stored && health.record_usage(true) {
+            if taken == DeliveryOutcome::Stored && health.record_usage(true) {
                 info!("Usage is stored again");
             }
             // The sender may have timed out; then it delivers again.
-            let _ = delivery.done.send(taken);
+            let _ = delivery.reply.send(taken);
         }
     }
 

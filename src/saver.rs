@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::{
-    store::{Error, Key, Store},
+    store::{Error, RecordKey, Store},
     telemetry::error_chain,
 };
 
@@ -32,7 +32,7 @@ pub struct BackgroundWriter(Arc<Inner>);
 struct Inner {
     store: Store,
     /// Records that are not written yet.
-    pending: Mutex<HashMap<Key, Encode>>,
+    pending: Mutex<HashMap<RecordKey, Encode>>,
     notify: Notify,
 }
 
@@ -51,7 +51,7 @@ impl BackgroundWriter {
     }
 
     /// Queues a record, in place of an older version that is still queued.
-    pub fn save(&self, key: Key, encode: impl Fn() -> Bytes + Send + Sync + 'static) {
+    pub fn save(&self, key: RecordKey, encode: impl Fn() -> Bytes + Send + Sync + 'static) {
         self.lock_pending().insert(key, Box::new(encode));
         self.0.notify.notify_one();
     }
@@ -99,7 +99,7 @@ impl BackgroundWriter {
     }
 
     /// Ignores poisoning: a panic under this lock leaves the map intact.
-    fn lock_pending(&self) -> MutexGuard<'_, HashMap<Key, Encode>> {
+    fn lock_pending(&self) -> MutexGuard<'_, HashMap<RecordKey, Encode>> {
         self.0.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -115,11 +115,11 @@ mod tests {
     use super::*;
     use crate::token::Environment;
 
-    fn flags(environment: &str) -> Key {
-        Key::Flags(Environment::new(environment))
+    fn flags(environment: &str) -> RecordKey {
+        RecordKey::Flags(Environment::new(environment))
     }
 
-    fn save(saver: &BackgroundWriter, key: &Key, text: &'static str) {
+    fn save(saver: &BackgroundWriter, key: &RecordKey, text: &'static str) {
         saver.save(key.clone(), || Bytes::from_static(text.as_bytes()));
     }
 
@@ -127,7 +127,7 @@ mod tests {
     async fn newest_version_of_each_record_is_saved_before_shutdown() {
         let store = Store::memory();
         let (saver, stop) = (BackgroundWriter::new(store.clone()), CancellationToken::new());
-        let credentials = Key::Credentials(Environment::new("dev"));
+        let credentials = RecordKey::Credentials(Environment::new("dev"));
         let expected = [(flags("dev"), "new"), (flags("prod"), "other"), (credentials, "sealed")];
         save(&saver, &flags("dev"), "old");
         for (key, text) in &expected {

@@ -27,7 +27,7 @@ use tokio::{
 };
 use ulid::Ulid;
 
-pub use self::claim::{Claim, Slot};
+pub use self::claim::{RecordLock, SlotId};
 use crate::token::Environment;
 
 /// A store of records that survive restarts.
@@ -40,30 +40,30 @@ pub struct Store(Arc<Backend>);
 
 enum Backend {
     Directory(Directory),
-    Memory(Mutex<HashMap<Key, Bytes>>),
+    Memory(Mutex<HashMap<RecordKey, Bytes>>),
 }
 
 struct Directory {
     path: PathBuf,
     /// One lock per record that is being saved.
-    writers: Mutex<HashMap<Key, Arc<AsyncMutex<()>>>>,
+    write_locks: Mutex<HashMap<RecordKey, Arc<AsyncMutex<()>>>>,
     /// Limits the number of concurrent reads.
-    readers: Arc<Semaphore>,
+    read_permits: Arc<Semaphore>,
 }
 
 /// The key of a record.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
-pub enum Key {
+pub enum RecordKey {
     /// The flags of an environment.
     Flags(Environment),
     /// Validated tokens, by their digests.
-    Verdicts,
+    TokenCache,
     /// The encrypted token that the edge itself uses for an environment.
     Credentials(Environment),
     /// The tokens of a registry in a remote database, by their digests.
     Registry,
     /// Unsent usage; each process that shares the store has its own slot.
-    Usage(Slot),
+    Usage(SlotId),
 }
 
 /// Why an operation on the store failed.
@@ -111,7 +111,7 @@ pub enum Error {
     },
     /// A record comes from a newer version of Parapet and is no longer used.
     #[error("{} has the newer format version {version} and was renamed to {}", file.display(), aside.display())]
-    Newer {
+    UnsupportedVersion {
         /// Its file.
         file: PathBuf,
         /// The version of its format.
@@ -127,11 +127,11 @@ impl Store {
     /// Files of interrupted saves are removed once they are an hour old.
     pub fn directory(directory: impl Into<PathBuf>) -> Result<Self, Error> {
         let directory = directory.into();
-        match prepare(&directory) {
+        match prepare_directory(&directory) {
             Ok(()) => {
                 describe();
-                let readers = Arc::new(Semaphore::new(READERS));
-                let directory = Directory { path: directory, writers: Mutex::default(), readers };
+                let readers = Arc::new(Semaphore::new(MAX_READERS));
+                let directory = Directory { path: directory, write_locks: Mutex::default(), read_permits: readers };
                 Ok(Self(Arc::new(Backend::Directory(directory))))
             }
             Err(source) => Err(Error::Directory { directory, source }),
@@ -144,22 +144,22 @@ impl Store {
     }
 
     /// The bytes last saved under `key`, if any.
-    pub async fn load(&self, key: &Key) -> Result<Option<Vec<u8>>, Error> {
+    pub async fn load(&self, key: &RecordKey) -> Result<Option<Vec<u8>>, Error> {
         match &*self.0 {
-            Backend::Memory(records) => Ok(lock(records).get(key).map(|bytes| bytes.to_vec())),
+            Backend::Memory(records) => Ok(lock_map(records).get(key).map(|bytes| bytes.to_vec())),
             Backend::Directory(directory) => {
                 let file = directory.path.join(key.file_name());
                 let path = file.clone();
-                let loaded = directory.read(move || load(&path)).await;
+                let loaded = directory.read(move || load_record(&path)).await;
                 loaded.unwrap_or_else(|source| Err(Error::Read { file, source }))
             }
         }
     }
 
     /// Whether there is a record of `key`, readable or not; true if that cannot be determined.
-    pub async fn has(&self, key: &Key) -> bool {
+    pub async fn contains(&self, key: &RecordKey) -> bool {
         match &*self.0 {
-            Backend::Memory(records) => lock(records).contains_key(key),
+            Backend::Memory(records) => lock_map(records).contains_key(key),
             Backend::Directory(directory) => {
                 let file = directory.path.join(key.file_name());
                 let found = directory.read(move || file.try_exists()).await.flatten();
@@ -173,21 +173,21 @@ impl Store {
     /// Once this returns, the bytes survive a power loss. Dropping the future leaves either the old or
     /// the new record. Fails after five seconds; a write that hangs on the disk may still complete
     /// later, but never after one that was started later.
-    pub async fn save(&self, key: &Key, bytes: impl Into<Bytes>) -> Result<(), Error> {
+    pub async fn save(&self, key: &RecordKey, bytes: impl Into<Bytes>) -> Result<(), Error> {
         let bytes = bytes.into();
         match &*self.0 {
             Backend::Memory(records) => {
-                lock(records).insert(key.clone(), bytes);
+                lock_map(records).insert(key.clone(), bytes);
                 Ok(())
             }
             Backend::Directory(directory) => {
                 let file = directory.path.join(key.file_name());
                 let path = file.clone();
                 let begun = Instant::now();
-                let saved = directory.write(key, move || replace(&path, &bytes)).await;
-                let record = key.kind();
-                histogram!(SECONDS, "record" => record).record(begun.elapsed());
-                counter!(FAILURES, "record" => record).increment(saved.is_err().into());
+                let saved = directory.write(key, move || replace_record(&path, &bytes)).await;
+                let record = key.metric_label();
+                histogram!(SAVE_SECONDS, "record" => record).record(begun.elapsed());
+                counter!(SAVE_FAILURES, "record" => record).increment(saved.is_err().into());
                 saved.map_err(|source| Error::Write { file, source })
             }
         }
@@ -196,33 +196,33 @@ impl Store {
     /// Blocks saves of this record until the guard is dropped, like the hanging thread of an earlier
     /// save.
     #[cfg(test)]
-    pub(crate) async fn stall(&self, key: &Key) -> tokio::sync::OwnedMutexGuard<()> {
+    pub(crate) async fn block_saves(&self, key: &RecordKey) -> tokio::sync::OwnedMutexGuard<()> {
         let Backend::Directory(directory) = &*self.0 else { panic!("{self:?}") };
-        let writer = Arc::clone(lock(&directory.writers).entry(key.clone()).or_default());
+        let writer = Arc::clone(lock_map(&directory.write_locks).entry(key.clone()).or_default());
         writer.lock_owned().await
     }
 
     /// Locks the record of `key` until the lock is dropped or the process ends; `None` if it is already
     /// locked. Loading and saving are possible without the lock.
-    pub async fn claim(&self, key: &Key) -> Result<Option<Claim>, Error> {
-        let Backend::Directory(directory) = &*self.0 else { return Ok(Some(Claim::of_memory())) };
-        let file = directory.path.join(key.file_name()).with_extension(LOCK);
+    pub async fn try_lock(&self, key: &RecordKey) -> Result<Option<RecordLock>, Error> {
+        let Backend::Directory(directory) = &*self.0 else { return Ok(Some(RecordLock::in_memory())) };
+        let file = directory.path.join(key.file_name()).with_extension(LOCK_EXTENSION);
         let path = file.clone();
-        let locked = directory.read(move || Claim::of_file(&path)).await;
+        let locked = directory.read(move || RecordLock::try_acquire(&path)).await;
         locked.flatten().map_err(|source| Error::Lock { file, source })
     }
 
     /// The slots that have a record of usage.
-    pub async fn slots(&self) -> Result<Vec<Slot>, Error> {
+    pub async fn usage_slots(&self) -> Result<Vec<SlotId>, Error> {
         let mut slots: Vec<_> = match &*self.0 {
             Backend::Memory(records) => {
-                let slot = |key: &Key| if let Key::Usage(slot) = key { Some(*slot) } else { None };
-                lock(records).keys().filter_map(slot).collect()
+                let slot = |key: &RecordKey| if let RecordKey::Usage(slot) = key { Some(*slot) } else { None };
+                lock_map(records).keys().filter_map(slot).collect()
             }
             Backend::Directory(directory) => {
                 let names = directory.names().await?;
-                let all = Slot::all();
-                all.filter(|slot| names.contains(&Key::Usage(*slot).file_name())).collect()
+                let all = SlotId::all();
+                all.filter(|slot| names.contains(&RecordKey::Usage(*slot).file_name())).collect()
             }
         };
         slots.sort_unstable();
@@ -233,15 +233,15 @@ impl Store {
     pub async fn environments(&self) -> Result<Vec<Environment>, Error> {
         let mut environments: Vec<_> = match &*self.0 {
             Backend::Memory(records) => {
-                let flags = |key: &Key| match key {
-                    Key::Flags(environment) => Some(environment.clone()),
+                let flags = |key: &RecordKey| match key {
+                    RecordKey::Flags(environment) => Some(environment.clone()),
                     _ => None,
                 };
-                lock(records).keys().filter_map(flags).collect()
+                lock_map(records).keys().filter_map(flags).collect()
             }
             Backend::Directory(directory) => {
                 let names = directory.names().await?;
-                names.iter().filter_map(|name| environment_of(name)).collect()
+                names.iter().filter_map(|name| parse_flags_file_name(name)).collect()
             }
         };
         environments.sort_unstable();
@@ -258,33 +258,33 @@ impl fmt::Debug for Store {
     }
 }
 
-const FLAGS: &str = "flags-";
-const SUFFIX: &str = ".parapet";
-const TEMPORARY: &str = ".parapet-tmp";
-const LOCK: &str = "lock";
+const FLAGS_PREFIX: &str = "flags-";
+const RECORD_SUFFIX: &str = ".parapet";
+const TEMPORARY_SUFFIX: &str = ".parapet-tmp";
+const LOCK_EXTENSION: &str = "lock";
 
 /// Timeouts of a save and of a read, including the wait for a thread.
-const SAVE_DEADLINE: Duration = Duration::from_secs(5);
-const READ_DEADLINE: Duration = Duration::from_secs(10);
+const SAVE_TIMEOUT: Duration = Duration::from_secs(5);
+const READ_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Number of threads that may read concurrently.
-const READERS: usize = 8;
+const MAX_READERS: usize = 8;
 
-const SECONDS: &str = "parapet_store_save_seconds";
-const FAILURES: &str = "parapet_store_save_failures_total";
+const SAVE_SECONDS: &str = "parapet_store_save_seconds";
+const SAVE_FAILURES: &str = "parapet_store_save_failures_total";
 
 /// Registers the descriptions of the metrics.
 fn describe() {
-    describe_histogram!(SECONDS, Unit::Seconds, "Duration of saves, by kind of record");
-    describe_counter!(FAILURES, "Saves that failed or took too long, by kind of record");
+    describe_histogram!(SAVE_SECONDS, Unit::Seconds, "Duration of saves, by kind of record");
+    describe_counter!(SAVE_FAILURES, "Saves that failed or took too long, by kind of record");
 }
 
 /// Age at which a temporary file must be left from a crash: no save takes this long, but another process
 /// may be saving right now.
-const ABANDONED_AFTER: Duration = Duration::from_hours(1);
+const TEMPORARY_FILE_TTL: Duration = Duration::from_hours(1);
 
 /// Upper case is encoded too, because some file systems do not distinguish it from lower case.
-const PLAIN: &AsciiSet = &{
+const FILE_NAME_ESCAPES: &AsciiSet = &{
     let mut set = NON_ALPHANUMERIC.remove(b'-').remove(b'_');
     let mut letter = b'A';
     while letter <= b'Z' {
@@ -298,10 +298,10 @@ impl Directory {
     /// Runs file operations that save the record of `key`, on a blocking thread.
     async fn write(
         &self,
-        key: &Key,
+        key: &RecordKey,
         work: impl FnOnce() -> io::Result<()> + Send + 'static,
     ) -> io::Result<()> {
-        let writer = Arc::clone(lock(&self.writers).entry(key.clone()).or_default());
+        let writer = Arc::clone(lock_map(&self.write_locks).entry(key.clone()).or_default());
         let write = async {
             let permit = writer.lock_owned().await;
             let work = move || {
@@ -311,7 +311,7 @@ impl Directory {
             };
             spawn_blocking(work).await.map_err(io::Error::other).flatten()
         };
-        timeout(SAVE_DEADLINE, write).await.unwrap_or_else(|_| Err(no_answer(SAVE_DEADLINE)))
+        timeout(SAVE_TIMEOUT, write).await.unwrap_or_else(|_| Err(timeout_error(SAVE_TIMEOUT)))
     }
 
     /// Runs file operations that save nothing.
@@ -319,7 +319,7 @@ impl Directory {
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> io::Result<T> {
-        let readers = Arc::clone(&self.readers);
+        let readers = Arc::clone(&self.read_permits);
         let read = async {
             let permit = readers.acquire_owned().await.map_err(io::Error::other)?;
             let work = move || {
@@ -329,27 +329,27 @@ impl Directory {
             // Fails only while the runtime shuts down.
             spawn_blocking(work).await.map_err(io::Error::other)
         };
-        timeout(READ_DEADLINE, read).await.unwrap_or_else(|_| Err(no_answer(READ_DEADLINE)))
+        timeout(READ_TIMEOUT, read).await.unwrap_or_else(|_| Err(timeout_error(READ_TIMEOUT)))
     }
 
     async fn names(&self) -> Result<Vec<String>, Error> {
         let path = self.path.clone();
-        let names = self.read(move || names(&path)).await.flatten();
+        let names = self.read(move || file_names(&path)).await.flatten();
         names.map_err(|source| Error::Read { file: self.path.clone(), source })
     }
 }
 
-fn no_answer(deadline: Duration) -> io::Error {
+fn timeout_error(deadline: Duration) -> io::Error {
     let text = format!("the file system did not respond within {deadline:?}");
     io::Error::new(io::ErrorKind::TimedOut, text)
 }
 
-impl Key {
+impl RecordKey {
     /// Its label value in metrics.
-    fn kind(&self) -> &'static str {
+    fn metric_label(&self) -> &'static str {
         match self {
             Self::Flags(_) => "flags",
-            Self::Verdicts => "verdicts",
+            Self::TokenCache => "verdicts",
             Self::Credentials(_) => "credentials",
             Self::Registry => "registry",
             Self::Usage(_) => "usage",
@@ -357,40 +357,40 @@ impl Key {
     }
 
     fn file_name(&self) -> String {
-        let encoded = |name: &Environment| utf8_percent_encode(name.as_str(), PLAIN).to_string();
+        let encoded = |name: &Environment| utf8_percent_encode(name.as_str(), FILE_NAME_ESCAPES).to_string();
         match self {
-            Self::Flags(environment) => format!("{FLAGS}{}{SUFFIX}", encoded(environment)),
-            Self::Verdicts => format!("verdicts{SUFFIX}"),
+            Self::Flags(environment) => format!("{FLAGS_PREFIX}{}{RECORD_SUFFIX}", encoded(environment)),
+            Self::TokenCache => format!("verdicts{RECORD_SUFFIX}"),
             Self::Credentials(environment) => {
-                format!("credentials-{}{SUFFIX}", encoded(environment))
+                format!("credentials-{}{RECORD_SUFFIX}", encoded(environment))
             }
-            Self::Registry => format!("registry{SUFFIX}"),
-            Self::Usage(slot) => format!("usage{slot}{SUFFIX}"),
+            Self::Registry => format!("registry{RECORD_SUFFIX}"),
+            Self::Usage(slot) => format!("usage{slot}{RECORD_SUFFIX}"),
         }
     }
 }
 
-fn environment_of(file_name: &str) -> Option<Environment> {
-    let encoded = file_name.strip_prefix(FLAGS)?.strip_suffix(SUFFIX)?;
+fn parse_flags_file_name(file_name: &str) -> Option<Environment> {
+    let encoded = file_name.strip_prefix(FLAGS_PREFIX)?.strip_suffix(RECORD_SUFFIX)?;
     let name = percent_decode_str(encoded).decode_utf8().ok()?;
     Some(Environment::new(&name))
 }
 
-fn lock<T>(records: &Mutex<HashMap<Key, T>>) -> MutexGuard<'_, HashMap<Key, T>> {
+fn lock_map<T>(records: &Mutex<HashMap<RecordKey, T>>) -> MutexGuard<'_, HashMap<RecordKey, T>> {
     records.lock().expect("nothing panics while it holds this lock")
 }
 
 /// Creates the directory, checks that it is writable, and removes files left from crashes.
-fn prepare(directory: &Path) -> io::Result<()> {
+fn prepare_directory(directory: &Path) -> io::Result<()> {
     let mut builder = DirBuilder::new();
     builder.recursive(true);
     #[cfg(unix)]
     std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
     builder.create(directory)?;
-    let probe = temporary(&directory.join("probe"));
-    create(&probe)?;
+    let probe = temporary_path(&directory.join("probe"));
+    create_private_file(&probe)?;
     fs::remove_file(&probe)?;
-    for name in names(directory)?.iter().filter(|name| name.ends_with(TEMPORARY)) {
+    for name in file_names(directory)?.iter().filter(|name| name.ends_with(TEMPORARY_SUFFIX)) {
         remove_abandoned(&directory.join(name))?;
     }
     Ok(())
@@ -400,7 +400,7 @@ fn remove_abandoned(file: &Path) -> io::Result<()> {
     let remove = || {
         // A time in the future counts as age zero.
         let age = fs::metadata(file)?.modified()?.elapsed().unwrap_or_default();
-        if age < ABANDONED_AFTER { Ok(()) } else { fs::remove_file(file) }
+        if age < TEMPORARY_FILE_TTL { Ok(()) } else { fs::remove_file(file) }
     };
     match remove() {
         // Its owner, or another process that starts, removed it first.
@@ -409,7 +409,7 @@ fn remove_abandoned(file: &Path) -> io::Result<()> {
     }
 }
 
-fn names(directory: &Path) -> io::Result<Vec<String>> {
+fn file_names(directory: &Path) -> io::Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(directory)? {
         // Names that are not UTF-8 are not ours.
@@ -418,32 +418,32 @@ fn names(directory: &Path) -> io::Result<Vec<String>> {
     Ok(names)
 }
 
-fn load(file: &Path) -> Result<Option<Vec<u8>>, Error> {
+fn load_record(file: &Path) -> Result<Option<Vec<u8>>, Error> {
     let record = match fs::read(file) {
         Ok(record) => record,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(Error::Read { file: file.to_owned(), source }),
     };
-    let (extension, version) = match envelope::unwrap(record) {
+    let (extension, version) = match envelope::decode(record) {
         Ok(bytes) => return Ok(Some(bytes)),
-        Err(envelope::Error::Damaged) => ("damaged", None),
-        Err(envelope::Error::Newer(version)) => ("newer", Some(version)),
+        Err(envelope::DecodeError::Damaged) => ("damaged", None),
+        Err(envelope::DecodeError::UnsupportedVersion(version)) => ("newer", Some(version)),
     };
     let aside = file.with_extension(extension);
     let file = file.to_owned();
     match (fs::rename(&file, &aside), version) {
         (Err(source), _) => Err(Error::Read { file, source }),
-        (Ok(()), Some(version)) => Err(Error::Newer { file, version, aside }),
+        (Ok(()), Some(version)) => Err(Error::UnsupportedVersion { file, version, aside }),
         (Ok(()), None) => Err(Error::Damaged { file, aside }),
     }
 }
 
 /// Replaces `file` with the record of `bytes` atomically, for readers and in a crash.
-fn replace(file: &Path, bytes: &[u8]) -> io::Result<()> {
-    let temporary = temporary(file);
+fn replace_record(file: &Path, bytes: &[u8]) -> io::Result<()> {
+    let temporary = temporary_path(file);
     let write = || {
-        let mut new = create(&temporary)?;
-        new.write_all(envelope::head(bytes).as_bytes())?;
+        let mut new = create_private_file(&temporary)?;
+        new.write_all(envelope::header(bytes).as_bytes())?;
         new.write_all(bytes)?;
         new.sync_all()?;
         fs::rename(&temporary, file)
@@ -462,11 +462,11 @@ fn replace(file: &Path, bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-fn temporary(file: &Path) -> PathBuf {
-    file.with_extension(format!("{}{TEMPORARY}", Ulid::generate()))
+fn temporary_path(file: &Path) -> PathBuf {
+    file.with_extension(format!("{}{TEMPORARY_SUFFIX}", Ulid::generate()))
 }
 
-fn create(file: &Path) -> io::Result<File> {
+fn create_private_file(file: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.write(true).create_new(true);
     #[cfg(unix)]
@@ -480,15 +480,15 @@ mod tests {
 
     use super::*;
 
-    fn flags(name: &str) -> Key {
-        Key::Flags(Environment::new(name))
+    fn flags(name: &str) -> RecordKey {
+        RecordKey::Flags(Environment::new(name))
     }
 
     async fn check(store: &Store) {
-        assert_eq!(store.load(&Key::Verdicts).await.expect("load"), None);
+        assert_eq!(store.load(&RecordKey::TokenCache).await.expect("load"), None);
         for bytes in [&b"one"[..], b"", b"two\nlines\xff"] {
-            store.save(&Key::Verdicts, bytes).await.expect("save");
-            assert_eq!(store.load(&Key::Verdicts).await.expect("load").as_deref(), Some(bytes));
+            store.save(&RecordKey::TokenCache, bytes).await.expect("save");
+            assert_eq!(store.load(&RecordKey::TokenCache).await.expect("load").as_deref(), Some(bytes));
         }
         for name in ["production", "Dev", "dev", "../été/%"] {
             store.save(&flags(name), name).await.expect("save");
@@ -510,27 +510,27 @@ mod tests {
         let inside = folder.path().join("a/b");
         check(&Store::directory(&inside).expect("store")).await;
         let reopened = Store::directory(&inside).expect("store");
-        assert!(reopened.load(&Key::Verdicts).await.expect("load").is_some());
-        assert_eq!(names(folder.path()).expect("names"), ["a"]);
-        let left = names(&inside).expect("names");
-        assert!(left.iter().all(|name| name.ends_with(SUFFIX)), "{left:?}");
+        assert!(reopened.load(&RecordKey::TokenCache).await.expect("load").is_some());
+        assert_eq!(file_names(folder.path()).expect("names"), ["a"]);
+        let left = file_names(&inside).expect("names");
+        assert!(left.iter().all(|name| name.ends_with(RECORD_SUFFIX)), "{left:?}");
     }
 
     #[tokio::test(start_paused = true)]
     async fn hanging_disk_times_out_and_does_not_overwrite_newer_records() {
         let folder = tempfile::tempdir().expect("folder");
         let store = Store::directory(folder.path()).expect("store");
-        let hangs = store.stall(&Key::Verdicts).await;
+        let hangs = store.block_saves(&RecordKey::TokenCache).await;
         for bytes in ["one", "two"] {
             let begun = Instant::now();
-            let error = store.save(&Key::Verdicts, bytes).await.expect_err("it hangs");
+            let error = store.save(&RecordKey::TokenCache, bytes).await.expect_err("it hangs");
             let Error::Write { source, .. } = error else { panic!("{error:?}") };
-            assert_eq!((source.kind(), begun.elapsed()), (io::ErrorKind::TimedOut, SAVE_DEADLINE));
+            assert_eq!((source.kind(), begun.elapsed()), (io::ErrorKind::TimedOut, SAVE_TIMEOUT));
         }
-        store.save(&Key::Usage(Slot::FIRST), "another").await.expect("save");
+        store.save(&RecordKey::Usage(SlotId::FIRST), "another").await.expect("save");
         drop(hangs);
-        store.save(&Key::Verdicts, "three").await.expect("save");
-        let loaded = store.load(&Key::Verdicts).await.expect("load");
+        store.save(&RecordKey::TokenCache, "three").await.expect("save");
+        let loaded = store.load(&RecordKey::TokenCache).await.expect("load");
         assert_eq!(loaded.as_deref(), Some(&b"three"[..]));
     }
 
@@ -542,7 +542,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("folder");
         let inside = folder.path().join("data");
         let store = Store::directory(&inside).expect("store");
-        store.save(&Key::Usage(Slot::FIRST), "x").await.expect("save");
+        store.save(&RecordKey::Usage(SlotId::FIRST), "x").await.expect("save");
         let mode = |path: &Path| fs::metadata(path).expect("metadata").permissions().mode() & 0o777;
         assert_eq!(mode(&inside), 0o700);
         assert_eq!(mode(&inside.join("usage.parapet")), 0o600);
@@ -552,17 +552,17 @@ mod tests {
     async fn temporary_file_of_a_crash_is_removed_and_never_loaded() {
         let folder = tempfile::tempdir().expect("folder");
         let store = Store::directory(folder.path()).expect("store");
-        store.save(&Key::Usage(Slot::FIRST), "whole").await.expect("save");
-        let half = temporary(&folder.path().join(Key::Usage(Slot::FIRST).file_name()));
+        store.save(&RecordKey::Usage(SlotId::FIRST), "whole").await.expect("save");
+        let half = temporary_path(&folder.path().join(RecordKey::Usage(SlotId::FIRST).file_name()));
         fs::write(&half, b"parapet 1 5").expect("write");
         let store_of_another = Store::directory(folder.path());
         assert!(store_of_another.is_ok() && half.exists(), "it may be about to become a record");
-        let long_ago = SystemTime::now() - ABANDONED_AFTER;
+        let long_ago = SystemTime::now() - TEMPORARY_FILE_TTL;
         File::open(&half).and_then(|half| half.set_modified(long_ago)).expect("set the time");
         let store = Store::directory(folder.path()).expect("store");
         assert!(!half.exists());
         assert_eq!(
-            store.load(&Key::Usage(Slot::FIRST)).await.expect("load").as_deref(),
+            store.load(&RecordKey::Usage(SlotId::FIRST)).await.expect("load").as_deref(),
             Some(&b"whole"[..])
         );
     }
@@ -571,16 +571,16 @@ mod tests {
     async fn damaged_and_newer_records_are_renamed() {
         let folder = tempfile::tempdir().expect("folder");
         let store = Store::directory(folder.path()).expect("store");
-        let file = folder.path().join(Key::Usage(Slot::FIRST).file_name());
+        let file = folder.path().join(RecordKey::Usage(SlotId::FIRST).file_name());
         fs::write(&file, b"something else").expect("write");
-        let error = store.load(&Key::Usage(Slot::FIRST)).await.expect_err("damaged");
+        let error = store.load(&RecordKey::Usage(SlotId::FIRST)).await.expect_err("damaged");
         assert!(matches!(error, Error::Damaged { .. }), "{error:?}");
         assert!(folder.path().join("usage.damaged").exists());
-        assert_eq!(store.load(&Key::Usage(Slot::FIRST)).await.expect("load"), None);
+        assert_eq!(store.load(&RecordKey::Usage(SlotId::FIRST)).await.expect("load"), None);
 
         fs::write(&file, b"parapet 2 anything\nmore").expect("write");
-        let error = store.load(&Key::Usage(Slot::FIRST)).await.expect_err("newer");
-        assert!(matches!(error, Error::Newer { version: 2, .. }), "{error:?}");
+        let error = store.load(&RecordKey::Usage(SlotId::FIRST)).await.expect_err("newer");
+        assert!(matches!(error, Error::UnsupportedVersion { version: 2, .. }), "{error:?}");
         assert!(folder.path().join("usage.newer").exists());
     }
 
@@ -589,26 +589,26 @@ mod tests {
         let folder = tempfile::tempdir().expect("folder");
         let (one, other) = (Store::directory(folder.path()), Store::directory(folder.path()));
         let (one, other) = (one.expect("store"), other.expect("store"));
-        let [first, second] = [0, 1].map(|n| Key::Usage(Slot::all().nth(n).expect("slot")));
-        let lock = one.claim(&first).await.expect("lock").expect("not locked");
-        assert!(other.claim(&first).await.expect("lock").is_none());
-        assert!(other.claim(&second).await.expect("lock").is_some());
+        let [first, second] = [0, 1].map(|n| RecordKey::Usage(SlotId::all().nth(n).expect("slot")));
+        let lock = one.try_lock(&first).await.expect("lock").expect("not locked");
+        assert!(other.try_lock(&first).await.expect("lock").is_none());
+        assert!(other.try_lock(&second).await.expect("lock").is_some());
         drop(lock);
-        assert!(other.claim(&first).await.expect("lock").is_some());
+        assert!(other.try_lock(&first).await.expect("lock").is_some());
     }
 
     #[tokio::test]
     async fn usage_slots_lists_slots_with_a_record() {
         let folder = tempfile::tempdir().expect("folder");
         for store in [Store::memory(), Store::directory(folder.path()).expect("store")] {
-            assert_eq!(store.slots().await.expect("slots"), []);
-            let slots: Vec<_> = [0, 2].map(|n| Slot::all().nth(n).expect("slot")).into();
+            assert_eq!(store.usage_slots().await.expect("slots"), []);
+            let slots: Vec<_> = [0, 2].map(|n| SlotId::all().nth(n).expect("slot")).into();
             for slot in slots.iter().rev() {
-                store.save(&Key::Usage(*slot), "x").await.expect("save");
+                store.save(&RecordKey::Usage(*slot), "x").await.expect("save");
             }
-            store.save(&Key::Verdicts, "x").await.expect("save");
-            assert!(store.claim(&Key::Usage(Slot::FIRST)).await.expect("lock").is_some());
-            assert_eq!(store.slots().await.expect("slots"), slots);
+            store.save(&RecordKey::TokenCache, "x").await.expect("save");
+            assert!(store.try_lock(&RecordKey::Usage(SlotId::FIRST)).await.expect("lock").is_some());
+            assert_eq!(store.usage_slots().await.expect("slots"), slots);
         }
         let files = ["usage.lock", "usage.parapet", "usage-3.parapet"];
         assert!(files.iter().all(|name| folder.path().join(name).exists()));

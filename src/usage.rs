@@ -48,19 +48,19 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use self::{
     applications::InstanceKey,
-    counter::{Counter, CounterKey, Hour, Lost, Name, shortened, storable},
-    edges::Edges,
-    ledger::{Counted, NoRoom},
-    meter::{Endpoint, Reason},
+    counter::{Counter, CounterKey, Hour, Overflow, NameStatus, truncate_app_name, storable_name},
+    edges::DownstreamEdges,
+    ledger::{ReportedCounter, OverQuota},
+    meter::{ReportEndpoint, DropReason},
     pipeline::Pipeline,
 };
 pub use self::{
     lane::BatchId,
-    outbox::{Revision, Totals},
+    outbox::{Revision, DeliveryTotals},
     pipeline::Backlog,
-    sender::Ending,
-    sink::{Delivery, Sink, Taken},
-    spool::Error,
+    sender::Shutdown,
+    sink::{RegistryDelivery, Sink, DeliveryOutcome},
+    spool::RestoreError,
 };
 pub use crate::wire::usage::SdkKind;
 use crate::{
@@ -75,7 +75,7 @@ use crate::{
 /// Rejection of a report that would exceed its token's quota.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 #[error("the token's quota of pending usage is exceeded")]
-pub struct Full {
+pub struct QuotaExceeded {
     /// When to retry: pending usage has been sent by then and its memory freed.
     pub retry_after: Duration,
 }
@@ -86,7 +86,7 @@ pub struct Reporter<'a> {
     /// The token whose memory quota the report uses.
     pub token: &'a TokenDigest,
     /// The family of SDKs that the token is for.
-    pub kind: SdkKind,
+    pub sdk_kind: SdkKind,
     /// The environment and projects that the token grants.
     pub scope: &'a Scope,
     /// The flags of its environment; `None` if they were never fetched.
@@ -123,8 +123,8 @@ struct Shared {
     pipeline: Pipeline,
     interval: Duration,
     /// The entry for this instance in `connectVia`.
-    hop: ConnectVia,
-    edges: Edges,
+    connect_via: ConnectVia,
+    downstream_edges: DownstreamEdges,
 }
 
 impl Usage {
@@ -134,8 +134,8 @@ impl Usage {
         let shared = Shared {
             pipeline: Pipeline::new(config.max_counters),
             interval: config.interval,
-            hop,
-            edges: Edges::new(),
+            connect_via: hop,
+            downstream_edges: DownstreamEdges::new(),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -151,8 +151,8 @@ impl Usage {
         reporter: &Reporter<'_>,
         report: ClientMetrics,
         now: Timestamp,
-    ) -> Result<(), Full> {
-        meter::reported(Endpoint::Metrics);
+    ) -> Result<(), QuotaExceeded> {
+        meter::count_report(ReportEndpoint::Metrics);
         let ClientMetrics {
             app_name,
             instance_id,
@@ -161,20 +161,20 @@ impl Usage {
             impact_metrics,
             metadata,
         } = report;
-        let app = shortened(&app_name);
+        let app = truncate_app_name(&app_name);
         let started = bucket.as_ref().map_or(now, |bucket| bucket.start);
         let ended = bucket.as_ref().map_or(now, Bucket::counted_at);
-        let hour = Hour::reported(ended, now);
+        let hour = Hour::clamped(ended, now);
         let metadata = Arc::new(metadata);
-        let mut counts = Counts::default();
+        let mut counts = ReportCounts::default();
         for (flag, stats) in bucket.into_iter().flat_map(|bucket| bucket.toggles) {
             counts.add(reporter, (hour, &app, flag), stats, &metadata);
         }
-        self.count(reporter, counts, now, Endpoint::Metrics)?;
+        self.record_counts(reporter, counts, now, ReportEndpoint::Metrics)?;
         let environment = &reporter.scope.environment;
-        let instance = self.instance(environment, &app, reporter.kind, instance_id.as_ref());
-        let aggregator = &self.shared.pipeline.ledger;
-        if !aggregator.touch(&instance, clock()) {
+        let instance = self.instance_key(environment, &app, reporter.sdk_kind, instance_id.as_ref());
+        let aggregator = &self.shared.pipeline.aggregator;
+        if !aggregator.touch(&instance, monotonic_now()) {
             let application = ClientApplication {
                 app_name: Arc::clone(&app),
                 instance_id,
@@ -191,8 +191,8 @@ impl Usage {
             };
             self.register_or_drop(reporter, application);
         }
-        let lost = aggregator.measure(environment, &app, impact_metrics, reporter.token, now);
-        meter::items_dropped("impact_sample", lost);
+        let lost = aggregator.record_impact_metrics(environment, &app, impact_metrics, reporter.token, now);
+        meter::count_dropped_items("impact_sample", lost);
         Ok(())
     }
 
@@ -202,33 +202,33 @@ impl Usage {
         reporter: &Reporter<'_>,
         bulk: BulkReport,
         now: Timestamp,
-    ) -> Result<(), Full> {
-        meter::reported(Endpoint::Bulk);
+    ) -> Result<(), QuotaExceeded> {
+        meter::count_report(ReportEndpoint::Bulk);
         let environment = &reporter.scope.environment;
         let ours = |name: &str| name == environment.as_str();
-        let mut counts = Counts::default();
+        let mut counts = ReportCounts::default();
         for metric in bulk.metrics {
-            let app = shortened(&metric.app_name);
+            let app = truncate_app_name(&metric.app_name);
             if ours(&metric.environment) {
-                let hour = Hour::reported(metric.timestamp, now);
+                let hour = Hour::clamped(metric.timestamp, now);
                 let metadata = Arc::new(metric.metadata);
                 counts.add(reporter, (hour, &app, metric.feature_name), metric.stats, &metadata);
             } else {
-                counts.add_foreign(&metric.stats);
+                counts.add_other_environment(&metric.stats);
             }
         }
-        self.count(reporter, counts, now, Endpoint::Bulk)?;
-        meter::items_dropped("unreadable", bulk.malformed);
+        self.record_counts(reporter, counts, now, ReportEndpoint::Bulk)?;
+        meter::count_dropped_items("unreadable", bulk.malformed);
         for application in bulk.applications {
             // Unleash Edge puts the applications of all environments into each environment's batch.
             if application.environment.as_deref().is_none_or(ours) {
                 self.register_or_drop(reporter, application);
             }
         }
-        let (aggregator, no_app) = (&self.shared.pipeline.ledger, "".into());
+        let (aggregator, no_app) = (&self.shared.pipeline.aggregator, "".into());
         let lost =
-            aggregator.measure(environment, &no_app, bulk.impact_metrics, reporter.token, now);
-        meter::items_dropped("impact_sample", lost);
+            aggregator.record_impact_metrics(environment, &no_app, bulk.impact_metrics, reporter.token, now);
+        meter::count_dropped_items("impact_sample", lost);
         Ok(())
     }
 
@@ -237,10 +237,10 @@ impl Usage {
         &self,
         reporter: &Reporter<'_>,
         application: ClientApplication,
-    ) -> Result<(), Full> {
-        meter::reported(Endpoint::Register);
-        let is_recorded = self.register(reporter, application);
-        is_recorded.then_some(()).ok_or_else(|| self.full(Endpoint::Register))
+    ) -> Result<(), QuotaExceeded> {
+        meter::count_report(ReportEndpoint::Register);
+        let is_recorded = self.try_register(reporter, application);
+        is_recorded.then_some(()).ok_or_else(|| self.quota_exceeded(ReportEndpoint::Register))
     }
 
     /// Records the state that a downstream edge reports. A report that exceeds the size limit is dropped
@@ -249,10 +249,10 @@ impl Usage {
         &self,
         reporter: &Reporter<'_>,
         edge: &EdgeInstance,
-    ) -> Result<(), Full> {
-        meter::reported(Endpoint::Edge);
-        let is_recorded = self.shared.edges.record(edge, reporter.token, clock());
-        is_recorded.then_some(()).ok_or_else(|| self.full(Endpoint::Edge))
+    ) -> Result<(), QuotaExceeded> {
+        meter::count_report(ReportEndpoint::Edge);
+        let is_recorded = self.shared.downstream_edges.record(edge, reporter.token, monotonic_now());
+        is_recorded.then_some(()).ok_or_else(|| self.quota_exceeded(ReportEndpoint::Edge))
     }
 
     /// Sends usage to `sink` at each interval until shutdown is requested, then sends the rest within
@@ -260,40 +260,40 @@ impl Usage {
     ///
     /// Usage that could not be sent remains here, to be [serialized](Self::serialize). Dropping the
     /// future, or a panic, loses nothing: the next call resends the batches that were in flight.
-    pub async fn run(&self, sink: Sink, ending: Ending) {
+    pub async fn run(&self, sink: Sink, ending: Shutdown) {
         let Shared { pipeline, interval, .. } = &*self.shared;
         match sink {
             Sink::Upstream { upstream, credentials } => {
-                let refusals = sink::Refusals::default();
-                let send = |batch| sink::deliver(&upstream, &credentials, &refusals, batch);
+                let refusals = sink::FailureLog::default();
+                let send = |batch| sink::deliver_upstream(&upstream, &credentials, &refusals, batch);
                 sender::run(pipeline, *interval, &ending, send).await;
             }
             Sink::Registry(registry) => {
-                let send = |batch| sink::hand_over(&registry, batch);
+                let send = |batch| sink::deliver_to_registry(&registry, batch);
                 sender::run(pipeline, *interval, &ending, send).await;
             }
-            Sink::None => sender::discard(pipeline, *interval, &ending.begins).await,
+            Sink::Discard => sender::discard_at_interval(pipeline, *interval, &ending.requested).await,
         }
     }
 
     /// Unsent usage in Unleash Edge's format of `/internal-backstage/metricsbatch`: `{applications: […],
     /// metrics: [{key, bucket}]}`.
     pub fn pending(&self) -> Value {
-        self.shared.pipeline.pending(clock())
+        self.shared.pipeline.pending(monotonic_now())
     }
 
     /// Updates the gauges of pending usage; called when metrics are scraped.
-    pub fn measure(&self) {
-        self.shared.pipeline.measure(clock());
+    pub fn update_gauges(&self) {
+        self.shared.pipeline.update_gauges(monotonic_now());
     }
 
     /// The latest report of each downstream edge.
-    pub fn instances(&self) -> Vec<Value> {
-        self.shared.edges.told()
+    pub fn edge_instances(&self) -> Vec<Value> {
+        self.shared.downstream_edges.reports()
     }
 
     /// How many evaluations have been sent, and how many the delivery queue has dropped.
-    pub fn totals(&self) -> Totals {
+    pub fn totals(&self) -> DeliveryTotals {
         self.shared.pipeline.totals()
     }
 
@@ -310,83 +310,83 @@ impl Usage {
     /// stored would send it again.
     ///
     /// For a single waiter. Changes before the call are remembered, and dropping the future loses none.
-    pub async fn settled(&self) {
+    pub async fn wait_until_store_outdated(&self) {
         self.shared.pipeline.wait_until_store_outdated().await;
     }
 
     /// All unsent usage as bytes for a store; `None` if there is none. The usage also remains here.
-    pub fn save(&self) -> Option<Vec<u8>> {
-        self.shared.pipeline.collect(clock());
-        self.shared.pipeline.save()
+    pub fn serialize(&self) -> Option<Vec<u8>> {
+        self.shared.pipeline.drain(monotonic_now());
+        self.shared.pipeline.serialize()
     }
 
     /// Restores usage that [`Usage::serialize`] returned before a restart.
-    pub fn restore(&self, bytes: &[u8]) -> Result<(), Error> {
-        self.shared.pipeline.restore(bytes, clock())
+    pub fn restore(&self, bytes: &[u8]) -> Result<(), RestoreError> {
+        self.shared.pipeline.restore(bytes, monotonic_now())
     }
 
     /// Records a registration; false if it would exceed the token's quota.
-    fn register(&self, reporter: &Reporter<'_>, mut application: ClientApplication) -> bool {
-        let Reporter { token, kind, scope, .. } = *reporter;
+    fn try_register(&self, reporter: &Reporter<'_>, mut application: ClientApplication) -> bool {
+        let Reporter { token, sdk_kind: kind, scope, .. } = *reporter;
         let kind = match (kind, application.sdk_kind) {
             (SdkKind::Frontend, _) => SdkKind::Frontend,
             (SdkKind::Backend, reported) => reported.unwrap_or(SdkKind::Backend),
         };
-        let app = shortened(&application.app_name);
-        let key = self.instance(&scope.environment, &app, kind, application.instance_id.as_ref());
+        let app = truncate_app_name(&application.app_name);
+        let key = self.instance_key(&scope.environment, &app, kind, application.instance_id.as_ref());
         let projects = scope.projects.to_list().into_iter().map(Into::into).collect();
         application.app_name = app;
         application.instance_id = Some(Arc::clone(&key.instance));
         application.environment = Some(scope.environment.as_str().into());
         application.projects = Some(projects);
         application.sdk_kind = Some(kind);
-        application.connect_via.push(self.shared.hop.clone());
+        application.connect_via.push(self.shared.connect_via.clone());
         if kind == SdkKind::Frontend {
             // Frontend SDKs implement no strategies.
             application.strategies = None;
             // Upstream treats a frontend SDK without a version as a backend SDK.
             application.metadata.sdk_version.get_or_insert_with(|| "unknown".into());
         }
-        self.shared.pipeline.ledger.register(key, application, token, clock())
+        self.shared.pipeline.aggregator.register(key, application, token, monotonic_now())
     }
 
     /// Records a registration that accompanies counts. If it exceeds the quota it is dropped and
     /// counted; the counts are still accepted.
     fn register_or_drop(&self, reporter: &Reporter<'_>, application: ClientApplication) {
-        if !self.register(reporter, application) {
-            meter::items_dropped("application", 1);
+        if !self.try_register(reporter, application) {
+            meter::count_dropped_items("application", 1);
         }
     }
 
     /// Adds all counters of a report, or none of them.
-    fn count(
+    fn record_counts(
         &self,
         reporter: &Reporter<'_>,
-        counts: Counts,
+        counts: ReportCounts,
         now: Timestamp,
-        endpoint: Endpoint,
-    ) -> Result<(), Full> {
-        let Counts { counters, received, overflow, unnamed, foreign } = counts;
+        endpoint: ReportEndpoint,
+    ) -> Result<(), QuotaExceeded> {
+        let ReportCounts { counters, received, overflow, unstorable_name: unnamed, other_environment: foreign } = counts;
         let (environment, token) = (&reporter.scope.environment, reporter.token);
         let counted =
-            self.shared.pipeline.ledger.count(environment, counters, token, Hour::of(now));
-        let Lost(lost) = counted.map_err(|NoRoom| self.full(endpoint))?;
-        meter::received(received);
-        meter::dropped(Reason::Overflow, overflow.saturating_add(lost));
-        meter::dropped(Reason::Name, unnamed);
-        meter::dropped(Reason::Environment, foreign);
+            self.shared.pipeline.aggregator.record_counters(environment, counters, token, Hour::of(now));
+        let Overflow(lost) = counted.map_err(|OverQuota| self.quota_exceeded(endpoint))?;
+        meter::count_received(received);
+        meter::count_dropped(DropReason::Overflow, overflow.saturating_add(lost));
+        meter::count_dropped(DropReason::Name, unnamed);
+        meter::count_dropped(DropReason::Environment, foreign);
         Ok(())
     }
 
-    fn full(&self, endpoint: Endpoint) -> Full {
-        meter::refused(endpoint);
-        Full { retry_after: self.shared.interval }
+    fn quota_exceeded(&self, endpoint: ReportEndpoint) -> QuotaExceeded {
+        meter::count_refused_report(endpoint);
+        QuotaExceeded { retry_after: self.shared.interval }
     }
 
     /// The identity of the reporting instance. Instances without an instance ID share a generated one.
     ///
     /// The generated ID differs by environment, because upstream identifies instances regardless of it.
-    fn instance(
+    fn instance_key(
         &self,
         environment: &Environment,
         app: &Arc<str>,
@@ -395,7 +395,7 @@ impl Usage {
     ) -> InstanceKey {
         let instance = instance.map_or_else(
             || {
-                let (hop, kind) = (&self.shared.hop.app_name, kind.as_str());
+                let (hop, kind) = (&self.shared.connect_via.app_name, kind.as_str());
                 let text = format!("{environment}\0{app}\0{kind}");
                 format!("{hop}-{:016x}", xxh3_64(text.as_bytes())).into()
             },
@@ -407,18 +407,18 @@ impl Usage {
 
 /// The counters of a report, and how many of its evaluations can never be counted.
 #[derive(Debug, Default)]
-struct Counts {
-    counters: Vec<Counted>,
+struct ReportCounts {
+    counters: Vec<ReportedCounter>,
     /// Number of evaluations in the report, including those below.
     received: u64,
     overflow: u64,
     /// Evaluations of flags whose names upstream cannot store.
-    unnamed: u64,
+    unstorable_name: u64,
     /// Evaluations in an environment other than the token's.
-    foreign: u64,
+    other_environment: u64,
 }
 
-impl Counts {
+impl ReportCounts {
     fn add(
         &mut self,
         reporter: &Reporter<'_>,
@@ -427,31 +427,31 @@ impl Counts {
         metadata: &Arc<SdkMetadata>,
     ) {
         let known = reporter.flag(&flag);
-        let name = Name::of(known.is_some());
-        let variant = |variant: &str| Name::of(known.is_some_and(|flag| flag.has_variant(variant)));
-        let (counter, Lost(lost)) = Counter::of(stats, metadata, variant);
+        let name = NameStatus::from_known(known.is_some());
+        let variant = |variant: &str| NameStatus::from_known(known.is_some_and(|flag| flag.has_variant(variant)));
+        let (counter, Overflow(lost)) = Counter::from_stats(stats, metadata, variant);
         let total = counter.total();
         self.received = self.received.saturating_add(total).saturating_add(lost);
         self.overflow = self.overflow.saturating_add(lost);
-        let Some(flag) = storable(flag) else {
-            self.unnamed = self.unnamed.saturating_add(total);
+        let Some(flag) = storable_name(flag) else {
+            self.unstorable_name = self.unstorable_name.saturating_add(total);
             return;
         };
         if !counter.is_zero() {
             let key = CounterKey { hour, app: Arc::clone(app), flag };
-            self.counters.push(Counted { key, name, counter });
+            self.counters.push(ReportedCounter { key, name_status: name, counter });
         }
     }
 
-    fn add_foreign(&mut self, stats: &ToggleStats) {
+    fn add_other_environment(&mut self, stats: &ToggleStats) {
         let count = stats.yes.saturating_add(stats.no);
         self.received = self.received.saturating_add(count);
-        self.foreign = self.foreign.saturating_add(count);
+        self.other_environment = self.other_environment.saturating_add(count);
     }
 }
 
 /// The runtime's clock, if there is one, so that waiting times agree with the sender's.
-fn clock() -> Instant {
+fn monotonic_now() -> Instant {
     tokio::time::Instant::now().into_std()
 }
 

@@ -28,41 +28,41 @@ use crate::{
 
 /// Interval at which the token's file is read. Comparing contents works on every kind of mount,
 /// including the symbolic links of Kubernetes.
-const READ_EVERY: Duration = Duration::from_secs(2);
+const FILE_POLL_INTERVAL: Duration = Duration::from_secs(2);
 
 /// How long a changed file must stay unchanged, in case it is still being written.
-const SETTLE: Duration = Duration::from_millis(200);
+const SETTLE_DELAY: Duration = Duration::from_millis(200);
 
 /// Interval between log reminders that upstream rejects the token.
-const REMIND_EVERY: Duration = Duration::from_mins(3);
+const REMINDER_INTERVAL: Duration = Duration::from_mins(3);
 
 /// The grant of the admin token on the edge's own admin listener.
-pub(super) fn grant(token: &Token) -> (TokenDigest, Grant) {
+pub(super) fn admin_grant(token: &Token) -> (TokenDigest, Grant) {
     let scope = Scope { environment: Environment::new("*"), projects: Projects::All };
     (token.digest(), Grant { kind: TokenKind::Admin, scope })
 }
 
 /// Keeps the admin token current. A cheap handle.
 #[derive(Clone, Debug)]
-pub(super) struct Rotation {
+pub(super) struct AdminTokenWatcher {
     pub(super) admin: AdminToken,
     pub(super) auth: Authenticator,
     pub(super) credentials: Credentials,
     /// Triggers an immediate search for environments.
-    pub(super) discovered: Arc<Notify>,
+    pub(super) token_added: Arc<Notify>,
     pub(super) data: Arc<SdkService>,
 }
 
-impl Rotation {
+impl AdminTokenWatcher {
     /// Runs until dropped.
     pub(super) async fn run(&self) {
-        let reencrypt = reseal(&self.admin, &self.credentials);
-        tokio::join!(self.read_file(), self.adapt(), reencrypt, remind(&self.admin));
+        let reencrypt = reencrypt_credentials(&self.admin, &self.credentials);
+        tokio::join!(self.watch_file(), self.apply_changes(), reencrypt, log_reminders(&self.admin));
     }
 
     /// Reads the token's file at an interval, and as soon as upstream rejects the token.
-    async fn read_file(&self) {
-        let mut step = interval(READ_EVERY);
+    async fn watch_file(&self) {
+        let mut step = interval(FILE_POLL_INTERVAL);
         step.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut failure = None;
         loop {
@@ -71,7 +71,7 @@ impl Rotation {
                 () = self.admin.reload_requested() => {}
             }
             let Some(file) = self.admin.file() else { continue };
-            match self.changed(&file).await {
+            match self.read_changed_token(&file).await {
                 Ok(None) => failure = None,
                 Ok(Some(token)) => {
                     failure = None;
@@ -94,21 +94,21 @@ impl Rotation {
     }
 
     /// The token in `file` if it differs from the current one.
-    async fn changed(&self, file: &Path) -> Result<Option<Token>, AdminTokenError> {
-        let token = read(file.to_owned()).await?;
+    async fn read_changed_token(&self, file: &Path) -> Result<Option<Token>, AdminTokenError> {
+        let token = read_token(file.to_owned()).await?;
         if token == *self.admin.current() {
             return Ok(None);
         }
-        sleep(SETTLE).await;
-        Ok((read(file.to_owned()).await? == token).then_some(token))
+        sleep(SETTLE_DELAY).await;
+        Ok((read_token(file.to_owned()).await? == token).then_some(token))
     }
 
     /// Applies changes of the token, and of whether upstream accepts it.
-    async fn adapt(&self) {
+    async fn apply_changes(&self) {
         let mut changes = self.admin.subscribe();
         let mut before = changes.borrow_and_update().clone();
         // This task may have been restarted in the middle of a change.
-        self.open_admin_listener(&before);
+        self.update_admin_grant(&before);
         // Whether environments may have been missed for a while.
         let mut interrupted = before.is_refused();
         loop {
@@ -116,7 +116,7 @@ impl Rotation {
                 return;
             }
             let now = changes.borrow_and_update().clone();
-            self.open_admin_listener(&now);
+            self.update_admin_grant(&now);
             let is_replaced = now.token() != before.token();
             if is_replaced {
                 self.data.stream_tickets.replace_token_key(now.token(), Timestamp::now());
@@ -124,7 +124,7 @@ impl Rotation {
                 self.auth.revalidate(None);
             }
             if is_replaced || (interrupted && now.is_accepted()) {
-                self.discovered.notify_one();
+                self.token_added.notify_one();
             }
             interrupted = !now.is_accepted() && (interrupted || is_replaced || now.is_refused());
             before = now;
@@ -132,8 +132,8 @@ impl Rotation {
     }
 
     /// Grants the token access to the edge's own admin listener unless upstream rejects it.
-    fn open_admin_listener(&self, state: &AdminTokenState) {
-        let grant = (!state.is_refused()).then(|| grant(state.token()));
+    fn update_admin_grant(&self, state: &AdminTokenState) {
+        let grant = (!state.is_refused()).then(|| admin_grant(state.token()));
         self.auth.set_static_tokens(grant);
         if state.is_refused() {
             // Token lists have validated it too.
@@ -145,7 +145,7 @@ impl Rotation {
 /// Encrypts the stored credentials with each new token.
 ///
 /// Separate from [`AdminTokenWatcher::apply_changes`], because it may have to wait for upstream.
-async fn reseal(admin: &AdminToken, credentials: &Credentials) {
+async fn reencrypt_credentials(admin: &AdminToken, credentials: &Credentials) {
     let mut changes = admin.subscribe();
     let mut before = Arc::clone(changes.borrow_and_update().token());
     while changes.changed().await.is_ok() {
@@ -158,9 +158,9 @@ async fn reseal(admin: &AdminToken, credentials: &Credentials) {
 }
 
 /// Logs a reminder for as long as upstream rejects the token.
-async fn remind(admin: &AdminToken) {
+async fn log_reminders(admin: &AdminToken) {
     loop {
-        sleep(REMIND_EVERY).await;
+        sleep(REMINDER_INTERVAL).await;
         if let Some(duration) = admin.refused_for() {
             let minutes = duration.as_secs() / 60;
             warn!(
@@ -171,7 +171,7 @@ async fn remind(admin: &AdminToken) {
     }
 }
 
-async fn read(file: PathBuf) -> Result<Token, AdminTokenError> {
+async fn read_token(file: PathBuf) -> Result<Token, AdminTokenError> {
     let read = spawn_blocking(move || AdminToken::read(&file)).await;
     read.expect("reading a file does not panic")
 }
@@ -189,7 +189,7 @@ mod tests {
     use super::*;
     use crate::{
         saver::BackgroundWriter,
-        store::{Key, Store},
+        store::{RecordKey, Store},
         upstream::{Upstream, scripted::config},
     };
 
@@ -221,7 +221,7 @@ mod tests {
         let _guard = tracing::subscriber::set_default(lines);
         let token = |text| Token::parse(text).expect("token");
         let admin = AdminToken::new(token("*:*.first"), None);
-        let reminders = timeout(4 * REMIND_EVERY, remind(&admin));
+        let reminders = timeout(4 * REMINDER_INTERVAL, log_reminders(&admin));
         admin.mark_refused_for_test();
         log.take();
         assert!(reminders.await.is_err(), "it does not end");
@@ -229,7 +229,7 @@ mod tests {
         assert!(logged.matches("still rejects the admin token").count() >= 3, "{logged}");
         assert!(!logged.contains("first"), "{logged}");
         admin.replace(token("*:*.second"), None);
-        assert!(timeout(4 * REMIND_EVERY, remind(&admin)).await.is_err());
+        assert!(timeout(4 * REMINDER_INTERVAL, log_reminders(&admin)).await.is_err());
         assert_eq!(log.take(), "");
     }
 
@@ -249,7 +249,7 @@ mod tests {
         let store = Store::directory(&disk).expect("store");
         let (saver, stop) = (BackgroundWriter::new(store.clone()), CancellationToken::new());
         let dev = Environment::new("dev");
-        store.save(&Key::Credentials(dev.clone()), RECORD.to_vec()).await.expect("saved");
+        store.save(&RecordKey::Credentials(dev.clone()), RECORD.to_vec()).await.expect("saved");
         let admin = |text| AdminToken::new(Token::parse(text).expect("token"), None);
         let edge = |admin: &AdminToken| {
             let unreachable = Upstream::new(config("http://127.0.0.1:1")).expect("client");
@@ -268,7 +268,7 @@ mod tests {
         };
         tokio::select! {
             biased;
-            () = reseal(&first, &credentials) => panic!("it does not end"),
+            () = reencrypt_credentials(&first, &credentials) => panic!("it does not end"),
             () = saver.run(&stop) => panic!("it does not end"),
             () = replace => {}
         }

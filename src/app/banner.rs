@@ -18,38 +18,38 @@ use crate::{
 };
 
 /// The file in the data directory with secrets that must not be logged.
-const FILE: &str = "first-start.txt";
+const SECRETS_FILE: &str = "first-start.txt";
 
 /// The address of a bound listener, and whether it uses TLS.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Bound {
+pub(super) struct ListenerAddress {
     pub(super) address: SocketAddr,
     pub(super) is_tls: bool,
 }
 
 /// Announces what was created, once, with commands that work when pasted.
-pub(super) fn announce(
+pub(super) fn announce_first_start(
     opened: &BootstrapReport,
-    addresses: (Bound, Bound),
+    addresses: (ListenerAddress, ListenerAddress),
     base_path: &str,
     log: LogFormat,
     data_dir: &Path,
 ) {
-    if let Some(mut terminal) = terminal(log) {
+    if let Some(mut terminal) = open_terminal(log) {
         // If this goes unread, `parapet account password` and `token create` can replace the secrets.
-        let _ = terminal.write_all(text(opened, addresses, base_path, "shown only now").as_bytes());
+        let _ = terminal.write_all(banner_text(opened, addresses, base_path, "shown only now").as_bytes());
         return;
     }
     if let Some(account) = &opened.account {
-        let (username, console) = (account.username.as_str(), url(addresses.1));
+        let (username, console) = (account.username.as_str(), local_url(addresses.1));
         info!(username, console, "First start: created an admin account");
     }
     let has_password = opened.account.as_ref().is_some_and(|it| it.generated_password.is_some());
     if !has_password && !matches!(opened.tokens, RegistryBootstrap::Generated(_)) {
         return;
     }
-    let file = data_dir.join(FILE);
-    let text = text(opened, addresses, base_path, "stored nowhere else");
+    let file = data_dir.join(SECRETS_FILE);
+    let text = banner_text(opened, addresses, base_path, "stored nowhere else");
     match secret_file::write(&file, text.as_bytes()) {
         // A warning, so that it is logged at that level too: the operator has to act.
         Ok(()) => warn!(
@@ -65,7 +65,7 @@ pub(super) fn announce(
 }
 
 /// The terminal, if output goes to one and is not collected as a log.
-fn terminal(log: LogFormat) -> Option<Box<dyn Write>> {
+fn open_terminal(log: LogFormat) -> Option<Box<dyn Write>> {
     if log == LogFormat::Json {
         None
     } else if io::stdout().is_terminal() {
@@ -78,10 +78,10 @@ fn terminal(log: LogFormat) -> Option<Box<dyn Write>> {
 }
 
 /// The complete text; `once` states where the secrets are available.
-fn text(opened: &BootstrapReport, (data, admin): (Bound, Bound), base_path: &str, once: &str) -> String {
+fn banner_text(opened: &BootstrapReport, (data, admin): (ListenerAddress, ListenerAddress), base_path: &str, once: &str) -> String {
     let mut text = String::new();
     if let Some(account) = &opened.account {
-        let (name, console) = (&account.username, url(admin));
+        let (name, console) = (&account.username, local_url(admin));
         let password = match &account.generated_password {
             Some(password) => format!("{}   ({once})", password.expose()),
             None => "the configured one".to_owned(),
@@ -97,14 +97,14 @@ This is the first start. Open the console at {console} and sign in as
         text.push_str(&account_text);
     }
     if let RegistryBootstrap::Generated(generated) = &opened.tokens {
-        text.push_str(&tokens(generated, (data, admin), base_path, once));
+        text.push_str(&tokens_text(generated, (data, admin), base_path, once));
     }
     text
 }
 
-fn tokens(
+fn tokens_text(
     generated: &GeneratedTokens,
-    (data, admin): (Bound, Bound),
+    (data, admin): (ListenerAddress, ListenerAddress),
     base_path: &str,
     once: &str,
 ) -> String {
@@ -126,13 +126,13 @@ Try them:
 
 ",
         admin = admin_token.expose(),
-        data = url(data),
-        operators = url(admin),
+        data = local_url(data),
+        operators = local_url(admin),
     )
 }
 
 /// A URL that works on this machine.
-fn url(Bound { address, is_tls }: Bound) -> String {
+fn local_url(ListenerAddress { address, is_tls }: ListenerAddress) -> String {
     let host = match address.ip() {
         ip if ip.is_unspecified() => "localhost".to_owned(),
         IpAddr::V4(ip) => ip.to_string(),

@@ -7,14 +7,14 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::warn;
 
 /// Descriptors reserved for files, the database and upstream.
-const OWN: usize = 96;
+const RESERVED_INTERNAL: usize = 96;
 
 /// The largest number of descriptors reserved for connections of operators.
-const OPERATORS: usize = 256;
+const MAX_RESERVED_ADMIN: usize = 256;
 
 /// The number of connections that each listener may have.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) struct Connections {
+pub(super) struct ConnectionBudget {
     pub(super) data: usize,
     /// For the admin listener, and again for the redirecting listener.
     pub(super) admin: usize,
@@ -22,18 +22,18 @@ pub(super) struct Connections {
 
 /// The number of connections that the configuration requests.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) struct Wanted {
+pub(super) struct RequestedConnections {
     /// Connections on the data listener.
     pub(super) connections: usize,
     /// Whether the number is configured; otherwise half of it is enough without a warning.
-    pub(super) is_said: bool,
+    pub(super) is_explicit: bool,
 }
 
 /// Raises this process's limit to the system's maximum and divides it.
-pub(super) fn divide(requested: Wanted) -> Connections {
-    let limit = raise();
-    let connections = share(limit, requested.connections);
-    let enough = if requested.is_said { requested.connections } else { requested.connections / 2 };
+pub(super) fn allocate(requested: RequestedConnections) -> ConnectionBudget {
+    let limit = raise_limit();
+    let connections = split(limit, requested.connections);
+    let enough = if requested.is_explicit { requested.connections } else { requested.connections / 2 };
     if connections.data < enough {
         warn!(
             descriptors = limit,
@@ -46,7 +46,7 @@ pub(super) fn divide(requested: Wanted) -> Connections {
 }
 
 /// Raises the descriptor limit as far as possible and returns it.
-fn raise() -> usize {
+fn raise_limit() -> usize {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     let raised = Rlimit { current: maximum, maximum };
     let limit = match setrlimit(Resource::Nofile, raised) {
@@ -57,11 +57,11 @@ fn raise() -> usize {
 }
 
 /// Divides `limit` descriptors. Each listener gets at least one, however few there are.
-fn share(limit: usize, requested: usize) -> Connections {
-    let internal = OWN.min(limit / 2);
-    let admin = requested.min(OPERATORS).min(limit / 16).max(1);
+fn split(limit: usize, requested: usize) -> ConnectionBudget {
+    let internal = RESERVED_INTERNAL.min(limit / 2);
+    let admin = requested.min(MAX_RESERVED_ADMIN).min(limit / 16).max(1);
     let data = limit.saturating_sub(internal).saturating_sub(2 * admin).min(requested).max(1);
-    Connections { data, admin }
+    ConnectionBudget { data, admin }
 }
 
 #[cfg(test)]
@@ -72,8 +72,8 @@ mod tests {
     fn data_listener_gets_what_reservations_leave() {
         let check = |limit, requested, data, admin| {
             assert_eq!(
-                share(limit, requested),
-                Connections { data, admin },
+                split(limit, requested),
+                ConnectionBudget { data, admin },
                 "{limit} for {requested}"
             );
         };
@@ -88,7 +88,7 @@ mod tests {
 
     #[test]
     fn limit_is_raised_to_the_system_maximum() {
-        let limit = raise();
+        let limit = raise_limit();
         let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
         assert_eq!(current, maximum);
         assert_eq!(current.map_or(usize::MAX, |it| usize::try_from(it).unwrap()), limit);

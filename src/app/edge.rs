@@ -10,15 +10,15 @@ use tracing::{info, warn};
 
 use super::{
     admin_token,
-    plan::{Admin, Error, Plan, Source},
-    reload::{EdgeTokens, Live},
+    plan::{AdminTokenParts, Error, ModeParts, FlagSource},
+    reload::{EdgeTokens, Reloadable},
 };
 use crate::{
     auth::{self, AuthenticatedToken, Authenticator, Validator, AuthError, UpstreamValidator},
     config::{self, Credentials as Given, BackupFolder},
     saver::BackgroundWriter,
     snapshot::Snapshots,
-    store::{self, Key, Store, edge_backup},
+    store::{self, RecordKey, Store, edge_backup},
     sync::upstream::{EnvironmentManager, EnvironmentSelection},
     telemetry::{Latch, error_chain},
     token::{Environment, Grant, Projects, Scope, Token, TokenKind},
@@ -27,33 +27,33 @@ use crate::{
 };
 
 /// Delay before configured tokens are validated again after upstream was unavailable.
-const ASK_AGAIN_AFTER: Duration = Duration::from_secs(1);
+const UNAVAILABLE_RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// Interval at which configured tokens are validated again.
-const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(30);
+const REVALIDATE_INTERVAL: Duration = Duration::from_secs(30);
 
 /// The background work of an edge.
 #[derive(Debug)]
-pub(super) struct Edge {
-    follower: EnvironmentManager,
+pub(super) struct EdgeSync {
+    environments: EnvironmentManager,
     /// Configured tokens, which must be validated before use.
-    tokens: watch::Receiver<Vec<Token>>,
-    backup: Vec<(Token, Grant)>,
+    configured_tokens: watch::Receiver<Vec<Token>>,
+    imported_tokens: Vec<(Token, Grant)>,
     /// Released when the configured tokens are validated and have flags.
-    tokens_taken: Latch,
+    tokens_validated: Latch,
     /// Released when the environments selected at the start have flags.
-    flags_there: Latch,
+    flags_loaded: Latch,
 }
 
 /// Connects the components of an edge and serves the flags that an earlier run, of Parapet or of Unleash
 /// Edge, has left in the backup folder.
-pub(super) async fn plan(
+pub(super) async fn build(
     edge: config::EdgeConfig,
     auth: &auth::Config,
     snapshots: &Snapshots,
     latch: Latch,
-) -> Result<Plan, Error> {
-    let store = keep_in(&edge.backup_folder)?;
+) -> Result<ModeParts, Error> {
+    let store = open_store(&edge.backup_folder)?;
     let saver = BackgroundWriter::new(store.clone());
     let upstream = Upstream::new(edge.upstream)?;
     let (credentials, selection, admin, tokens) = match edge.credentials {
@@ -87,48 +87,48 @@ pub(super) async fn plan(
         saver,
     };
     environments.restore().await;
-    let imported = migrate(edge.backup_folder.path(), &environments).await;
+    let imported = import_edge_backup(edge.backup_folder.path(), &environments).await;
     // Once Parapet has stored tokens itself, they also reflect later revocations. This only checks that
     // the record exists; problems with it are reported when it is loaded.
-    let imported = if store.has(&Key::Verdicts).await { Vec::new() } else { imported };
-    let static_tokens = admin.iter().map(|token| admin_token::grant(&token.current())).collect();
+    let imported = if store.contains(&RecordKey::TokenCache).await { Vec::new() } else { imported };
+    let static_tokens = admin.iter().map(|token| admin_token::admin_grant(&token.current())).collect();
     let (send_tokens, tokens) = watch::channel(tokens);
     let edge_tokens = admin.clone().map_or(EdgeTokens::Backend(send_tokens), EdgeTokens::Admin);
-    let reloadable = Live::Edge { tokens: edge_tokens, refetch: Arc::clone(&token_added) };
-    Ok(Plan {
-        control: None,
-        copies_registry: false,
+    let reloadable = Reloadable::Edge { tokens: edge_tokens, refetch: Arc::clone(&token_added) };
+    Ok(ModeParts {
+        control_plane: None,
+        saves_registry_copies: false,
         name: "edge",
-        source: Source::Upstream(Box::new(Edge {
-            follower: environments,
-            tokens,
-            backup: imported,
-            tokens_taken: latch.add_latch(),
-            flags_there: latch,
+        flag_source: FlagSource::Upstream(Box::new(EdgeSync {
+            environments,
+            configured_tokens: tokens,
+            imported_tokens: imported,
+            tokens_validated: latch.add_latch(),
+            flags_loaded: latch,
         })),
-        authority: Validator::Upstream(Box::new(UpstreamValidator {
+        validator: Validator::Upstream(Box::new(UpstreamValidator {
             upstream: upstream.clone(),
             admin: admin.clone(),
             credentials: credentials.clone(),
             credentials_changed: Arc::clone(&token_added),
         })),
-        admin: admin.map(|token| Admin {
+        admin_token: admin.map(|token| AdminTokenParts {
             token,
             credentials: credentials.clone(),
-            discovered: token_added,
+            token_added,
         }),
-        live: Some(reloadable),
-        given: static_tokens,
-        sink: Sink::Upstream { upstream: upstream.clone(), credentials },
+        reloadable: Some(reloadable),
+        static_tokens,
+        usage_sink: Sink::Upstream { upstream: upstream.clone(), credentials },
         upstream: Some(upstream),
-        relays: edge.admin_relay,
+        relays_admin_api: edge.admin_relay,
         store,
     })
 }
 
 /// Opens the store in a folder. Falls back to memory if the folder is not writable and is only the
 /// default: Unleash Edge starts in a container without a writable folder, and so must its replacement.
-fn keep_in(folder: &BackupFolder) -> Result<Store, store::Error> {
+fn open_store(folder: &BackupFolder) -> Result<Store, store::Error> {
     Store::directory(folder.path()).or_else(|error| match folder {
         BackupFolder::Configured(_) => Err(error),
         BackupFolder::Default(_) => {
@@ -144,12 +144,12 @@ fn keep_in(folder: &BackupFolder) -> Result<Store, store::Error> {
 /// Imports the backup of Unleash Edge in the folder; unreadable parts are skipped.
 ///
 /// The scope of an environment's flags is the union of the scopes of Edge's client tokens.
-async fn migrate(folder: &Path, environments: &EnvironmentManager) -> Vec<(Token, Grant)> {
-    let tokens = edge_backup::tokens(folder).await.unwrap_or_else(|error| {
+async fn import_edge_backup(folder: &Path, environments: &EnvironmentManager) -> Vec<(Token, Grant)> {
+    let tokens = edge_backup::load_tokens(folder).await.unwrap_or_else(|error| {
         warn!(error = error_chain(&error), "Cannot read Unleash Edge's backup of tokens; it is ignored");
         Vec::new()
     });
-    match edge_backup::features(folder).await {
+    match edge_backup::load_features(folder).await {
         Ok(backups) => {
             for (environment, text) in backups {
                 let grants = tokens.iter().map(|(_, grant)| grant).filter(|grant| {
@@ -171,25 +171,25 @@ async fn migrate(folder: &Path, environments: &EnvironmentManager) -> Vec<(Token
     tokens
 }
 
-impl Edge {
+impl EdgeSync {
     /// Saves flags and credentials in the background.
-    pub(super) fn saver(&self) -> BackgroundWriter {
-        self.follower.saver.clone()
+    pub(super) fn background_writer(&self) -> BackgroundWriter {
+        self.environments.saver.clone()
     }
 
     /// Synchronizes with upstream until dropped.
     pub(super) async fn run(&self, auth: &Authenticator) {
-        for (token, grant) in &self.backup {
+        for (token, grant) in &self.imported_tokens {
             auth.import(token, grant);
         }
         let Self {
-            follower: environments,
-            tokens,
-            tokens_taken: validated,
-            flags_there: loaded,
+            environments,
+            configured_tokens: tokens,
+            tokens_validated: validated,
+            flags_loaded: loaded,
             ..
         } = self;
-        let tokens = take_tokens(tokens.clone(), auth, environments, validated);
+        let tokens = validate_configured_tokens(tokens.clone(), auth, environments, validated);
         tokio::join!(environments.clone().run(loaded), tokens);
     }
 }
@@ -203,7 +203,7 @@ impl Edge {
 ///
 /// The list may be replaced at any time. Tokens missing from the new list are removed only after the
 /// others are validated, so that there is always a usable one.
-async fn take_tokens(
+async fn validate_configured_tokens(
     mut configured: watch::Receiver<Vec<Token>>,
     auth: &Authenticator,
     EnvironmentManager { snapshots, credentials, .. }: &EnvironmentManager,
@@ -278,7 +278,7 @@ async fn take_tokens(
             }
         }
         tokio::select! {
-            () = sleep(if all_validated { LOOK_AGAIN_AFTER } else { ASK_AGAIN_AFTER }) => {}
+            () = sleep(if all_validated { REVALIDATE_INTERVAL } else { UNAVAILABLE_RETRY_DELAY }) => {}
             Ok(()) = configured.changed() => {}
             () = flags_loaded, if waits_for_flags => latch.release(),
         }
@@ -293,13 +293,13 @@ mod tests {
     async fn only_a_configured_folder_must_be_writable() {
         let file = tempfile::NamedTempFile::new().expect("file");
         let nowhere = file.path().join("backup");
-        let error = keep_in(&BackupFolder::Configured(nowhere.clone())).expect_err("a file is in the way");
+        let error = open_store(&BackupFolder::Configured(nowhere.clone())).expect_err("a file is in the way");
         assert!(matches!(error, store::Error::Directory { .. }), "{error:?}");
-        let store = keep_in(&BackupFolder::Default(nowhere)).expect("memory");
-        store.save(&Key::Verdicts, "x").await.expect("save");
+        let store = open_store(&BackupFolder::Default(nowhere)).expect("memory");
+        store.save(&RecordKey::TokenCache, "x").await.expect("save");
 
         let folder = tempfile::tempdir().expect("folder");
-        keep_in(&BackupFolder::Default(folder.path().join("backup"))).expect("store");
+        open_store(&BackupFolder::Default(folder.path().join("backup"))).expect("store");
         assert!(folder.path().join("backup").is_dir());
     }
 }

@@ -14,18 +14,18 @@ use crate::{
 };
 
 /// Connections that may wait to be accepted; bursts of more new ones are rare.
-const BACKLOG: i32 = 4096;
+const ACCEPT_BACKLOG: i32 = 4096;
 
 /// A listening socket with its address, which contains the actual port if port 0 was requested.
-pub(super) type Bound = (TcpListener, SocketAddr);
+pub(super) type BoundSocket = (TcpListener, SocketAddr);
 
 /// The sockets of an instance.
 #[derive(Debug)]
 pub(super) struct Sockets {
-    pub(super) data: Bound,
+    pub(super) data: BoundSocket,
     /// Receives unencrypted requests, which are redirected.
-    pub(super) redirect: Option<Bound>,
-    pub(super) admin: Bound,
+    pub(super) redirect: Option<BoundSocket>,
+    pub(super) admin: BoundSocket,
 }
 
 impl Sockets {
@@ -55,10 +55,10 @@ impl Sockets {
 ///
 /// The unspecified IPv6 address includes IPv4. It falls back to the unspecified IPv4 address if the
 /// machine has no IPv6.
-fn bind(address: SocketAddr) -> io::Result<Bound> {
+fn bind(address: SocketAddr) -> io::Result<BoundSocket> {
     let is_any = address.is_ipv6() && address.ip().is_unspecified();
     let listener = match listen(address) {
-        Err(error) if is_any && means_no_ipv6(&error) => {
+        Err(error) if is_any && is_ipv6_unavailable(&error) => {
             listen(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), address.port()))
         }
         bound => bound,
@@ -69,13 +69,13 @@ fn bind(address: SocketAddr) -> io::Result<Bound> {
 
 /// Whether the error means that the machine has no IPv6. A port in use is no reason to listen on another
 /// address.
-fn means_no_ipv6(error: &io::Error) -> bool {
+fn is_ipv6_unavailable(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::AddrNotAvailable | ErrorKind::Unsupported)
-        || error.raw_os_error() == Some(ADDRESS_FAMILY_NOT_SUPPORTED)
+        || error.raw_os_error() == Some(EAFNOSUPPORT)
 }
 
 /// The error code for an unsupported address family, for which the standard library has no kind.
-const ADDRESS_FAMILY_NOT_SUPPORTED: i32 = if cfg!(target_os = "linux") { 97 } else { 47 };
+const EAFNOSUPPORT: i32 = if cfg!(target_os = "linux") { 97 } else { 47 };
 
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
@@ -85,7 +85,7 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
+    socket.listen(ACCEPT_BACKLOG)?;
     TcpListener::from_std(socket.into())
 }
 
@@ -109,7 +109,7 @@ mod tests {
         let occupied = match occupied {
             Ok(occupied) => occupied,
             Err(error) => {
-                assert!(means_no_ipv6(&error), "{error}");
+                assert!(is_ipv6_unavailable(&error), "{error}");
                 assert!(bind(any).expect("listens on IPv4").1.is_ipv4());
                 return;
             }
@@ -121,11 +121,11 @@ mod tests {
 
     #[test]
     fn missing_ipv6_is_distinguished_from_other_errors() {
-        let check = |code| means_no_ipv6(&io::Error::from_raw_os_error(code));
-        assert!(check(ADDRESS_FAMILY_NOT_SUPPORTED));
-        assert!(means_no_ipv6(&ErrorKind::AddrNotAvailable.into()));
+        let check = |code| is_ipv6_unavailable(&io::Error::from_raw_os_error(code));
+        assert!(check(EAFNOSUPPORT));
+        assert!(is_ipv6_unavailable(&ErrorKind::AddrNotAvailable.into()));
         for kind in [ErrorKind::AddrInUse, ErrorKind::PermissionDenied] {
-            assert!(!means_no_ipv6(&kind.into()), "{kind}");
+            assert!(!is_ipv6_unavailable(&kind.into()), "{kind}");
         }
     }
 }

@@ -4,7 +4,7 @@ use std::{io, path::PathBuf, sync::Arc};
 
 use tokio::sync::{Mutex, Notify, mpsc};
 
-use super::{edge::Edge, reload::Live, tasks::Tasks};
+use super::{edge::EdgeSync, reload::Reloadable, tasks::Supervisor};
 use crate::{
     auth::{Authenticator, Validator},
     config::ConfigErrors,
@@ -15,7 +15,7 @@ use crate::{
     tls,
     token::{Grant, TokenDigest},
     upstream::{self, AdminToken, Credentials, Upstream},
-    usage::{Delivery, Sink},
+    usage::{RegistryDelivery, Sink},
 };
 
 /// Why an instance does not start or stops.
@@ -29,7 +29,7 @@ pub enum Error {
     Tls(#[from] tls::FileErrors),
     /// A listener stopped unexpectedly.
     #[error("a listener stopped unexpectedly")]
-    Listener,
+    ListenerStopped,
     /// The store cannot be opened.
     #[error("cannot open the store")]
     Store(#[from] store::Error),
@@ -41,7 +41,7 @@ pub enum Error {
     Flags(#[from] files::Error),
     /// There are no flags, and an example cannot be written.
     #[error("cannot write an example of flags to {}; name a file or folder with --flags", path.display())]
-    Example {
+    ExampleFlags {
         /// The file.
         path: PathBuf,
         /// The cause.
@@ -53,65 +53,65 @@ pub enum Error {
 }
 
 /// Usage on its way to the registry, for the one task that stores it.
-pub(super) type Deliveries = Arc<Mutex<mpsc::Receiver<Delivery>>>;
+pub(super) type RegistryDeliveries = Arc<Mutex<mpsc::Receiver<RegistryDelivery>>>;
 
 /// The components of a mode.
 #[derive(Debug)]
-pub(super) struct Plan {
+pub(super) struct ModeParts {
     pub(super) name: &'static str,
-    pub(super) source: Source,
-    pub(super) authority: Validator,
-    pub(super) given: Vec<(TokenDigest, Grant)>,
-    pub(super) sink: Sink,
+    pub(super) flag_source: FlagSource,
+    pub(super) validator: Validator,
+    pub(super) static_tokens: Vec<(TokenDigest, Grant)>,
+    pub(super) usage_sink: Sink,
     pub(super) upstream: Option<Upstream>,
     /// The admin token for upstream, with everything that depends on it.
-    pub(super) admin: Option<Admin>,
+    pub(super) admin_token: Option<AdminTokenParts>,
     /// The parts that can be reconfigured at run time.
-    pub(super) live: Option<Live>,
+    pub(super) reloadable: Option<Reloadable>,
     /// Whether requests to upstream's admin API are relayed.
-    pub(super) relays: bool,
+    pub(super) relays_admin_api: bool,
     /// The control plane and the usage to store in it, if this instance has one.
-    pub(super) control: Option<(ControlPlane, Deliveries)>,
+    pub(super) control_plane: Option<(ControlPlane, RegistryDeliveries)>,
     /// Whether copies of its tokens are saved, because the database may be unavailable at the next
     /// start.
-    pub(super) copies_registry: bool,
+    pub(super) saves_registry_copies: bool,
     /// Stores validated tokens, usage and credentials between runs.
     pub(super) store: Store,
 }
 
 /// The admin token, and what must follow when it is replaced.
 #[derive(Clone, Debug)]
-pub(super) struct Admin {
+pub(super) struct AdminTokenParts {
     pub(super) token: AdminToken,
     pub(super) credentials: Credentials,
-    pub(super) discovered: Arc<Notify>,
+    pub(super) token_added: Arc<Notify>,
 }
 
-impl Plan {
+impl ModeParts {
     /// Takes the validator out; call once.
-    pub(super) fn take_authority(&mut self) -> Validator {
-        std::mem::replace(&mut self.authority, Validator::StaticOnly)
+    pub(super) fn take_validator(&mut self) -> Validator {
+        std::mem::replace(&mut self.validator, Validator::StaticOnly)
     }
 }
 
 /// Where flags come from.
 #[derive(Debug)]
-pub(super) enum Source {
+pub(super) enum FlagSource {
     Files(files::Watcher),
-    Upstream(Box<Edge>),
+    Upstream(Box<EdgeSync>),
 }
 
-impl Source {
+impl FlagSource {
     /// Saves flags and credentials in the background, if they are stored.
-    pub(super) fn saver(&self) -> Option<BackgroundWriter> {
+    pub(super) fn background_writer(&self) -> Option<BackgroundWriter> {
         match self {
             Self::Files(_) => None,
-            Self::Upstream(edge) => Some(edge.saver()),
+            Self::Upstream(edge) => Some(edge.background_writer()),
         }
     }
 
     /// Spawns the tasks that keep flags up to date.
-    pub(super) fn spawn(self, workers: &mut Tasks, auth: &Authenticator) {
+    pub(super) fn spawn_updates(self, workers: &mut Supervisor, auth: &Authenticator) {
         match self {
             Self::Files(running) => workers.spawn("files", running, files::Watcher::run),
             Self::Upstream(edge) => {

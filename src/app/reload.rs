@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use tokio::sync::{Notify, watch};
 use tracing::{error, info, warn};
 
-use super::alone::given;
+use super::alone::static_tokens;
 use crate::{
     auth::Authenticator,
     config::{Config, Credentials, EffectiveSettings, ConfigErrors, Mode},
@@ -20,15 +20,15 @@ use crate::{
     upstream::AdminToken,
 };
 
-const LOG: &str = "log";
-const ADMIN_TOKEN: &str = "upstream-admin-token";
-const TOKENS: &str = "tokens";
-const OFFLINE_TOKENS: [&str; 3] = ["client-tokens", "frontend-tokens", "init-admin-api-tokens"];
-const TICKET_SECRET: &str = "ofrep-ticket-secret";
+const LOG_OPTION: &str = "log";
+const ADMIN_TOKEN_OPTION: &str = "upstream-admin-token";
+const TOKENS_OPTION: &str = "tokens";
+const OFFLINE_TOKEN_OPTIONS: [&str; 3] = ["client-tokens", "frontend-tokens", "init-admin-api-tokens"];
+const TICKET_SECRET_OPTION: &str = "ofrep-ticket-secret";
 
 /// The parts of a mode that can be reconfigured at run time.
 #[derive(Debug)]
-pub(super) enum Live {
+pub(super) enum Reloadable {
     /// Edge mode. `refetch` triggers a search for environments and a fetch of their flags.
     Edge { tokens: EdgeTokens, refetch: Arc<Notify> },
     /// Offline mode: flags of a file, and the configured tokens.
@@ -46,22 +46,22 @@ pub(super) enum EdgeTokens {
 
 /// Applies configurations.
 #[derive(Debug)]
-pub(super) struct Reload {
-    live: Live,
+pub(super) struct Reloader {
+    reloadable: Reloadable,
     auth: Authenticator,
-    effective: EffectiveSettings,
+    effective_options: EffectiveSettings,
     warnings: Vec<String>,
 }
 
-impl Reload {
+impl Reloader {
     /// For an instance that runs with these options and warnings.
     pub(super) fn new(
-        live: Live,
+        reloadable: Reloadable,
         auth: Authenticator,
-        effective: EffectiveSettings,
+        effective_options: EffectiveSettings,
         warnings: Vec<String>,
     ) -> Self {
-        Self { live, auth, effective, warnings }
+        Self { reloadable, auth, effective_options, warnings }
     }
 
     /// Applies the options that can change at run time, and logs the result in one line.
@@ -79,15 +79,15 @@ impl Reload {
         }
         self.warnings.clone_from(&config.warnings);
         let (mut applied, mut need_restart) = (Vec::new(), Vec::new());
-        for name in config.effective_settings.changed_since(&self.effective) {
-            if self.apply_one(name, &config, data) {
-                self.effective.update(name, &config.effective_settings);
+        for name in config.effective_settings.changed_since(&self.effective_options) {
+            if self.apply_option(name, &config, data) {
+                self.effective_options.update(name, &config.effective_settings);
                 applied.push(name);
             } else {
                 need_restart.push(name);
             }
         }
-        self.reread(&config, &mut applied);
+        self.refresh_sources(&config, &mut applied);
         let mut line = match &applied[..] {
             [] => "nothing has changed".to_owned(),
             applied => applied.join(", "),
@@ -95,37 +95,37 @@ impl Reload {
         if !need_restart.is_empty() {
             line = format!("{line}; needs a restart: {}", need_restart.join(", "));
         }
-        line.push_str(match self.live {
-            Live::Edge { .. } => "; flags and tokens are fetched again",
-            Live::Offline(_) | Live::Standalone(_) => "; flags are read again",
+        line.push_str(match self.reloadable {
+            Reloadable::Edge { .. } => "; flags and tokens are fetched again",
+            Reloadable::Offline(_) | Reloadable::Standalone(_) => "; flags are read again",
         });
         info!("Reloaded: {line}");
     }
 
     /// Applies one changed option; false if it requires a restart.
-    fn apply_one(&self, name: &str, config: &Config, data: &SdkService) -> bool {
-        match (&self.live, &config.mode) {
-            _ if name == LOG => telemetry::set_log_filter(&config.log),
-            _ if name == TICKET_SECRET => {
+    fn apply_option(&self, name: &str, config: &Config, data: &SdkService) -> bool {
+        match (&self.reloadable, &config.mode) {
+            _ if name == LOG_OPTION => telemetry::set_log_filter(&config.log),
+            _ if name == TICKET_SECRET_OPTION => {
                 if let Some(key) = config.data.stream_ticket_key.clone() {
                     data.stream_tickets.replace_key(key, Timestamp::now());
                 }
                 return config.data.stream_ticket_key.is_some();
             }
-            (Live::Edge { tokens, .. }, Mode::Edge(edge)) => {
+            (Reloadable::Edge { tokens, .. }, Mode::Edge(edge)) => {
                 match (tokens, &edge.credentials) {
                     // Applied below, also if the token's file has changed without the option.
-                    (EdgeTokens::Admin(_), Credentials::Admin { .. }) if name == ADMIN_TOKEN => {}
+                    (EdgeTokens::Admin(_), Credentials::Admin { .. }) if name == ADMIN_TOKEN_OPTION => {}
                     (EdgeTokens::Backend(tokens), Credentials::BackendTokens(configured))
-                        if name == TOKENS =>
+                        if name == TOKENS_OPTION =>
                     {
                         tokens.send_replace(configured.clone());
                     }
                     _ => return false,
                 }
             }
-            (Live::Offline(rereader), Mode::Offline(offline)) if OFFLINE_TOKENS.contains(&name) => {
-                let (tokens, environments) = given(offline);
+            (Reloadable::Offline(rereader), Mode::Offline(offline)) if OFFLINE_TOKEN_OPTIONS.contains(&name) => {
+                let (tokens, environments) = static_tokens(offline);
                 self.auth.set_static_tokens(tokens);
                 rereader.set_environments(environments);
             }
@@ -135,21 +135,21 @@ impl Reload {
     }
 
     /// Refreshes what may have changed without an option.
-    fn reread(&self, config: &Config, applied: &mut Vec<&'static str>) {
-        match (&self.live, &config.mode) {
-            (Live::Edge { tokens, refetch }, Mode::Edge(edge)) => {
+    fn refresh_sources(&self, config: &Config, applied: &mut Vec<&'static str>) {
+        match (&self.reloadable, &config.mode) {
+            (Reloadable::Edge { tokens, refetch }, Mode::Edge(edge)) => {
                 if let (EdgeTokens::Admin(admin), Credentials::Admin { token, file, .. }) =
                     (tokens, &edge.credentials)
                     && admin.replace(token.clone(), file.clone())
-                    && !applied.contains(&ADMIN_TOKEN)
+                    && !applied.contains(&ADMIN_TOKEN_OPTION)
                 {
-                    applied.push(ADMIN_TOKEN);
+                    applied.push(ADMIN_TOKEN_OPTION);
                 }
                 self.auth.revalidate(None);
                 refetch.notify_one();
             }
-            (Live::Offline(rereader) | Live::Standalone(rereader), _) => rereader.reload(),
-            (Live::Edge { .. }, Mode::Offline(_) | Mode::Standalone(_)) => {}
+            (Reloadable::Offline(rereader) | Reloadable::Standalone(rereader), _) => rereader.reload(),
+            (Reloadable::Edge { .. }, Mode::Offline(_) | Mode::Standalone(_)) => {}
         }
     }
 }

@@ -10,13 +10,13 @@ use sha2::{Digest as _, Sha256};
 use tracing::{info, warn};
 
 use crate::{
-    store::{Claim, Error, Key, Slot, Store},
+    store::{RecordLock, Error, RecordKey, SlotId, Store},
     telemetry::error_chain,
     usage::Usage,
 };
 
 /// Number of failed locks after which the search for a slot ends.
-const MAX_FAILURES: usize = 8;
+const MAX_LOCK_FAILURES: usize = 8;
 
 /// Why usage is not stored.
 #[derive(Debug, thiserror::Error)]
@@ -31,106 +31,106 @@ pub(super) enum SaveError {
 
 /// The record of this process, and the records that it has recovered from others.
 #[derive(Debug)]
-pub(super) struct Spools {
+pub(super) struct UsageFiles {
     /// The store of the folder, which other processes may share.
-    folder: Store,
-    own: Mutex<Own>,
+    store: Store,
+    own_slot: Mutex<OwnSlot>,
     /// Records that were recovered, and must be emptied once their usage is stored again.
-    adopted: Mutex<Vec<(Slot, Claim)>>,
+    recovered: Mutex<Vec<(SlotId, RecordLock)>>,
     /// Digest of the record that this process last read or wrote in the first slot without a lock. While
     /// the record has this digest, its usage is also in memory here.
-    unclaimed: Mutex<Option<Fingerprint>>,
+    unlocked_digest: Mutex<Option<RecordDigest>>,
 }
 
 /// The digest of a record's bytes.
-type Fingerprint = [u8; 32];
+type RecordDigest = [u8; 32];
 
-fn digest(bytes: &[u8]) -> Fingerprint {
+fn digest(bytes: &[u8]) -> RecordDigest {
     Sha256::digest(bytes).into()
 }
 
 /// The slot where this process stores usage.
 #[derive(Clone, Debug)]
-enum Own {
+enum OwnSlot {
     /// A slot that is locked for this process.
-    Claimed { slot: Slot, _claim: Arc<Claim> },
+    Locked { slot: SlotId, _claim: Arc<RecordLock> },
     /// The first slot of a folder where no slot can be locked and none is locked by others. Other
     /// processes may be using it, so their usage is not recovered.
-    Unclaimed,
+    Unlocked,
     /// None: other processes have locked slots, and no other slot can be locked.
-    None,
+    NoSlot,
 }
 
-impl Own {
+impl OwnSlot {
     /// Acquires the first free slot; also returns the first error on the way.
     ///
     /// A slot that cannot be locked may belong to another process. It is not used if any other slot
     /// shows that locks work in this folder.
-    async fn choose(folder: &Store) -> (Self, Option<Error>) {
+    async fn acquire(folder: &Store) -> (Self, Option<Error>) {
         let mut is_shared = false;
         let mut failure = None;
         let mut failures = 0;
-        for slot in Slot::all() {
-            match folder.claim(&Key::Usage(slot)).await {
+        for slot in SlotId::all() {
+            match folder.try_lock(&RecordKey::Usage(slot)).await {
                 Ok(Some(lock)) => {
-                    return (Self::Claimed { slot, _claim: Arc::new(lock) }, failure);
+                    return (Self::Locked { slot, _claim: Arc::new(lock) }, failure);
                 }
                 Ok(None) => is_shared = true,
                 Err(error) => {
                     failure.get_or_insert(error);
                     failures += 1;
-                    if failures == MAX_FAILURES {
+                    if failures == MAX_LOCK_FAILURES {
                         break;
                     }
                 }
             }
         }
-        (if is_shared { Self::None } else { Self::Unclaimed }, failure)
+        (if is_shared { Self::NoSlot } else { Self::Unlocked }, failure)
     }
 
     /// Logs a warning unless this process has the first slot to itself.
-    fn warn(&self, failure: Option<&Error>) {
+    fn log_degradation(&self, failure: Option<&Error>) {
         let error = failure.map(|error| error_chain(error));
         match self {
-            Self::Claimed { slot: Slot::FIRST, .. } => {}
-            Self::Claimed { .. } => warn!(
+            Self::Locked { slot: SlotId::FIRST, .. } => {}
+            Self::Locked { .. } => warn!(
                 error,
                 "Another instance uses this folder: usage is stored separately, validated tokens and flags are shared"
             ),
-            Self::Unclaimed => warn!(
+            Self::Unlocked => warn!(
                 error,
                 "Cannot determine whether another instance uses this folder: two would lose or double stored usage"
             ),
-            Self::None => warn!(
+            Self::NoSlot => warn!(
                 error,
                 "Other instances use this folder and no slot is left: usage still unsent at shutdown is lost"
             ),
         }
     }
 
-    fn slot(&self) -> Option<Slot> {
+    fn slot(&self) -> Option<SlotId> {
         match self {
-            Self::Claimed { slot, .. } => Some(*slot),
-            Self::Unclaimed => Some(Slot::FIRST),
-            Self::None => None,
+            Self::Locked { slot, .. } => Some(*slot),
+            Self::Unlocked => Some(SlotId::FIRST),
+            Self::NoSlot => None,
         }
     }
 }
 
-impl Spools {
+impl UsageFiles {
     /// Acquires a slot and restores its usage.
     pub(super) async fn open(folder: Store, usage: &Usage) -> Self {
-        let (own, failure) = Own::choose(&folder).await;
-        own.warn(failure.as_ref());
+        let (own, failure) = OwnSlot::acquire(&folder).await;
+        own.log_degradation(failure.as_ref());
         let slot = own.slot();
         let files = Self {
-            folder,
-            own: Mutex::new(own),
-            adopted: Mutex::default(),
-            unclaimed: Mutex::default(),
+            store: folder,
+            own_slot: Mutex::new(own),
+            recovered: Mutex::default(),
+            unlocked_digest: Mutex::default(),
         };
         if let Some(slot) = slot {
-            files.read(slot, usage).await;
+            files.restore_slot(slot, usage).await;
         }
         files
     }
@@ -139,20 +139,20 @@ impl Spools {
     ///
     /// A process without a locked slot first tries to acquire one, and recovers nothing until it has
     /// one.
-    pub(super) async fn adopt(&self, usage: &Usage) -> bool {
-        let mut any = self.claim_again(usage).await;
-        let Own::Claimed { slot: own, .. } = self.own_slot() else { return any };
-        let slots = self.folder.slots().await.unwrap_or_else(|error| {
+    pub(super) async fn recover_orphans(&self, usage: &Usage) -> bool {
+        let mut any = self.retry_acquire(usage).await;
+        let OwnSlot::Locked { slot: own, .. } = self.own_slot() else { return any };
+        let slots = self.store.usage_slots().await.unwrap_or_else(|error| {
             warn!(
                 error = error_chain(&error),
                 "Cannot list slots; usage of ended instances is not recovered"
             );
             Vec::new()
         });
-        for slot in slots.into_iter().filter(|slot| *slot != own && !self.has(*slot)) {
-            match self.folder.claim(&Key::Usage(slot)).await {
+        for slot in slots.into_iter().filter(|slot| *slot != own && !self.is_recovered(*slot)) {
+            match self.store.try_lock(&RecordKey::Usage(slot)).await {
                 Ok(Some(lock)) => {
-                    if self.read(slot, usage).await {
+                    if self.restore_slot(slot, usage).await {
                         self.lock_recovered().push((slot, lock));
                         any = true;
                     }
@@ -167,21 +167,21 @@ impl Spools {
     }
 
     /// Tries again to lock a slot if none could be locked before; true if there is one now.
-    async fn claim_again(&self, usage: &Usage) -> bool {
+    async fn retry_acquire(&self, usage: &Usage) -> bool {
         let before = self.own_slot();
-        if matches!(before, Own::Claimed { .. }) {
+        if matches!(before, OwnSlot::Locked { .. }) {
             return false;
         }
-        let (own, failure) = Own::choose(&self.folder).await;
-        *self.own.lock().unwrap_or_else(PoisonError::into_inner) = own.clone();
-        let is_locked = matches!(own, Own::Claimed { .. });
+        let (own, failure) = OwnSlot::acquire(&self.store).await;
+        *self.own_slot.lock().unwrap_or_else(PoisonError::into_inner) = own.clone();
+        let is_locked = matches!(own, OwnSlot::Locked { .. });
         if is_locked {
             info!("A slot could be locked; unsent usage is stored in it from now on");
         } else if own.slot() != before.slot() {
-            own.warn(failure.as_ref());
+            own.log_degradation(failure.as_ref());
         }
         if let Some(slot) = own.slot().filter(|slot| is_locked || before.slot() != Some(*slot)) {
-            self.read(slot, usage).await;
+            self.restore_slot(slot, usage).await;
         }
         is_locked
     }
@@ -192,16 +192,16 @@ impl Spools {
         let Some(slot) = own.slot() else {
             return if bytes.is_empty() { Ok(()) } else { Err(SaveError::NoSlot) };
         };
-        let written = matches!(own, Own::Unclaimed).then(|| digest(&bytes));
-        self.folder.save(&Key::Usage(slot), bytes).await?;
-        if slot == Slot::FIRST {
+        let written = matches!(own, OwnSlot::Unlocked).then(|| digest(&bytes));
+        self.store.save(&RecordKey::Usage(slot), bytes).await?;
+        if slot == SlotId::FIRST {
             *self.lock_unlocked_digest() = written;
         } else {
-            self.remove_unclaimed().await;
+            self.clear_unlocked_copy().await;
         }
         let recovered = std::mem::take(&mut *self.lock_recovered());
         for (slot, lock) in recovered {
-            if let Err(error) = self.folder.save(&Key::Usage(slot), Vec::new()).await {
+            if let Err(error) = self.store.save(&RecordKey::Usage(slot), Vec::new()).await {
                 warn!(error = error_chain(&error), "Cannot empty the record of an ended instance yet");
                 // Kept locked, so that no other process sends it meanwhile.
                 self.lock_recovered().push((slot, lock));
@@ -212,38 +212,38 @@ impl Spools {
 
     /// Empties the first slot if it still contains what this process stored there before it had a locked
     /// slot.
-    async fn remove_unclaimed(&self) {
-        if self.lock_unlocked_digest().is_none() || self.has(Slot::FIRST) {
+    async fn clear_unlocked_copy(&self) {
+        if self.lock_unlocked_digest().is_none() || self.is_recovered(SlotId::FIRST) {
             return;
         }
-        let first = Key::Usage(Slot::FIRST);
+        let first = RecordKey::Usage(SlotId::FIRST);
         // Kept until the end if available. If the slot cannot be locked, it is used without a lock once
         // more.
-        let _lock = match self.folder.claim(&first).await {
+        let _lock = match self.store.try_lock(&first).await {
             Ok(Some(lock)) => Some(lock),
             Ok(None) => return,
             Err(_) => None,
         };
-        let Ok(saved) = self.folder.load(&first).await else { return };
+        let Ok(saved) = self.store.load(&first).await else { return };
         let is_ours =
             saved.is_some_and(|saved| *self.lock_unlocked_digest() == Some(digest(&saved)));
-        if is_ours && let Err(error) = self.folder.save(&first, Vec::new()).await {
+        if is_ours && let Err(error) = self.store.save(&first, Vec::new()).await {
             return warn!(error = error_chain(&error), "Cannot empty the former copy of usage yet");
         }
         *self.lock_unlocked_digest() = None;
     }
 
     /// Restores the usage in a slot; whether there was any, which the next save replaces.
-    async fn read(&self, slot: Slot, usage: &Usage) -> bool {
-        match self.folder.load(&Key::Usage(slot)).await {
+    async fn restore_slot(&self, slot: SlotId, usage: &Usage) -> bool {
+        match self.store.load(&RecordKey::Usage(slot)).await {
             Ok(Some(saved)) if !saved.is_empty() => {
-                if slot == Slot::FIRST {
+                if slot == SlotId::FIRST {
                     let fingerprint = digest(&saved);
                     if *self.lock_unlocked_digest() == Some(fingerprint) {
                         // This process already has it.
                         return true;
                     }
-                    if matches!(self.own_slot(), Own::Unclaimed) {
+                    if matches!(self.own_slot(), OwnSlot::Unlocked) {
                         *self.lock_unlocked_digest() = Some(fingerprint);
                     }
                 }
@@ -263,20 +263,20 @@ impl Spools {
         }
     }
 
-    fn own_slot(&self) -> Own {
-        self.own.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    fn own_slot(&self) -> OwnSlot {
+        self.own_slot.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn has(&self, slot: Slot) -> bool {
+    fn is_recovered(&self, slot: SlotId) -> bool {
         self.lock_recovered().iter().any(|(recovered, _)| *recovered == slot)
     }
 
-    fn lock_unlocked_digest(&self) -> MutexGuard<'_, Option<Fingerprint>> {
-        self.unclaimed.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock_unlocked_digest(&self) -> MutexGuard<'_, Option<RecordDigest>> {
+        self.unlocked_digest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lock_recovered(&self) -> MutexGuard<'_, Vec<(Slot, Claim)>> {
-        self.adopted.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock_recovered(&self) -> MutexGuard<'_, Vec<(SlotId, RecordLock)>> {
+        self.recovered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -303,12 +303,12 @@ mod tests {
         Usage::new(&config, ConnectVia { app_name: "parapet".into(), instance_id: "i".into() })
     }
 
-    fn waiting(usage: &Usage) -> usize {
+    fn pending_metrics(usage: &Usage) -> usize {
         usage.pending()["metrics"].as_array().unwrap().len()
     }
 
     /// Makes locking a slot fail, like a lock file that belongs to another user.
-    fn obstruct(folder: &Path, slot: usize) -> PathBuf {
+    fn block_lock_file(folder: &Path, slot: usize) -> PathBuf {
         let name = if slot == 1 { "usage.lock".to_owned() } else { format!("usage-{slot}.lock") };
         let path = folder.join(name);
         fs::create_dir(&path).unwrap();
@@ -316,160 +316,160 @@ mod tests {
     }
 
     /// A store in a folder where no slot can be locked, and the obstacle for each slot.
-    fn obstructed() -> (TempDir, Store, Vec<PathBuf>) {
+    fn store_without_locks() -> (TempDir, Store, Vec<PathBuf>) {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::directory(folder.path()).unwrap();
-        let obstacles = (1..20).map(|slot| obstruct(folder.path(), slot)).collect();
+        let obstacles = (1..20).map(|slot| block_lock_file(folder.path(), slot)).collect();
         (folder, store, obstacles)
     }
 
-    fn slot(n: usize) -> Slot {
-        Slot::all().nth(n - 1).unwrap()
+    fn slot(n: usize) -> SlotId {
+        SlotId::all().nth(n - 1).unwrap()
     }
 
     #[tokio::test]
     async fn slot_that_cannot_be_locked_is_skipped() {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::directory(folder.path()).unwrap();
-        let _other = store.claim(&Key::Usage(Slot::FIRST)).await.unwrap().unwrap();
-        store.save(&Key::Usage(Slot::FIRST), STORED).await.unwrap();
-        obstruct(folder.path(), 2);
+        let _other = store.try_lock(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap();
+        store.save(&RecordKey::Usage(SlotId::FIRST), STORED).await.unwrap();
+        block_lock_file(folder.path(), 2);
         let usage = usage();
-        let files = Spools::open(store.clone(), &usage).await;
+        let files = UsageFiles::open(store.clone(), &usage).await;
         assert_eq!(files.own_slot().slot(), Some(slot(3)));
-        files.adopt(&usage).await;
+        files.recover_orphans(&usage).await;
         files.save(b"ours".to_vec()).await.unwrap();
-        assert_eq!(waiting(&usage), 0);
-        assert_eq!(store.load(&Key::Usage(Slot::FIRST)).await.unwrap().unwrap(), STORED);
-        assert_eq!(store.load(&Key::Usage(slot(3))).await.unwrap().unwrap(), b"ours");
+        assert_eq!(pending_metrics(&usage), 0);
+        assert_eq!(store.load(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap(), STORED);
+        assert_eq!(store.load(&RecordKey::Usage(slot(3))).await.unwrap().unwrap(), b"ours");
     }
 
     #[tokio::test]
     async fn first_slot_is_not_used_unlocked_if_another_can_be_locked() {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::directory(folder.path()).unwrap();
-        store.save(&Key::Usage(Slot::FIRST), STORED).await.unwrap();
-        obstruct(folder.path(), 1);
+        store.save(&RecordKey::Usage(SlotId::FIRST), STORED).await.unwrap();
+        block_lock_file(folder.path(), 1);
         let usage = usage();
-        let files = Spools::open(store.clone(), &usage).await;
-        files.adopt(&usage).await;
+        let files = UsageFiles::open(store.clone(), &usage).await;
+        files.recover_orphans(&usage).await;
         files.save(b"ours".to_vec()).await.unwrap();
-        assert_eq!((files.own_slot().slot(), waiting(&usage)), (Some(slot(2)), 0));
-        assert_eq!(store.load(&Key::Usage(Slot::FIRST)).await.unwrap().unwrap(), STORED);
+        assert_eq!((files.own_slot().slot(), pending_metrics(&usage)), (Some(slot(2)), 0));
+        assert_eq!(store.load(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap(), STORED);
     }
 
     #[tokio::test]
     async fn without_a_slot_nothing_is_stored_until_one_can_be_locked() {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::directory(folder.path()).unwrap();
-        let other = store.claim(&Key::Usage(Slot::FIRST)).await.unwrap().unwrap();
-        store.save(&Key::Usage(Slot::FIRST), STORED).await.unwrap();
-        let obstacles: Vec<_> = (2..20).map(|slot| obstruct(folder.path(), slot)).collect();
+        let other = store.try_lock(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap();
+        store.save(&RecordKey::Usage(SlotId::FIRST), STORED).await.unwrap();
+        let obstacles: Vec<_> = (2..20).map(|slot| block_lock_file(folder.path(), slot)).collect();
         let usage = usage();
-        let files = Spools::open(store.clone(), &usage).await;
-        assert!(!files.adopt(&usage).await);
+        let files = UsageFiles::open(store.clone(), &usage).await;
+        assert!(!files.recover_orphans(&usage).await);
         assert!(matches!(files.save(b"ours".to_vec()).await, Err(SaveError::NoSlot)));
-        assert_eq!(store.load(&Key::Usage(Slot::FIRST)).await.unwrap().unwrap(), STORED);
+        assert_eq!(store.load(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap(), STORED);
 
         fs::remove_dir(&obstacles[0]).unwrap();
-        assert!(files.adopt(&usage).await);
-        assert_eq!((files.own_slot().slot(), waiting(&usage)), (Some(slot(2)), 0));
+        assert!(files.recover_orphans(&usage).await);
+        assert_eq!((files.own_slot().slot(), pending_metrics(&usage)), (Some(slot(2)), 0));
         drop(other);
-        assert!(files.adopt(&usage).await);
-        assert_eq!(waiting(&usage), 1);
+        assert!(files.recover_orphans(&usage).await);
+        assert_eq!(pending_metrics(&usage), 1);
     }
 
     #[tokio::test]
     async fn folder_without_locks_uses_first_slot_until_locks_work() {
-        let (_folder, store, obstacles) = obstructed();
-        store.save(&Key::Usage(Slot::FIRST), STORED).await.unwrap();
+        let (_folder, store, obstacles) = store_without_locks();
+        store.save(&RecordKey::Usage(SlotId::FIRST), STORED).await.unwrap();
         let usage = usage();
-        let files = Spools::open(store.clone(), &usage).await;
-        assert_eq!(waiting(&usage), 1);
-        assert!(!files.adopt(&usage).await);
+        let files = UsageFiles::open(store.clone(), &usage).await;
+        assert_eq!(pending_metrics(&usage), 1);
+        assert!(!files.recover_orphans(&usage).await);
         files.save(b"ours".to_vec()).await.unwrap();
-        assert_eq!(store.load(&Key::Usage(Slot::FIRST)).await.unwrap().unwrap(), b"ours");
+        assert_eq!(store.load(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap(), b"ours");
 
         for obstacle in obstacles {
             fs::remove_dir(obstacle).unwrap();
         }
         // Another process was faster.
-        let other = store.claim(&Key::Usage(Slot::FIRST)).await.unwrap().unwrap();
-        assert!(files.adopt(&usage).await);
-        assert_eq!((files.own_slot().slot(), waiting(&usage)), (Some(slot(2)), 1));
+        let other = store.try_lock(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap();
+        assert!(files.recover_orphans(&usage).await);
+        assert_eq!((files.own_slot().slot(), pending_metrics(&usage)), (Some(slot(2)), 1));
         drop(other);
     }
 
     #[tokio::test]
     async fn own_usage_in_an_unlocked_slot_is_counted_once() {
-        let (_folder, store, mut obstacles) = obstructed();
-        store.save(&Key::Usage(Slot::FIRST), STORED).await.unwrap();
+        let (_folder, store, mut obstacles) = store_without_locks();
+        store.save(&RecordKey::Usage(SlotId::FIRST), STORED).await.unwrap();
         let usage = usage();
-        let files = Spools::open(store.clone(), &usage).await;
+        let files = UsageFiles::open(store.clone(), &usage).await;
         let evaluations = || usage.pending()["metrics"][0]["bucket"]["yes"].as_u64();
         assert_eq!(evaluations(), Some(5));
 
         // The second slot can be locked; the first still cannot.
         fs::remove_dir(obstacles.remove(1)).unwrap();
-        assert!(files.adopt(&usage).await);
+        assert!(files.recover_orphans(&usage).await);
         assert_eq!((files.own_slot().slot(), evaluations()), (Some(slot(2)), Some(5)));
         for is_stored in [false, true] {
             if is_stored {
-                files.save(usage.save().unwrap()).await.unwrap();
+                files.save(usage.serialize().unwrap()).await.unwrap();
             }
             for obstacle in obstacles.drain(..) {
                 fs::remove_dir(obstacle).unwrap();
             }
-            files.adopt(&usage).await;
+            files.recover_orphans(&usage).await;
             assert_eq!(evaluations(), Some(5), "{is_stored}");
         }
-        files.save(usage.save().unwrap()).await.unwrap();
+        files.save(usage.serialize().unwrap()).await.unwrap();
         // The next run finds it in one place.
         drop(files);
         let next = self::usage();
-        Spools::open(store, &next).await.adopt(&next).await;
+        UsageFiles::open(store, &next).await.recover_orphans(&next).await;
         assert_eq!(next.pending()["metrics"][0]["bucket"]["yes"].as_u64(), Some(5));
     }
 
     #[tokio::test]
     async fn own_usage_is_removed_from_the_unlocked_slot() {
-        let (_folder, store, mut obstacles) = obstructed();
+        let (_folder, store, mut obstacles) = store_without_locks();
         let usage = usage();
-        let files = Spools::open(store.clone(), &usage).await;
+        let files = UsageFiles::open(store.clone(), &usage).await;
         files.save(STORED.to_vec()).await.unwrap();
         fs::remove_dir(obstacles.remove(1)).unwrap();
-        assert!(files.adopt(&usage).await);
+        assert!(files.recover_orphans(&usage).await);
         files.save(STORED.to_vec()).await.unwrap();
-        let load = async |slot| store.load(&Key::Usage(slot)).await.unwrap().unwrap_or_default();
+        let load = async |slot| store.load(&RecordKey::Usage(slot)).await.unwrap().unwrap_or_default();
         assert_eq!((load(slot(1)).await, load(slot(2)).await), (Vec::new(), STORED.to_vec()));
 
         // Data that another process wrote there is preserved.
-        let files = Spools { unclaimed: Mutex::new(Some(digest(STORED))), ..files };
-        store.save(&Key::Usage(slot(1)), "theirs").await.unwrap();
+        let files = UsageFiles { unlocked_digest: Mutex::new(Some(digest(STORED))), ..files };
+        store.save(&RecordKey::Usage(slot(1)), "theirs").await.unwrap();
         files.save(STORED.to_vec()).await.unwrap();
         assert_eq!(load(slot(1)).await, b"theirs");
     }
 
     #[tokio::test]
     async fn saving_without_a_slot_fails_and_usage_is_not_restored_twice() {
-        let (_folder, store, mut obstacles) = obstructed();
-        store.save(&Key::Usage(Slot::FIRST), STORED).await.unwrap();
+        let (_folder, store, mut obstacles) = store_without_locks();
+        store.save(&RecordKey::Usage(SlotId::FIRST), STORED).await.unwrap();
         let usage = usage();
-        let files = Spools::open(store.clone(), &usage).await;
+        let files = UsageFiles::open(store.clone(), &usage).await;
         // Another process has locked a slot, so this one may no longer use the first.
         fs::remove_dir(obstacles.remove(1)).unwrap();
-        let _other = store.claim(&Key::Usage(slot(2))).await.unwrap().unwrap();
-        assert!(!files.adopt(&usage).await);
+        let _other = store.try_lock(&RecordKey::Usage(slot(2))).await.unwrap().unwrap();
+        assert!(!files.recover_orphans(&usage).await);
         assert_eq!(files.own_slot().slot(), None);
-        let refused = files.save(usage.save().unwrap()).await;
+        let refused = files.save(usage.serialize().unwrap()).await;
         assert!(matches!(refused, Err(SaveError::NoSlot)), "{refused:?}");
         files.save(Vec::new()).await.unwrap();
 
         fs::remove_dir(obstacles.remove(0)).unwrap();
-        assert!(files.adopt(&usage).await);
+        assert!(files.recover_orphans(&usage).await);
         assert_eq!(files.own_slot().slot(), Some(slot(1)));
         assert_eq!(usage.pending()["metrics"][0]["bucket"]["yes"].as_u64(), Some(5));
         files.save(b"ours".to_vec()).await.unwrap();
-        assert_eq!(store.load(&Key::Usage(slot(1))).await.unwrap().unwrap(), b"ours");
+        assert_eq!(store.load(&RecordKey::Usage(slot(1))).await.unwrap().unwrap(), b"ours");
     }
 }

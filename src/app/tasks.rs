@@ -7,15 +7,15 @@ use tokio::{task::JoinSet, time::sleep};
 use tracing::error;
 
 /// Delay before a task restarts after a panic.
-const RESTART_AFTER: Duration = Duration::from_secs(1);
+const RESTART_DELAY: Duration = Duration::from_secs(1);
 
 const RESTARTS: &str = "parapet_task_restarts_total";
 
 /// The tasks of a running instance; dropping this aborts them.
 #[derive(Debug, Default)]
-pub(super) struct Tasks(JoinSet<()>);
+pub(super) struct Supervisor(JoinSet<()>);
 
-impl Tasks {
+impl Supervisor {
     /// Runs a task with its arguments, again after each panic, until it returns.
     pub(super) fn spawn<T, F>(
         &mut self,
@@ -35,18 +35,18 @@ impl Tasks {
                 let Some(Err(panic)) = running.join_next().await else { return };
                 error!(task = name, %panic, "A task panicked and restarts in 1 s");
                 counter!(RESTARTS, "task" => name).increment(1);
-                sleep(RESTART_AFTER).await;
+                sleep(RESTART_DELAY).await;
             }
         });
     }
 
     /// Aborts all tasks.
-    pub(super) async fn end(mut self) {
+    pub(super) async fn abort_all(mut self) {
         self.0.shutdown().await;
     }
 
     /// Waits until all tasks have returned.
-    pub(super) async fn join(mut self) {
+    pub(super) async fn join_all(mut self) {
         while self.0.join_next().await.is_some() {}
     }
 }
@@ -63,12 +63,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn panicking_task_is_restarted_until_it_returns() {
         let runs = Arc::new(AtomicU32::new(0));
-        let mut tasks = Tasks::default();
+        let mut tasks = Supervisor::default();
         tasks.spawn("test", Arc::clone(&runs), |runs| async move {
             let run = runs.fetch_add(1, Ordering::Relaxed);
             assert!(run >= 2, "this run is meant to panic");
         });
-        tasks.join().await;
+        tasks.join_all().await;
         assert_eq!(runs.load(Ordering::Relaxed), 3);
     }
 }

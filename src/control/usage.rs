@@ -17,7 +17,7 @@ use super::{
 use crate::{
     snapshot::{Snapshot, Snapshots},
     token::Environment,
-    usage::Delivery,
+    usage::RegistryDelivery,
     wire::usage::{ClientApplication, BulkReport, BulkMetric},
 };
 
@@ -88,14 +88,14 @@ pub struct UsageHour {
 pub(super) async fn store(
     database: &Database,
     snapshots: &Snapshots,
-    delivery: &Delivery,
+    delivery: &RegistryDelivery,
 ) -> Result<bool, Error> {
     let Ok(bulk) = BulkReport::parse(&delivery.body) else { return Ok(false) };
     let mut transaction = database.begin_write(WriteLock::Usage).await?;
     let mark = sqlx::query(
         "INSERT INTO usage_batches (id, stored_at) VALUES ($1, $2) ON CONFLICT DO NOTHING",
     );
-    let mark = mark.bind(delivery.batch.to_string()).bind(now().as_millisecond());
+    let mark = mark.bind(delivery.id.to_string()).bind(now().as_millisecond());
     if mark.execute(&mut *transaction).await?.rows_affected() == 0 {
         return Ok(true);
     }

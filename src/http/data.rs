@@ -622,7 +622,7 @@ impl UsageReport {
             TokenKind::Frontend => SdkKind::Frontend,
             TokenKind::Admin | TokenKind::Client => SdkKind::Backend,
         };
-        Reporter { token: digest, kind, scope: &grant.scope, snapshot: self.snapshot.as_deref() }
+        Reporter { token: digest, sdk_kind: kind, scope: &grant.scope, snapshot: self.snapshot.as_deref() }
     }
 }
 

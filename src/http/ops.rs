@@ -104,7 +104,7 @@ impl HealthEndpoints {
                 gauge!(SNAPSHOT_REVISION, &labels).set(revision as f64);
             }
         }
-        self.usage.measure();
+        self.usage.update_gauges();
         if let Some(control) = &self.control {
             control.database_status().record_metrics();
         }

@@ -8,7 +8,7 @@ use jiff::Timestamp;
 
 use super::reply::{self, HttpError, HttpResponse};
 use crate::{
-    usage::{Full, Reporter, Usage},
+    usage::{QuotaExceeded, Reporter, Usage},
     wire::usage::{ClientApplication, BulkReport, ClientMetrics, EdgeInstance, SdkMetadata, ParseError},
 };
 
@@ -70,8 +70,8 @@ fn complete_from_headers(metadata: &mut SdkMetadata, headers: &HeaderMap) {
     }
 }
 
-impl From<Full> for HttpError {
-    fn from(full: Full) -> Self {
+impl From<QuotaExceeded> for HttpError {
+    fn from(full: QuotaExceeded) -> Self {
         Self::UsageFull(full.retry_after)
     }
 }

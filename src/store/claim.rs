@@ -15,19 +15,19 @@ use std::{
 /// Locks a record until dropped.
 #[derive(Debug)]
 #[must_use = "dropping the lock releases the record"]
-pub struct Claim {
+pub struct RecordLock {
     /// Locked while open. `None` if no other process has access to the record.
     _lock: Option<File>,
 }
 
-impl Claim {
+impl RecordLock {
     /// Locks a record that no other process can access.
-    pub(super) fn of_memory() -> Self {
+    pub(super) fn in_memory() -> Self {
         Self { _lock: None }
     }
 
     /// Locks the record that has this lock file; `None` if another process has locked it.
-    pub(super) fn of_file(file: &Path) -> io::Result<Option<Self>> {
+    pub(super) fn try_acquire(file: &Path) -> io::Result<Option<Self>> {
         let mut options = OpenOptions::new();
         // Over NFS only a file that is open for writing can be locked exclusively.
         options.write(true).create(true).truncate(false);
@@ -44,9 +44,9 @@ impl Claim {
 
 /// The number of a record that belongs to one of several processes.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub struct Slot(u16);
+pub struct SlotId(u16);
 
-impl Slot {
+impl SlotId {
     /// The slot of a process that does not share the store.
     pub const FIRST: Self = Self(1);
 
@@ -57,7 +57,7 @@ impl Slot {
 }
 
 /// Formats the suffix of a record's name; empty for the first slot.
-impl fmt::Display for Slot {
+impl fmt::Display for SlotId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             Self::FIRST => Ok(()),

@@ -46,7 +46,7 @@ pub enum Error {
 /// The valid tokens of `unleash_tokens.json` in `folder`; none if the file does not exist.
 ///
 /// Skips unreadable tokens and those that Edge found invalid.
-pub async fn tokens(folder: &Path) -> Result<Vec<(Token, Grant)>, Error> {
+pub async fn load_tokens(folder: &Path) -> Result<Vec<(Token, Grant)>, Error> {
     #[derive(Deserialize)]
     #[serde(transparent)]
     struct Tokens {
@@ -54,23 +54,23 @@ pub async fn tokens(folder: &Path) -> Result<Vec<(Token, Grant)>, Error> {
         tokens: Vec<ValidatedToken>,
     }
     let file = folder.join("unleash_tokens.json");
-    let Some(json) = read(&file).await? else { return Ok(Vec::new()) };
+    let Some(json) = read_if_exists(&file).await? else { return Ok(Vec::new()) };
     let Tokens { tokens } = serde_json::from_slice(without_byte_order_mark(&json))
-        .map_err(|error| malformed(file, &error))?;
+        .map_err(|error| malformed_error(file, &error))?;
     Ok(tokens.into_iter().map(|it| (it.token, it.grant)).collect())
 }
 
 /// The flags of `unleash_features.json` in `folder`, by environment, as written by Edge.
-pub async fn features(folder: &Path) -> Result<Vec<(Environment, Box<RawValue>)>, Error> {
+pub async fn load_features(folder: &Path) -> Result<Vec<(Environment, Box<RawValue>)>, Error> {
     let file = folder.join("unleash_features.json");
-    let Some(json) = read(&file).await? else { return Ok(Vec::new()) };
+    let Some(json) = read_if_exists(&file).await? else { return Ok(Vec::new()) };
     let flags: Vec<(String, Box<RawValue>)> =
         serde_json::from_slice(without_byte_order_mark(&json))
-            .map_err(|error| malformed(file, &error))?;
+            .map_err(|error| malformed_error(file, &error))?;
     Ok(flags.into_iter().map(|(name, flags)| (Environment::new(&name), flags)).collect())
 }
 
-async fn read(file: &Path) -> Result<Option<Zeroizing<Vec<u8>>>, Error> {
+async fn read_if_exists(file: &Path) -> Result<Option<Zeroizing<Vec<u8>>>, Error> {
     match tokio::fs::read(file).await {
         Ok(json) => Ok(Some(Zeroizing::new(json))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -78,7 +78,7 @@ async fn read(file: &Path) -> Result<Option<Zeroizing<Vec<u8>>>, Error> {
     }
 }
 
-fn malformed(file: PathBuf, error: &serde_json::Error) -> Error {
+fn malformed_error(file: PathBuf, error: &serde_json::Error) -> Error {
     Error::Malformed { file, line: error.line(), column: error.column() }
 }
 
@@ -103,15 +103,15 @@ mod tests {
     #[tokio::test]
     async fn missing_backup_is_empty() {
         let folder = tempfile::tempdir().expect("folder");
-        assert!(tokens(folder.path()).await.expect("tokens").is_empty());
-        assert!(features(folder.path()).await.expect("features").is_empty());
+        assert!(load_tokens(folder.path()).await.expect("tokens").is_empty());
+        assert!(load_features(folder.path()).await.expect("features").is_empty());
     }
 
     #[tokio::test]
     async fn only_valid_tokens_are_loaded() {
         let folder = tempfile::tempdir().expect("folder");
         fs::write(folder.path().join("unleash_tokens.json"), TOKENS).expect("write");
-        let read = tokens(folder.path()).await.expect("tokens");
+        let read = load_tokens(folder.path()).await.expect("tokens");
         let read: Vec<_> = read
             .iter()
             .map(|(_, grant)| {
@@ -133,7 +133,7 @@ mod tests {
         let flags = r#"{"version":2,"features":[], "new":1}"#;
         let json = format!(r#"[["development",{flags}]]"#);
         fs::write(folder.path().join("unleash_features.json"), json).expect("write");
-        let read = features(folder.path()).await.expect("features");
+        let read = load_features(folder.path()).await.expect("features");
         let [(environment, json)] = read.as_slice() else { panic!("{read:?}") };
         assert_eq!((environment.as_str(), json.get()), ("development", flags));
     }
@@ -143,7 +143,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("folder");
         let json = "{\"token\":\n\"*:development.964a287e1b728cb5\"}";
         fs::write(folder.path().join("unleash_tokens.json"), json).expect("write");
-        let error = tokens(folder.path()).await.expect_err("no list");
+        let error = load_tokens(folder.path()).await.expect_err("no list");
         let text = format!("{error} {error:?}");
         assert!(text.contains("unleash_tokens.json") && !text.contains("964a"), "{text}");
     }

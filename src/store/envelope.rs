@@ -5,38 +5,38 @@
 
 use xxhash_rust::xxh3::xxh3_128;
 
-const NAME: &str = "parapet";
+const MAGIC: &str = "parapet";
 const VERSION: u32 = 1;
 
 /// Why a record cannot be decoded.
 #[derive(Debug, Eq, PartialEq)]
-pub(super) enum Error {
+pub(super) enum DecodeError {
     /// It differs from what was written.
     Damaged,
     /// It has a format version that only newer versions of Parapet support.
-    Newer(u32),
+    UnsupportedVersion(u32),
 }
 
 /// The bytes of `record`; reuses its memory.
-pub(super) fn unwrap(mut record: Vec<u8>) -> Result<Vec<u8>, Error> {
-    let end = record.iter().position(|&byte| byte == b'\n').ok_or(Error::Damaged)?;
+pub(super) fn decode(mut record: Vec<u8>) -> Result<Vec<u8>, DecodeError> {
+    let end = record.iter().position(|&byte| byte == b'\n').ok_or(DecodeError::Damaged)?;
     let (found, bytes) = record.split_at(end + 1);
-    if found != head(bytes).as_bytes() {
-        return Err(newer(found).map_or(Error::Damaged, Error::Newer));
+    if found != header(bytes).as_bytes() {
+        return Err(newer_version(found).map_or(DecodeError::Damaged, DecodeError::UnsupportedVersion));
     }
     record.drain(..=end);
     Ok(record)
 }
 
 /// The header for `bytes`; followed by them it forms their record.
-pub(super) fn head(bytes: &[u8]) -> String {
-    format!("{NAME} {VERSION} {} {:032x}\n", bytes.len(), xxh3_128(bytes))
+pub(super) fn header(bytes: &[u8]) -> String {
+    format!("{MAGIC} {VERSION} {} {:032x}\n", bytes.len(), xxh3_128(bytes))
 }
 
 /// The format version in a header, if it is newer.
-fn newer(head: &[u8]) -> Option<u32> {
+fn newer_version(head: &[u8]) -> Option<u32> {
     let mut words = str::from_utf8(head).ok()?.split_whitespace();
-    let version = words.next().filter(|&name| name == NAME).and(words.next())?.parse().ok()?;
+    let version = words.next().filter(|&name| name == MAGIC).and(words.next())?.parse().ok()?;
     (version > VERSION).then_some(version)
 }
 
@@ -46,18 +46,18 @@ mod tests {
 
     use super::*;
 
-    fn wrap(bytes: &[u8]) -> Vec<u8> {
-        [head(bytes).as_bytes(), bytes].concat()
+    fn encode(bytes: &[u8]) -> Vec<u8> {
+        [header(bytes).as_bytes(), bytes].concat()
     }
 
     #[test]
     fn version_1_record_is_decoded() {
         let record = b"parapet 1 12 3bb56003d51430a7d562f0f0edb90540\nhello\nworld\x00";
         assert_eq!(
-            String::from_utf8_lossy(&wrap(b"hello\nworld\x00")),
+            String::from_utf8_lossy(&encode(b"hello\nworld\x00")),
             String::from_utf8_lossy(record)
         );
-        assert_eq!(unwrap(record.to_vec()), Ok(b"hello\nworld\x00".to_vec()));
+        assert_eq!(decode(record.to_vec()), Ok(b"hello\nworld\x00".to_vec()));
     }
 
     proptest! {
@@ -67,13 +67,13 @@ mod tests {
             at in any::<prop::sample::Index>(),
             flip in 1..=u8::MAX,
         ) {
-            let record = wrap(&bytes);
-            prop_assert_eq!(unwrap(record.clone()), Ok(bytes));
+            let record = encode(&bytes);
+            prop_assert_eq!(decode(record.clone()), Ok(bytes));
             let at = at.index(record.len());
-            prop_assert!(unwrap(record[..at].to_vec()).is_err());
+            prop_assert!(decode(record[..at].to_vec()).is_err());
             let mut damaged = record;
             damaged[at] ^= flip;
-            prop_assert!(unwrap(damaged).is_err());
+            prop_assert!(decode(damaged).is_err());
         }
     }
 }

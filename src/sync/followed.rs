@@ -26,7 +26,7 @@ use super::{
 use crate::{
     saver::BackgroundWriter,
     snapshot::{Filter, SegmentFormat, Snapshot, Snapshots, body::ContentCoding},
-    store::Key,
+    store::RecordKey,
     telemetry::error_chain,
     token::{Environment, Scope},
     upstream::{Credentials, Upstream},
@@ -242,7 +242,7 @@ impl EnvironmentSync {
             documents.mark_published();
             if let Some(snapshot) = published {
                 let run = PreviousRun { upstream_revision: documents.common_revision() };
-                let key = Key::Flags(environment.clone());
+                let key = RecordKey::Flags(environment.clone());
                 dependencies.saver.save(key, move || serialize_for_store(&snapshot, run));
             }
         } else if is_complete && let (Some(served), Some(confirmed_at)) = (served, confirmed_at) {

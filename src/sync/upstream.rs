@@ -24,7 +24,7 @@ use super::{
 use crate::{
     saver::BackgroundWriter,
     snapshot::{EnvironmentFilter, Snapshots},
-    store::{Key, Store},
+    store::{RecordKey, Store},
     telemetry::{Latch, error_chain},
     token::{Environment, Scope},
     upstream::{AdminToken, Credentials, Upstream},
@@ -86,7 +86,7 @@ impl EnvironmentManager {
             }
         };
         for environment in stored {
-            match self.store.load(&Key::Flags(environment.clone())).await {
+            match self.store.load(&RecordKey::Flags(environment.clone())).await {
                 Ok(Some(bytes)) => {
                     let scope = Scope { environment, projects: query_projects(&bytes) };
                     self.serve_stored(scope, &bytes).await;

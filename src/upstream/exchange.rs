@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     saver::BackgroundWriter,
-    store::{self, Key},
+    store::{self, RecordKey},
     telemetry::error_chain,
     token::{Environment, Projects, Token, TokenDigest, TokenKind},
     wire::tokens::{ListedToken, ListedSecret},
@@ -258,7 +258,7 @@ impl TokenExchange {
     /// call uses its result.
     async fn load_record(&self, environment: &Environment, history: &mut ExchangeHistory, limit: Duration) {
         if matches!(history.record, RecordState::Unread) {
-            let (store, key) = (self.saver.store().clone(), Key::Credentials(environment.clone()));
+            let (store, key) = (self.saver.store().clone(), RecordKey::Credentials(environment.clone()));
             let mut read = JoinSet::new();
             read.spawn(async move { store.load(&key).await });
             history.record = RecordState::Reading(read);
@@ -334,7 +334,7 @@ impl TokenExchange {
         };
         let bytes = serde_json::to_vec(&record).expect("a record of plain fields serializes");
         let bytes = Bytes::from(bytes);
-        self.saver.save(Key::Credentials(environment.clone()), move || bytes.clone());
+        self.saver.save(RecordKey::Credentials(environment.clone()), move || bytes.clone());
         history.record = RecordState::Loaded(Some(record));
     }
 }

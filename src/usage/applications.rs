@@ -16,20 +16,20 @@ use serde_json::Value;
 
 use super::{
     lane::ApplicationKey,
-    pool::{Account, Charge},
+    pool::{Quota, Reservation},
 };
 use crate::{token::Environment, wire::usage::ClientApplication};
 
 /// Interval after which an active instance is registered again.
-const TELL_AGAIN: Duration = Duration::from_hours(1);
+const REREGISTER_INTERVAL: Duration = Duration::from_hours(1);
 /// Time after which an inactive instance is removed.
-const FORGET: Duration = Duration::from_hours(2);
+const IDLE_TTL: Duration = Duration::from_hours(2);
 
 /// Bytes that a text takes besides its contents: the pointer, the reference counts and the allocator's
 /// overhead.
-const PER_TEXT: usize = 40;
+const TEXT_OVERHEAD_BYTES: usize = 40;
 /// The same for a JSON object, whose tree consists of nodes with room for eleven fields.
-const PER_OBJECT: usize = 640;
+const OBJECT_OVERHEAD_BYTES: usize = 640;
 
 /// The identity of an application instance.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
@@ -43,27 +43,27 @@ pub(super) struct InstanceKey {
 #[derive(Debug)]
 pub(super) struct Registration {
     application: ClientApplication,
-    charge: Charge,
+    reservation: Reservation,
 }
 
 #[derive(Debug)]
-struct Known {
+struct TrackedInstance {
     registration: Arc<Registration>,
-    seen: Instant,
-    told: Option<Instant>,
+    last_seen: Instant,
+    last_sent: Option<Instant>,
 }
 
 /// The tracked instances.
 #[derive(Debug, Default)]
 pub(super) struct Applications {
-    known: HashMap<InstanceKey, Known>,
+    instances: HashMap<InstanceKey, TrackedInstance>,
 }
 
 impl Registration {
     /// A registration that was restored from a store. It is kept even if it exceeds the quota.
-    pub(super) fn restored(application: ClientApplication, quota: &Account) -> Self {
-        let reservation = quota.charge(size(&application));
-        Self { application, charge: reservation }
+    pub(super) fn restored(application: ClientApplication, quota: &Quota) -> Self {
+        let reservation = quota.reserve_unchecked(memory_size(&application));
+        Self { application, reservation }
     }
 
     pub(super) fn application(&self) -> &ClientApplication {
@@ -74,8 +74,8 @@ impl Registration {
     pub(super) fn with_strategies_of(&self, earlier: &Self) -> Self {
         let strategies = earlier.application.strategies.clone();
         let application = ClientApplication { strategies, ..self.application.clone() };
-        let reservation = self.charge.resized(size(&application));
-        Self { application, charge: reservation }
+        let reservation = self.reservation.reserve_same_quota(memory_size(&application));
+        Self { application, reservation }
     }
 }
 
@@ -85,11 +85,11 @@ impl Applications {
         &mut self,
         key: InstanceKey,
         mut application: ClientApplication,
-        quota: &Account,
+        quota: &Quota,
         now: Instant,
     ) -> bool {
-        if let Some(instance) = self.known.get_mut(&key) {
-            instance.seen = now;
+        if let Some(instance) = self.instances.get_mut(&key) {
+            instance.last_seen = now;
             let before = instance.registration.application();
             // A downstream edge may have restarted and now know the instance only from its metrics.
             if application.strategies.is_none() {
@@ -99,48 +99,48 @@ impl Applications {
                 return true;
             }
         }
-        let Some(reservation) = quota.try_charge(size(&application)) else { return false };
-        let registration = Arc::new(Registration { application, charge: reservation });
-        self.known.insert(key, Known { registration, seen: now, told: None });
+        let Some(reservation) = quota.try_reserve(memory_size(&application)) else { return false };
+        let registration = Arc::new(Registration { application, reservation });
+        self.instances.insert(key, TrackedInstance { registration, last_seen: now, last_sent: None });
         true
     }
 
     /// Marks an instance as active; false if it is not tracked.
     pub(super) fn touch(&mut self, key: &InstanceKey, now: Instant) -> bool {
-        let instance = self.known.get_mut(key);
-        instance.map(|instance| instance.seen = now).is_some()
+        let instance = self.instances.get_mut(key);
+        instance.map(|instance| instance.last_seen = now).is_some()
     }
 
     /// Registrations that are due, which are marked as sent. Removes inactive instances.
-    pub(super) fn due(&mut self, now: Instant) -> Vec<(Environment, Arc<Registration>)> {
+    pub(super) fn take_due(&mut self, now: Instant) -> Vec<(Environment, Arc<Registration>)> {
         let mut due = Vec::new();
-        for (key, instance) in &mut self.known {
+        for (key, instance) in &mut self.instances {
             if instance.is_due(now) {
-                instance.told = Some(now);
+                instance.last_sent = Some(now);
                 due.push((key.environment.clone(), Arc::clone(&instance.registration)));
             }
         }
-        self.known.retain(|_, instance| now.saturating_duration_since(instance.seen) < FORGET);
+        self.instances.retain(|_, instance| now.saturating_duration_since(instance.last_seen) < IDLE_TTL);
         due
     }
 
     /// Registrations that are due, without marking them as sent.
-    pub(super) fn waiting(&self, now: Instant) -> impl Iterator<Item = &Arc<Registration>> {
-        self.known.values().filter(move |it| it.is_due(now)).map(|it| &it.registration)
+    pub(super) fn iter_due(&self, now: Instant) -> impl Iterator<Item = &Arc<Registration>> {
+        self.instances.values().filter(move |it| it.is_due(now)).map(|it| &it.registration)
     }
 }
 
-impl Known {
+impl TrackedInstance {
     fn is_due(&self, now: Instant) -> bool {
-        match self.told {
+        match self.last_sent {
             None => true,
-            Some(sent) => self.seen > sent && now.saturating_duration_since(sent) >= TELL_AGAIN,
+            Some(sent) => self.last_seen > sent && now.saturating_duration_since(sent) >= REREGISTER_INTERVAL,
         }
     }
 }
 
 /// Approximate bytes that an instance takes while it is tracked and queued for upstream.
-fn size(application: &ClientApplication) -> usize {
+fn memory_size(application: &ClientApplication) -> usize {
     let ClientApplication {
         app_name,
         instance_id,
@@ -157,21 +157,21 @@ fn size(application: &ClientApplication) -> usize {
     let lists = projects.iter().chain(strategies).flatten();
     let hops = connect_via.iter().flat_map(|hop| [&hop.app_name, &hop.instance_id]);
     let texts = [app_name].into_iter().chain(optional).chain(lists).chain(hops);
-    let texts = texts.chain(metadata.values()).map(|text| PER_TEXT + text.len()).sum::<usize>();
-    let extra = extra.iter().map(|(name, value)| PER_TEXT + name.len() + size_of_json(value));
-    let tracked = size_of::<InstanceKey>() + size_of::<Known>() + size_of::<Registration>();
+    let texts = texts.chain(metadata.values()).map(|text| TEXT_OVERHEAD_BYTES + text.len()).sum::<usize>();
+    let extra = extra.iter().map(|(name, value)| TEXT_OVERHEAD_BYTES + name.len() + json_memory_size(value));
+    let tracked = size_of::<InstanceKey>() + size_of::<TrackedInstance>() + size_of::<Registration>();
     let queued = size_of::<(ApplicationKey, Arc<Registration>)>();
     tracked + queued + texts + extra.sum::<usize>()
 }
 
-fn size_of_json(value: &Value) -> usize {
+fn json_memory_size(value: &Value) -> usize {
     let content = match value {
         Value::Null | Value::Bool(_) | Value::Number(_) => 0,
         Value::String(text) => text.len(),
-        Value::Array(items) => items.iter().map(size_of_json).sum(),
+        Value::Array(items) => items.iter().map(json_memory_size).sum(),
         Value::Object(fields) => {
-            let field = |(name, value): (&String, _)| PER_TEXT + name.len() + size_of_json(value);
-            PER_OBJECT + fields.iter().map(field).sum::<usize>()
+            let field = |(name, value): (&String, _)| TEXT_OVERHEAD_BYTES + name.len() + json_memory_size(value);
+            OBJECT_OVERHEAD_BYTES + fields.iter().map(field).sum::<usize>()
         }
     };
     size_of::<Value>() + content
@@ -180,14 +180,14 @@ fn size_of_json(value: &Value) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{token::TokenDigest, usage::pool::Pool};
+    use crate::{token::TokenDigest, usage::pool::MemoryPool};
 
-    fn account(capacity: usize) -> Account {
-        Pool::new(capacity).account(&TokenDigest::of("token"))
+    fn quota(capacity: usize) -> Quota {
+        MemoryPool::new(capacity).quota_of(&TokenDigest::of("token"))
     }
 
-    fn told(applications: &mut Applications, now: Instant) -> Vec<ClientApplication> {
-        let due = applications.due(now).into_iter();
+    fn take_due_applications(applications: &mut Applications, now: Instant) -> Vec<ClientApplication> {
+        let due = applications.take_due(now).into_iter();
         due.map(|(_, registration)| registration.application().clone()).collect()
     }
 
@@ -214,35 +214,35 @@ mod tests {
     fn instance_is_registered_when_new_when_changed_and_hourly_while_active() {
         let at = minute(Instant::now());
         let mut applications = Applications::default();
-        let quota = account(10_000);
+        let quota = quota(10_000);
         assert!(!applications.touch(&key("i"), at(0)));
         assert!(applications.register(key("i"), application(1), &quota, at(0)));
-        assert_eq!(applications.due(at(1)).len(), 1);
+        assert_eq!(applications.take_due(at(1)).len(), 1);
         assert!(applications.register(key("i"), application(1), &quota, at(2)));
-        assert_eq!(told(&mut applications, at(2)), []);
+        assert_eq!(take_due_applications(&mut applications, at(2)), []);
         assert!(applications.register(key("i"), application(2), &quota, at(3)));
-        assert_eq!(applications.due(at(3)).len(), 1);
+        assert_eq!(applications.take_due(at(3)).len(), 1);
         assert!(applications.touch(&key("i"), at(50)));
-        assert_eq!(told(&mut applications, at(62)), []);
-        assert_eq!(applications.due(at(63)).len(), 1);
-        assert_eq!(told(&mut applications, at(64)), []);
-        assert_eq!(told(&mut applications, at(50 + 120)), []);
-        assert!(applications.known.is_empty());
+        assert_eq!(take_due_applications(&mut applications, at(62)), []);
+        assert_eq!(applications.take_due(at(63)).len(), 1);
+        assert_eq!(take_due_applications(&mut applications, at(64)), []);
+        assert_eq!(take_due_applications(&mut applications, at(50 + 120)), []);
+        assert!(applications.instances.is_empty());
     }
 
     #[test]
     fn registration_without_strategies_inherits_earlier_ones() {
         let at = minute(Instant::now());
         let mut applications = Applications::default();
-        let quota = account(10_000);
+        let quota = quota(10_000);
         let listed = ClientApplication { strategies: Some(vec!["x".into()]), ..application(1) };
         assert!(applications.register(key("i"), listed.clone(), &quota, at(0)));
-        assert_eq!(applications.due(at(0)).len(), 1);
+        assert_eq!(applications.take_due(at(0)).len(), 1);
         assert!(applications.register(key("i"), application(1), &quota, at(1)));
-        assert_eq!(told(&mut applications, at(1)), []);
+        assert_eq!(take_due_applications(&mut applications, at(1)), []);
         assert!(applications.register(key("i"), application(2), &quota, at(2)));
         let updated = ClientApplication { interval: 2, ..listed };
-        assert_eq!(told(&mut applications, at(2)), [updated]);
+        assert_eq!(take_due_applications(&mut applications, at(2)), [updated]);
     }
 
     #[test]
@@ -251,8 +251,8 @@ mod tests {
         let mut applications = Applications::default();
         let strategies = |count: usize| Some(vec!["x".repeat(255).into(); count]);
         let large = ClientApplication { strategies: strategies(200), ..application(1) };
-        assert!((50_000..80_000).contains(&size(&large)));
-        let quota = account(4 * size(&large));
+        assert!((50_000..80_000).contains(&memory_size(&large)));
+        let quota = quota(4 * memory_size(&large));
         let mut register = |instance: usize, application: &ClientApplication| {
             let key = key(&instance.to_string());
             applications.register(key, application.clone(), &quota, at(0))
@@ -264,9 +264,9 @@ mod tests {
         let larger = ClientApplication { strategies: strategies(400), ..application(1) };
         assert!(!register(0, &larger));
         // A queued registration uses the quota until it is sent.
-        let queued = applications.due(at(0));
+        let queued = applications.take_due(at(0));
         assert_eq!(queued.len(), 3);
-        assert!(applications.due(at(121)).is_empty() && applications.known.is_empty());
+        assert!(applications.take_due(at(121)).is_empty() && applications.instances.is_empty());
         assert!(!applications.register(key("late"), larger.clone(), &quota, at(121)));
         drop(queued);
         assert!(applications.register(key("late"), larger, &quota, at(121)));
@@ -276,8 +276,8 @@ mod tests {
     fn size_of_unknown_fields_includes_json_tree_overhead() {
         let objects = vec![serde_json::json!({ "a": 0 }); 500];
         let mut application = application(1);
-        let before = size(&application);
+        let before = memory_size(&application);
         application.extra.insert("objects".to_owned(), Value::from(objects));
-        assert!(size(&application) - before > 500 * PER_OBJECT);
+        assert!(memory_size(&application) - before > 500 * OBJECT_OVERHEAD_BYTES);
     }
 }

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-const SHORTEST: Duration = Duration::from_secs(1);
-const LONGEST: Duration = Duration::from_mins(1);
+const MIN_DELAY: Duration = Duration::from_secs(1);
+const MAX_DELAY: Duration = Duration::from_mins(1);
 
 /// Number of consecutive failures, and the time of the next attempt.
 #[derive(Clone, Copy, Debug, Default)]
@@ -16,15 +16,15 @@ impl Backoff {
     /// Schedules the next attempt. The delay is one second after the first failure and doubles up to a
     /// minute; the actual delay is between half of it and the whole, chosen by `draw` in `0..1`. It is
     /// never less than the `retry_after` that upstream requests (which `upstream::error` limits).
-    pub(super) fn fail(&mut self, now: Instant, retry_after: Option<Duration>, draw: f64) {
-        let whole = SHORTEST.saturating_mul(1 << self.failures.min(6)).min(LONGEST);
+    pub(super) fn record_failure(&mut self, now: Instant, retry_after: Option<Duration>, draw: f64) {
+        let whole = MIN_DELAY.saturating_mul(1 << self.failures.min(6)).min(MAX_DELAY);
         let spread = whole.mul_f64(0.5 + draw.clamp(0.0, 1.0) / 2.0);
         let retry_after = retry_after.unwrap_or_default();
         self.failures = self.failures.saturating_add(1);
         self.retry_at = Some(now + spread.max(retry_after));
     }
 
-    pub(super) fn succeed(&mut self) {
+    pub(super) fn reset(&mut self) {
         *self = Self::default();
     }
 
@@ -33,7 +33,7 @@ impl Backoff {
         self.failures > 0
     }
 
-    pub(super) fn is_over(&self, now: Instant) -> bool {
+    pub(super) fn is_elapsed(&self, now: Instant) -> bool {
         self.retry_at.is_none_or(|at| at <= now)
     }
 
@@ -52,8 +52,8 @@ mod tests {
         let now = Instant::now();
         let mut backoff = Backoff::default();
         let mut delay = |retry_after, draw| {
-            backoff.fail(now, retry_after, draw);
-            assert!(!backoff.is_over(now));
+            backoff.record_failure(now, retry_after, draw);
+            assert!(!backoff.is_elapsed(now));
             backoff.retry_at().unwrap() - now
         };
         let seconds = Duration::from_secs;
@@ -65,7 +65,7 @@ mod tests {
             delay(None, 1.0);
         }
         assert_eq!(delay(None, 1.0), seconds(60));
-        backoff.succeed();
-        assert!(backoff.is_over(now));
+        backoff.reset();
+        assert!(backoff.is_elapsed(now));
     }
 }

@@ -4,40 +4,40 @@ use bytes::Bytes;
 use jiff::Timestamp;
 
 /// The largest body to send, in bytes. Upstream's limit is 100 KiB, excluding headers.
-pub(super) const MAX_BODY: usize = 95 * 1024;
+pub(super) const MAX_BODY_BYTES: usize = 95 * 1024;
 /// Fixed parts of the body around the items.
-const OPEN: &str = r#"{"applications":["#;
-const METRICS: &str = r#"],"metrics":["#;
-const IMPACT: &str = r#"],"impactMetrics":["#;
-const CLOSE: &str = "]}";
+const BODY_START: &str = r#"{"applications":["#;
+const METRICS_START: &str = r#"],"metrics":["#;
+const IMPACT_START: &str = r#"],"impactMetrics":["#;
+const BODY_END: &str = "]}";
 
 /// The list of the body that an item belongs to, in body order.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub(super) enum Part {
+pub(super) enum ItemKind {
     Application,
     /// An application known only from its reports, whose strategies are unknown. Unleash Edge rejects
     /// these, so they are sent apart from other applications.
-    Instance,
+    ApplicationWithoutStrategies,
     Metric,
-    Impact,
+    ImpactMetric,
 }
 
 /// A serialized item of a body.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) struct Item {
-    pub(super) part: Part,
+    pub(super) kind: ItemKind,
     pub(super) json: Box<str>,
     /// Number of evaluations that it counts.
-    pub(super) count: u64,
+    pub(super) evaluations: u64,
     /// Whether upstream rejected it as too large when it was alone in a body.
-    pub(super) refused: bool,
+    pub(super) was_too_large: bool,
     /// For impact metrics: when each sample was reported, if known.
-    pub(super) times: Vec<Option<Timestamp>>,
+    pub(super) reported_at: Vec<Option<Timestamp>>,
 }
 
 impl Item {
-    pub(super) fn new(part: Part, json: Box<str>, count: u64) -> Self {
-        Self { part, json, count, refused: false, times: Vec::new() }
+    pub(super) fn new(kind: ItemKind, json: Box<str>, evaluations: u64) -> Self {
+        Self { kind, json, evaluations, was_too_large: false, reported_at: Vec::new() }
     }
 }
 
@@ -48,7 +48,7 @@ pub(super) struct Batch {
 }
 
 impl Batch {
-    pub(super) fn of(items: Vec<Item>) -> Self {
+    pub(super) fn new(items: Vec<Item>) -> Self {
         Self { items }
     }
 
@@ -58,9 +58,9 @@ impl Batch {
 
     /// Records that upstream rejected the batch as too large. True if it is a single item that was
     /// rejected before.
-    pub(super) fn refuse(&mut self) -> bool {
+    pub(super) fn mark_too_large(&mut self) -> bool {
         match &mut self.items[..] {
-            [item] => std::mem::replace(&mut item.refused, true),
+            [item] => std::mem::replace(&mut item.was_too_large, true),
             _ => false,
         }
     }
@@ -70,29 +70,29 @@ impl Batch {
     }
 
     /// Number of evaluations that it counts.
-    pub(super) fn count(&self) -> u64 {
-        self.items.iter().fold(0, |sum, item| sum.saturating_add(item.count))
+    pub(super) fn evaluations(&self) -> u64 {
+        self.items.iter().fold(0, |sum, item| sum.saturating_add(item.evaluations))
     }
 
     /// Number of its items that are impact metrics.
-    pub(super) fn impact(&self) -> usize {
-        self.items.iter().filter(|item| item.part == Part::Impact).count()
+    pub(super) fn impact_metrics(&self) -> usize {
+        self.items.iter().filter(|item| item.kind == ItemKind::ImpactMetric).count()
     }
 
     /// Splits it into a batch of the first half and the remaining items.
-    pub(super) fn halves(mut self) -> (Self, Vec<Item>) {
+    pub(super) fn split(mut self) -> (Self, Vec<Item>) {
         let back = self.items.split_off(self.items.len() / 2);
         (self, back)
     }
 
     /// Adds an empty list to applications with unknown strategies, for an upstream that requires one.
     /// False if there are no such applications.
-    pub(super) fn list_no_strategies(&mut self) -> bool {
+    pub(super) fn add_empty_strategies(&mut self) -> bool {
         let mut any = false;
-        for item in self.items.iter_mut().filter(|item| item.part == Part::Instance) {
+        for item in self.items.iter_mut().filter(|item| item.kind == ItemKind::ApplicationWithoutStrategies) {
             let open = item.json.strip_suffix('}').expect("an application is an object");
             item.json = format!("{open},\"strategies\":[]}}").into();
-            item.part = Part::Application;
+            item.kind = ItemKind::Application;
             any = true;
         }
         any
@@ -100,22 +100,22 @@ impl Batch {
 
     /// The body, with the items of each list in order.
     pub(super) fn body(&self) -> Bytes {
-        let mut body = String::with_capacity(size(&self.items));
-        body.push_str(OPEN);
-        self.list(&[Part::Application, Part::Instance], &mut body);
-        body.push_str(METRICS);
-        self.list(&[Part::Metric], &mut body);
-        if self.items.iter().any(|item| item.part == Part::Impact) {
-            body.push_str(IMPACT);
-            self.list(&[Part::Impact], &mut body);
+        let mut body = String::with_capacity(body_size(&self.items));
+        body.push_str(BODY_START);
+        self.push_items(&[ItemKind::Application, ItemKind::ApplicationWithoutStrategies], &mut body);
+        body.push_str(METRICS_START);
+        self.push_items(&[ItemKind::Metric], &mut body);
+        if self.items.iter().any(|item| item.kind == ItemKind::ImpactMetric) {
+            body.push_str(IMPACT_START);
+            self.push_items(&[ItemKind::ImpactMetric], &mut body);
         }
-        body.push_str(CLOSE);
+        body.push_str(BODY_END);
         body.into()
     }
 
-    fn list(&self, parts: &[Part], body: &mut String) {
+    fn push_items(&self, parts: &[ItemKind], body: &mut String) {
         let mut comma = "";
-        for item in self.items.iter().filter(|item| parts.contains(&item.part)) {
+        for item in self.items.iter().filter(|item| parts.contains(&item.kind)) {
             body.push_str(comma);
             body.push_str(&item.json);
             comma = ",";
@@ -125,15 +125,15 @@ impl Batch {
 
 /// Collects items up to a size limit.
 #[derive(Debug)]
-pub(super) struct Packer {
+pub(super) struct BatchBuilder {
     batch: Batch,
     size: usize,
     limit: usize,
 }
 
-impl Packer {
+impl BatchBuilder {
     pub(super) fn new(limit: usize) -> Self {
-        Self { batch: Batch::default(), size: size(&[]), limit }
+        Self { batch: Batch::default(), size: body_size(&[]), limit }
     }
 
     /// Adds an item. Returns it if the body would become too large, or if it belongs to another list
@@ -144,8 +144,8 @@ impl Packer {
     pub(super) fn push(&mut self, item: Item) -> Result<(), Item> {
         let size = self.size + 1 + item.json.len();
         let (limit, fits) = match self.batch.items.first() {
-            None => (MAX_BODY, true),
-            Some(first) => (self.limit, first.part == item.part),
+            None => (MAX_BODY_BYTES, true),
+            Some(first) => (self.limit, first.kind == item.kind),
         };
         if size > limit || !fits {
             return Err(item);
@@ -166,8 +166,8 @@ impl Packer {
 }
 
 /// The size of a body of these items, at most three commas too large.
-fn size(items: &[Item]) -> usize {
-    let fixed = OPEN.len() + METRICS.len() + IMPACT.len() + CLOSE.len();
+fn body_size(items: &[Item]) -> usize {
+    let fixed = BODY_START.len() + METRICS_START.len() + IMPACT_START.len() + BODY_END.len();
     items.iter().fold(fixed, |size, item| size + 1 + item.json.len())
 }
 
@@ -177,37 +177,37 @@ mod tests {
 
     use super::*;
 
-    fn item(part: Part, length: usize) -> Item {
+    fn item(part: ItemKind, length: usize) -> Item {
         Item::new(part, format!("\"{}\"", "x".repeat(length)).into(), 1)
     }
 
     #[test]
     fn body_lists_applications_then_metrics_then_impact_metrics() {
-        let check = |parts: &[Part], expected: &str| {
+        let check = |parts: &[ItemKind], expected: &str| {
             let items = parts.iter().map(|part| item(*part, 1)).collect();
-            assert_eq!(Batch::of(items).body(), expected);
+            assert_eq!(Batch::new(items).body(), expected);
         };
-        check(&[Part::Metric], r#"{"applications":[],"metrics":["x"]}"#);
+        check(&[ItemKind::Metric], r#"{"applications":[],"metrics":["x"]}"#);
         check(
-            &[Part::Metric, Part::Impact, Part::Application, Part::Metric],
+            &[ItemKind::Metric, ItemKind::ImpactMetric, ItemKind::Application, ItemKind::Metric],
             r#"{"applications":["x"],"metrics":["x","x"],"impactMetrics":["x"]}"#,
         );
     }
 
     #[test]
     fn item_larger_than_a_body_is_returned() {
-        let mut packer = Packer::new(100);
-        assert!(packer.push(item(Part::Metric, MAX_BODY)).is_err());
+        let mut packer = BatchBuilder::new(100);
+        assert!(packer.push(item(ItemKind::Metric, MAX_BODY_BYTES)).is_err());
         assert!(packer.is_empty());
-        assert!(packer.push(item(Part::Metric, 1000)).is_ok());
-        assert!(packer.push(item(Part::Metric, 1)).is_err());
+        assert!(packer.push(item(ItemKind::Metric, 1000)).is_ok());
+        assert!(packer.push(item(ItemKind::Metric, 1)).is_err());
     }
 
     #[test]
     fn batch_contains_items_of_one_list() {
-        let mut packer = Packer::new(MAX_BODY);
+        let mut packer = BatchBuilder::new(MAX_BODY_BYTES);
         let parts =
-            [Part::Application, Part::Application, Part::Instance, Part::Metric, Part::Impact];
+            [ItemKind::Application, ItemKind::Application, ItemKind::ApplicationWithoutStrategies, ItemKind::Metric, ItemKind::ImpactMetric];
         let accepted = parts.map(|part| packer.push(item(part, 1)).is_ok());
         assert_eq!(accepted, [true, true, false, false, false]);
     }
@@ -215,22 +215,22 @@ mod tests {
     #[test]
     fn empty_strategies_turn_instances_into_applications() {
         let json: Box<str> = r#"{"appName":"a"}"#.into();
-        let mut batch = Batch::of(vec![Item::new(Part::Instance, json, 0)]);
+        let mut batch = Batch::new(vec![Item::new(ItemKind::ApplicationWithoutStrategies, json, 0)]);
         assert_eq!(batch.body(), r#"{"applications":[{"appName":"a"}],"metrics":[]}"#);
-        assert!(batch.list_no_strategies());
+        assert!(batch.add_empty_strategies());
         let body = r#"{"applications":[{"appName":"a","strategies":[]}],"metrics":[]}"#;
         assert_eq!(batch.body(), body);
-        assert!(!batch.list_no_strategies());
+        assert!(!batch.add_empty_strategies());
     }
 
     proptest! {
         #[test]
         fn no_body_is_larger_than_its_limit(
             lengths in prop::collection::vec(0_usize..3000, 1..200),
-            limit in 4096..MAX_BODY,
+            limit in 4096..MAX_BODY_BYTES,
         ) {
-            let mut packer = Packer::new(limit);
-            let parts = [Part::Application, Part::Metric, Part::Impact].into_iter().cycle();
+            let mut packer = BatchBuilder::new(limit);
+            let parts = [ItemKind::Application, ItemKind::Metric, ItemKind::ImpactMetric].into_iter().cycle();
             let mut refused = 0;
             for (length, part) in lengths.iter().zip(parts) {
                 refused += usize::from(packer.push(item(part, *length)).is_err());

@@ -11,19 +11,19 @@ use std::{
 
 use jiff::Timestamp;
 
-use super::pool::{Account, Charge};
+use super::pool::{Quota, Reservation};
 use crate::wire::usage::{BulkMetric, MAX_INTEGER, SdkMetadata, ToggleStats};
 
 /// The longest accepted name, in bytes. Upstream's limit is 255 characters, but its index over four
 /// names allows 2704 bytes in total.
-pub(super) const MAX_NAME: usize = 255;
+pub(super) const MAX_NAME_BYTES: usize = 255;
 /// Number of variants of a flag that are counted separately. Further variants in its configuration are
 /// too, and further unknown ones are counted together.
 pub(super) const MAX_VARIANTS: usize = 256;
 /// The application, flag or variant name under which counters without room of their own are merged.
-pub(super) const MERGED: &str = "parapet-merged";
+pub(super) const MERGED_NAME: &str = "parapet-merged";
 /// Bytes of names and metadata that add 1 to a counter's weight.
-const WEIGHT_BYTES: usize = 256;
+const BYTES_PER_WEIGHT: usize = 256;
 /// The largest `yes` or `no`, which is the largest integer that upstream's JSON parser accepts.
 const MAX_COUNT: u64 = MAX_INTEGER;
 /// The largest count of a variant: upstream's column is a 32-bit integer.
@@ -31,9 +31,9 @@ const MAX_VARIANT_COUNT: u64 = (1 << 31) - 1;
 
 /// The oldest accepted hour, relative to the present one. A downstream edge may have been disconnected
 /// this long.
-const OLDEST: i64 = 7 * 24;
+const MAX_HOURS_PAST: i64 = 7 * 24;
 /// The newest accepted hour, relative to the present one, to allow for clock differences.
-const NEWEST: i64 = 1;
+const MAX_HOURS_AHEAD: i64 = 1;
 
 /// An hour of UTC, counted from the epoch.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -49,9 +49,9 @@ impl Hour {
     /// Times more than seven days ago or later than the next hour are moved to the nearest hour in that
     /// range. A client with a wrong clock therefore loses no counts, and cannot create more than 170
     /// counters for one flag.
-    pub(super) fn reported(reported: Timestamp, now: Timestamp) -> Self {
+    pub(super) fn clamped(reported: Timestamp, now: Timestamp) -> Self {
         let now = Self::of(now).0;
-        Self(Self::of(reported).0.clamp(now - OLDEST, now + NEWEST))
+        Self(Self::of(reported).0.clamp(now - MAX_HOURS_PAST, now + MAX_HOURS_AHEAD))
     }
 
     pub(super) fn start(self) -> Timestamp {
@@ -69,7 +69,7 @@ pub(super) struct CounterKey {
 
 impl CounterKey {
     /// The range of all keys of an hour.
-    pub(super) fn range(hour: Hour) -> Range<Self> {
+    pub(super) fn hour_range(hour: Hour) -> Range<Self> {
         let first = |hour| Self { hour, app: "".into(), flag: "".into() };
         first(hour)..first(Hour(hour.0 + 1))
     }
@@ -77,14 +77,14 @@ impl CounterKey {
 
 /// Whether a flag or variant is in the reporter's snapshot.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Name {
+pub(super) enum NameStatus {
     Known,
     /// Invented, deleted, or newer than the snapshot.
     Unknown,
 }
 
-impl Name {
-    pub(super) fn of(is_known: bool) -> Self {
+impl NameStatus {
+    pub(super) fn from_known(is_known: bool) -> Self {
         if is_known { Self::Known } else { Self::Unknown }
     }
 }
@@ -97,42 +97,42 @@ pub(super) struct Counter {
     variants: BTreeMap<Arc<str>, Variant>,
     metadata: Arc<SdkMetadata>,
     /// Reservation for the counter without its variants.
-    charge: Charge,
+    reservation: Reservation,
 }
 
 #[derive(Clone, Debug)]
 struct Variant {
     count: u64,
-    name: Name,
-    charge: Charge,
+    name_status: NameStatus,
+    reservation: Reservation,
 }
 
 /// Number of evaluations that exceeded a counter's limits.
 #[must_use]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub(super) struct Lost(pub(super) u64);
+pub(super) struct Overflow(pub(super) u64);
 
 impl Counter {
     /// The counter for one report, and the evaluations that exceed the limits. `name` returns whether a
     /// variant is known.
-    pub(super) fn of(
+    pub(super) fn from_stats(
         stats: ToggleStats,
         metadata: &Arc<SdkMetadata>,
-        name: impl Fn(&str) -> Name,
-    ) -> (Self, Lost) {
+        name: impl Fn(&str) -> NameStatus,
+    ) -> (Self, Overflow) {
         let mut counter = Self { metadata: Arc::clone(metadata), ..Self::default() };
         let lost = counter.add_counts(stats.yes, stats.no);
         for (variant, count) in stats.variants {
-            if let Some(variant) = storable(variant) {
+            if let Some(variant) = storable_name(variant) {
                 let name = name(&variant);
-                counter.add_variant(variant, Variant { count, name, charge: Charge::default() });
+                counter.add_variant(variant, Variant { count, name_status: name, reservation: Reservation::default() });
             }
         }
         (counter, lost)
     }
 
     /// Adds another counter of the same key. SDK metadata of the first report is kept.
-    pub(super) fn add(&mut self, other: Self) -> Lost {
+    pub(super) fn add(&mut self, other: Self) -> Overflow {
         let lost = self.add_counts(other.yes, other.no);
         for (name, variant) in other.variants {
             self.add_variant(name, variant);
@@ -142,13 +142,13 @@ impl Counter {
 
     /// Its share of the counter limit; variants count too.
     pub(super) fn weight(&self, key: &CounterKey) -> usize {
-        self.own_weight(key) + self.variants.len()
+        self.base_weight(key) + self.variants.len()
     }
 
     /// Its weight without variants; long texts add to it.
-    pub(super) fn own_weight(&self, key: &CounterKey) -> usize {
+    pub(super) fn base_weight(&self, key: &CounterKey) -> usize {
         let metadata = self.metadata.values().map(|text| text.len()).sum::<usize>();
-        1 + (key.app.len() + key.flag.len() + metadata) / WEIGHT_BYTES
+        1 + (key.app.len() + key.flag.len() + metadata) / BYTES_PER_WEIGHT
     }
 
     /// Number of variants that are counted separately.
@@ -157,50 +157,50 @@ impl Counter {
     }
 
     /// Sets the reservation for the counter without its variants.
-    pub(super) fn set_charge(&mut self, reservation: Charge) {
-        self.charge = reservation;
+    pub(super) fn set_reservation(&mut self, reservation: Reservation) {
+        self.reservation = reservation;
     }
 
-    pub(super) fn is_charged(&self) -> bool {
-        !self.charge.is_none()
+    pub(super) fn has_reservation(&self) -> bool {
+        !self.reservation.is_empty()
     }
 
     /// Reserves memory for variants without a reservation, even beyond the quota.
-    pub(super) fn charge_variants(&mut self, known: &Account, unknown: &Account) {
-        for variant in self.variants.values_mut().filter(|it| it.charge.is_none()) {
-            let quota = match variant.name {
-                Name::Known => known,
-                Name::Unknown => unknown,
+    pub(super) fn reserve_variants(&mut self, known: &Quota, unknown: &Quota) {
+        for variant in self.variants.values_mut().filter(|it| it.reservation.is_empty()) {
+            let quota = match variant.name_status {
+                NameStatus::Known => known,
+                NameStatus::Unknown => unknown,
             };
-            variant.charge = quota.charge(1);
+            variant.reservation = quota.reserve_unchecked(1);
         }
     }
 
     /// Reserves memory for unknown variants that `present` lacks. Variants that exceed the quota are
     /// merged.
-    pub(super) fn charge_unknown_variants(&mut self, present: Option<&Self>, quota: &Account) {
+    pub(super) fn reserve_unknown_variants(&mut self, present: Option<&Self>, quota: &Quota) {
         let is_present = |name: &Arc<str>| present.is_some_and(|it| it.variants.contains_key(name));
         let has_no_room = |name: &Arc<str>, variant: &mut Variant| {
-            if variant.name == Name::Known || is_present(name) {
+            if variant.name_status == NameStatus::Known || is_present(name) {
                 return false;
             }
-            let Some(reservation) = quota.try_charge(1) else { return true };
-            variant.charge = reservation;
+            let Some(reservation) = quota.try_reserve(1) else { return true };
+            variant.reservation = reservation;
             false
         };
         let merged: Vec<_> = self.variants.extract_if(.., has_no_room).collect();
         for (_, variant) in merged {
-            self.add_variant(MERGED.into(), variant);
+            self.add_variant(MERGED_NAME.into(), variant);
         }
     }
 
     /// Its counts without variants and SDK metadata, which are meaningless once flags are merged.
-    pub(super) fn anonymous(self) -> Self {
+    pub(super) fn counts_only(self) -> Self {
         Self { yes: self.yes, no: self.no, ..Self::default() }
     }
 
     pub(super) fn has_unknown_variants(&self) -> bool {
-        self.variants.values().any(|variant| variant.name == Name::Unknown)
+        self.variants.values().any(|variant| variant.name_status == NameStatus::Unknown)
     }
 
     /// Number of evaluations.
@@ -214,7 +214,7 @@ impl Counter {
     }
 
     /// The counter in upstream's format.
-    pub(super) fn to_wire(&self, environment: &str, key: &CounterKey) -> BulkMetric {
+    pub(super) fn to_bulk_metric(&self, environment: &str, key: &CounterKey) -> BulkMetric {
         let count = |(name, variant): (&Arc<str>, &Variant)| (Arc::clone(name), variant.count);
         let variants = self.variants.iter().map(count).collect();
         BulkMetric {
@@ -227,18 +227,18 @@ impl Counter {
         }
     }
 
-    fn add_counts(&mut self, yes: u64, no: u64) -> Lost {
-        let lost = saturate(&mut self.yes, yes, MAX_COUNT);
-        Lost(lost.saturating_add(saturate(&mut self.no, no, MAX_COUNT)))
+    fn add_counts(&mut self, yes: u64, no: u64) -> Overflow {
+        let lost = add_capped(&mut self.yes, yes, MAX_COUNT);
+        Overflow(lost.saturating_add(add_capped(&mut self.no, no, MAX_COUNT)))
     }
 
     /// Adds to a variant. Unknown variants beyond the limit are merged.
     fn add_variant(&mut self, name: Arc<str>, variant: Variant) {
-        let is_full = self.variants.len() >= MAX_VARIANTS && variant.name == Name::Unknown;
+        let is_full = self.variants.len() >= MAX_VARIANTS && variant.name_status == NameStatus::Unknown;
         let is_separate = !is_full || self.variants.contains_key(&name);
-        match self.variants.entry(if is_separate { name } else { MERGED.into() }) {
+        match self.variants.entry(if is_separate { name } else { MERGED_NAME.into() }) {
             Entry::Occupied(present) => {
-                saturate(&mut present.into_mut().count, variant.count, MAX_VARIANT_COUNT);
+                add_capped(&mut present.into_mut().count, variant.count, MAX_VARIANT_COUNT);
             }
             Entry::Vacant(place) => {
                 let count = variant.count.min(MAX_VARIANT_COUNT);
@@ -249,25 +249,25 @@ impl Counter {
 }
 
 /// Adds `count` up to `max` and returns the excess.
-fn saturate(sum: &mut u64, count: u64, max: u64) -> u64 {
+fn add_capped(sum: &mut u64, count: u64, max: u64) -> u64 {
     let added = count.min(max - *sum);
     *sum += added;
     count - added
 }
 
 /// The name of a flag or variant, if upstream can store it.
-pub(super) fn storable(name: Arc<str>) -> Option<Arc<str>> {
-    let fits = !name.is_empty() && name.len() <= MAX_NAME && !name.contains('\0');
+pub(super) fn storable_name(name: Arc<str>) -> Option<Arc<str>> {
+    let fits = !name.is_empty() && name.len() <= MAX_NAME_BYTES && !name.contains('\0');
     fits.then_some(name)
 }
 
 /// The name of an application, truncated to what upstream can store. It is not rejected, because flags'
 /// counts depend on it.
-pub(super) fn shortened(name: &Arc<str>) -> Arc<str> {
-    if name.len() <= MAX_NAME && !name.contains('\0') {
+pub(super) fn truncate_app_name(name: &Arc<str>) -> Arc<str> {
+    if name.len() <= MAX_NAME_BYTES && !name.contains('\0') {
         return Arc::clone(name);
     }
-    name[..name.floor_char_boundary(MAX_NAME)].replace('\0', " ").into()
+    name[..name.floor_char_boundary(MAX_NAME_BYTES)].replace('\0', " ").into()
 }
 
 #[cfg(test)]
@@ -275,24 +275,24 @@ mod tests {
     use super::*;
 
     /// The configuration contains the variants whose names begin with `known`.
-    fn name(variant: &str) -> Name {
-        if variant.starts_with("known") { Name::Known } else { Name::Unknown }
+    fn name_status(variant: &str) -> NameStatus {
+        if variant.starts_with("known") { NameStatus::Known } else { NameStatus::Unknown }
     }
 
     fn key(app: &str, flag: &str) -> CounterKey {
         CounterKey { hour: Hour::of(Timestamp::UNIX_EPOCH), app: app.into(), flag: flag.into() }
     }
 
-    fn counter(yes: u64, no: u64, variants: &[(&str, u64)]) -> (Counter, Lost) {
+    fn counter(yes: u64, no: u64, variants: &[(&str, u64)]) -> (Counter, Overflow) {
         let variants = variants.iter().map(|(name, count)| (Arc::from(*name), *count)).collect();
-        Counter::of(ToggleStats { yes, no, variants }, &Arc::default(), name)
+        Counter::from_stats(ToggleStats { yes, no, variants }, &Arc::default(), name_status)
     }
 
     #[test]
     fn counters_saturate_at_upstream_limits_and_return_the_overflow() {
         let (mut sum, lost) = counter(u64::MAX, 1, &[("v", u64::MAX)]);
-        assert_eq!((sum.yes, lost), (MAX_COUNT, Lost(u64::MAX - MAX_COUNT)));
-        assert_eq!(sum.add(counter(2, 3, &[("v", 1)]).0), Lost(2));
+        assert_eq!((sum.yes, lost), (MAX_COUNT, Overflow(u64::MAX - MAX_COUNT)));
+        assert_eq!(sum.add(counter(2, 3, &[("v", 1)]).0), Overflow(2));
         assert_eq!((sum.yes, sum.no, sum.variants["v"].count), (MAX_COUNT, 4, MAX_VARIANT_COUNT));
     }
 
@@ -301,12 +301,12 @@ mod tests {
         let (mut sum, _) = counter(0, 0, &[]);
         for name in 0..MAX_VARIANTS + 10 {
             let more = counter(1, 0, &[(&name.to_string(), 1), ("\0", 1)]).0;
-            assert_eq!(sum.add(more), Lost(0));
+            assert_eq!(sum.add(more), Overflow(0));
         }
         assert_eq!(sum.weight(&key("a", "f")), 1 + MAX_VARIANTS + 1);
-        assert_eq!(sum.add(counter(1, 0, &[("known", 1), ("unknown", 1)]).0), Lost(0));
+        assert_eq!(sum.add(counter(1, 0, &[("known", 1), ("unknown", 1)]).0), Overflow(0));
         assert_eq!(sum.variants.len(), MAX_VARIANTS + 2);
-        assert_eq!((sum.variants["known"].count, sum.variants[MERGED].count), (1, 10 + 1));
+        assert_eq!((sum.variants["known"].count, sum.variants[MERGED_NAME].count), (1, 10 + 1));
         assert_eq!(sum.total(), u64::try_from(MAX_VARIANTS).unwrap() + 11);
     }
 
@@ -315,7 +315,7 @@ mod tests {
         let check = |app: usize, flag: usize, sdk: usize, weight: usize| {
             let metadata =
                 SdkMetadata { sdk_version: Some("s".repeat(sdk).into()), ..SdkMetadata::default() };
-            let counter = Counter::of(ToggleStats::default(), &Arc::new(metadata), name).0;
+            let counter = Counter::from_stats(ToggleStats::default(), &Arc::new(metadata), name_status).0;
             assert_eq!(counter.weight(&key(&"a".repeat(app), &"f".repeat(flag))), weight);
         };
         check(10, 30, 20, 1);
@@ -329,7 +329,7 @@ mod tests {
         let variants: Vec<_> = names.iter().map(|name| (name.as_str(), 1)).collect();
         let (counter, _) = counter(1, 0, &variants);
         assert_eq!(counter.variants.len(), MAX_VARIANTS + 1);
-        assert_eq!(counter.variants[MERGED].count, 10);
+        assert_eq!(counter.variants[MERGED_NAME].count, 10);
     }
 
     #[test]
@@ -346,7 +346,7 @@ mod tests {
     fn reported_hour_is_clamped_to_a_week() {
         let check = |reported: &str, hour: &str| {
             let now = "2026-01-08T12:34:56Z".parse().unwrap();
-            let counted = Hour::reported(reported.parse().unwrap(), now);
+            let counted = Hour::clamped(reported.parse().unwrap(), now);
             assert_eq!(counted.start().to_string(), hour, "{reported}");
         };
         check("2026-01-08T12:00:01Z", "2026-01-08T12:00:00Z");
@@ -360,11 +360,11 @@ mod tests {
 
     #[test]
     fn names_that_upstream_cannot_store_are_rejected_or_truncated() {
-        assert_eq!(storable("flag".into()).as_deref(), Some("flag"));
+        assert_eq!(storable_name("flag".into()).as_deref(), Some("flag"));
         for name in ["", "a\0b", &"x".repeat(256)] {
-            assert_eq!(storable(name.into()), None);
+            assert_eq!(storable_name(name.into()), None);
         }
-        assert_eq!(&*shortened(&"a\0b".into()), "a b");
-        assert_eq!(shortened(&"é".repeat(200).into()).len(), 254);
+        assert_eq!(&*truncate_app_name(&"a\0b".into()), "a b");
+        assert_eq!(truncate_app_name(&"é".repeat(200).into()).len(), 254);
     }
 }

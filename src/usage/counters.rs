@@ -9,23 +9,23 @@ use std::collections::{
     btree_map::{self, Entry},
 };
 
-use super::counter::{Counter, CounterKey, Hour, Lost, MERGED};
+use super::counter::{Counter, CounterKey, Hour, Overflow, MERGED_NAME};
 
 /// Counters by key.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Counters {
-    held: BTreeMap<CounterKey, Counter>,
+    by_key: BTreeMap<CounterKey, Counter>,
     weight: usize,
 }
 
 impl Counters {
     /// Adds to the counter of a key; returns what exceeds the counter's limits.
-    pub(super) fn add(&mut self, key: CounterKey, counter: Counter) -> Lost {
-        match self.held.entry(key) {
+    pub(super) fn add(&mut self, key: CounterKey, counter: Counter) -> Overflow {
+        match self.by_key.entry(key) {
             Entry::Vacant(place) => {
                 self.weight += counter.weight(place.key());
                 place.insert(counter);
-                Lost(0)
+                Overflow(0)
             }
             Entry::Occupied(mut present) => {
                 let before = present.get().weight(present.key());
@@ -38,7 +38,7 @@ impl Counters {
 
     /// Removes the oldest counter.
     pub(super) fn pop(&mut self) -> Option<(CounterKey, Counter)> {
-        let (key, counter) = self.held.pop_first()?;
+        let (key, counter) = self.by_key.pop_first()?;
         self.weight -= counter.weight(&key);
         Some((key, counter))
     }
@@ -46,16 +46,16 @@ impl Counters {
     /// Reduces the weight to a limit: first merges applications, starting with the oldest hour, then
     /// merges the oldest hour into the next one. The flags of a single hour cannot be merged and remain.
     /// Returns what exceeds the counters' limits.
-    pub(super) fn shrink_to(&mut self, limit: usize) -> Lost {
+    pub(super) fn shrink_to(&mut self, limit: usize) -> Overflow {
         let mut lost = 0_u64;
         if self.weight <= limit {
-            return Lost(lost);
+            return Overflow(lost);
         }
-        let hours: BTreeSet<_> = self.held.keys().map(|key| key.hour).collect();
+        let hours: BTreeSet<_> = self.by_key.keys().map(|key| key.hour).collect();
         for hour in &hours {
             lost = lost.saturating_add(self.merge_applications(*hour).0);
             if self.weight <= limit {
-                return Lost(lost);
+                return Overflow(lost);
             }
         }
         for (hour, next) in hours.iter().zip(hours.iter().skip(1)) {
@@ -64,38 +64,38 @@ impl Counters {
                 break;
             }
         }
-        Lost(lost)
+        Overflow(lost)
     }
 
     /// Merges the applications of an hour into one; returns what exceeds the counters' limits.
-    fn merge_applications(&mut self, hour: Hour) -> Lost {
-        let named = |key: &CounterKey, _: &mut Counter| &*key.app != MERGED;
-        let separate: Vec<_> = self.held.extract_if(CounterKey::range(hour), named).collect();
-        self.move_all(separate, |key| CounterKey { app: MERGED.into(), ..key })
+    fn merge_applications(&mut self, hour: Hour) -> Overflow {
+        let named = |key: &CounterKey, _: &mut Counter| &*key.app != MERGED_NAME;
+        let separate: Vec<_> = self.by_key.extract_if(CounterKey::hour_range(hour), named).collect();
+        self.rekey(separate, |key| CounterKey { app: MERGED_NAME.into(), ..key })
     }
 
     /// Merges an hour into another one; returns what exceeds the counters' limits.
-    fn merge_hour(&mut self, hour: Hour, into: Hour) -> Lost {
-        let moved = self.held.extract_if(CounterKey::range(hour), |_, _| true).collect();
-        self.move_all(moved, |key| CounterKey { hour: into, ..key })
+    fn merge_hour(&mut self, hour: Hour, into: Hour) -> Overflow {
+        let moved = self.by_key.extract_if(CounterKey::hour_range(hour), |_, _| true).collect();
+        self.rekey(moved, |key| CounterKey { hour: into, ..key })
     }
 
     /// Adds counters under other keys after they were removed from the map without adjusting the weight.
-    fn move_all(
+    fn rekey(
         &mut self,
         removed: Vec<(CounterKey, Counter)>,
         to: impl Fn(CounterKey) -> CounterKey,
-    ) -> Lost {
+    ) -> Overflow {
         let mut lost = 0_u64;
         for (key, counter) in removed {
             self.weight -= counter.weight(&key);
             lost = lost.saturating_add(self.add(to(key), counter).0);
         }
-        Lost(lost)
+        Overflow(lost)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (&CounterKey, &Counter)> {
-        self.held.iter()
+        self.by_key.iter()
     }
 
     /// The weight of all counters, which counts toward the counter limit.
@@ -104,12 +104,12 @@ impl Counters {
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.held.is_empty()
+        self.by_key.is_empty()
     }
 
     /// Number of evaluations in all counters.
     pub(super) fn total(&self) -> u64 {
-        self.held.values().map(Counter::total).fold(0, u64::saturating_add)
+        self.by_key.values().map(Counter::total).fold(0, u64::saturating_add)
     }
 }
 
@@ -118,7 +118,7 @@ impl IntoIterator for Counters {
     type IntoIter = btree_map::IntoIter<CounterKey, Counter>;
 
     fn into_iter(self) -> Self::IntoIter {
-        self.held.into_iter()
+        self.by_key.into_iter()
     }
 }
 
@@ -130,7 +130,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{usage::counter::Name, wire::usage::ToggleStats};
+    use crate::{usage::counter::NameStatus, wire::usage::ToggleStats};
 
     fn hour(nth: u8) -> Hour {
         Hour::of(Timestamp::from_second(3600 * i64::from(nth)).unwrap())
@@ -146,18 +146,18 @@ mod tests {
             for (step, nth, app, flag, variant, yes) in steps {
                 match step {
                     0 => expected -= counters.pop().map_or(0, |(_, counter)| counter.total()),
-                    1 => prop_assert_eq!(counters.merge_hour(hour(nth), hour(nth + 1)), Lost(0)),
+                    1 => prop_assert_eq!(counters.merge_hour(hour(nth), hour(nth + 1)), Overflow(0)),
                     2 => {
-                        prop_assert_eq!(counters.merge_applications(hour(nth)), Lost(0));
+                        prop_assert_eq!(counters.merge_applications(hour(nth)), Overflow(0));
                         let mut of_hour = counters.iter().filter(|(key, _)| key.hour == hour(nth));
-                        prop_assert!(of_hour.all(|(key, _)| &*key.app == MERGED));
+                        prop_assert!(of_hour.all(|(key, _)| &*key.app == MERGED_NAME));
                     }
                     _ => {
                         let variants = [(variant.into(), yes)].into();
                         let stats = ToggleStats { yes, no: 0, variants };
-                        let counter = Counter::of(stats, &Arc::default(), |_| Name::Known).0;
+                        let counter = Counter::from_stats(stats, &Arc::default(), |_| NameStatus::Known).0;
                         let key = CounterKey { hour: hour(nth), app: app.into(), flag: flag.into() };
-                        prop_assert_eq!(counters.add(key, counter), Lost(0));
+                        prop_assert_eq!(counters.add(key, counter), Overflow(0));
                         expected += yes;
                     }
                 }

@@ -18,7 +18,7 @@ use std::{
 use jiff::Timestamp;
 use xxhash_rust::xxh3::Xxh3Default;
 
-use super::pool::Charge;
+use super::pool::Reservation;
 use crate::wire::usage::{
     HistogramSample, ImpactMetric, Labels, MAX_INTEGER, MAX_NUMBER, NumericSample, Samples,
     UpperBound,
@@ -27,16 +27,16 @@ use crate::wire::usage::{
 /// The largest number of buckets in a histogram.
 const MAX_BUCKETS: usize = 256;
 /// The number of gauges whose latest report time is remembered.
-const MAX_GAUGES: usize = 16_384;
+const MAX_GAUGE_TIMES: usize = 16_384;
 /// Bytes that a text takes besides its contents: the pointer, the reference counts and the allocator's
 /// overhead.
-const PER_TEXT: usize = 40;
+const TEXT_OVERHEAD_BYTES: usize = 40;
 /// Bytes that a histogram bucket takes.
-const PER_BUCKET: usize = 32;
+const BUCKET_BYTES: usize = 32;
 
 /// The type of a metric.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-enum Kind {
+enum MetricKind {
     Counter,
     Gauge,
     Histogram,
@@ -47,8 +47,8 @@ enum Kind {
 /// The application sorts after the name, so that all samples of a metric are adjacent. Upstream does not
 /// know applications, and it resets a metric whose label names change.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
-struct Key {
-    kind: Kind,
+struct SeriesKey {
+    kind: MetricKind,
     name: Arc<str>,
     app: Arc<str>,
     labels: Labels,
@@ -59,8 +59,8 @@ struct Series {
     help: Arc<str>,
     sample: Sample,
     /// When it was reported, if known: earlier versions stored no times.
-    at: Option<Timestamp>,
-    charge: Charge,
+    reported_at: Option<Timestamp>,
+    reservation: Reservation,
 }
 
 #[derive(Clone, Debug)]
@@ -73,9 +73,9 @@ enum Sample {
 /// The merged impact metrics of an environment.
 #[derive(Clone, Debug, Default)]
 pub(super) struct ImpactSeries {
-    series: BTreeMap<Key, Series>,
+    series: BTreeMap<SeriesKey, Series>,
     /// The latest report time of gauges that were merged or restored, including those removed since.
-    gauges: HashMap<GaugeHash, Option<Timestamp>>,
+    gauge_times: HashMap<GaugeHash, Option<Timestamp>>,
 }
 
 /// Identifies a gauge by its name and labels.
@@ -96,11 +96,11 @@ impl GaugeHash {
 
 /// The samples of one metric for one application.
 #[derive(Debug)]
-pub(super) struct OfApp {
+pub(super) struct AppMetric {
     pub(super) app: Arc<str>,
     pub(super) metric: ImpactMetric,
     /// When each sample was reported, if known.
-    pub(super) times: Vec<Option<Timestamp>>,
+    pub(super) reported_at: Vec<Option<Timestamp>>,
 }
 
 impl ImpactSeries {
@@ -111,7 +111,7 @@ impl ImpactSeries {
         app: &Arc<str>,
         metric: ImpactMetric,
         times: impl IntoIterator<Item = Option<Timestamp>>,
-        reserve: impl Fn(usize) -> Option<Charge>,
+        reserve: impl Fn(usize) -> Option<Reservation>,
     ) -> usize {
         let mut times = times.into_iter();
         let ImpactMetric { name, help, samples } = metric;
@@ -121,32 +121,32 @@ impl ImpactSeries {
         let samples: Vec<_> = match samples {
             Samples::Counter(samples) => samples
                 .into_iter()
-                .map(|sample| numeric(sample, Kind::Counter, Sample::Counter))
+                .map(|sample| numeric(sample, MetricKind::Counter, Sample::Counter))
                 .collect(),
             Samples::Gauge(samples) => samples
                 .into_iter()
-                .map(|sample| numeric(sample, Kind::Gauge, Sample::Gauge))
+                .map(|sample| numeric(sample, MetricKind::Gauge, Sample::Gauge))
                 .collect(),
             Samples::Histogram(samples) => samples
                 .into_iter()
                 .map(|HistogramSample { labels, count, sum, buckets }| {
-                    (Kind::Histogram, labels, Sample::Histogram { count, sum, buckets })
+                    (MetricKind::Histogram, labels, Sample::Histogram { count, sum, buckets })
                 })
                 .collect(),
         };
         let mut lost = 0;
         for (kind, mut labels, sample) in samples {
             labels.insert("origin".into(), "edge".into());
-            let key = Key { kind, name: Arc::clone(&name), app: Arc::clone(app), labels };
+            let key = SeriesKey { kind, name: Arc::clone(&name), app: Arc::clone(app), labels };
             let at = times.next().flatten();
-            let no_reservation = Charge::default();
-            let mut series = Series { help: Arc::clone(&help), sample, at, charge: no_reservation };
+            let no_reservation = Reservation::default();
+            let mut series = Series { help: Arc::clone(&help), sample, reported_at: at, reservation: no_reservation };
             if !self.series.contains_key(&key) {
-                let Some(reservation) = reserve(size(&key, &series)) else {
+                let Some(reservation) = reserve(memory_size(&key, &series)) else {
                     lost += 1;
                     continue;
                 };
-                series.charge = reservation;
+                series.reservation = reservation;
             }
             self.add(key, series);
         }
@@ -154,10 +154,10 @@ impl ImpactSeries {
     }
 
     /// Merges series that were reported later.
-    pub(super) fn absorb(&mut self, other: Self) {
+    pub(super) fn merge(&mut self, other: Self) {
         for (key, series) in other.series {
-            if key.kind == Kind::Gauge {
-                self.note_gauge(&key, series.at);
+            if key.kind == MetricKind::Gauge {
+                self.record_gauge_time(&key, series.reported_at);
             }
             self.add(key, series);
         }
@@ -167,21 +167,21 @@ impl ImpactSeries {
     /// dropped.
     pub(super) fn restore(&mut self, other: Self) {
         for (key, series) in other.series {
-            if key.kind == Kind::Gauge {
-                let last = self.gauges.get(&GaugeHash::of(&key.name, &key.labels));
-                if last.is_some_and(|last| series.at <= *last) {
+            if key.kind == MetricKind::Gauge {
+                let last = self.gauge_times.get(&GaugeHash::of(&key.name, &key.labels));
+                if last.is_some_and(|last| series.reported_at <= *last) {
                     continue;
                 }
-                self.note_gauge(&key, series.at);
+                self.record_gauge_time(&key, series.reported_at);
             }
             self.add(key, series);
         }
     }
 
-    fn note_gauge(&mut self, key: &Key, at: Option<Timestamp>) {
+    fn record_gauge_time(&mut self, key: &SeriesKey, at: Option<Timestamp>) {
         let gauge = GaugeHash::of(&key.name, &key.labels);
-        if self.gauges.len() < MAX_GAUGES || self.gauges.contains_key(&gauge) {
-            self.gauges.insert(gauge, at);
+        if self.gauge_times.len() < MAX_GAUGE_TIMES || self.gauge_times.contains_key(&gauge) {
+            self.gauge_times.insert(gauge, at);
         }
     }
 
@@ -196,22 +196,22 @@ impl ImpactSeries {
         labels: &Labels,
         at: Option<Timestamp>,
     ) -> bool {
-        let last = self.gauges.get(&GaugeHash::of(name, labels));
+        let last = self.gauge_times.get(&GaugeHash::of(name, labels));
         last.is_none_or(|last| *last == at)
     }
 
     /// Removes a metric with at most `max` samples, for upstream, regardless of applications.
-    pub(super) fn pop(&mut self, max: usize) -> Option<OfApp> {
-        self.pop_with_app(max, |_, _| true)
+    pub(super) fn pop(&mut self, max: usize) -> Option<AppMetric> {
+        self.pop_matching(max, |_, _| true)
     }
 
     /// Removes one metric of one application, for the spool.
-    pub(super) fn pop_of_app(&mut self) -> Option<OfApp> {
-        self.pop_with_app(usize::MAX, |first, app| first == app)
+    pub(super) fn pop_for_app(&mut self) -> Option<AppMetric> {
+        self.pop_matching(usize::MAX, |first, app| first == app)
     }
 
-    fn pop_with_app(&mut self, max: usize, same: impl Fn(&str, &str) -> bool) -> Option<OfApp> {
-        let (Key { kind, name, app, labels }, Series { help, sample, at, .. }) =
+    fn pop_matching(&mut self, max: usize, same: impl Fn(&str, &str) -> bool) -> Option<AppMetric> {
+        let (SeriesKey { kind, name, app, labels }, Series { help, sample, reported_at: at, .. }) =
             self.series.pop_first()?;
         let (mut samples, mut times) = (vec![(labels, sample)], vec![at]);
         while samples.len() < max {
@@ -222,57 +222,57 @@ impl ImpactSeries {
             }
             let (key, series) = next.remove_entry();
             samples.push((key.labels, series.sample));
-            times.push(series.at);
+            times.push(series.reported_at);
         }
-        let metric = ImpactMetric { name, help, samples: to_wire(kind, samples) };
-        Some(OfApp { app, metric, times })
+        let metric = ImpactMetric { name, help, samples: to_samples(kind, samples) };
+        Some(AppMetric { app, metric, reported_at: times })
     }
 
-    fn add(&mut self, key: Key, series: Series) {
+    fn add(&mut self, key: SeriesKey, series: Series) {
         match self.series.entry(key) {
             Entry::Vacant(place) => {
                 place.insert(series);
             }
             Entry::Occupied(present) => {
                 let present = present.into_mut();
-                if present.charge.try_replace(present.help.len(), series.help.len()) {
+                if present.reservation.try_resize(present.help.len(), series.help.len()) {
                     present.help = series.help;
                 }
-                present.at = series.at;
-                present.sample.merge(series.sample, &mut present.charge);
+                present.reported_at = series.reported_at;
+                present.sample.merge(series.sample, &mut present.reservation);
             }
         }
     }
 }
 
 /// Approximate bytes that a series takes.
-fn size(key: &Key, series: &Series) -> usize {
-    let labels = key.labels.iter().map(|(name, value)| 2 * PER_TEXT + name.len() + value.len());
+fn memory_size(key: &SeriesKey, series: &Series) -> usize {
+    let labels = key.labels.iter().map(|(name, value)| 2 * TEXT_OVERHEAD_BYTES + name.len() + value.len());
     let buckets = match &series.sample {
         Sample::Counter(_) | Sample::Gauge(_) => 0,
         Sample::Histogram { buckets, .. } => buckets.len(),
     };
-    let texts = 2 * PER_TEXT + key.name.len() + series.help.len() + labels.sum::<usize>();
-    size_of::<(Key, Series)>() + texts + buckets * PER_BUCKET
+    let texts = 2 * TEXT_OVERHEAD_BYTES + key.name.len() + series.help.len() + labels.sum::<usize>();
+    size_of::<(SeriesKey, Series)>() + texts + buckets * BUCKET_BYTES
 }
 
 impl Sample {
     /// Adds a later sample of the same type (the type is part of the key). New buckets are dropped if
     /// `reservation` cannot grow.
-    fn merge(&mut self, later: Self, reservation: &mut Charge) {
+    fn merge(&mut self, later: Self, reservation: &mut Reservation) {
         match (self, later) {
-            (Self::Counter(sum), Self::Counter(value)) => *sum = clamped(*sum + value),
+            (Self::Counter(sum), Self::Counter(value)) => *sum = clamp_to_upstream_range(*sum + value),
             (Self::Gauge(last), Self::Gauge(value)) => *last = value,
             (
                 Self::Histogram { count, sum, buckets },
                 Self::Histogram { count: more, sum: value, buckets: others },
             ) => {
                 *count = count.saturating_add(more).min(MAX_INTEGER);
-                *sum = clamped(*sum + value);
+                *sum = clamp_to_upstream_range(*sum + value);
                 for (bound, more) in others {
                     let is_present = buckets.contains_key(&bound);
                     if is_present
-                        || buckets.len() < MAX_BUCKETS && reservation.try_replace(0, PER_BUCKET)
+                        || buckets.len() < MAX_BUCKETS && reservation.try_resize(0, BUCKET_BYTES)
                     {
                         let count = buckets.entry(bound).or_default();
                         *count = count.saturating_add(more).min(MAX_INTEGER);
@@ -286,11 +286,11 @@ impl Sample {
 
 /// Limits a sum to the range that upstream accepts; it would reject all metrics because of one number
 /// beyond.
-fn clamped(sum: f64) -> f64 {
+fn clamp_to_upstream_range(sum: f64) -> f64 {
     sum.clamp(-MAX_NUMBER, MAX_NUMBER)
 }
 
-fn to_wire(kind: Kind, samples: Vec<(Labels, Sample)>) -> Samples {
+fn to_samples(kind: MetricKind, samples: Vec<(Labels, Sample)>) -> Samples {
     let numeric = |samples: Vec<(Labels, Sample)>| {
         let value = |(labels, sample)| match sample {
             Sample::Counter(value) | Sample::Gauge(value) => Some(NumericSample { labels, value }),
@@ -299,9 +299,9 @@ fn to_wire(kind: Kind, samples: Vec<(Labels, Sample)>) -> Samples {
         samples.into_iter().filter_map(value).collect()
     };
     match kind {
-        Kind::Counter => Samples::Counter(numeric(samples)),
-        Kind::Gauge => Samples::Gauge(numeric(samples)),
-        Kind::Histogram => {
+        MetricKind::Counter => Samples::Counter(numeric(samples)),
+        MetricKind::Gauge => Samples::Gauge(numeric(samples)),
+        MetricKind::Histogram => {
             let value = |(labels, sample)| match sample {
                 Sample::Histogram { count, sum, buckets } => {
                     Some(HistogramSample { labels, count, sum, buckets })
@@ -316,7 +316,7 @@ fn to_wire(kind: Kind, samples: Vec<(Labels, Sample)>) -> Samples {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{token::TokenDigest, usage::pool::Pool};
+    use crate::{token::TokenDigest, usage::pool::MemoryPool};
 
     fn metric(kind: &str, samples: &str) -> ImpactMetric {
         let json = format!(r#"{{"name":"n","help":"h","type":"{kind}","samples":{samples}}}"#);
@@ -335,7 +335,7 @@ mod tests {
                     &"app".into(),
                     metric(kind, samples),
                     [],
-                    |_| Some(Charge::default())
+                    |_| Some(Reservation::default())
                 ),
                 0
             );
@@ -372,8 +372,8 @@ mod tests {
 
     #[test]
     fn samples_are_bounded_by_their_size_in_bytes() {
-        let quota = Pool::new(50_000).account(&TokenDigest::of("token"));
-        let reserve = |bytes| quota.try_charge(bytes);
+        let quota = MemoryPool::new(50_000).quota_of(&TokenDigest::of("token"));
+        let reserve = |bytes| quota.try_reserve(bytes);
         let record = |series: &mut ImpactSeries, kind: &str, samples: &[String]| {
             let metric = metric(kind, &format!("[{}]", samples.join(",")));
             series.record(&"app".into(), metric, [], reserve)
@@ -395,40 +395,40 @@ mod tests {
             [format!(r#"{{"count":1,"sum":1,"buckets":[{buckets}]}}"#)]
         };
         assert_eq!(record(&mut series, "histogram", &histogram(0..1)), 0);
-        let rest = quota.try_charge(39_000).unwrap();
+        let rest = quota.try_reserve(39_000).unwrap();
         assert_eq!(record(&mut series, "histogram", &histogram(0..200)), 0);
         drop(rest);
         let popped = series.pop(1).unwrap();
         let Samples::Histogram(samples) = popped.metric.samples else { panic!() };
         assert!((2..30).contains(&samples[0].buckets.len()), "{samples:?}");
-        assert!(quota.try_charge(40_000).is_some());
+        assert!(quota.try_reserve(40_000).is_some());
     }
 
     #[test]
     fn longer_help_is_dropped_if_it_exceeds_the_quota() {
-        let quota = Pool::new(2000).account(&TokenDigest::of("token"));
+        let quota = MemoryPool::new(2000).quota_of(&TokenDigest::of("token"));
         let mut series = ImpactSeries::default();
         let mut helped_by = |length: usize| {
             let metric = ImpactMetric { help: "h".repeat(length).into(), ..metric("gauge", ONE) };
-            let reserve = |bytes| quota.try_charge(bytes);
+            let reserve = |bytes| quota.try_reserve(bytes);
             assert_eq!(series.record(&"app".into(), metric, [], reserve), 0);
             series.series.values().map(|series| series.help.len()).sum::<usize>()
         };
         assert_eq!(helped_by(1), 1);
         assert_eq!(helped_by(1000), 1000);
-        assert!(quota.try_charge(600).is_none());
+        assert!(quota.try_reserve(600).is_none());
         assert_eq!(helped_by(10), 10);
-        let rest = quota.try_charge(600).unwrap();
+        let rest = quota.try_reserve(600).unwrap();
         assert_eq!(helped_by(1000), 10);
         drop((rest, series));
-        assert!(quota.try_charge(1600).is_some());
+        assert!(quota.try_reserve(1600).is_some());
     }
 
     fn gauge(app: &str, value: u8, second: Option<i64>) -> ImpactSeries {
         let at = second.map(|second| Timestamp::from_second(second).unwrap());
         let mut series = ImpactSeries::default();
         let metric = metric("gauge", &format!(r#"[{{"value":{value}}}]"#));
-        assert_eq!(series.record(&app.into(), metric, [at], |_| Some(Charge::default())), 0);
+        assert_eq!(series.record(&app.into(), metric, [at], |_| Some(Reservation::default())), 0);
         series
     }
 
@@ -460,15 +460,15 @@ mod tests {
     #[test]
     fn restored_gauge_is_dropped_after_a_later_one_was_sent() {
         let mut series = ImpactSeries::default();
-        series.absorb(gauge("a", 1, Some(6)));
+        series.merge(gauge("a", 1, Some(6)));
         assert!(series.pop(10).is_some());
         series.restore(gauge("b", 2, Some(5)));
         assert!(series.is_empty());
         series.restore(gauge("b", 3, Some(7)));
         assert_eq!(values(&series), [3.0]);
         // A new report replaces the value even if the clock was set back.
-        series.absorb(gauge("b", 4, Some(1)));
+        series.merge(gauge("b", 4, Some(1)));
         assert_eq!(values(&series), [4.0]);
-        assert!(series.gauges.len() == 1);
+        assert!(series.gauge_times.len() == 1);
     }
 }

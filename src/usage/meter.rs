@@ -16,14 +16,14 @@ const OLDEST: &str = "parapet_usage_oldest_pending_seconds";
 
 /// The endpoint that received a report.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Endpoint {
+pub(super) enum ReportEndpoint {
     Metrics,
     Bulk,
     Register,
     Edge,
 }
 
-impl Endpoint {
+impl ReportEndpoint {
     fn as_str(self) -> &'static str {
         match self {
             Self::Metrics => "metrics",
@@ -36,7 +36,7 @@ impl Endpoint {
 
 /// Why evaluations, or other reported items, do not reach upstream.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub(super) enum Reason {
+pub(super) enum DropReason {
     /// Upstream cannot store the flag's name.
     Name,
     /// A counter would exceed the largest number that upstream can store.
@@ -51,7 +51,7 @@ pub(super) enum Reason {
     NoUpstream,
 }
 
-impl Reason {
+impl DropReason {
     fn as_str(self) -> &'static str {
         match self {
             Self::Name => "name",
@@ -81,41 +81,41 @@ pub(super) fn describe() {
     );
 }
 
-pub(super) fn reported(endpoint: Endpoint) {
+pub(super) fn count_report(endpoint: ReportEndpoint) {
     counter!(REPORTS, "endpoint" => endpoint.as_str()).increment(1);
 }
 
-pub(super) fn refused(endpoint: Endpoint) {
+pub(super) fn count_refused_report(endpoint: ReportEndpoint) {
     counter!(REFUSED, "endpoint" => endpoint.as_str()).increment(1);
 }
 
-pub(super) fn received(count: u64) {
+pub(super) fn count_received(count: u64) {
     counter!(RECEIVED).increment(count);
 }
 
-pub(super) fn sent(count: u64) {
+pub(super) fn count_sent(count: u64) {
     counter!(SENT).increment(count);
 }
 
-pub(super) fn dropped(reason: Reason, count: u64) {
+pub(super) fn count_dropped(reason: DropReason, count: u64) {
     if count > 0 {
         counter!(DROPPED, "reason" => reason.as_str()).increment(count);
     }
 }
 
 /// Counts registrations, impact samples and unreadable items that were dropped.
-pub(super) fn items_dropped(item: &'static str, count: usize) {
+pub(super) fn count_dropped_items(item: &'static str, count: usize) {
     if count > 0 {
         counter!(ITEMS_DROPPED, "item" => item).increment(count as u64);
     }
 }
 
-pub(super) fn batch(outcome: &'static str) {
+pub(super) fn count_batch(outcome: &'static str) {
     counter!(BATCHES, "outcome" => outcome).increment(1);
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a gauge is a float")]
-pub(super) fn pending(counters: usize, oldest: Duration) {
+pub(super) fn set_pending(counters: usize, oldest: Duration) {
     gauge!(PENDING).set(counters as f64);
     gauge!(OLDEST).set(oldest.as_secs_f64());
 }

@@ -23,26 +23,26 @@ use bytes::Bytes;
 use tracing::warn;
 
 use super::{
-    counter::Lost,
-    lane::{BatchId, Lane},
-    ledger::Generation,
-    meter::{self, Reason},
+    counter::Overflow,
+    lane::{BatchId, EnvironmentQueue},
+    ledger::Drained,
+    meter::{self, DropReason},
 };
 use crate::token::Environment;
 
 /// A batch to send now.
 #[derive(Clone, Debug)]
-pub(super) struct Dispatch {
+pub(super) struct OutgoingBatch {
     pub(super) id: BatchId,
     pub(super) environment: Environment,
     pub(super) body: Bytes,
     /// Number of impact metrics in it, or parts of them.
-    pub(super) impact: usize,
+    pub(super) impact_metrics: usize,
 }
 
 /// The result of sending a batch.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Outcome {
+pub(super) enum SendOutcome {
     /// Upstream accepted it.
     Sent,
     /// Upstream rejected it permanently, but may have stored some of it: resending it, or parts of it,
@@ -53,17 +53,17 @@ pub(super) enum Outcome {
     /// Upstream rejected the token, or there is no token for the environment yet.
     Unauthorized,
     /// Upstream was unavailable or busy; it may have requested a delay.
-    Later(Option<Duration>),
+    Retry(Option<Duration>),
 }
 
-impl Outcome {
+impl SendOutcome {
     fn as_str(self) -> &'static str {
         match self {
             Self::Sent => "sent",
             Self::Rejected => "rejected",
             Self::TooLarge => "too_large",
             Self::Unauthorized => "unauthorized",
-            Self::Later(_) => "later",
+            Self::Retry(_) => "later",
         }
     }
 }
@@ -80,7 +80,7 @@ impl Revision {
 
 /// Numbers of evaluations sent and dropped.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct Totals {
+pub struct DeliveryTotals {
     /// Evaluations that upstream accepted.
     pub sent: u64,
     /// Evaluations that were dropped.
@@ -89,77 +89,77 @@ pub struct Totals {
 
 /// The pending usage of all environments.
 #[derive(Debug)]
-pub(super) struct Outbox {
-    lanes: BTreeMap<Environment, Lane>,
+pub(super) struct DeliveryQueue {
+    queues: BTreeMap<Environment, EnvironmentQueue>,
     max_counters: usize,
     /// Distinguishes the batches of this instance from those of others.
-    instance: u64,
+    instance_id: u64,
     /// Number of batches so far.
-    batches: u64,
+    batch_count: u64,
     /// Number of changes to the pending usage.
-    changes: u64,
-    totals: Totals,
+    change_count: u64,
+    totals: DeliveryTotals,
 }
 
-impl Outbox {
+impl DeliveryQueue {
     /// An empty queue. `instance` must be random and differ from that of all other instances.
-    pub(super) fn new(max_counters: usize, instance: u64) -> Self {
-        let (queues, totals) = (BTreeMap::new(), Totals::default());
-        Self { lanes: queues, max_counters, instance, batches: 0, changes: 0, totals }
+    pub(super) fn new(max_counters: usize, instance_id: u64) -> Self {
+        let (queues, totals) = (BTreeMap::new(), DeliveryTotals::default());
+        Self { queues, max_counters, instance_id, batch_count: 0, change_count: 0, totals }
     }
 
     /// Adds drained usage.
-    pub(super) fn absorb(&mut self, drained: BTreeMap<Environment, Generation>, now: Instant) {
+    pub(super) fn enqueue(&mut self, drained: BTreeMap<Environment, Drained>, now: Instant) {
         let mut lost = 0;
-        self.changes += u64::from(!drained.is_empty());
+        self.change_count += u64::from(!drained.is_empty());
         for (environment, drained) in drained {
-            let queue = self.lanes.entry(environment).or_default();
-            queue.since.get_or_insert(now);
-            lost += queue.absorb(drained).0;
+            let queue = self.queues.entry(environment).or_default();
+            queue.waiting_since.get_or_insert(now);
+            lost += queue.merge(drained).0;
         }
-        self.drop_counts(Reason::Overflow, lost);
-        self.shrink();
+        self.count_dropped(DropReason::Overflow, lost);
+        self.enforce_limit();
     }
 
     /// Adds restored usage; restored batches are resent unchanged. The store is assumed to still contain
     /// it.
-    pub(super) fn restore(&mut self, environment: Environment, restored: Lane, now: Instant) {
-        let queue = self.lanes.entry(environment).or_default();
-        queue.stored = true;
-        queue.since.get_or_insert(now);
-        let Lost(lost) = queue.restore(restored);
-        self.changes += 1;
-        self.drop_counts(Reason::Overflow, lost);
-        self.shrink();
+    pub(super) fn restore(&mut self, environment: Environment, restored: EnvironmentQueue, now: Instant) {
+        let queue = self.queues.entry(environment).or_default();
+        queue.is_persisted = true;
+        queue.waiting_since.get_or_insert(now);
+        let Overflow(lost) = queue.restore(restored);
+        self.change_count += 1;
+        self.count_dropped(DropReason::Overflow, lost);
+        self.enforce_limit();
     }
 
     /// The next batch to send, if one is due.
     ///
     /// At most one batch per environment is in flight.
-    pub(super) fn next(&mut self, now: Instant) -> Option<Dispatch> {
-        for (environment, queue) in &mut self.lanes {
-            if queue.flying || !queue.backoff.is_over(now) {
+    pub(super) fn next_batch(&mut self, now: Instant) -> Option<OutgoingBatch> {
+        for (environment, queue) in &mut self.queues {
+            if queue.is_sending || !queue.backoff.is_elapsed(now) {
                 continue;
             }
-            if queue.hand.is_none() {
-                queue.hand = queue.left.pop_front();
+            if queue.in_flight.is_none() {
+                queue.in_flight = queue.restored_batches.pop_front();
             }
-            if queue.hand.is_none() {
-                self.changes += u64::from(!queue.is_empty());
-                let (batch, oversized) = queue.cut(environment);
-                meter::dropped(Reason::Size, oversized);
+            if queue.in_flight.is_none() {
+                self.change_count += u64::from(!queue.is_empty());
+                let (batch, oversized) = queue.next_batch(environment);
+                meter::count_dropped(DropReason::Size, oversized);
                 self.totals.dropped = self.totals.dropped.saturating_add(oversized);
-                queue.hand = batch.map(|batch| (BatchId::new(self.instance, self.batches), batch));
-                self.batches += 1;
+                queue.in_flight = batch.map(|batch| (BatchId::new(self.instance_id, self.batch_count), batch));
+                self.batch_count += 1;
             }
-            match &queue.hand {
+            match &queue.in_flight {
                 Some((id, batch)) => {
-                    queue.flying = true;
+                    queue.is_sending = true;
                     let environment = environment.clone();
-                    let (body, impact) = (batch.body(), batch.impact());
-                    return Some(Dispatch { id: *id, environment, body, impact });
+                    let (body, impact) = (batch.body(), batch.impact_metrics());
+                    return Some(OutgoingBatch { id: *id, environment, body, impact_metrics: impact });
                 }
-                None => queue.since = None,
+                None => queue.waiting_since = None,
             }
         }
         None
@@ -167,36 +167,36 @@ impl Outbox {
 
     /// Records the result of sending a batch. `draw` is uniform in `0..1` and randomizes the delay of
     /// the next attempt.
-    pub(super) fn settle(&mut self, id: BatchId, outcome: Outcome, now: Instant, draw: f64) {
-        let is_batch = |(_, queue): &(&Environment, &mut Lane)| {
-            queue.hand.as_ref().is_some_and(|(batch, _)| *batch == id)
+    pub(super) fn record_outcome(&mut self, id: BatchId, outcome: SendOutcome, now: Instant, draw: f64) {
+        let is_batch = |(_, queue): &(&Environment, &mut EnvironmentQueue)| {
+            queue.in_flight.as_ref().is_some_and(|(batch, _)| *batch == id)
         };
-        let Some((environment, queue)) = self.lanes.iter_mut().find(is_batch) else { return };
-        meter::batch(outcome.as_str());
-        queue.flying = false;
-        self.changes += match outcome {
-            Outcome::Unauthorized | Outcome::Later(_) => 0,
-            Outcome::Sent | Outcome::Rejected | Outcome::TooLarge => 1,
+        let Some((environment, queue)) = self.queues.iter_mut().find(is_batch) else { return };
+        meter::count_batch(outcome.as_str());
+        queue.is_sending = false;
+        self.change_count += match outcome {
+            SendOutcome::Unauthorized | SendOutcome::Retry(_) => 0,
+            SendOutcome::Sent | SendOutcome::Rejected | SendOutcome::TooLarge => 1,
         };
         match outcome {
-            Outcome::Unauthorized => queue.backoff.fail(now, None, draw),
-            Outcome::Later(delay) => queue.backoff.fail(now, delay, draw),
-            Outcome::Sent => {
-                let count = queue.complete();
-                meter::sent(count);
+            SendOutcome::Unauthorized => queue.backoff.record_failure(now, None, draw),
+            SendOutcome::Retry(delay) => queue.backoff.record_failure(now, delay, draw),
+            SendOutcome::Sent => {
+                let count = queue.complete_in_flight();
+                meter::count_sent(count);
                 self.totals.sent = self.totals.sent.saturating_add(count);
             }
-            Outcome::Rejected if queue.list_no_strategies() => {}
-            Outcome::Rejected => {
-                let count = queue.put_down();
-                self.drop_counts(Reason::Rejected, count);
+            SendOutcome::Rejected if queue.add_empty_strategies() => {}
+            SendOutcome::Rejected => {
+                let count = queue.discard_in_flight();
+                self.count_dropped(DropReason::Rejected, count);
             }
-            Outcome::TooLarge => {
-                let next = BatchId::new(self.instance, self.batches);
-                self.batches += 1;
-                let dropped = queue.split(next, now, draw);
+            SendOutcome::TooLarge => {
+                let next = BatchId::new(self.instance_id, self.batch_count);
+                self.batch_count += 1;
+                let dropped = queue.split_in_flight(next, now, draw);
                 if let Some(batch) = dropped {
-                    let (bytes, count) = (batch.body().len(), batch.count());
+                    let (bytes, count) = (batch.body().len(), batch.evaluations());
                     warn!(
                         %environment,
                         bytes,
@@ -204,88 +204,88 @@ impl Outbox {
                         "Dropped usage that upstream rejected as too large twice, with other batches \
                          accepted in between"
                     );
-                    meter::items_dropped("oversized", 1);
-                    self.drop_counts(Reason::Size, count);
+                    meter::count_dropped_items("oversized", 1);
+                    self.count_dropped(DropReason::Size, count);
                 }
             }
         }
     }
 
     /// When the next batch becomes due, if one is delayed.
-    pub(super) fn wake(&self) -> Option<Instant> {
-        let waiting = self.lanes.values().filter(|queue| !queue.flying && !queue.is_empty());
+    pub(super) fn next_retry_at(&self) -> Option<Instant> {
+        let waiting = self.queues.values().filter(|queue| !queue.is_sending && !queue.is_empty());
         waiting.filter_map(|queue| queue.backoff.retry_at()).min()
     }
 
     /// Cancels all delays, for the last attempt at shutdown.
-    pub(super) fn hurry(&mut self) {
-        self.lanes.values_mut().for_each(|queue| queue.backoff.succeed());
+    pub(super) fn reset_backoff(&mut self) {
+        self.queues.values_mut().for_each(|queue| queue.backoff.reset());
     }
 
     /// Makes batches in flight due again: their results will never be reported.
-    pub(super) fn recall(&mut self) {
-        self.lanes.values_mut().for_each(|queue| queue.flying = false);
+    pub(super) fn requeue_in_flight(&mut self) {
+        self.queues.values_mut().for_each(|queue| queue.is_sending = false);
     }
 
     /// Drops everything: there is no upstream.
-    pub(super) fn discard(&mut self) {
-        let queues = std::mem::take(&mut self.lanes);
-        let count = queues.values().fold(0_u64, |sum, queue| sum.saturating_add(queue.total()));
-        self.drop_counts(Reason::NoUpstream, count);
+    pub(super) fn discard_all(&mut self) {
+        let queues = std::mem::take(&mut self.queues);
+        let count = queues.values().fold(0_u64, |sum, queue| sum.saturating_add(queue.evaluations()));
+        self.count_dropped(DropReason::NoUpstream, count);
     }
 
     /// The weight of the pending counters; variants count too.
     pub(super) fn len(&self) -> usize {
-        self.lanes.values().map(|queue| queue.counters.weight()).sum()
+        self.queues.values().map(|queue| queue.counters.weight()).sum()
     }
 
     fn is_empty(&self) -> bool {
-        self.lanes.values().all(Lane::is_empty)
+        self.queues.values().all(EnvironmentQueue::is_empty)
     }
 
     /// How long the oldest pending usage has been waiting.
-    pub(super) fn oldest(&self, now: Instant) -> Duration {
+    pub(super) fn oldest_age(&self, now: Instant) -> Duration {
         let since =
-            self.lanes.values().filter(|queue| !queue.is_empty()).filter_map(|queue| queue.since);
+            self.queues.values().filter(|queue| !queue.is_empty()).filter_map(|queue| queue.waiting_since);
         since.min().map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
     }
 
-    pub(super) fn totals(&self) -> &Totals {
+    pub(super) fn totals(&self) -> &DeliveryTotals {
         &self.totals
     }
 
     /// Identifies the present state of the pending usage.
     pub(super) fn revision(&self) -> Revision {
-        if self.is_empty() { Revision::EMPTY } else { Revision(self.changes) }
+        if self.is_empty() { Revision::EMPTY } else { Revision(self.change_count) }
     }
 
     /// A copy of the pending usage for a store, which is assumed to contain it from now on.
-    pub(super) fn copy(&mut self) -> Vec<(Environment, Lane)> {
-        self.lanes.values_mut().for_each(|queue| queue.stored = !queue.is_empty());
+    pub(super) fn copy_for_store(&mut self) -> Vec<(Environment, EnvironmentQueue)> {
+        self.queues.values_mut().for_each(|queue| queue.is_persisted = !queue.is_empty());
         self.queues().map(|(environment, queue)| (environment.clone(), queue.clone())).collect()
     }
 
     /// Whether a store contains usage of an environment that has nothing pending any longer.
     pub(super) fn is_store_outdated(&self) -> bool {
-        self.lanes.values().any(|queue| queue.stored && queue.is_empty())
+        self.queues.values().any(|queue| queue.is_persisted && queue.is_empty())
     }
 
-    pub(super) fn queues(&self) -> impl Iterator<Item = (&Environment, &Lane)> {
-        self.lanes.iter()
+    pub(super) fn queues(&self) -> impl Iterator<Item = (&Environment, &EnvironmentQueue)> {
+        self.queues.iter()
     }
 
-    fn drop_counts(&mut self, reason: Reason, count: u64) {
-        meter::dropped(reason, count);
+    fn count_dropped(&mut self, reason: DropReason, count: u64) {
+        meter::count_dropped(reason, count);
         self.totals.dropped = self.totals.dropped.saturating_add(count);
     }
 
     /// Reduces the counters to the limit in the environments that exceed their fair share of it.
-    fn shrink(&mut self) {
+    fn enforce_limit(&mut self) {
         let share =
-            fair_share(self.max_counters, self.lanes.values().map(|queue| queue.counters.weight()));
-        let shrink = |queue: &mut Lane| queue.counters.shrink_to(share).0;
-        let lost = self.lanes.values_mut().map(shrink).fold(0, u64::saturating_add);
-        self.drop_counts(Reason::Overflow, lost);
+            fair_share(self.max_counters, self.queues.values().map(|queue| queue.counters.weight()));
+        let shrink = |queue: &mut EnvironmentQueue| queue.counters.shrink_to(share).0;
+        let lost = self.queues.values_mut().map(shrink).fold(0, u64::saturating_add);
+        self.count_dropped(DropReason::Overflow, lost);
     }
 }
 

@@ -9,12 +9,12 @@ use serde_json::{Value, json};
 use tokio::sync::Notify;
 
 use super::{
-    batch::Part,
+    batch::ItemKind,
     counter::{Counter, CounterKey},
     lane::BatchId,
-    ledger::Ledger,
+    ledger::Aggregator,
     meter,
-    outbox::{Dispatch, Outbox, Outcome, Revision, Totals},
+    outbox::{OutgoingBatch, DeliveryQueue, SendOutcome, Revision, DeliveryTotals},
     spool::{self, Restored},
 };
 
@@ -30,18 +30,18 @@ pub struct Backlog {
 /// All usage that upstream does not have yet.
 #[derive(Debug)]
 pub(super) struct Pipeline {
-    pub(super) ledger: Ledger,
-    outbox: Mutex<Outbox>,
-    outdated: Notify,
+    pub(super) aggregator: Aggregator,
+    queue: Mutex<DeliveryQueue>,
+    store_outdated: Notify,
 }
 
 impl Pipeline {
     pub(super) fn new(max_counters: usize) -> Self {
         Self {
-            ledger: Ledger::new(max_counters),
+            aggregator: Aggregator::new(max_counters),
             // Less than a token's quota: old pending usage is merged before new usage is.
-            outbox: Mutex::new(Outbox::new(max_counters - max_counters / 4, rand::random())),
-            outdated: Notify::new(),
+            queue: Mutex::new(DeliveryQueue::new(max_counters - max_counters / 4, rand::random())),
+            store_outdated: Notify::new(),
         }
     }
 
@@ -49,46 +49,46 @@ impl Pipeline {
     ///
     /// The queue is locked from before the drain until after, so that readers of both under that lock
     /// see each counter once.
-    pub(super) fn collect(&self, now: Instant) {
+    pub(super) fn drain(&self, now: Instant) {
         let mut delivery_queue = self.lock_queue();
-        delivery_queue.absorb(self.ledger.drain(now), now);
+        delivery_queue.enqueue(self.aggregator.drain(now), now);
     }
 
-    pub(super) fn next(&self, now: Instant) -> Option<Dispatch> {
-        self.lock_queue().next(now)
+    pub(super) fn next_batch(&self, now: Instant) -> Option<OutgoingBatch> {
+        self.lock_queue().next_batch(now)
     }
 
-    pub(super) fn settle(&self, id: BatchId, outcome: Outcome, now: Instant, draw: f64) {
+    pub(super) fn record_outcome(&self, id: BatchId, outcome: SendOutcome, now: Instant, draw: f64) {
         let mut delivery_queue = self.lock_queue();
-        delivery_queue.settle(id, outcome, now, draw);
+        delivery_queue.record_outcome(id, outcome, now, draw);
         if delivery_queue.is_store_outdated() {
-            self.outdated.notify_one();
+            self.store_outdated.notify_one();
         }
     }
 
     /// Updates the gauges of pending usage.
-    pub(super) fn measure(&self, now: Instant) {
+    pub(super) fn update_gauges(&self, now: Instant) {
         let delivery_queue = self.lock_queue();
-        meter::pending(self.ledger.len() + delivery_queue.len(), delivery_queue.oldest(now));
+        meter::set_pending(self.aggregator.len() + delivery_queue.len(), delivery_queue.oldest_age(now));
     }
 
-    pub(super) fn wake(&self) -> Option<Instant> {
-        self.lock_queue().wake()
+    pub(super) fn next_retry_at(&self) -> Option<Instant> {
+        self.lock_queue().next_retry_at()
     }
 
-    pub(super) fn hurry(&self) {
-        self.lock_queue().hurry();
+    pub(super) fn reset_backoff(&self) {
+        self.lock_queue().reset_backoff();
     }
 
-    pub(super) fn recall(&self) {
-        self.lock_queue().recall();
+    pub(super) fn requeue_in_flight(&self) {
+        self.lock_queue().requeue_in_flight();
     }
 
-    pub(super) fn discard(&self) {
-        self.lock_queue().discard();
+    pub(super) fn discard_all(&self) {
+        self.lock_queue().discard_all();
     }
 
-    pub(super) fn totals(&self) -> Totals {
+    pub(super) fn totals(&self) -> DeliveryTotals {
         self.lock_queue().totals().clone()
     }
 
@@ -102,25 +102,25 @@ impl Pipeline {
             if stored == Some(revision) {
                 return None;
             }
-            (revision, delivery_queue.copy())
+            (revision, delivery_queue.copy_for_store())
         };
-        Some(Backlog { revision, bytes: spool::save(&queues).unwrap_or_default() })
+        Some(Backlog { revision, bytes: spool::encode(&queues).unwrap_or_default() })
     }
 
     /// Completes when a store contains usage of an environment that has nothing pending any longer.
     pub(super) async fn wait_until_store_outdated(&self) {
-        self.outdated.notified().await;
+        self.store_outdated.notified().await;
     }
 
-    pub(super) fn save(&self) -> Option<Vec<u8>> {
-        let queues = self.lock_queue().copy();
-        spool::save(&queues)
+    pub(super) fn serialize(&self) -> Option<Vec<u8>> {
+        let queues = self.lock_queue().copy_for_store();
+        spool::encode(&queues)
     }
 
-    pub(super) fn restore(&self, bytes: &[u8], now: Instant) -> Result<(), spool::Error> {
-        let registrations = self.ledger.restored_registrations();
-        let Restored { lanes: queues, unreadable } = spool::restore(bytes, &registrations)?;
-        meter::items_dropped("spool", unreadable);
+    pub(super) fn restore(&self, bytes: &[u8], now: Instant) -> Result<(), spool::RestoreError> {
+        let registrations = self.aggregator.restored_registrations_quota();
+        let Restored { queues, unreadable } = spool::decode(bytes, &registrations)?;
+        meter::count_dropped_items("spool", unreadable);
         if unreadable > 0 {
             tracing::warn!(unreadable, "Some items of stored usage cannot be read and are lost");
         }
@@ -134,43 +134,43 @@ impl Pipeline {
     /// Pending usage in Unleash Edge's format of `/internal-backstage/metricsbatch`.
     pub(super) fn pending(&self, now: Instant) -> Value {
         let delivery_queue = self.lock_queue();
-        let due = self.ledger.applications(now);
+        let due = self.aggregator.due_registrations(now);
         let mut applications: Vec<_> = due.iter().map(|it| json!(it.application())).collect();
         let mut metrics = Vec::new();
-        for ((environment, key), counter) in self.ledger.copy_counters() {
-            metrics.push(shown(&metric(environment.as_str(), &key, &counter)));
+        for ((environment, key), counter) in self.aggregator.copy_counters() {
+            metrics.push(with_key(&metric_json(environment.as_str(), &key, &counter)));
         }
         for (environment, queue) in delivery_queue.queues() {
-            let batches = queue.hand.iter().chain(&queue.left);
+            let batches = queue.in_flight.iter().chain(&queue.restored_batches);
             let items = batches.flat_map(|(_, batch)| batch.items());
-            for item in items.chain(&queue.carry).chain(&queue.late) {
+            for item in items.chain(&queue.serialized).chain(&queue.deferred) {
                 let value = serde_json::from_str(&item.json).unwrap_or_default();
-                match item.part {
-                    Part::Application | Part::Instance => applications.push(value),
-                    Part::Metric => metrics.push(shown(&value)),
-                    Part::Impact => {}
+                match item.kind {
+                    ItemKind::Application | ItemKind::ApplicationWithoutStrategies => applications.push(value),
+                    ItemKind::Metric => metrics.push(with_key(&value)),
+                    ItemKind::ImpactMetric => {}
                 }
             }
             applications.extend(queue.applications.values().map(|it| json!(it.application())));
             let counters = queue.counters.iter();
             metrics.extend(
-                counters.map(|(key, counter)| shown(&metric(environment.as_str(), key, counter))),
+                counters.map(|(key, counter)| with_key(&metric_json(environment.as_str(), key, counter))),
             );
         }
         json!({ "applications": applications, "metrics": metrics })
     }
 
-    fn lock_queue(&self) -> MutexGuard<'_, Outbox> {
-        self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock_queue(&self) -> MutexGuard<'_, DeliveryQueue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn metric(environment: &str, key: &CounterKey, counter: &Counter) -> Value {
-    json!(counter.to_wire(environment, key))
+fn metric_json(environment: &str, key: &CounterKey, counter: &Counter) -> Value {
+    json!(counter.to_bulk_metric(environment, key))
 }
 
 /// A metric with its key beside it.
-fn shown(metric: &Value) -> Value {
+fn with_key(metric: &Value) -> Value {
     json!({
         "key": {
             "app_name": metric["appName"],

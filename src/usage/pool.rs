@@ -20,17 +20,17 @@ use std::{
 use crate::token::TokenDigest;
 
 /// The number of times the free part of a pool that one quota may use.
-const SHARE: usize = 4;
+const SHARE_FACTOR: usize = 4;
 
 /// A bounded amount of memory, with its use by token.
 #[derive(Debug)]
-pub(super) struct Pool {
-    total: Arc<Total>,
-    accounts: Mutex<HashMap<TokenDigest, Account>>,
+pub(super) struct MemoryPool {
+    state: Arc<PoolState>,
+    quotas: Mutex<HashMap<TokenDigest, Quota>>,
 }
 
 #[derive(Debug)]
-struct Total {
+struct PoolState {
     capacity: usize,
     /// At most the capacity, plus unchecked reservations.
     used: AtomicUsize,
@@ -38,11 +38,11 @@ struct Total {
 
 /// The part of a pool that one token uses. A cheap handle.
 #[derive(Clone, Debug)]
-pub(super) struct Account(Arc<Inner>);
+pub(super) struct Quota(Arc<QuotaState>);
 
 #[derive(Debug)]
-struct Inner {
-    pool: Arc<Total>,
+struct QuotaState {
+    pool: Arc<PoolState>,
     used: AtomicUsize,
 }
 
@@ -50,56 +50,56 @@ struct Inner {
 ///
 /// A clone reserves nothing: it is a short-lived copy for a store.
 #[derive(Debug, Default)]
-pub(super) struct Charge(Option<(Account, usize)>);
+pub(super) struct Reservation(Option<(Quota, usize)>);
 
-impl Pool {
+impl MemoryPool {
     pub(super) fn new(capacity: usize) -> Self {
-        let total = Total { capacity, used: AtomicUsize::new(0) };
-        Self { total: Arc::new(total), accounts: Mutex::default() }
+        let total = PoolState { capacity, used: AtomicUsize::new(0) };
+        Self { state: Arc::new(total), quotas: Mutex::default() }
     }
 
     /// The quota of a token. It is kept while in use, until the next [`MemoryPool::remove_unused`].
-    pub(super) fn account(&self, token: &TokenDigest) -> Account {
-        self.lock_quotas().entry(*token).or_insert_with(|| self.anonymous()).clone()
+    pub(super) fn quota_of(&self, token: &TokenDigest) -> Quota {
+        self.lock_quotas().entry(*token).or_insert_with(|| self.unowned_quota()).clone()
     }
 
     /// A quota that belongs to no token.
-    pub(super) fn anonymous(&self) -> Account {
-        let pool = Arc::clone(&self.total);
-        Account(Arc::new(Inner { pool, used: AtomicUsize::new(0) }))
+    pub(super) fn unowned_quota(&self) -> Quota {
+        let pool = Arc::clone(&self.state);
+        Quota(Arc::new(QuotaState { pool, used: AtomicUsize::new(0) }))
     }
 
     /// Removes quotas without reservations.
-    pub(super) fn sweep(&self) {
+    pub(super) fn remove_unused(&self) {
         // Reservations hold their quota, and so do requests that are about to reserve.
         self.lock_quotas().retain(|_, quota| Arc::strong_count(&quota.0) > 1);
     }
 
-    fn lock_quotas(&self) -> MutexGuard<'_, HashMap<TokenDigest, Account>> {
-        self.accounts.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock_quotas(&self) -> MutexGuard<'_, HashMap<TokenDigest, Quota>> {
+        self.quotas.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Account {
+impl Quota {
     /// Reserves an amount if it is within the token's limit; otherwise `None`.
     ///
     /// With concurrent calls slightly more than the capacity may be reserved.
-    pub(super) fn try_charge(&self, amount: usize) -> Option<Charge> {
-        self.has_room(amount).then(|| self.charge(amount))
+    pub(super) fn try_reserve(&self, amount: usize) -> Option<Reservation> {
+        self.has_capacity(amount).then(|| self.reserve_unchecked(amount))
     }
 
     /// Reserves an amount without a check, for data that is bounded elsewhere.
-    pub(super) fn charge(&self, amount: usize) -> Charge {
+    pub(super) fn reserve_unchecked(&self, amount: usize) -> Reservation {
         self.add(amount);
-        Charge(Some((self.clone(), amount)))
+        Reservation(Some((self.clone(), amount)))
     }
 
-    fn has_room(&self, amount: usize) -> bool {
-        let Inner { pool, used } = &*self.0;
+    fn has_capacity(&self, amount: usize) -> bool {
+        let QuotaState { pool, used } = &*self.0;
         let free = pool.capacity.checked_sub(pool.used.load(Ordering::Relaxed));
         let used = used.load(Ordering::Relaxed).saturating_add(amount);
         let free_after = free.and_then(|free| free.checked_sub(amount));
-        free_after.is_some_and(|free| used <= free.saturating_mul(SHARE))
+        free_after.is_some_and(|free| used <= free.saturating_mul(SHARE_FACTOR))
     }
 
     fn add(&self, amount: usize) {
@@ -113,15 +113,15 @@ impl Account {
     }
 }
 
-impl Charge {
+impl Reservation {
     /// Whether nothing is reserved.
-    pub(super) fn is_none(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.0.is_none()
     }
 
     /// Changes the reservation by the difference of `after` and `before`. False, without a change, if
     /// that exceeds the token's limit.
-    pub(super) fn try_replace(&mut self, before: usize, after: usize) -> bool {
+    pub(super) fn try_resize(&mut self, before: usize, after: usize) -> bool {
         let Some((quota, reserved)) = &mut self.0 else { return true };
         let Some(more) = after.checked_sub(before) else {
             let less = before - after;
@@ -129,7 +129,7 @@ impl Charge {
             *reserved -= less;
             return true;
         };
-        let has_room = more == 0 || quota.has_room(more);
+        let has_room = more == 0 || quota.has_capacity(more);
         if has_room {
             quota.add(more);
             *reserved += more;
@@ -138,18 +138,18 @@ impl Charge {
     }
 
     /// Reserves another amount from the same quota without a check.
-    pub(super) fn resized(&self, amount: usize) -> Self {
-        self.0.as_ref().map_or_else(Self::default, |(quota, _)| quota.charge(amount))
+    pub(super) fn reserve_same_quota(&self, amount: usize) -> Self {
+        self.0.as_ref().map_or_else(Self::default, |(quota, _)| quota.reserve_unchecked(amount))
     }
 }
 
-impl Clone for Charge {
+impl Clone for Reservation {
     fn clone(&self) -> Self {
         Self::default()
     }
 }
 
-impl Drop for Charge {
+impl Drop for Reservation {
     fn drop(&mut self) {
         if let Some((quota, amount)) = &self.0 {
             quota.subtract(*amount);
@@ -161,58 +161,58 @@ impl Drop for Charge {
 mod tests {
     use super::*;
 
-    fn account(pool: &Pool, token: &str) -> Account {
-        pool.account(&TokenDigest::of(token))
+    fn quota_of(pool: &MemoryPool, token: &str) -> Quota {
+        pool.quota_of(&TokenDigest::of(token))
     }
 
     /// Reserves one unit at a time until the limit is reached.
-    fn fill(quota: &Account) -> Vec<Charge> {
-        std::iter::from_fn(|| quota.try_charge(1)).collect()
+    fn fill(quota: &Quota) -> Vec<Reservation> {
+        std::iter::from_fn(|| quota.try_reserve(1)).collect()
     }
 
     #[test]
     fn one_token_gets_four_fifths_and_others_always_get_some() {
-        let pool = Pool::new(1000);
-        let first = fill(&account(&pool, "first"));
+        let pool = MemoryPool::new(1000);
+        let first = fill(&quota_of(&pool, "first"));
         assert_eq!(first.len(), 800);
-        let second = fill(&account(&pool, "second"));
+        let second = fill(&quota_of(&pool, "second"));
         assert_eq!(second.len(), 160);
-        assert_eq!(fill(&account(&pool, "third")).len(), 32);
+        assert_eq!(fill(&quota_of(&pool, "third")).len(), 32);
         drop(first);
-        assert_eq!(fill(&account(&pool, "third")).len(), 672);
+        assert_eq!(fill(&quota_of(&pool, "third")).len(), 672);
         assert_eq!(second.len(), 160);
     }
 
     #[test]
     fn amount_beyond_the_limit_is_rejected_unless_unchecked() {
-        let pool = Pool::new(100);
-        let quota = account(&pool, "token");
-        assert!(quota.try_charge(81).is_none());
-        assert!(quota.try_charge(usize::MAX).is_none());
-        let beyond = quota.charge(200);
-        assert!(quota.try_charge(1).is_none());
+        let pool = MemoryPool::new(100);
+        let quota = quota_of(&pool, "token");
+        assert!(quota.try_reserve(81).is_none());
+        assert!(quota.try_reserve(usize::MAX).is_none());
+        let beyond = quota.reserve_unchecked(200);
+        assert!(quota.try_reserve(1).is_none());
         drop(beyond);
-        let reservation = quota.try_charge(80).unwrap();
+        let reservation = quota.try_reserve(80).unwrap();
         let copy = reservation.clone();
         drop(reservation);
-        let mut again = quota.try_charge(70).unwrap();
-        assert!(!again.try_replace(20, 31) && again.try_replace(20, 30));
+        let mut again = quota.try_reserve(70).unwrap();
+        assert!(!again.try_resize(20, 31) && again.try_resize(20, 30));
         drop(copy);
-        assert!(quota.try_charge(1).is_none());
-        assert!(again.try_replace(20, 10));
-        assert!(quota.try_charge(11).is_none() && quota.try_charge(10).is_some());
+        assert!(quota.try_reserve(1).is_none());
+        assert!(again.try_resize(20, 10));
+        assert!(quota.try_reserve(11).is_none() && quota.try_reserve(10).is_some());
         drop(again);
-        assert!(quota.try_charge(80).is_some());
+        assert!(quota.try_reserve(80).is_some());
     }
 
     #[test]
     fn quota_without_reservations_is_removed() {
-        let pool = Pool::new(100);
-        let reservation = account(&pool, "token").try_charge(1).unwrap();
-        pool.sweep();
+        let pool = MemoryPool::new(100);
+        let reservation = quota_of(&pool, "token").try_reserve(1).unwrap();
+        pool.remove_unused();
         assert_eq!(pool.lock_quotas().len(), 1);
         drop(reservation);
-        pool.sweep();
+        pool.remove_unused();
         assert!(pool.lock_quotas().is_empty());
     }
 }

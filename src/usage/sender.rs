@@ -13,24 +13,24 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     lane::BatchId,
-    outbox::{Dispatch, Outcome},
+    outbox::{OutgoingBatch, SendOutcome},
     pipeline::Pipeline,
 };
 
 /// How long to wait after the grace period for responses to batches in flight.
-const LAST_ANSWERS: Duration = Duration::from_secs(5);
+const FINAL_RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long to wait for them when shutdown is forced.
-const HURRIED_ANSWERS: Duration = Duration::from_secs(1);
+const FORCED_RESPONSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How to end sending.
 #[derive(Clone, Debug)]
-pub struct Ending {
+pub struct Shutdown {
     /// Cancelled when usage is no longer reported.
-    pub begins: CancellationToken,
+    pub requested: CancellationToken,
     /// The longest time to then send the remaining usage.
     pub grace: Duration,
     /// Cancelled to end the grace period early.
-    pub hurries: CancellationToken,
+    pub forced: CancellationToken,
 }
 
 /// Sends usage after each `interval` until shutdown is requested, then the rest within the grace period.
@@ -40,42 +40,42 @@ pub struct Ending {
 pub(super) async fn run<F>(
     pipeline: &Pipeline,
     interval: Duration,
-    ending: &Ending,
-    send: impl Fn(Dispatch) -> F,
+    ending: &Shutdown,
+    send: impl Fn(OutgoingBatch) -> F,
 ) where
-    F: Future<Output = (BatchId, Outcome)>,
+    F: Future<Output = (BatchId, SendOutcome)>,
 {
-    pipeline.recall();
+    pipeline.requeue_in_flight();
     let mut ticks = interval_at(tokio::time::Instant::now() + interval, interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut in_flight = FuturesUnordered::new();
     loop {
-        dispatch(pipeline, &in_flight, &send);
+        send_ready_batches(pipeline, &in_flight, &send);
         tokio::select! {
-            () = ending.begins.cancelled() => break,
-            _ = ticks.tick() => pipeline.collect(now()),
-            Some((id, outcome)) = in_flight.next() => settle(pipeline, id, outcome),
-            () = wake(pipeline) => {}
+            () = ending.requested.cancelled() => break,
+            _ = ticks.tick() => pipeline.drain(monotonic_now()),
+            Some((id, outcome)) = in_flight.next() => record_outcome(pipeline, id, outcome),
+            () = wait_for_retry(pipeline) => {}
         }
     }
-    pipeline.collect(now());
-    pipeline.hurry();
+    pipeline.drain(monotonic_now());
+    pipeline.reset_backoff();
     let flush = async {
         loop {
-            dispatch(pipeline, &in_flight, &send);
-            if in_flight.is_empty() && pipeline.wake().is_none() {
+            send_ready_batches(pipeline, &in_flight, &send);
+            if in_flight.is_empty() && pipeline.next_retry_at().is_none() {
                 break;
             }
             tokio::select! {
-                Some((id, outcome)) = in_flight.next() => settle(pipeline, id, outcome),
-                () = wake(pipeline) => {}
+                Some((id, outcome)) = in_flight.next() => record_outcome(pipeline, id, outcome),
+                () = wait_for_retry(pipeline) => {}
             }
         }
     };
     let grace = ending.grace;
     let flushed = tokio::select! {
-        flushed = timeout(grace, flush) => flushed.map_err(|_| LAST_ANSWERS),
-        () = ending.hurries.cancelled() => Err(HURRIED_ANSWERS),
+        flushed = timeout(grace, flush) => flushed.map_err(|_| FINAL_RESPONSE_TIMEOUT),
+        () = ending.forced.cancelled() => Err(FORCED_RESPONSE_TIMEOUT),
     };
     if let Err(response_timeout) = flushed {
         tracing::warn!(?grace, "Shutdown ended before all usage was sent");
@@ -83,7 +83,7 @@ pub(super) async fn run<F>(
         // response, a batch that upstream accepted would be sent again by the next run.
         let responses = async {
             while let Some((id, outcome)) = in_flight.next().await {
-                settle(pipeline, id, outcome);
+                record_outcome(pipeline, id, outcome);
             }
         };
         let _ = timeout(response_timeout, responses).await;
@@ -91,7 +91,7 @@ pub(super) async fn run<F>(
 }
 
 /// Drops usage after each `interval` until `shutdown`, because there is no destination.
-pub(super) async fn discard(pipeline: &Pipeline, interval: Duration, shutdown: &CancellationToken) {
+pub(super) async fn discard_at_interval(pipeline: &Pipeline, interval: Duration, shutdown: &CancellationToken) {
     let mut ticks = interval_at(tokio::time::Instant::now() + interval, interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while !shutdown.is_cancelled() {
@@ -99,35 +99,35 @@ pub(super) async fn discard(pipeline: &Pipeline, interval: Duration, shutdown: &
             () = shutdown.cancelled() => {}
             _ = ticks.tick() => {}
         }
-        pipeline.collect(now());
-        pipeline.discard();
+        pipeline.drain(monotonic_now());
+        pipeline.discard_all();
     }
 }
 
-fn dispatch<F>(
+fn send_ready_batches<F>(
     pipeline: &Pipeline,
     in_flight: &FuturesUnordered<F>,
-    send: &impl Fn(Dispatch) -> F,
+    send: &impl Fn(OutgoingBatch) -> F,
 ) {
-    while let Some(batch) = pipeline.next(now()) {
+    while let Some(batch) = pipeline.next_batch(monotonic_now()) {
         in_flight.push(send(batch));
     }
 }
 
-fn settle(pipeline: &Pipeline, id: BatchId, outcome: Outcome) {
-    pipeline.settle(id, outcome, now(), rand::random());
+fn record_outcome(pipeline: &Pipeline, id: BatchId, outcome: SendOutcome) {
+    pipeline.record_outcome(id, outcome, monotonic_now(), rand::random());
 }
 
 /// Waits until a retry is due; forever if none is scheduled.
-async fn wake(pipeline: &Pipeline) {
-    match pipeline.wake() {
+async fn wait_for_retry(pipeline: &Pipeline) {
+    match pipeline.next_retry_at() {
         Some(at) => sleep_until(at.into()).await,
         None => std::future::pending().await,
     }
 }
 
 /// The runtime's clock, which tests can pause.
-fn now() -> Instant {
+fn monotonic_now() -> Instant {
     tokio::time::Instant::now().into_std()
 }
 
@@ -147,8 +147,8 @@ mod tests {
     use crate::{
         token::{Environment, TokenDigest},
         usage::{
-            counter::{Counter, CounterKey, Hour, Lost, Name},
-            ledger::Counted,
+            counter::{Counter, CounterKey, Hour, Overflow, NameStatus},
+            ledger::ReportedCounter,
         },
         wire::usage::ToggleStats,
     };
@@ -157,38 +157,38 @@ mod tests {
 
     fn count(pipeline: &Pipeline, yes: u64) {
         let stats = ToggleStats { yes, ..ToggleStats::default() };
-        let (counter, _) = Counter::of(stats, &Arc::default(), |_| Name::Known);
+        let (counter, _) = Counter::from_stats(stats, &Arc::default(), |_| NameStatus::Known);
         let hour = Hour::of(Timestamp::UNIX_EPOCH);
         let key = CounterKey { hour, app: "a".into(), flag: "f".into() };
-        let counted = vec![Counted { key, name: Name::Known, counter }];
+        let counted = vec![ReportedCounter { key, name_status: NameStatus::Known, counter }];
         let token = TokenDigest::of("token");
-        let result = pipeline.ledger.count(&Environment::new("dev"), counted, &token, hour);
-        assert_eq!(result, Ok(Lost(0)));
+        let result = pipeline.aggregator.record_counters(&Environment::new("dev"), counted, &token, hour);
+        assert_eq!(result, Ok(Overflow(0)));
     }
 
-    fn ending() -> Ending {
+    fn shutdown() -> Shutdown {
         let (begins, hurries) = (CancellationToken::new(), CancellationToken::new());
-        Ending { begins, grace: MINUTE, hurries }
+        Shutdown { requested: begins, grace: MINUTE, forced: hurries }
     }
 
     /// Runs the loop for a while. Each batch gets the next of the outcomes, and `Sent` after the last.
     async fn attempts(
         pipeline: &Pipeline,
         run_for: Duration,
-        outcomes: &[Outcome],
-    ) -> Vec<(u64, Outcome)> {
-        let start = now();
+        outcomes: &[SendOutcome],
+    ) -> Vec<(u64, SendOutcome)> {
+        let start = monotonic_now();
         let attempts = RefCell::new(Vec::new());
-        let send = |batch: Dispatch| {
+        let send = |batch: OutgoingBatch| {
             let mut attempts = attempts.borrow_mut();
-            let outcome = outcomes.get(attempts.len()).copied().unwrap_or(Outcome::Sent);
-            attempts.push(((now() - start).as_secs(), outcome));
+            let outcome = outcomes.get(attempts.len()).copied().unwrap_or(SendOutcome::Sent);
+            attempts.push(((monotonic_now() - start).as_secs(), outcome));
             async move { (batch.id, outcome) }
         };
-        let ending = ending();
+        let ending = shutdown();
         tokio::join!(run(pipeline, MINUTE, &ending, send), async {
             tokio::time::sleep(run_for).await;
-            ending.begins.cancel();
+            ending.requested.cancel();
         });
         attempts.into_inner()
     }
@@ -197,35 +197,35 @@ mod tests {
     async fn usage_is_sent_at_each_interval_and_at_shutdown() {
         let pipeline = Pipeline::new(10);
         count(&pipeline, 1);
-        assert_eq!(attempts(&pipeline, 2 * MINUTE + MINUTE / 2, &[]).await, [(60, Outcome::Sent)]);
+        assert_eq!(attempts(&pipeline, 2 * MINUTE + MINUTE / 2, &[]).await, [(60, SendOutcome::Sent)]);
         count(&pipeline, 1);
-        assert_eq!(attempts(&pipeline, MINUTE / 2, &[]).await, [(30, Outcome::Sent)]);
-        assert_eq!(pipeline.totals(), crate::usage::outbox::Totals { sent: 2, dropped: 0 });
+        assert_eq!(attempts(&pipeline, MINUTE / 2, &[]).await, [(30, SendOutcome::Sent)]);
+        assert_eq!(pipeline.totals(), crate::usage::outbox::DeliveryTotals { sent: 2, dropped: 0 });
     }
 
     #[tokio::test(start_paused = true)]
     async fn failed_batch_is_retried_after_its_delay() {
         let pipeline = Pipeline::new(10);
         count(&pipeline, 1);
-        let delay = Outcome::Later(Some(Duration::from_secs(100)));
+        let delay = SendOutcome::Retry(Some(Duration::from_secs(100)));
         let made = attempts(&pipeline, 5 * MINUTE, &[delay]).await;
-        assert_eq!(made, [(60, delay), (160, Outcome::Sent)]);
+        assert_eq!(made, [(60, delay), (160, SendOutcome::Sent)]);
     }
 
     #[tokio::test(start_paused = true)]
     async fn batch_in_flight_is_resent_after_a_panic() {
         let pipeline = Pipeline::new(10);
         count(&pipeline, 3);
-        let ending = ending();
+        let ending = shutdown();
         let panics = |_| async { panic!("a batch that cannot be sent") };
         let panicked = AssertUnwindSafe(run(&pipeline, MINUTE, &ending, panics)).catch_unwind();
         assert!(panicked.await.is_err());
         count(&pipeline, 4);
         assert_eq!(
             attempts(&pipeline, MINUTE * 3 / 2, &[]).await,
-            [(0, Outcome::Sent), (60, Outcome::Sent)]
+            [(0, SendOutcome::Sent), (60, SendOutcome::Sent)]
         );
-        assert_eq!(pipeline.totals(), crate::usage::outbox::Totals { sent: 7, dropped: 0 });
+        assert_eq!(pipeline.totals(), crate::usage::outbox::DeliveryTotals { sent: 7, dropped: 0 });
     }
 
     #[tokio::test(start_paused = true)]
@@ -233,22 +233,22 @@ mod tests {
         let pipeline = Pipeline::new(10);
         count(&pipeline, 3);
         let shutdown = CancellationToken::new();
-        tokio::join!(discard(&pipeline, MINUTE, &shutdown), async {
+        tokio::join!(discard_at_interval(&pipeline, MINUTE, &shutdown), async {
             tokio::time::sleep(MINUTE * 3 / 2).await;
             assert_eq!(pipeline.totals().dropped, 3);
             count(&pipeline, 4);
             shutdown.cancel();
         });
         assert_eq!(pipeline.totals().dropped, 7);
-        assert_eq!(pipeline.save(), None);
+        assert_eq!(pipeline.serialize(), None);
     }
 
     #[tokio::test(start_paused = true)]
     async fn usage_that_is_not_flushed_in_time_is_saved_and_restored() {
         let pipeline = Pipeline::new(10);
         count(&pipeline, 7);
-        let ending = ending();
-        ending.begins.cancel();
+        let ending = shutdown();
+        ending.requested.cancel();
         let tries = Cell::new(0);
         run(&pipeline, MINUTE, &ending, |_| {
             tries.set(tries.get() + 1);
@@ -256,27 +256,27 @@ mod tests {
         })
         .await;
         assert_eq!(tries.get(), 1);
-        let saved = pipeline.save().unwrap();
+        let saved = pipeline.serialize().unwrap();
         let restarted = Pipeline::new(10);
-        restarted.restore(&saved, now()).unwrap();
-        assert_eq!(attempts(&restarted, MINUTE, &[]).await, [(0, Outcome::Sent)]);
+        restarted.restore(&saved, monotonic_now()).unwrap();
+        assert_eq!(attempts(&restarted, MINUTE, &[]).await, [(0, SendOutcome::Sent)]);
         assert_eq!(restarted.totals().sent, 7);
-        assert_eq!(restarted.save(), None);
+        assert_eq!(restarted.serialize(), None);
     }
 
     #[tokio::test(start_paused = true)]
     async fn forced_shutdown_waits_for_responses_in_flight_and_retains_the_rest() {
         let pipeline = Pipeline::new(10);
         count(&pipeline, 7);
-        let ending = ending();
-        ending.begins.cancel();
-        let start = now();
-        let slow = |batch: Dispatch| async move {
-            tokio::time::sleep(HURRIED_ANSWERS / 2).await;
-            (batch.id, Outcome::Later(None))
+        let ending = shutdown();
+        ending.requested.cancel();
+        let start = monotonic_now();
+        let slow = |batch: OutgoingBatch| async move {
+            tokio::time::sleep(FORCED_RESPONSE_TIMEOUT / 2).await;
+            (batch.id, SendOutcome::Retry(None))
         };
-        tokio::join!(run(&pipeline, MINUTE, &ending, slow), async { ending.hurries.cancel() });
-        assert_eq!(now() - start, HURRIED_ANSWERS / 2);
-        assert!(pipeline.save().is_some());
+        tokio::join!(run(&pipeline, MINUTE, &ending, slow), async { ending.forced.cancel() });
+        assert_eq!(monotonic_now() - start, FORCED_RESPONSE_TIMEOUT / 2);
+        assert!(pipeline.serialize().is_some());
     }
 }

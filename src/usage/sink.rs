@@ -20,7 +20,7 @@ use tracing::{debug, info, warn};
 use super::{
     lane::BatchId,
     meter,
-    outbox::{Dispatch, Outcome},
+    outbox::{OutgoingBatch, SendOutcome},
 };
 use crate::{
     telemetry::error_chain,
@@ -42,29 +42,29 @@ pub enum Sink {
         credentials: Credentials,
     },
     /// The registry of this instance. Usage waits while the receiver is gone.
-    Registry(mpsc::Sender<Delivery>),
+    Registry(mpsc::Sender<RegistryDelivery>),
     /// No destination: usage is counted and dropped.
-    None,
+    Discard,
 }
 
 /// A batch for the registry of this instance.
 #[derive(Debug)]
-pub struct Delivery {
+pub struct RegistryDelivery {
     /// Identifies the batch: a retry has the same ID and the same body.
-    pub batch: BatchId,
+    pub id: BatchId,
     /// The body in the format of `/api/client/metrics/bulk`.
     pub body: Bytes,
     /// For the result. If it is dropped, the batch is retried.
-    pub done: oneshot::Sender<Taken>,
+    pub reply: oneshot::Sender<DeliveryOutcome>,
 }
 
 /// The result of a delivery to the registry.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Taken {
+pub enum DeliveryOutcome {
     /// It is stored.
     Stored,
     /// It can never be stored.
-    Refused,
+    Rejected,
     /// It could not be stored this time.
     Failed,
 }
@@ -72,21 +72,21 @@ pub enum Taken {
 /// Limits logging of environments whose usage upstream does not accept, so that an outage is not logged
 /// with each attempt.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Refusals(Arc<Mutex<Logged>>);
+pub(super) struct FailureLog(Arc<Mutex<LoggedFailures>>);
 
 #[derive(Debug, Default)]
-struct Logged {
+struct LoggedFailures {
     /// When a warning was last logged for an environment whose usage upstream rejects although it serves
     /// flags with the same token.
-    refused: BTreeMap<Environment, Instant>,
+    last_warned: BTreeMap<Environment, Instant>,
     /// Why the latest batch of an environment was not accepted.
-    reasons: BTreeMap<Environment, String>,
+    last_reasons: BTreeMap<Environment, String>,
 }
 
-impl Refusals {
+impl FailureLog {
     /// Records that only usage was rejected; whether to log a warning.
-    fn refused(&self, environment: &Environment, now: Instant) -> bool {
-        let refused = &mut self.lock().refused;
+    fn record_refusal(&self, environment: &Environment, now: Instant) -> bool {
+        let refused = &mut self.lock().last_warned;
         let last = refused.get(environment);
         let is_due = last.is_none_or(|last| now.duration_since(*last) >= WARN_INTERVAL);
         if is_due {
@@ -96,19 +96,19 @@ impl Refusals {
     }
 
     /// Records why a batch was not accepted; whether the reason is new.
-    fn failed(&self, environment: &Environment, reason: &str) -> bool {
-        let before = self.lock().reasons.insert(environment.clone(), reason.to_owned());
+    fn record_failure(&self, environment: &Environment, reason: &str) -> bool {
+        let before = self.lock().last_reasons.insert(environment.clone(), reason.to_owned());
         before.is_none_or(|before| before != reason)
     }
 
     /// Records that upstream accepted usage of an environment; whether it had failed before.
-    fn taken(&self, environment: &Environment) -> bool {
+    fn record_success(&self, environment: &Environment) -> bool {
         let mut logged = self.lock();
-        logged.refused.remove(environment);
-        logged.reasons.remove(environment).is_some()
+        logged.last_warned.remove(environment);
+        logged.last_reasons.remove(environment).is_some()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Logged> {
+    fn lock(&self) -> MutexGuard<'_, LoggedFailures> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -117,19 +117,19 @@ impl Refusals {
 /// replaced once and the same bytes are sent with the new one.
 ///
 /// If only usage is rejected, for instance by a firewall, another token would not help: the batch waits.
-pub(super) fn deliver(
+pub(super) fn deliver_upstream(
     upstream: &Upstream,
     credentials: &Credentials,
-    refusals: &Refusals,
-    batch: Dispatch,
-) -> impl Future<Output = (BatchId, Outcome)> {
+    refusals: &FailureLog,
+    batch: OutgoingBatch,
+) -> impl Future<Output = (BatchId, SendOutcome)> {
     let (upstream, credentials) = (upstream.clone(), credentials.clone());
     let refusals = refusals.clone();
     async move {
-        let Dispatch { id, environment, body, .. } = batch;
-        let Some(token) = token(&credentials, &environment).await else {
+        let OutgoingBatch { id, environment, body, .. } = batch;
+        let Some(token) = usage_token(&credentials, &environment).await else {
             debug!(%environment, "No token for this environment yet; its usage waits");
-            return (id, Outcome::Unauthorized);
+            return (id, SendOutcome::Unauthorized);
         };
         let mut result = upstream.send_usage(&token, body.clone()).await;
         if result.as_ref().is_err_and(Error::is_unauthorized) {
@@ -137,7 +137,7 @@ pub(super) fn deliver(
             let other = match current.filter(|current| *current != token) {
                 // Another task that fetches flags has replaced it.
                 Some(other) => Some(other),
-                None => replace(&upstream, &credentials, &refusals, &environment, &token).await,
+                None => replace_token(&upstream, &credentials, &refusals, &environment, &token).await,
             };
             if let Some(other) = other {
                 result = upstream.send_usage(&other, body).await;
@@ -145,22 +145,22 @@ pub(super) fn deliver(
         }
         let outcome = match &result {
             Ok(()) => {
-                if refusals.taken(&environment) {
+                if refusals.record_success(&environment) {
                     info!(%environment, "Upstream accepts usage again");
                 }
-                Outcome::Sent
+                SendOutcome::Sent
             }
             Err(error) => {
-                let outcome = outcome(error);
+                let outcome = outcome_of_error(error);
                 let note = if error.is_ambiguous() { "; it may be counted twice" } else { "" };
                 let consequence = match outcome {
-                    Outcome::Rejected => "it is dropped",
-                    Outcome::TooLarge => "it is too large and is split",
+                    SendOutcome::Rejected => "it is dropped",
+                    SendOutcome::TooLarge => "it is too large and is split",
                     _ => "it will be retried",
                 };
                 let reason = error_chain(&error);
-                let is_last = matches!(outcome, Outcome::Rejected | Outcome::TooLarge);
-                if refusals.failed(&environment, &reason) || is_last {
+                let is_last = matches!(outcome, SendOutcome::Rejected | SendOutcome::TooLarge);
+                if refusals.record_failure(&environment, &reason) || is_last {
                     warn!(
                         %environment,
                         error = reason,
@@ -175,16 +175,16 @@ pub(super) fn deliver(
 }
 
 /// Another token, if upstream rejects `token` for flags too; otherwise `None`, and nothing changes.
-async fn replace(
+async fn replace_token(
     upstream: &Upstream,
     credentials: &Credentials,
-    refusals: &Refusals,
+    refusals: &FailureLog,
     environment: &Environment,
     token: &Token,
 ) -> Option<Token> {
     match upstream.probe_access(token, TokenKind::Client).await {
         Ok(TokenAccess::Granted) => {
-            if refusals.refused(environment, Instant::now()) {
+            if refusals.record_refusal(environment, Instant::now()) {
                 warn!(
                     %environment,
                     "Upstream rejects usage although it serves flags with the same token; usage is \
@@ -205,30 +205,30 @@ async fn replace(
 
 /// Delivers a batch to the registry and waits for the result. The registry does not store impact
 /// metrics; they are counted as dropped.
-pub(super) fn hand_over(
-    registry: &mpsc::Sender<Delivery>,
-    batch: Dispatch,
-) -> impl Future<Output = (BatchId, Outcome)> {
+pub(super) fn deliver_to_registry(
+    registry: &mpsc::Sender<RegistryDelivery>,
+    batch: OutgoingBatch,
+) -> impl Future<Output = (BatchId, SendOutcome)> {
     let registry = registry.clone();
     async move {
-        let Dispatch { id, body, impact, .. } = batch;
+        let OutgoingBatch { id, body, impact_metrics: impact, .. } = batch;
         let (reply, outcome) = oneshot::channel();
-        let sent = registry.send(Delivery { batch: id, body, done: reply }).await;
+        let sent = registry.send(RegistryDelivery { id, body, reply }).await;
         let outcome = match outcome.await {
-            Ok(Taken::Stored) if sent.is_ok() => {
+            Ok(DeliveryOutcome::Stored) if sent.is_ok() => {
                 // A registry does not store them.
-                meter::items_dropped("impact_metric_not_kept", impact);
-                Outcome::Sent
+                meter::count_dropped_items("impact_metric_not_kept", impact);
+                SendOutcome::Sent
             }
-            Ok(Taken::Refused) => Outcome::Rejected,
-            Ok(Taken::Stored | Taken::Failed) | Err(_) => Outcome::Later(None),
+            Ok(DeliveryOutcome::Rejected) => SendOutcome::Rejected,
+            Ok(DeliveryOutcome::Stored | DeliveryOutcome::Failed) | Err(_) => SendOutcome::Retry(None),
         };
         (id, outcome)
     }
 }
 
 /// The current token of an environment, or one that can be obtained.
-async fn token(credentials: &Credentials, environment: &Environment) -> Option<Token> {
+async fn usage_token(credentials: &Credentials, environment: &Environment) -> Option<Token> {
     if let Some(token) = credentials.usage_token(environment) {
         return Some(token);
     }
@@ -240,16 +240,16 @@ async fn token(credentials: &Credentials, environment: &Environment) -> Option<T
 ///
 /// Only a rejection of the body itself is final: a proxy may respond with 404 while upstream is
 /// unavailable, and the same bytes may be accepted later.
-fn outcome(error: &Error) -> Outcome {
+fn outcome_of_error(error: &Error) -> SendOutcome {
     if error.is_unauthorized() {
-        return Outcome::Unauthorized;
+        return SendOutcome::Unauthorized;
     }
     match error.status() {
-        Some(StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY) => Outcome::Rejected,
-        Some(StatusCode::PAYLOAD_TOO_LARGE) => Outcome::TooLarge,
+        Some(StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY) => SendOutcome::Rejected,
+        Some(StatusCode::PAYLOAD_TOO_LARGE) => SendOutcome::TooLarge,
         _ => match error.retry() {
-            Retry::Later(pause) => Outcome::Later(pause),
-            Retry::Never => Outcome::Later(None),
+            Retry::Later(pause) => SendOutcome::Retry(pause),
+            Retry::Never => SendOutcome::Retry(None),
         },
     }
 }
@@ -324,66 +324,66 @@ mod tests {
     async fn rejected_token_is_replaced_and_batch_waits_without_a_token() {
         let (upstream, seen) = upstream().await;
         let check = async |tokens: &[&str], expected, shown: &[&str]| {
-            let batch = Dispatch {
+            let batch = OutgoingBatch {
                 id: BatchId::default(),
                 environment: Environment::new("dev"),
                 body: Bytes::from_static(b"{}"),
-                impact: 0,
+                impact_metrics: 0,
             };
             let credentials = credentials(tokens);
             let before = credentials.usage_token(&Environment::new("dev"));
-            let (_, outcome) = deliver(&upstream, &credentials, &Refusals::default(), batch).await;
+            let (_, outcome) = deliver_upstream(&upstream, &credentials, &FailureLog::default(), batch).await;
             assert_eq!(outcome, expected, "{tokens:?}");
             assert_eq!(std::mem::take(&mut *seen.lock().unwrap()), shown, "{tokens:?}");
             let after = credentials.usage_token(&Environment::new("dev"));
             assert_eq!(before == after, !tokens.contains(&REVOKED) || tokens.len() == 1);
         };
-        check(&[GOOD], Outcome::Sent, &[GOOD]).await;
-        check(&[GOOD, REVOKED], Outcome::Sent, &[REVOKED, GOOD]).await;
-        check(&[REVOKED], Outcome::Unauthorized, &[REVOKED]).await;
-        check(&[], Outcome::Unauthorized, &[]).await;
-        check(&[GOOD, FLAGS_ONLY], Outcome::Unauthorized, &[FLAGS_ONLY]).await;
+        check(&[GOOD], SendOutcome::Sent, &[GOOD]).await;
+        check(&[GOOD, REVOKED], SendOutcome::Sent, &[REVOKED, GOOD]).await;
+        check(&[REVOKED], SendOutcome::Unauthorized, &[REVOKED]).await;
+        check(&[], SendOutcome::Unauthorized, &[]).await;
+        check(&[GOOD, FLAGS_ONLY], SendOutcome::Unauthorized, &[FLAGS_ONLY]).await;
     }
 
     #[test]
     fn rejection_of_only_usage_is_logged_at_once_and_every_five_minutes() {
-        let failures = Refusals::default();
+        let failures = FailureLog::default();
         let (dev, prod) = (Environment::new("dev"), Environment::new("prod"));
         let start = Instant::now();
         let minutes = |n| start + Duration::from_mins(n);
-        assert!(failures.refused(&dev, start));
-        assert!(failures.refused(&prod, start));
-        assert!(!failures.refused(&dev, minutes(4)));
-        assert!(failures.refused(&dev, minutes(5)));
-        assert!(!failures.refused(&dev, minutes(6)));
-        failures.taken(&dev);
-        assert!(failures.refused(&dev, minutes(6)));
-        assert!(!failures.refused(&prod, minutes(4)));
+        assert!(failures.record_refusal(&dev, start));
+        assert!(failures.record_refusal(&prod, start));
+        assert!(!failures.record_refusal(&dev, minutes(4)));
+        assert!(failures.record_refusal(&dev, minutes(5)));
+        assert!(!failures.record_refusal(&dev, minutes(6)));
+        failures.record_success(&dev);
+        assert!(failures.record_refusal(&dev, minutes(6)));
+        assert!(!failures.record_refusal(&prod, minutes(4)));
     }
 
     #[tokio::test]
     async fn batch_is_retried_until_the_registry_stores_it() {
-        let check = async |reply: Option<Taken>, expected| {
-            let (registry, mut deliveries) = mpsc::channel::<Delivery>(1);
-            let batch = Dispatch {
+        let check = async |reply: Option<DeliveryOutcome>, expected| {
+            let (registry, mut deliveries) = mpsc::channel::<RegistryDelivery>(1);
+            let batch = OutgoingBatch {
                 id: BatchId::default(),
                 environment: Environment::new("dev"),
                 body: Bytes::from_static(b"{}"),
-                impact: 0,
+                impact_metrics: 0,
             };
             let registry_task = async {
                 let delivery = deliveries.recv().await.unwrap();
                 if let Some(reply) = reply {
-                    delivery.done.send(reply).unwrap();
+                    delivery.reply.send(reply).unwrap();
                 }
             };
-            let ((_, outcome), ()) = tokio::join!(hand_over(&registry, batch), registry_task);
+            let ((_, outcome), ()) = tokio::join!(deliver_to_registry(&registry, batch), registry_task);
             assert_eq!(outcome, expected, "{reply:?}");
         };
-        check(Some(Taken::Stored), Outcome::Sent).await;
-        check(Some(Taken::Refused), Outcome::Rejected).await;
-        check(Some(Taken::Failed), Outcome::Later(None)).await;
-        check(None, Outcome::Later(None)).await;
+        check(Some(DeliveryOutcome::Stored), SendOutcome::Sent).await;
+        check(Some(DeliveryOutcome::Rejected), SendOutcome::Rejected).await;
+        check(Some(DeliveryOutcome::Failed), SendOutcome::Retry(None)).await;
+        check(None, SendOutcome::Retry(None)).await;
     }
 
     #[tokio::test]
@@ -391,20 +391,20 @@ mod tests {
         let recorder = PrometheusBuilder::new().build_recorder();
         let registry = recorder.handle();
         let deliver = async |reply| {
-            let (registry, mut deliveries) = mpsc::channel::<Delivery>(1);
-            let batch = Dispatch {
+            let (registry, mut deliveries) = mpsc::channel::<RegistryDelivery>(1);
+            let batch = OutgoingBatch {
                 id: BatchId::default(),
                 environment: Environment::new("dev"),
                 body: Bytes::from_static(b"{}"),
-                impact: 3,
+                impact_metrics: 3,
             };
             let registry_task =
-                async { deliveries.recv().await.unwrap().done.send(reply).unwrap() };
-            tokio::join!(hand_over(&registry, batch), registry_task);
+                async { deliveries.recv().await.unwrap().reply.send(reply).unwrap() };
+            tokio::join!(deliver_to_registry(&registry, batch), registry_task);
         };
         let _counting = metrics::set_default_local_recorder(&recorder);
-        deliver(Taken::Failed).await;
-        deliver(Taken::Stored).await;
+        deliver(DeliveryOutcome::Failed).await;
+        deliver(DeliveryOutcome::Stored).await;
         let (text, item) = (registry.render(), "{item=\"impact_metric_not_kept\"} 3\n");
         assert!(text.contains(&format!("parapet_usage_items_dropped_total{item}")), "{text}");
     }
@@ -413,20 +413,20 @@ mod tests {
     fn response_status_decides_the_outcome_of_a_batch() {
         let check = |status: u16, expected| {
             let status = StatusCode::from_u16(status).unwrap();
-            assert_eq!(outcome(&Error::Status { status, retry_after: None }), expected, "{status}");
+            assert_eq!(outcome_of_error(&Error::Status { status, retry_after: None }), expected, "{status}");
         };
-        check(400, Outcome::Rejected);
-        check(422, Outcome::Rejected);
-        check(413, Outcome::TooLarge);
-        check(401, Outcome::Unauthorized);
-        check(403, Outcome::Unauthorized);
+        check(400, SendOutcome::Rejected);
+        check(422, SendOutcome::Rejected);
+        check(413, SendOutcome::TooLarge);
+        check(401, SendOutcome::Unauthorized);
+        check(403, SendOutcome::Unauthorized);
         for status in [404, 405, 408, 415, 429, 500, 502, 503, 504] {
-            check(status, Outcome::Later(None));
+            check(status, SendOutcome::Retry(None));
         }
         let delay = Some(Duration::from_secs(7));
         let busy = Error::Status { status: StatusCode::TOO_MANY_REQUESTS, retry_after: delay };
-        assert_eq!(outcome(&busy), Outcome::Later(delay));
+        assert_eq!(outcome_of_error(&busy), SendOutcome::Retry(delay));
         let redirect = Error::Redirect { status: StatusCode::FOUND, target: String::new() };
-        assert_eq!(outcome(&redirect), Outcome::Later(None));
+        assert_eq!(outcome_of_error(&redirect), SendOutcome::Retry(None));
     }
 }

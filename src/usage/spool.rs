@@ -13,11 +13,11 @@ use serde_json::value::{RawValue, to_raw_value};
 
 use super::{
     applications::Registration,
-    batch::{Batch, Item, Part},
-    counter::{Counter, CounterKey, Hour, Name},
-    impact::OfApp,
-    lane::{Age, BatchId, Lane},
-    pool::{Account, Charge},
+    batch::{Batch, Item, ItemKind},
+    counter::{Counter, CounterKey, Hour, NameStatus},
+    impact::AppMetric,
+    lane::{Age, BatchId, EnvironmentQueue},
+    pool::{Quota, Reservation},
 };
 use crate::{
     token::Environment,
@@ -28,7 +28,7 @@ const VERSION: u32 = 1;
 
 /// Why stored usage cannot be restored.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub enum RestoreError {
     /// It is not JSON of the expected shape.
     #[error("the stored usage is damaged")]
     Damaged(#[source] serde_json::Error),
@@ -38,19 +38,19 @@ pub enum Error {
 }
 
 #[derive(Deserialize)]
-struct Versioned {
+struct VersionHeader {
     version: u32,
 }
 
 #[derive(Deserialize, Serialize)]
 struct Spool {
     version: u32,
-    environments: BTreeMap<String, Waiting>,
+    environments: BTreeMap<String, EnvironmentRecord>,
 }
 
 /// The pending usage of one environment. Items are stored as separate JSON values.
 #[derive(Deserialize, Serialize)]
-struct Waiting {
+struct EnvironmentRecord {
     /// The items of the batch in flight, each an [`ItemRecord`].
     batch: Vec<Box<RawValue>>,
     /// The ID of that batch; earlier versions wrote none.
@@ -58,7 +58,7 @@ struct Waiting {
     batch_id: Option<String>,
     /// Batches of earlier runs that have not been resent yet.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    left: Vec<Left>,
+    left: Vec<BatchRecord>,
     /// Serialized items that were not sent, each an [`ItemRecord`].
     pieces: Vec<Box<RawValue>>,
     /// Each an [`Application`].
@@ -71,7 +71,7 @@ struct Waiting {
 
 /// A batch that was in flight in an earlier run.
 #[derive(Deserialize, Serialize)]
-struct Left {
+struct BatchRecord {
     id: String,
     /// Each an [`ItemRecord`].
     batch: Vec<Box<RawValue>>,
@@ -79,7 +79,7 @@ struct Left {
 
 /// An item of a body, preserved byte for byte.
 #[derive(Deserialize, Serialize)]
-struct Piece {
+struct ItemRecord {
     part: String,
     count: u64,
     json: Box<RawValue>,
@@ -89,7 +89,7 @@ struct Piece {
 }
 
 #[derive(Deserialize, Serialize)]
-struct Impact {
+struct ImpactRecord {
     app: Arc<str>,
     metric: Box<RawValue>,
     /// When each sample of a gauge was reported.
@@ -100,17 +100,17 @@ struct Impact {
 /// Restored usage.
 #[derive(Debug)]
 pub(super) struct Restored {
-    pub(super) lanes: Vec<(Environment, Lane)>,
+    pub(super) queues: Vec<(Environment, EnvironmentQueue)>,
     /// Number of items that could not be read.
     pub(super) unreadable: usize,
 }
 
 /// Encodes the queues; `None` if they are empty.
-pub(super) fn save(queues: &[(Environment, Lane)]) -> Option<Vec<u8>> {
+pub(super) fn encode(queues: &[(Environment, EnvironmentQueue)]) -> Option<Vec<u8>> {
     let environments: BTreeMap<_, _> = queues
         .iter()
         .filter(|(_, queue)| !queue.is_empty())
-        .map(|(name, queue)| (name.as_str().to_owned(), waiting(name, queue)))
+        .map(|(name, queue)| (name.as_str().to_owned(), encode_environment(name, queue)))
         .collect();
     if environments.is_empty() {
         return None;
@@ -120,91 +120,91 @@ pub(super) fn save(queues: &[(Environment, Lane)]) -> Option<Vec<u8>> {
 }
 
 /// Decodes bytes from [`encode`]. Registrations are charged to `registrations`.
-pub(super) fn restore(bytes: &[u8], registrations: &Account) -> Result<Restored, Error> {
-    let Versioned { version } = serde_json::from_slice(bytes).map_err(Error::Damaged)?;
+pub(super) fn decode(bytes: &[u8], registrations: &Quota) -> Result<Restored, RestoreError> {
+    let VersionHeader { version } = serde_json::from_slice(bytes).map_err(RestoreError::Damaged)?;
     if version != VERSION {
-        return Err(Error::Version(version));
+        return Err(RestoreError::Version(version));
     }
-    let spool: Spool = serde_json::from_slice(bytes).map_err(Error::Damaged)?;
+    let spool: Spool = serde_json::from_slice(bytes).map_err(RestoreError::Damaged)?;
     let mut unreadable = 0;
     let environments = spool.environments.into_iter();
     let queues = environments
         .map(|(name, record)| {
-            (Environment::new(&name), lane(&record, registrations, &mut unreadable))
+            (Environment::new(&name), decode_environment(&record, registrations, &mut unreadable))
         })
         .collect();
-    Ok(Restored { lanes: queues, unreadable })
+    Ok(Restored { queues, unreadable })
 }
 
-fn waiting(environment: &Environment, queue: &Lane) -> Waiting {
+fn encode_environment(environment: &Environment, queue: &EnvironmentQueue) -> EnvironmentRecord {
     let metric =
-        |(key, counter): (&CounterKey, &Counter)| json(&counter.to_wire(environment.as_str(), key));
+        |(key, counter): (&CounterKey, &Counter)| to_raw_json(&counter.to_bulk_metric(environment.as_str(), key));
     let mut series = queue.impact.clone();
     let mut impact = Vec::new();
-    while let Some(OfApp { app, metric, mut times }) = series.pop_of_app() {
+    while let Some(AppMetric { app, metric, reported_at: mut times }) = series.pop_for_app() {
         if !matches!(metric.samples, Samples::Gauge(_)) {
             times.clear();
         }
-        impact.push(json(&Impact { app, metric: json(&metric), times }));
+        impact.push(to_raw_json(&ImpactRecord { app, metric: to_raw_json(&metric), times }));
     }
-    let piece = |item: &Item| json(&Piece::of(item));
+    let piece = |item: &Item| to_raw_json(&ItemRecord::from_item(item));
     let pieces = |batch: &Batch| batch.items().iter().map(piece).collect();
-    let left = |(id, batch): &(BatchId, Batch)| Left { id: id.to_string(), batch: pieces(batch) };
-    Waiting {
-        batch: queue.hand.as_ref().map(|(_, batch)| pieces(batch)).unwrap_or_default(),
-        batch_id: queue.hand.as_ref().map(|(id, _)| id.to_string()),
-        left: queue.left.iter().map(left).collect(),
-        pieces: queue.carry.iter().chain(&queue.late).map(piece).collect(),
-        applications: queue.applications.values().map(|it| json(it.application())).collect(),
+    let left = |(id, batch): &(BatchId, Batch)| BatchRecord { id: id.to_string(), batch: pieces(batch) };
+    EnvironmentRecord {
+        batch: queue.in_flight.as_ref().map(|(_, batch)| pieces(batch)).unwrap_or_default(),
+        batch_id: queue.in_flight.as_ref().map(|(id, _)| id.to_string()),
+        left: queue.restored_batches.iter().map(left).collect(),
+        pieces: queue.serialized.iter().chain(&queue.deferred).map(piece).collect(),
+        applications: queue.applications.values().map(|it| to_raw_json(it.application())).collect(),
         metrics: queue.counters.iter().map(metric).collect(),
         impact,
     }
 }
 
-fn json(item: &impl Serialize) -> Box<RawValue> {
+fn to_raw_json(item: &impl Serialize) -> Box<RawValue> {
     to_raw_value(item).expect("wire types with text keys are JSON")
 }
 
 /// Decodes an environment, skipping and counting unreadable items.
-fn lane(record: &Waiting, registrations: &Account, unreadable: &mut usize) -> Lane {
-    let mut queue = Lane::default();
-    queue.hand = batch(record.batch_id.as_deref(), &record.batch, unreadable);
+fn decode_environment(record: &EnvironmentRecord, registrations: &Quota, unreadable: &mut usize) -> EnvironmentQueue {
+    let mut queue = EnvironmentQueue::default();
+    queue.in_flight = decode_batch(record.batch_id.as_deref(), &record.batch, unreadable);
     let left = record.left.iter();
-    queue.left = left.filter_map(|it| batch(Some(&it.id), &it.batch, unreadable)).collect();
-    queue.carry = readable(&record.pieces, piece, unreadable).into();
-    for application in readable(&record.applications, application, unreadable) {
+    queue.restored_batches = left.filter_map(|it| decode_batch(Some(&it.id), &it.batch, unreadable)).collect();
+    queue.serialized = decode_items(&record.pieces, decode_item, unreadable).into();
+    for application in decode_items(&record.applications, decode_application, unreadable) {
         let registration = Registration::restored(application, registrations);
-        queue.register(Arc::new(registration), Age::Newer);
+        queue.add_registration(Arc::new(registration), Age::Newer);
     }
-    for metric in readable(&record.metrics, metric, unreadable) {
+    for metric in decode_items(&record.metrics, decode_metric, unreadable) {
         let hour = Hour::of(metric.timestamp);
         let key = CounterKey { hour, app: metric.app_name, flag: metric.feature_name };
         // Everything stored has been accepted before, so its names count as known.
-        let (counter, _) = Counter::of(metric.stats, &Arc::new(metric.metadata), |_| Name::Known);
+        let (counter, _) = Counter::from_stats(metric.stats, &Arc::new(metric.metadata), |_| NameStatus::Known);
         let _ = queue.counters.add(key, counter);
     }
-    for (app, metric, times) in readable(&record.impact, impact, unreadable) {
-        queue.impact.record(&app, metric, times, |_| Some(Charge::default()));
+    for (app, metric, times) in decode_items(&record.impact, decode_impact, unreadable) {
+        queue.impact.record(&app, metric, times, |_| Some(Reservation::default()));
     }
     queue
 }
 
 /// Decodes a batch; `None` if no item is readable.
-fn batch(
+fn decode_batch(
     id: Option<&str>,
     items: &[Box<RawValue>],
     unreadable: &mut usize,
 ) -> Option<(BatchId, Batch)> {
-    let items = readable(items, piece, unreadable);
+    let items = decode_items(items, decode_item, unreadable);
     if items.is_empty() {
         return None;
     }
     let id = id.and_then(BatchId::parse).unwrap_or_else(BatchId::random);
-    Some((id, Batch::of(items)))
+    Some((id, Batch::new(items)))
 }
 
 /// Decodes items, skipping and counting unreadable ones.
-fn readable<T>(
+fn decode_items<T>(
     items: &[Box<RawValue>],
     read: impl Fn(&str) -> Option<T>,
     unreadable: &mut usize,
@@ -214,45 +214,45 @@ fn readable<T>(
     read
 }
 
-fn piece(json: &str) -> Option<Item> {
-    serde_json::from_str::<Piece>(json).ok()?.into_item()
+fn decode_item(json: &str) -> Option<Item> {
+    serde_json::from_str::<ItemRecord>(json).ok()?.into_item()
 }
 
-fn application(json: &str) -> Option<ClientApplication> {
+fn decode_application(json: &str) -> Option<ClientApplication> {
     ClientApplication::parse(json.as_bytes()).ok()
 }
 
-fn metric(json: &str) -> Option<BulkMetric> {
+fn decode_metric(json: &str) -> Option<BulkMetric> {
     BulkMetric::from_value(serde_json::from_str(json).ok()?).ok()
 }
 
-fn impact(json: &str) -> Option<(Arc<str>, ImpactMetric, Vec<Option<Timestamp>>)> {
-    let Impact { app, metric, times } = serde_json::from_str(json).ok()?;
+fn decode_impact(json: &str) -> Option<(Arc<str>, ImpactMetric, Vec<Option<Timestamp>>)> {
+    let ImpactRecord { app, metric, times } = serde_json::from_str(json).ok()?;
     Some((app, ImpactMetric::from_value(serde_json::from_str(metric.get()).ok()?).ok()?, times))
 }
 
-impl Piece {
-    fn of(item: &Item) -> Self {
-        let part = match item.part {
-            Part::Application => "application",
-            Part::Instance => "instance",
-            Part::Metric => "metric",
-            Part::Impact => "impact",
+impl ItemRecord {
+    fn from_item(item: &Item) -> Self {
+        let part = match item.kind {
+            ItemKind::Application => "application",
+            ItemKind::ApplicationWithoutStrategies => "instance",
+            ItemKind::Metric => "metric",
+            ItemKind::ImpactMetric => "impact",
         };
         let json = RawValue::from_string(item.json.to_string()).expect("an item is JSON");
-        Self { part: part.to_owned(), count: item.count, json, times: item.times.clone() }
+        Self { part: part.to_owned(), count: item.evaluations, json, times: item.reported_at.clone() }
     }
 
     /// The item; `None` if its kind is unknown.
     fn into_item(self) -> Option<Item> {
         let part = match self.part.as_str() {
-            "application" => Part::Application,
-            "instance" => Part::Instance,
-            "metric" => Part::Metric,
-            "impact" => Part::Impact,
+            "application" => ItemKind::Application,
+            "instance" => ItemKind::ApplicationWithoutStrategies,
+            "metric" => ItemKind::Metric,
+            "impact" => ItemKind::ImpactMetric,
             _ => return None,
         };
-        Some(Item { times: self.times, ..Item::new(part, self.json.get().into(), self.count) })
+        Some(Item { reported_at: self.times, ..Item::new(part, self.json.get().into(), self.count) })
     }
 }
 
@@ -261,10 +261,10 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use crate::usage::pool::Pool;
+    use crate::usage::pool::MemoryPool;
 
-    fn restore(bytes: &[u8]) -> Result<Restored, Error> {
-        super::restore(bytes, &Pool::new(0).anonymous())
+    fn decode(bytes: &[u8]) -> Result<Restored, RestoreError> {
+        super::decode(bytes, &MemoryPool::new(0).unowned_quota())
     }
 
     /// Written by version 1; must never change.
@@ -277,9 +277,9 @@ mod tests {
 
     #[test]
     fn version_1_round_trips() {
-        let Restored { lanes: queues, unreadable } = restore(VERSION_1.as_bytes()).unwrap();
+        let Restored { queues, unreadable } = decode(VERSION_1.as_bytes()).unwrap();
         assert_eq!(unreadable, 0);
-        assert_eq!(without_ids(&save(&queues).unwrap()), from_version_1());
+        assert_eq!(without_ids(&encode(&queues).unwrap()), from_version_1());
     }
 
     /// The saved JSON without batch IDs, which version 1 initially lacked.
@@ -297,21 +297,21 @@ mod tests {
     #[test]
     fn batches_keep_their_ids() {
         let dev = || Environment::new("dev");
-        let Restored { lanes: queues, .. } = restore(VERSION_1.as_bytes()).unwrap();
-        let again = restore(VERSION_1.as_bytes()).unwrap().lanes;
+        let Restored { queues, .. } = decode(VERSION_1.as_bytes()).unwrap();
+        let again = decode(VERSION_1.as_bytes()).unwrap().queues;
         // Without IDs, two identical batches may count different evaluations.
-        let id = |queue: &Lane| queue.hand.as_ref().unwrap().0;
+        let id = |queue: &EnvironmentQueue| queue.in_flight.as_ref().unwrap().0;
         assert_ne!(id(&queues[0].1), id(&again[0].1));
 
-        let mut queue = Lane::default();
+        let mut queue = EnvironmentQueue::default();
         let _ = queue.restore(queues[0].1.clone());
-        let item = Item::new(Part::Metric, "{}".into(), 1);
-        let other = (BatchId::new(7, 1), Batch::of(vec![item]));
-        queue.hand = Some(other.clone());
-        let saved = save(&[(dev(), queue)]).unwrap();
-        let restored = &restore(&saved).unwrap().lanes[0].1;
-        assert_eq!(restored.hand, Some(other));
-        assert_eq!(restored.left, [queues[0].1.hand.clone().unwrap()]);
+        let item = Item::new(ItemKind::Metric, "{}".into(), 1);
+        let other = (BatchId::new(7, 1), Batch::new(vec![item]));
+        queue.in_flight = Some(other.clone());
+        let saved = encode(&[(dev(), queue)]).unwrap();
+        let restored = &decode(&saved).unwrap().queues[0].1;
+        assert_eq!(restored.in_flight, Some(other));
+        assert_eq!(restored.restored_batches, [queues[0].1.in_flight.clone().unwrap()]);
     }
 
     #[test]
@@ -321,15 +321,15 @@ mod tests {
         for list in lists.values_mut() {
             list.as_array_mut().unwrap().insert(0, serde_json::json!({ "metric": "?" }));
         }
-        let Restored { lanes: queues, unreadable } = restore(spool.to_string().as_bytes()).unwrap();
+        let Restored { queues, unreadable } = decode(spool.to_string().as_bytes()).unwrap();
         assert_eq!(unreadable, 5);
-        assert_eq!(without_ids(&save(&queues).unwrap()), from_version_1());
+        assert_eq!(without_ids(&encode(&queues).unwrap()), from_version_1());
     }
 
     #[test]
     fn damaged_or_newer_record_is_rejected_with_the_reason() {
         let check = |bytes: &str, message: &str| {
-            assert_eq!(restore(bytes.as_bytes()).unwrap_err().to_string(), message);
+            assert_eq!(decode(bytes.as_bytes()).unwrap_err().to_string(), message);
         };
         check("{", "the stored usage is damaged");
         check(r#"{"version":1}"#, "the stored usage is damaged");
@@ -338,6 +338,6 @@ mod tests {
 
     #[test]
     fn empty_queue_is_not_saved() {
-        assert_eq!(save(&[(Environment::new("dev"), Lane::default())]), None);
+        assert_eq!(encode(&[(Environment::new("dev"), EnvironmentQueue::default())]), None);
     }
 }

@@ -7,7 +7,7 @@ use metrics_exporter_prometheus::PrometheusBuilder;
 use proptest::prelude::*;
 use serde_json::json;
 
-use super::{outbox::Outcome, *};
+use super::{outbox::SendOutcome, *};
 use crate::{token::Projects, wire::features::Document};
 
 fn usage(max_counters: usize) -> Usage {
@@ -43,7 +43,7 @@ impl<'a> Client<'a> {
 
     fn reporter(&self) -> Reporter<'_> {
         let Self { token, kind, scope, snapshot, .. } = self;
-        Reporter { token, kind: *kind, scope, snapshot: snapshot.as_ref() }
+        Reporter { token, sdk_kind: *kind, scope, snapshot: snapshot.as_ref() }
     }
 
     fn report(&self, report: ClientMetrics) {
@@ -59,7 +59,7 @@ impl<'a> Client<'a> {
         self.usage.record_bulk(&self.reporter(), bulk, at(0)).unwrap();
     }
 
-    fn register(&self, application: ClientApplication) -> Result<(), Full> {
+    fn register(&self, application: ClientApplication) -> Result<(), QuotaExceeded> {
         self.usage.record_registration(&self.reporter(), application)
     }
 }
@@ -96,21 +96,21 @@ fn counts(app: &str, flag: &str, yes: u64) -> ClientMetrics {
 
 /// Sends all pending usage. Each batch gets the next outcome, and `Sent` after the last. Returns the
 /// bodies that were sent.
-fn sent(usage: &Usage, outcomes: impl IntoIterator<Item = Outcome>) -> Vec<Value> {
+fn sent(usage: &Usage, outcomes: impl IntoIterator<Item = SendOutcome>) -> Vec<Value> {
     let pipeline = &usage.shared.pipeline;
-    pipeline.collect(clock());
+    pipeline.drain(monotonic_now());
     let mut outcomes = outcomes.into_iter();
-    let mut now = clock();
+    let mut now = monotonic_now();
     let mut bodies = Vec::new();
     loop {
-        while let Some(batch) = pipeline.next(now) {
-            let outcome = outcomes.next().unwrap_or(Outcome::Sent);
-            if outcome == Outcome::Sent {
+        while let Some(batch) = pipeline.next_batch(now) {
+            let outcome = outcomes.next().unwrap_or(SendOutcome::Sent);
+            if outcome == SendOutcome::Sent {
                 bodies.push(serde_json::from_slice(&batch.body).unwrap());
             }
-            pipeline.settle(batch.id, outcome, now, 0.5);
+            pipeline.record_outcome(batch.id, outcome, now, 0.5);
         }
-        match pipeline.wake() {
+        match pipeline.next_retry_at() {
             Some(at) => now = at,
             None => return bodies,
         }
@@ -199,7 +199,7 @@ fn every_accepted_registration_is_sent() {
     };
     let accepted = register(&usage, 0..);
     assert!(accepted > 17_000, "{accepted}");
-    let saved = usage.save().unwrap();
+    let saved = usage.serialize().unwrap();
     assert_eq!(sent(&usage), accepted);
 
     // Restored registrations use the quota until they are sent.
@@ -244,7 +244,7 @@ fn invented_hours_create_few_counters_and_lose_no_count() {
     let metrics: Vec<_> = (-4000..4000).map(metric).collect();
     let body = json!({ "applications": [], "metrics": metrics });
     frontend(&usage).send_bulk(&body);
-    assert_eq!(usage.shared.pipeline.ledger.len(), 170);
+    assert_eq!(usage.shared.pipeline.aggregator.len(), 170);
     assert_eq!(sum(&sent(&usage, []), "yes"), 8000);
 }
 
@@ -261,9 +261,9 @@ fn pending_usage_is_listed_with_its_key() {
         assert_eq!(pending["applications"].as_array().unwrap().len(), applications);
     };
     check(1);
-    usage.shared.pipeline.collect(clock());
+    usage.shared.pipeline.drain(monotonic_now());
     check(1);
-    usage.shared.pipeline.next(clock()).unwrap();
+    usage.shared.pipeline.next_batch(monotonic_now()).unwrap();
     check(1);
 }
 
@@ -274,7 +274,7 @@ fn gauge_of_pending_counters_is_updated_on_request() {
     metrics::with_local_recorder(&recorder, || {
         let usage = usage(100);
         let check = |pending: u64| {
-            usage.measure();
+            usage.update_gauges();
             let (text, line) = (registry.render(), format!("parapet_usage_pending {pending}\n"));
             assert!(text.contains(&line), "{text}");
         };
@@ -282,7 +282,7 @@ fn gauge_of_pending_counters_is_updated_on_request() {
         // A flag and its variant.
         backend(&usage).report(counts("a", "f", 2));
         check(2);
-        usage.shared.pipeline.collect(clock());
+        usage.shared.pipeline.drain(monotonic_now());
         check(2);
         sent(&usage, []);
         check(0);
@@ -291,10 +291,10 @@ fn gauge_of_pending_counters_is_updated_on_request() {
 
 #[test]
 fn stored_backlog_is_outdated_once_sent_and_replaced_only_then() {
-    let is_outdated = |usage: &Usage| usage.settled().now_or_never().is_some();
+    let is_outdated = |usage: &Usage| usage.wait_until_store_outdated().now_or_never().is_some();
     let before = usage(100);
     backend(&before).report(counts("a", "f", 2));
-    let saved = before.save().unwrap();
+    let saved = before.serialize().unwrap();
 
     let restarted = usage(100);
     restarted.restore(&saved).unwrap();
@@ -308,7 +308,7 @@ fn stored_backlog_is_outdated_once_sent_and_replaced_only_then() {
     assert_eq!(backlog.bytes, saved);
     assert_eq!(restarted.backlog(Some(backlog.revision)), None);
     assert!(!is_outdated(&restarted));
-    sent(&restarted, [Outcome::Later(None)]);
+    sent(&restarted, [SendOutcome::Retry(None)]);
     assert!(is_outdated(&restarted));
     assert_eq!(restarted.backlog(Some(backlog.revision)), Some(empty.clone()));
     assert!(!is_outdated(&restarted));
@@ -357,11 +357,11 @@ fn flags_outside_the_token_scope_count_as_unknown() {
     assert_eq!(sum(&sent(&usage, []), "yes"), 2);
 }
 
-fn outcome() -> impl Strategy<Value = Outcome> {
+fn outcome() -> impl Strategy<Value = SendOutcome> {
     prop_oneof![
-        3 => Just(Outcome::Sent),
-        1 => Just(Outcome::Unauthorized),
-        2 => Just(Outcome::Later(None)),
+        3 => Just(SendOutcome::Sent),
+        1 => Just(SendOutcome::Unauthorized),
+        2 => Just(SendOutcome::Retry(None)),
     ]
 }
 
@@ -390,17 +390,17 @@ proptest! {
             }
             let pipeline = &before.shared.pipeline;
             for outcome in outcomes.by_ref().take(15) {
-                pipeline.collect(clock());
-                if let Some(batch) = pipeline.next(clock()) {
-                    if outcome == Outcome::Sent {
+                pipeline.drain(monotonic_now());
+                if let Some(batch) = pipeline.next_batch(monotonic_now()) {
+                    if outcome == SendOutcome::Sent {
                         bodies.push(serde_json::from_slice(&batch.body).unwrap());
                     }
-                    pipeline.settle(batch.id, outcome, clock(), 0.5);
+                    pipeline.record_outcome(batch.id, outcome, monotonic_now(), 0.5);
                 }
             }
         });
         let after = usage(1000);
-        if let Some(saved) = before.save() {
+        if let Some(saved) = before.serialize() {
             after.restore(&saved).unwrap();
         }
         bodies.extend(sent(&after, outcomes));

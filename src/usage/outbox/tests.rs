@@ -9,10 +9,10 @@ use super::*;
 use crate::{
     usage::{
         applications::Registration,
-        batch::MAX_BODY,
-        counter::{Counter, CounterKey, Hour, MAX_NAME, MAX_VARIANTS, Name},
+        batch::MAX_BODY_BYTES,
+        counter::{Counter, CounterKey, Hour, MAX_NAME_BYTES, MAX_VARIANTS, NameStatus},
         lane::Age,
-        pool::{Account, Charge, Pool},
+        pool::{Quota, Reservation, MemoryPool},
         spool,
     },
     wire::usage::{ClientApplication, BulkMetric, ImpactMetric, ToggleStats},
@@ -20,7 +20,7 @@ use crate::{
 
 fn counter(yes: u64) -> Counter {
     let stats = ToggleStats { yes, ..ToggleStats::default() };
-    Counter::of(stats, &Arc::default(), |_| Name::Known).0
+    Counter::from_stats(stats, &Arc::default(), |_| NameStatus::Known).0
 }
 
 fn key(hour: u8, app: &str, flag: &str) -> CounterKey {
@@ -28,29 +28,29 @@ fn key(hour: u8, app: &str, flag: &str) -> CounterKey {
     CounterKey { hour: Hour::of(time), app: app.into(), flag: flag.into() }
 }
 
-fn generation(
+fn drained(
     environment: &str,
     counters: impl IntoIterator<Item = (CounterKey, u64)>,
-) -> BTreeMap<Environment, Generation> {
+) -> BTreeMap<Environment, Drained> {
     let counters = counters.into_iter().map(|(key, yes)| (key, counter(yes))).collect();
-    let drained = Generation { counters, ..Generation::default() };
+    let drained = Drained { counters, ..Drained::default() };
     BTreeMap::from([(Environment::new(environment), drained)])
 }
 
 /// A counter that is large because of its variants' names.
 fn large(yes: u64) -> (CounterKey, Counter) {
-    let long = "x".repeat(MAX_NAME - 4);
+    let long = "x".repeat(MAX_NAME_BYTES - 4);
     let variants = (0..MAX_VARIANTS).map(|n| (format!("{n}{long}").into(), 1)).collect();
     let stats = ToggleStats { yes, no: 0, variants };
-    (key(1, "a", "large"), Counter::of(stats, &Arc::default(), |_| Name::Known).0)
+    (key(1, "a", "large"), Counter::from_stats(stats, &Arc::default(), |_| NameStatus::Known).0)
 }
 
-fn registered(application: ClientApplication) -> Arc<Registration> {
+fn registration(application: ClientApplication) -> Arc<Registration> {
     Arc::new(Registration::restored(application, &uncharged()))
 }
 
-fn uncharged() -> Account {
-    Pool::new(0).anonymous()
+fn uncharged() -> Quota {
+    MemoryPool::new(0).unowned_quota()
 }
 
 fn metrics(body: &[u8]) -> Vec<BulkMetric> {
@@ -66,78 +66,78 @@ fn yes(body: &[u8]) -> u64 {
 #[test]
 fn batch_is_retried_unchanged_while_new_counts_wait() {
     let now = Instant::now();
-    let mut queue = Outbox::new(100, 7);
-    queue.absorb(generation("dev", [(key(1, "a", "f"), 2)]), now);
-    let first = queue.next(now).unwrap();
-    assert!(queue.next(now).is_none());
-    queue.settle(first.id, Outcome::Later(None), now, 0.5);
-    queue.absorb(generation("dev", [(key(1, "a", "f"), 5)]), now);
-    assert!(queue.next(now).is_none());
-    let later = queue.wake().unwrap();
-    let again = queue.next(later).unwrap();
+    let mut queue = DeliveryQueue::new(100, 7);
+    queue.enqueue(drained("dev", [(key(1, "a", "f"), 2)]), now);
+    let first = queue.next_batch(now).unwrap();
+    assert!(queue.next_batch(now).is_none());
+    queue.record_outcome(first.id, SendOutcome::Retry(None), now, 0.5);
+    queue.enqueue(drained("dev", [(key(1, "a", "f"), 5)]), now);
+    assert!(queue.next_batch(now).is_none());
+    let later = queue.next_retry_at().unwrap();
+    let again = queue.next_batch(later).unwrap();
     assert_eq!(again.body, first.body);
-    queue.settle(again.id, Outcome::Sent, later, 0.5);
-    let rest = queue.next(later).unwrap();
+    queue.record_outcome(again.id, SendOutcome::Sent, later, 0.5);
+    let rest = queue.next_batch(later).unwrap();
     assert_eq!(yes(&rest.body), 5);
-    queue.settle(rest.id, Outcome::Sent, later, 0.5);
+    queue.record_outcome(rest.id, SendOutcome::Sent, later, 0.5);
     assert!(queue.is_empty());
-    assert_eq!(queue.totals(), &Totals { sent: 7, dropped: 0 });
+    assert_eq!(queue.totals(), &DeliveryTotals { sent: 7, dropped: 0 });
 }
 
 #[test]
 fn failing_environment_does_not_delay_another() {
     let now = Instant::now();
-    let mut queue = Outbox::new(100, 7);
-    queue.absorb(generation("a", [(key(1, "a", "f"), 1)]), now);
-    let first = queue.next(now).unwrap();
+    let mut queue = DeliveryQueue::new(100, 7);
+    queue.enqueue(drained("a", [(key(1, "a", "f"), 1)]), now);
+    let first = queue.next_batch(now).unwrap();
     let pause = Duration::from_mins(5);
-    queue.settle(first.id, Outcome::Later(Some(pause)), now, 0.0);
-    assert!(queue.wake().unwrap() >= now + pause);
-    queue.absorb(generation("b", [(key(1, "a", "f"), 1)]), now);
-    assert_eq!(queue.next(now).unwrap().environment.as_str(), "b");
+    queue.record_outcome(first.id, SendOutcome::Retry(Some(pause)), now, 0.0);
+    assert!(queue.next_retry_at().unwrap() >= now + pause);
+    queue.enqueue(drained("b", [(key(1, "a", "f"), 1)]), now);
+    assert_eq!(queue.next_batch(now).unwrap().environment.as_str(), "b");
 }
 
 #[test]
 fn rejected_batch_is_dropped_and_counted() {
     let now = Instant::now();
-    let mut queue = Outbox::new(100, 7);
-    queue.absorb(generation("dev", [(key(1, "a", "f"), 2)]), now);
-    let batch = queue.next(now).unwrap();
-    queue.settle(batch.id, Outcome::Rejected, now, 0.5);
+    let mut queue = DeliveryQueue::new(100, 7);
+    queue.enqueue(drained("dev", [(key(1, "a", "f"), 2)]), now);
+    let batch = queue.next_batch(now).unwrap();
+    queue.record_outcome(batch.id, SendOutcome::Rejected, now, 0.5);
     assert!(queue.is_empty());
-    assert_eq!(queue.totals(), &Totals { sent: 0, dropped: 2 });
+    assert_eq!(queue.totals(), &DeliveryTotals { sent: 0, dropped: 2 });
 }
 
 #[test]
 fn batch_that_is_too_large_is_split_until_accepted() {
     let now = Instant::now();
-    let mut queue = Outbox::new(10_000, 7);
+    let mut queue = DeliveryQueue::new(10_000, 7);
     let counters = (0..900).map(|flag| (key(1, "a", &format!("{flag:0>90}")), 1));
-    queue.absorb(generation("dev", counters), now);
+    queue.enqueue(drained("dev", counters), now);
     let mut sent = 0;
     let mut rejected = 0;
-    while let Some(batch) = queue.next(now) {
+    while let Some(batch) = queue.next_batch(now) {
         let fits = batch.body.len() <= 10_000;
         (sent, rejected) =
             if fits { (sent + yes(&batch.body), rejected) } else { (sent, rejected + 1) };
-        let outcome = if fits { Outcome::Sent } else { Outcome::TooLarge };
-        queue.settle(batch.id, outcome, now, 0.5);
+        let outcome = if fits { SendOutcome::Sent } else { SendOutcome::TooLarge };
+        queue.record_outcome(batch.id, outcome, now, 0.5);
     }
     // Four to find a size, and one each time that a larger one is tried.
     assert_eq!((sent, rejected), (900, 7));
 }
 
 /// Sends all pending usage; bodies larger than `limit` are rejected as too large.
-fn flush(queue: &mut Outbox, mut now: Instant, limit: usize) -> Instant {
+fn flush(queue: &mut DeliveryQueue, mut now: Instant, limit: usize) -> Instant {
     for _ in 0..10_000 {
-        let Some(batch) = queue.next(now) else {
-            let Some(later) = queue.wake() else { return now };
+        let Some(batch) = queue.next_batch(now) else {
+            let Some(later) = queue.next_retry_at() else { return now };
             now = later;
             continue;
         };
         let fits = batch.body.len() <= limit;
-        let outcome = if fits { Outcome::Sent } else { Outcome::TooLarge };
-        queue.settle(batch.id, outcome, now, 0.5);
+        let outcome = if fits { SendOutcome::Sent } else { SendOutcome::TooLarge };
+        queue.record_outcome(batch.id, outcome, now, 0.5);
     }
     panic!("{:?} are still pending", queue.len());
 }
@@ -145,89 +145,89 @@ fn flush(queue: &mut Outbox, mut now: Instant, limit: usize) -> Instant {
 #[test]
 fn nothing_is_dropped_while_everything_is_rejected_as_too_large() {
     let mut now = Instant::now();
-    let mut queue = Outbox::new(10_000, 7);
+    let mut queue = DeliveryQueue::new(10_000, 7);
     let counters = (0..50).map(|flag| (key(1, "a", &flag.to_string()), counter(1)));
     let counters = counters.chain([large(1)]).collect();
-    let drained = Generation { counters, ..Generation::default() };
-    queue.absorb(BTreeMap::from([(Environment::new("dev"), drained)]), now);
+    let drained = Drained { counters, ..Drained::default() };
+    queue.enqueue(BTreeMap::from([(Environment::new("dev"), drained)]), now);
     let started = now;
     for attempt in 0..200 {
         let batch = loop {
-            match queue.next(now) {
+            match queue.next_batch(now) {
                 Some(batch) => break batch,
-                None => now = queue.wake().expect("a delay"),
+                None => now = queue.next_retry_at().expect("a delay"),
             }
         };
-        queue.settle(batch.id, Outcome::TooLarge, now, 1.0);
+        queue.record_outcome(batch.id, SendOutcome::TooLarge, now, 1.0);
         assert_eq!(queue.totals().dropped, 0, "{attempt}");
     }
     // At most some dozen attempts without a delay, then one a minute.
     assert!(now - started > Duration::from_hours(2), "{:?}", now - started);
-    flush(&mut queue, now, MAX_BODY);
+    flush(&mut queue, now, MAX_BODY_BYTES);
     assert!(queue.is_empty());
-    assert_eq!(queue.totals(), &Totals { sent: 51, dropped: 0 });
+    assert_eq!(queue.totals(), &DeliveryTotals { sent: 51, dropped: 0 });
 }
 
 #[test]
 fn counter_that_is_too_large_is_retried_until_another_batch_is_accepted() {
     let mut now = Instant::now();
-    let mut queue = Outbox::new(10_000, 7);
-    queue.absorb(generation("dev", [(key(1, "a", "f"), 2)]), now);
-    now = flush(&mut queue, now, MAX_BODY);
-    let drained = Generation { counters: vec![large(7)], ..Generation::default() };
-    queue.absorb(BTreeMap::from([(Environment::new("dev"), drained)]), now);
+    let mut queue = DeliveryQueue::new(10_000, 7);
+    queue.enqueue(drained("dev", [(key(1, "a", "f"), 2)]), now);
+    now = flush(&mut queue, now, MAX_BODY_BYTES);
+    let drained = Drained { counters: vec![large(7)], ..Drained::default() };
+    queue.enqueue(BTreeMap::from([(Environment::new("dev"), drained)]), now);
     for _ in 0..20 {
-        now = queue.wake().unwrap_or(now);
-        let batch = queue.next(now).unwrap();
-        queue.settle(batch.id, Outcome::TooLarge, now, 1.0);
-        assert_eq!(queue.totals(), &Totals { sent: 2, dropped: 0 });
+        now = queue.next_retry_at().unwrap_or(now);
+        let batch = queue.next_batch(now).unwrap();
+        queue.record_outcome(batch.id, SendOutcome::TooLarge, now, 1.0);
+        assert_eq!(queue.totals(), &DeliveryTotals { sent: 2, dropped: 0 });
     }
-    flush(&mut queue, now, MAX_BODY);
-    assert_eq!(queue.totals(), &Totals { sent: 9, dropped: 0 });
+    flush(&mut queue, now, MAX_BODY_BYTES);
+    assert_eq!(queue.totals(), &DeliveryTotals { sent: 9, dropped: 0 });
 }
 
 #[test]
 fn single_counter_that_is_too_large_is_dropped_after_another_batch_is_accepted() {
     let now = Instant::now();
-    let mut queue = Outbox::new(10_000, 7);
-    let drained = Generation { counters: vec![large(7)], ..Generation::default() };
-    queue.absorb(BTreeMap::from([(Environment::new("dev"), drained)]), now);
+    let mut queue = DeliveryQueue::new(10_000, 7);
+    let drained = Drained { counters: vec![large(7)], ..Drained::default() };
+    queue.enqueue(BTreeMap::from([(Environment::new("dev"), drained)]), now);
     for _ in 0..3 {
-        let now = queue.wake().unwrap_or(now);
-        let batch = queue.next(now).unwrap();
-        queue.settle(batch.id, Outcome::TooLarge, now, 1.0);
+        let now = queue.next_retry_at().unwrap_or(now);
+        let batch = queue.next_batch(now).unwrap();
+        queue.record_outcome(batch.id, SendOutcome::TooLarge, now, 1.0);
     }
     assert_eq!(queue.totals().dropped, 0);
     // The large item does not delay later ones.
-    queue.absorb(generation("dev", [(key(2, "a", "f"), 2)]), now);
+    queue.enqueue(drained("dev", [(key(2, "a", "f"), 2)]), now);
     flush(&mut queue, now, 10_000);
     assert!(queue.is_empty());
-    assert_eq!(queue.totals(), &Totals { sent: 2, dropped: 7 });
+    assert_eq!(queue.totals(), &DeliveryTotals { sent: 2, dropped: 7 });
 }
 
 #[test]
 fn body_limit_grows_back_after_successes() {
     let now = Instant::now();
-    let mut queue = Outbox::new(100_000, 7);
+    let mut queue = DeliveryQueue::new(100_000, 7);
     let mut send = |limit: usize| {
         let counters = (0..2000).map(|flag| (key(1, "a", &format!("{flag:0>200}")), 1));
-        queue.absorb(generation("dev", counters), now);
+        queue.enqueue(drained("dev", counters), now);
         let mut largest = 0;
         let mut now = now;
         while !queue.is_empty() {
-            let Some(batch) = queue.next(now) else {
-                now = queue.wake().unwrap();
+            let Some(batch) = queue.next_batch(now) else {
+                now = queue.next_retry_at().unwrap();
                 continue;
             };
             let fits = batch.body.len() <= limit;
             largest = if fits { largest.max(batch.body.len()) } else { largest };
-            let outcome = if fits { Outcome::Sent } else { Outcome::TooLarge };
-            queue.settle(batch.id, outcome, now, 0.5);
+            let outcome = if fits { SendOutcome::Sent } else { SendOutcome::TooLarge };
+            queue.record_outcome(batch.id, outcome, now, 0.5);
         }
         largest
     };
     assert!(send(5000) <= 5000);
-    assert!(send(MAX_BODY) > MAX_BODY / 2);
+    assert!(send(MAX_BODY_BYTES) > MAX_BODY_BYTES / 2);
 }
 
 #[test]
@@ -240,14 +240,14 @@ fn restored_registration_does_not_replace_a_newer_one() {
         );
         ClientApplication::parse(body.as_bytes()).unwrap()
     };
-    let mut queue = Outbox::new(100, 7);
-    let applications = vec![registered(application(2, ""))];
-    let drained = Generation { applications, ..Generation::default() };
-    queue.absorb(BTreeMap::from([(Environment::new("dev"), drained)]), now);
-    let mut restored = Lane::default();
-    restored.register(registered(application(1, r#","strategies":["x"]"#)), Age::Newer);
+    let mut queue = DeliveryQueue::new(100, 7);
+    let applications = vec![registration(application(2, ""))];
+    let drained = Drained { applications, ..Drained::default() };
+    queue.enqueue(BTreeMap::from([(Environment::new("dev"), drained)]), now);
+    let mut restored = EnvironmentQueue::default();
+    restored.add_registration(registration(application(1, r#","strategies":["x"]"#)), Age::Newer);
     queue.restore(Environment::new("dev"), restored, now);
-    let body: Value = serde_json::from_slice(&queue.next(now).unwrap().body).unwrap();
+    let body: Value = serde_json::from_slice(&queue.next_batch(now).unwrap().body).unwrap();
     let [application] = &body["applications"].as_array().unwrap()[..] else { panic!("{body}") };
     assert_eq!((&application["interval"], &application["strategies"][0]), (&2.into(), &"x".into()));
 }
@@ -256,20 +256,20 @@ fn restored_registration_does_not_replace_a_newer_one() {
 fn rejected_instance_with_unknown_strategies_is_retried_with_an_empty_list() {
     let now = Instant::now();
     let body = br#"{"appName":"a","started":"2026-01-02T03:04:05Z","interval":1}"#;
-    let applications = vec![registered(ClientApplication::parse(body).unwrap())];
-    let drained = Generation { applications, ..Generation::default() };
-    let mut queue = Outbox::new(100, 7);
-    queue.absorb(BTreeMap::from([(Environment::new("dev"), drained)]), now);
-    let strategies = |batch: &Dispatch| {
+    let applications = vec![registration(ClientApplication::parse(body).unwrap())];
+    let drained = Drained { applications, ..Drained::default() };
+    let mut queue = DeliveryQueue::new(100, 7);
+    queue.enqueue(BTreeMap::from([(Environment::new("dev"), drained)]), now);
+    let strategies = |batch: &OutgoingBatch| {
         let body: Value = serde_json::from_slice(&batch.body).unwrap();
         body["applications"][0].get("strategies").cloned()
     };
-    let batch = queue.next(now).unwrap();
+    let batch = queue.next_batch(now).unwrap();
     assert_eq!(strategies(&batch), None);
-    queue.settle(batch.id, Outcome::Rejected, now, 0.5);
-    let batch = queue.next(now).unwrap();
+    queue.record_outcome(batch.id, SendOutcome::Rejected, now, 0.5);
+    let batch = queue.next_batch(now).unwrap();
     assert_eq!(strategies(&batch), Some(Value::Array(Vec::new())));
-    queue.settle(batch.id, Outcome::Rejected, now, 0.5);
+    queue.record_outcome(batch.id, SendOutcome::Rejected, now, 0.5);
     assert!(queue.is_empty());
 }
 
@@ -286,20 +286,20 @@ fn restored_gauge_does_not_replace_a_newer_one() {
         )
     };
     let sent = |records: &[String]| {
-        let mut queue = Outbox::new(10, 7);
+        let mut queue = DeliveryQueue::new(10, 7);
         let now = Instant::now();
         for record in records {
             for (environment, restored) in
-                spool::restore(record.as_bytes(), &uncharged()).unwrap().lanes
+                spool::decode(record.as_bytes(), &uncharged()).unwrap().queues
             {
                 queue.restore(environment, restored, now);
             }
         }
         let mut values = Vec::new();
-        while let Some(batch) = queue.next(now) {
+        while let Some(batch) = queue.next_batch(now) {
             let body: Value = serde_json::from_slice(&batch.body).unwrap();
             values.push(body["impactMetrics"][0]["samples"].clone());
-            queue.settle(batch.id, Outcome::Sent, now, 0.5);
+            queue.record_outcome(batch.id, SendOutcome::Sent, now, 0.5);
         }
         let labels = serde_json::json!({ "origin": "edge" });
         let [Value::Array(samples)] = &values[..] else { panic!("{values:?}") };
@@ -320,9 +320,9 @@ fn restored_gauge_does_not_replace_a_newer_one() {
 }
 
 /// Two gauges with this value, one of them large because of its labels.
-fn gauges(value: u32, at: i64) -> BTreeMap<Environment, Generation> {
+fn gauges(value: u32, at: i64) -> BTreeMap<Environment, Drained> {
     let at = Some(jiff::Timestamp::from_second(at).unwrap());
-    let mut drained = Generation::default();
+    let mut drained = Drained::default();
     let labels: serde_json::Map<_, _> =
         (0..12).map(|n| (format!("l{n:0>200}"), "x".repeat(200).into())).collect();
     for (name, labels) in [("large", labels), ("small", serde_json::Map::new())] {
@@ -330,37 +330,37 @@ fn gauges(value: u32, at: i64) -> BTreeMap<Environment, Generation> {
         let metric = serde_json::json!({ "name": name, "help": "h", "type": "gauge",
                                          "samples": samples });
         let metric = ImpactMetric::from_value(metric).unwrap();
-        let uncharged = |_| Some(Charge::default());
+        let uncharged = |_| Some(Reservation::default());
         assert_eq!(drained.impact.record(&"a".into(), metric, [at], uncharged), 0);
     }
     BTreeMap::from([(Environment::new("dev"), drained)])
 }
 
 /// Sends all pending usage; returns the values of the gauges by name.
-fn flush_gauges(queue: &mut Outbox, mut now: Instant) -> Vec<(String, f64)> {
+fn flush_gauges(queue: &mut DeliveryQueue, mut now: Instant) -> Vec<(String, f64)> {
     let mut values = Vec::new();
     while !queue.is_empty() {
-        now = queue.wake().unwrap_or(now);
-        let Some(batch) = queue.next(now) else { continue };
+        now = queue.next_retry_at().unwrap_or(now);
+        let Some(batch) = queue.next_batch(now) else { continue };
         let body: Value = serde_json::from_slice(&batch.body).unwrap();
         for metric in body["impactMetrics"].as_array().unwrap() {
             let value = metric["samples"][0]["value"].as_f64().unwrap();
             values.push((metric["name"].as_str().unwrap().to_owned(), value));
         }
-        queue.settle(batch.id, Outcome::Sent, now, 0.5);
+        queue.record_outcome(batch.id, SendOutcome::Sent, now, 0.5);
     }
     values
 }
 
 /// A queue after the large gauge with the value 1 was rejected alone.
-fn rejected_gauges(now: Instant) -> (Outbox, Instant) {
-    let (mut queue, mut now) = (Outbox::new(10, 7), now);
-    queue.absorb(gauges(1, 5), now);
+fn rejected_gauges(now: Instant) -> (DeliveryQueue, Instant) {
+    let (mut queue, mut now) = (DeliveryQueue::new(10, 7), now);
+    queue.enqueue(gauges(1, 5), now);
     // Both in one body, then the large one.
     for _ in 0..2 {
-        now = queue.wake().unwrap_or(now);
-        let batch = queue.next(now).unwrap();
-        queue.settle(batch.id, Outcome::TooLarge, now, 0.5);
+        now = queue.next_retry_at().unwrap_or(now);
+        let batch = queue.next_batch(now).unwrap();
+        queue.record_outcome(batch.id, SendOutcome::TooLarge, now, 0.5);
     }
     (queue, now)
 }
@@ -376,7 +376,7 @@ fn deferred_gauge_is_sent_unless_a_newer_one_exists() {
     // Also if the clock was set back meanwhile.
     for at in [6, 4] {
         let (mut queue, now) = rejected_gauges(Instant::now());
-        queue.absorb(gauges(2, at), now);
+        queue.enqueue(gauges(2, at), now);
         let values = flush_gauges(&mut queue, now);
         let newer = sent(&[("small", 1.0), ("large", 2.0), ("small", 2.0)]);
         assert_eq!(values, newer, "{at}");
@@ -384,12 +384,12 @@ fn deferred_gauge_is_sent_unless_a_newer_one_exists() {
 
     // Its time is stored with it.
     let (mut rejected, now) = rejected_gauges(Instant::now());
-    let mut older = Outbox::new(10, 7);
-    older.absorb(gauges(2, 4), now);
-    let mut queue = Outbox::new(10, 7);
+    let mut older = DeliveryQueue::new(10, 7);
+    older.enqueue(gauges(2, 4), now);
+    let mut queue = DeliveryQueue::new(10, 7);
     for record in [&mut rejected, &mut older] {
-        let record = spool::save(&record.copy()).unwrap();
-        for (environment, restored) in spool::restore(&record, &uncharged()).unwrap().lanes {
+        let record = spool::encode(&record.copy_for_store()).unwrap();
+        for (environment, restored) in spool::decode(&record, &uncharged()).unwrap().queues {
             queue.restore(environment, restored, now);
         }
     }
@@ -400,14 +400,14 @@ fn deferred_gauge_is_sent_unless_a_newer_one_exists() {
 #[test]
 fn excess_counters_are_merged_by_application_and_then_by_hour() {
     let now = Instant::now();
-    let mut queue = Outbox::new(10, 7);
+    let mut queue = DeliveryQueue::new(10, 7);
     let of_hour = |hour| (0..8).map(move |app| (key(hour, &app.to_string(), "f"), 1));
-    queue.absorb(generation("dev", of_hour(1).chain(of_hour(2))), now);
+    queue.enqueue(drained("dev", of_hour(1).chain(of_hour(2))), now);
     // The eight counters of the first hour are merged, those of the second are not yet.
     assert_eq!((queue.len(), queue.totals().dropped), (9, 0));
-    queue.absorb(generation("dev", (3..20).map(|hour| (key(hour, "a", "f"), 1))), now);
+    queue.enqueue(drained("dev", (3..20).map(|hour| (key(hour, "a", "f"), 1))), now);
     assert_eq!((queue.len(), queue.totals().dropped), (10, 0));
-    let batch = queue.next(now).unwrap();
+    let batch = queue.next_batch(now).unwrap();
     let rows = metrics(&batch.body);
     // The first ten hours are merged, with all of their counts.
     assert_eq!((rows.len(), rows[0].stats.yes, yes(&batch.body)), (10, 8 + 8 + 8, 16 + 17));
@@ -429,17 +429,17 @@ fn fair_share_meets_small_demands_in_full() {
 #[test]
 fn growing_environment_does_not_merge_applications_of_another() {
     let now = Instant::now();
-    let mut queue = Outbox::new(100, 7);
+    let mut queue = DeliveryQueue::new(100, 7);
     let of_apps = |apps: u8| (0..apps).map(|app| (key(1, &app.to_string(), "f"), 1));
-    queue.absorb(generation("small", of_apps(20)), now);
+    queue.enqueue(drained("small", of_apps(20)), now);
     let flood = (0..200).map(|nth| (key(2, &nth.to_string(), &nth.to_string()), 1));
-    queue.absorb(generation("large", flood.chain([(key(1, "a", "0"), 1)])), now);
-    let weight = |queue: &Outbox, environment: &str| {
-        queue.lanes[&Environment::new(environment)].counters.weight()
+    queue.enqueue(drained("large", flood.chain([(key(1, "a", "0"), 1)])), now);
+    let weight = |queue: &DeliveryQueue, environment: &str| {
+        queue.queues[&Environment::new(environment)].counters.weight()
     };
     assert_eq!((weight(&queue, "small"), weight(&queue, "large")), (20, 200));
     // It is merged as soon as it is the one that exceeds its fair share.
-    queue.absorb(generation("small", of_apps(200)), now);
+    queue.enqueue(drained("small", of_apps(200)), now);
     assert_eq!(weight(&queue, "small"), 1);
     assert_eq!(queue.totals().dropped, 0);
 }
@@ -447,32 +447,32 @@ fn growing_environment_does_not_merge_applications_of_another() {
 #[test]
 fn flags_of_one_hour_are_never_merged() {
     let now = Instant::now();
-    let mut queue = Outbox::new(10, 7);
+    let mut queue = DeliveryQueue::new(10, 7);
     let flags = |hour| (0..50).map(move |flag| (key(hour, "a", &flag.to_string()), 1));
-    queue.absorb(generation("dev", flags(1)), now);
-    queue.absorb(generation("dev", flags(2)), now);
+    queue.enqueue(drained("dev", flags(1)), now);
+    queue.enqueue(drained("dev", flags(2)), now);
     assert_eq!((queue.len(), queue.totals().dropped), (50, 0));
-    assert_eq!(yes(&queue.next(now).unwrap().body), 100);
+    assert_eq!(yes(&queue.next_batch(now).unwrap().body), 100);
 }
 
 #[test]
 fn flood_of_distinct_hours_stays_within_the_limit_and_loses_no_count() {
     let now = Instant::now();
-    let mut queue = Outbox::new(10_000, 7);
+    let mut queue = DeliveryQueue::new(10_000, 7);
     let of_hour = |hour: i64| {
         let time = jiff::Timestamp::from_second(3600 * hour).unwrap();
         (CounterKey { hour: Hour::of(time), app: "a".into(), flag: "f".into() }, 1)
     };
     for report in 0..6 {
         let hours = 8000 * report..8000 * (report + 1);
-        queue.absorb(generation("dev", hours.map(of_hour)), now);
+        queue.enqueue(drained("dev", hours.map(of_hour)), now);
         assert!(queue.len() <= 10_000);
     }
     assert_eq!((queue.len(), queue.totals().dropped), (10_000, 0));
     let mut arrived = 0;
-    while let Some(batch) = queue.next(now) {
+    while let Some(batch) = queue.next_batch(now) {
         arrived += yes(&batch.body);
-        queue.settle(batch.id, Outcome::Sent, now, 0.5);
+        queue.record_outcome(batch.id, SendOutcome::Sent, now, 0.5);
     }
     assert_eq!(arrived, 48_000);
 }
@@ -480,29 +480,29 @@ fn flood_of_distinct_hours_stays_within_the_limit_and_loses_no_count() {
 #[test]
 fn revision_changes_only_with_pending_usage_and_is_constant_when_empty() {
     let now = Instant::now();
-    let mut queue = Outbox::new(100, 7);
+    let mut queue = DeliveryQueue::new(100, 7);
     let empty = queue.revision();
     let mut revisions = vec![empty];
-    let mut changed = |queue: &Outbox| {
+    let mut changed = |queue: &DeliveryQueue| {
         let is_new = !revisions.contains(&queue.revision());
         revisions.push(queue.revision());
         is_new
     };
-    queue.absorb(generation("dev", [(key(1, "a", "f"), 2), (key(1, "a", "g"), 2)]), now);
+    queue.enqueue(drained("dev", [(key(1, "a", "f"), 2), (key(1, "a", "g"), 2)]), now);
     assert!(changed(&queue));
-    queue.absorb(BTreeMap::new(), now);
+    queue.enqueue(BTreeMap::new(), now);
     assert!(!changed(&queue));
-    let batch = queue.next(now).unwrap();
+    let batch = queue.next_batch(now).unwrap();
     assert!(changed(&queue));
-    queue.settle(batch.id, Outcome::Later(None), now, 0.5);
-    let later = queue.wake().unwrap();
-    let batch = queue.next(later).unwrap();
+    queue.record_outcome(batch.id, SendOutcome::Retry(None), now, 0.5);
+    let later = queue.next_retry_at().unwrap();
+    let batch = queue.next_batch(later).unwrap();
     assert!(!changed(&queue));
-    queue.settle(batch.id, Outcome::TooLarge, later, 0.5);
+    queue.record_outcome(batch.id, SendOutcome::TooLarge, later, 0.5);
     assert!(changed(&queue));
-    let later = queue.wake().unwrap();
-    while let Some(batch) = queue.next(later) {
-        queue.settle(batch.id, Outcome::Sent, later, 0.5);
+    let later = queue.next_retry_at().unwrap();
+    while let Some(batch) = queue.next_batch(later) {
+        queue.record_outcome(batch.id, SendOutcome::Sent, later, 0.5);
     }
     assert_eq!(queue.revision(), empty);
 }
@@ -510,20 +510,20 @@ fn revision_changes_only_with_pending_usage_and_is_constant_when_empty() {
 #[test]
 fn discard_drops_and_counts_everything() {
     let now = Instant::now();
-    let mut queue = Outbox::new(100, 7);
-    queue.absorb(generation("dev", [(key(1, "a", "f"), 2)]), now);
-    queue.discard();
+    let mut queue = DeliveryQueue::new(100, 7);
+    queue.enqueue(drained("dev", [(key(1, "a", "f"), 2)]), now);
+    queue.discard_all();
     assert!(queue.is_empty());
-    assert_eq!(queue.totals(), &Totals { sent: 0, dropped: 2 });
+    assert_eq!(queue.totals(), &DeliveryTotals { sent: 0, dropped: 2 });
 }
 
-fn outcome() -> impl Strategy<Value = Outcome> {
+fn outcome() -> impl Strategy<Value = SendOutcome> {
     prop_oneof![
-        4 => Just(Outcome::Sent),
-        1 => Just(Outcome::TooLarge),
-        1 => Just(Outcome::Unauthorized),
-        1 => Just(Outcome::Later(None)),
-        1 => Just(Outcome::Later(Some(Duration::from_secs(7)))),
+        4 => Just(SendOutcome::Sent),
+        1 => Just(SendOutcome::TooLarge),
+        1 => Just(SendOutcome::Unauthorized),
+        1 => Just(SendOutcome::Retry(None)),
+        1 => Just(SendOutcome::Retry(Some(Duration::from_secs(7)))),
     ]
 }
 
@@ -536,33 +536,33 @@ proptest! {
         outcomes in prop::collection::vec(outcome(), 0..40),
     ) {
         let mut now = Instant::now();
-        let mut queue = Outbox::new(1000, 7);
+        let mut queue = DeliveryQueue::new(1000, 7);
         let mut outcomes = outcomes.into_iter();
         let mut expected = BTreeMap::new();
         let mut arrived = BTreeMap::new();
-        let mut step = |queue: &mut Outbox, now: Instant| {
-            let Some(batch) = queue.next(now) else { return false };
-            assert!(batch.body.len() <= MAX_BODY);
+        let mut step = |queue: &mut DeliveryQueue, now: Instant| {
+            let Some(batch) = queue.next_batch(now) else { return false };
+            assert!(batch.body.len() <= MAX_BODY_BYTES);
             let rows = metrics(&batch.body);
-            let outcome = outcomes.next().unwrap_or(Outcome::Sent);
-            if outcome == Outcome::Sent {
+            let outcome = outcomes.next().unwrap_or(SendOutcome::Sent);
+            if outcome == SendOutcome::Sent {
                 for row in rows {
                     *arrived.entry((row.environment, row.app_name, row.feature_name))
                         .or_insert(0) += row.stats.yes;
                 }
             }
-            queue.settle(batch.id, outcome, now, 0.3);
+            queue.record_outcome(batch.id, outcome, now, 0.3);
             true
         };
         for (environment, hour, app, flag, count) in reports {
             let environment = environment.to_string();
-            queue.absorb(generation(&environment, [(key(hour, &app, &flag), count)]), now);
+            queue.enqueue(drained(&environment, [(key(hour, &app, &flag), count)]), now);
             *expected.entry((environment.into(), app.into(), flag.into())).or_insert(0) += count;
             step(&mut queue, now);
         }
         while !queue.is_empty() {
             if !step(&mut queue, now) {
-                now = queue.wake().unwrap();
+                now = queue.next_retry_at().unwrap();
             }
         }
         prop_assert_eq!(arrived, expected);

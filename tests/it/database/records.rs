@@ -11,7 +11,7 @@ use parapet::control::{
 };
 use parapet::snapshot::{Snapshot, Snapshots};
 use parapet::token::{Environment, Projects, Scope, TokenKind};
-use parapet::usage::{BatchId, Delivery, Taken};
+use parapet::usage::{BatchId, RegistryDelivery, DeliveryOutcome};
 use parapet::wire::features::Document;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
@@ -106,17 +106,17 @@ async fn events_record_actor_action_time_and_address(db: TestDatabase) {
 }
 
 /// Delivers a usage report to the registry and returns the outcome.
-async fn deliver(control: &ControlPlane, body: &Value) -> Taken {
+async fn deliver(control: &ControlPlane, body: &Value) -> DeliveryOutcome {
     let batch = BatchId::parse(&format!("{:032x}", rand::random::<u128>())).unwrap();
     deliver_as(control, batch, body).await
 }
 
 /// Delivers it with a batch id.
-async fn deliver_as(control: &ControlPlane, batch: BatchId, body: &Value) -> Taken {
+async fn deliver_as(control: &ControlPlane, batch: BatchId, body: &Value) -> DeliveryOutcome {
     let (deliver, mut deliveries) = mpsc::channel(1);
     let (done, taken) = oneshot::channel();
     let body = Bytes::from(body.to_string());
-    deliver.send(Delivery { batch, body, done }).await.unwrap();
+    deliver.send(RegistryDelivery { id: batch, body, reply: done }).await.unwrap();
     drop(deliver);
     control.store_usage(&configured(), &mut deliveries).await;
     taken.await.unwrap()
@@ -150,11 +150,11 @@ fn report(hour: &str, yes: u64, variants: &Value) -> Value {
 async fn usage_is_merged_by_hour_and_listed(db: TestDatabase) {
     let control = db.open().await;
     let noon = "2026-05-05T12:20:00Z";
-    assert_eq!(deliver(&control, &report(noon, 2, &json!({ "a": 2 }))).await, Taken::Stored);
+    assert_eq!(deliver(&control, &report(noon, 2, &json!({ "a": 2 }))).await, DeliveryOutcome::Stored);
     let later = report("2026-05-05T12:59:59Z", 3, &json!({ "a": 1, "b": 2 }));
-    assert_eq!(deliver(&control, &later).await, Taken::Stored);
+    assert_eq!(deliver(&control, &later).await, DeliveryOutcome::Stored);
     let next = report("2026-05-05T13:00:00Z", 0, &json!({}));
-    assert_eq!(deliver(&control, &next).await, Taken::Stored);
+    assert_eq!(deliver(&control, &next).await, DeliveryOutcome::Stored);
 
     let since: Timestamp = "2026-05-05T12:30:00Z".parse().unwrap();
     let hours = control.flag_usage("blue", since).await.unwrap();
@@ -181,17 +181,17 @@ async fn usage_is_merged_by_hour_and_listed(db: TestDatabase) {
 
 async fn usage_that_cannot_be_stored_is_refused(db: TestDatabase) {
     let control = db.open().await;
-    assert_eq!(deliver(&control, &json!("usage")).await, Taken::Refused);
+    assert_eq!(deliver(&control, &json!("usage")).await, DeliveryOutcome::Rejected);
     // Input that would fail on every retry is corrected: PostgreSQL stores no NUL and no number beyond
     // its range.
     let noon = "2026-05-05T12:00:00Z";
     let huge = report(noon, u64::MAX, &json!({ "a": u64::MAX, "b\0": 1 }));
-    assert_eq!(deliver(&control, &huge).await, Taken::Stored);
-    assert_eq!(deliver(&control, &huge).await, Taken::Stored);
+    assert_eq!(deliver(&control, &huge).await, DeliveryOutcome::Stored);
+    assert_eq!(deliver(&control, &huge).await, DeliveryOutcome::Stored);
     let mut odd = report(noon, 1, &json!({}));
     odd["metrics"][0]["featureName"] = "gr\0een".into();
     odd["metrics"][0]["appName"] = "x".repeat(5000).into();
-    assert_eq!(deliver(&control, &odd).await, Taken::Stored);
+    assert_eq!(deliver(&control, &odd).await, DeliveryOutcome::Stored);
     let hours = control.flag_usage("blue", Timestamp::UNIX_EPOCH).await.unwrap();
     assert!(hours[0].yes >= (1 << 53) - 1, "{hours:?}");
     assert_eq!(control.flag_usage("green", Timestamp::UNIX_EPOCH).await.unwrap()[0].yes, 1);
@@ -204,7 +204,7 @@ async fn old_usage_and_events_are_deleted_after_retention(db: TestDatabase) {
     db.execute(old).await;
     // The usage is old, but its application was seen just now.
     let long_ago = report("2020-01-01T00:00:00Z", 1, &json!({ "a": 1 }));
-    assert_eq!(deliver(&control, &long_ago).await, Taken::Stored);
+    assert_eq!(deliver(&control, &long_ago).await, DeliveryOutcome::Stored);
     let has_old = async |control: &ControlPlane| {
         let query = EventQuery { created_by: Some("x".to_owned()), ..EventQuery::default() };
         control.events(&SHELL.operator, &query).await.unwrap().total == 1
@@ -233,13 +233,13 @@ async fn repeated_batch_is_counted_once(db: TestDatabase) {
     let id = |text: &str| BatchId::parse(text).unwrap();
     let body = report("2026-05-05T12:20:00Z", 2, &json!({ "a": 2 }));
     for batch in ["1", "1", "2", "1", "2"] {
-        assert_eq!(deliver_as(&control, id(batch), &body).await, Taken::Stored);
+        assert_eq!(deliver_as(&control, id(batch), &body).await, DeliveryOutcome::Stored);
     }
     let hours = control.flag_usage("blue", Timestamp::UNIX_EPOCH).await.unwrap();
     assert_eq!((hours[0].yes, hours[0].variants["a"]), (4, 4));
     // A batch that could not be stored is not remembered.
-    assert_eq!(deliver_as(&control, id("3"), &json!("usage")).await, Taken::Refused);
-    assert_eq!(deliver_as(&control, id("3"), &body).await, Taken::Stored);
+    assert_eq!(deliver_as(&control, id("3"), &json!("usage")).await, DeliveryOutcome::Rejected);
+    assert_eq!(deliver_as(&control, id("3"), &body).await, DeliveryOutcome::Stored);
     let hours = control.flag_usage("blue", Timestamp::UNIX_EPOCH).await.unwrap();
     assert_eq!(hours[0].yes, 6);
 }
@@ -270,7 +270,7 @@ async fn unknown_flags_and_variants_are_limited_to_ten_thousand_rows(db: TestDat
     let body = json!({ "applications": [], "metrics": [
         metric("blue", json!({ "a": 1, "disabled": 1, "made-up": 1 })), metric("made-up", json!({})),
     ] });
-    assert_eq!(deliver(&control, &body).await, Taken::Stored);
+    assert_eq!(deliver(&control, &body).await, DeliveryOutcome::Stored);
     assert_eq!(db.count("SELECT COUNT(*) FROM flag_usage WHERE known = 1").await, 1);
     assert_eq!(db.count("SELECT COUNT(*) FROM variant_usage WHERE known = 1").await, 2);
 
