@@ -35,9 +35,9 @@ use anyhow::{Context as _, ensure};
 use self::scenarios::{SCENARIOS, Scenario};
 
 /// The percentage by which a count may differ from the stored one.
-const TOLERANCE: f64 = 5.0;
+const TOLERANCE_PERCENT: f64 = 5.0;
 
-const KEPT: &str = "benches/instructions/counts.toml";
+const COUNTS_FILE: &str = "benches/instructions/counts.toml";
 
 const HEADER: &str = "\
 # Instructions per request, or per operation in the name; see main.rs in this directory.
@@ -71,30 +71,30 @@ fn main() -> anyhow::Result<ExitCode> {
         [filter] => (false, filter),
         _ => anyhow::bail!("usage: cargo bench --bench instructions -- [--update] [PART-OF-NAME]"),
     };
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(KEPT);
-    let kept = kept(&file)?;
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(COUNTS_FILE);
+    let kept = read_counts(&file)?;
     let chosen: Vec<_> = SCENARIOS.iter().filter(|it| it.name.contains(filter)).collect();
     ensure!(!chosen.is_empty(), "no scenario's name contains `{filter}`");
     let counts = count_all(&chosen)?;
     let sound = report(&chosen, &counts, &kept);
     if update {
-        std::fs::write(&file, text(&kept, &counts))?;
-        println!("\nWritten to {KEPT}.");
+        std::fs::write(&file, counts_toml(&kept, &counts))?;
+        println!("\nWritten to {COUNTS_FILE}.");
         return Ok(ExitCode::SUCCESS);
     }
     Ok(if sound { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// The stored counts, by scenario.
-fn kept(file: &Path) -> anyhow::Result<BTreeMap<String, u64>> {
+fn read_counts(file: &Path) -> anyhow::Result<BTreeMap<String, u64>> {
     if !file.exists() {
         return Ok(BTreeMap::new());
     }
-    toml::from_str(&std::fs::read_to_string(file)?).with_context(|| format!("{KEPT} is unreadable"))
+    toml::from_str(&std::fs::read_to_string(file)?).with_context(|| format!("{COUNTS_FILE} is unreadable"))
 }
 
 /// The new contents of the file: the new count of each scenario, or else the stored one.
-fn text(kept: &BTreeMap<String, u64>, counts: &BTreeMap<&str, u64>) -> String {
+fn counts_toml(kept: &BTreeMap<String, u64>, counts: &BTreeMap<&str, u64>) -> String {
     let count = |scenario: &Scenario| {
         let new = counts.get(scenario.name).or_else(|| kept.get(scenario.name));
         Some((scenario.name, *new?))
@@ -124,11 +124,11 @@ fn report(
         #[allow(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
         let change = (count as f64 / before as f64 - 1.0) * 100.0;
         let remark = match change {
-            grown if grown > TOLERANCE => {
+            grown if grown > TOLERANCE_PERCENT => {
                 sound = false;
                 "  GROWN"
             }
-            fallen if fallen < -TOLERANCE => "  fallen",
+            fallen if fallen < -TOLERANCE_PERCENT => "  fallen",
             _ => "",
         };
         let (before, count) = (thousands(before, ','), thousands(count, ','));
@@ -194,5 +194,5 @@ fn count(scenario: &Scenario) -> anyhow::Result<u64> {
     let total = written.lines().find_map(|line| line.strip_prefix("totals: "));
     let total: u64 = total.context("callgrind reported no total")?.trim().parse()?;
     ensure!(total > 0, "callgrind found no function {COUNTED}");
-    Ok(total / scenario.times)
+    Ok(total / scenario.iterations)
 }

@@ -46,10 +46,10 @@ use crate::{counted, scenarios};
 
 const CLIENT: &str = "*:development.client-0123456789abcdef0123456789abcdef";
 const FRONTEND_TOKEN: &str = "*:development.frontend-0123456789abcdef0123456789ab";
-const NOBODY: &str = "*:development.nobody-0123456789abcdef0123456789abcdef";
+const UNREGISTERED_CLIENT: &str = "*:development.nobody-0123456789abcdef0123456789abcdef";
 
 /// The capacity of a connection in each direction, in bytes.
-const BUFFER: usize = 256 << 10;
+const BUFFER_BYTES: usize = 256 << 10;
 
 /// The number of uncounted requests before the counted ones.
 const WARM_UP: u64 = 50;
@@ -100,7 +100,7 @@ pub(crate) const FRONTEND_NEW_USERS: Request = Request { target: Target::NewUser
 pub(crate) const METRICS: Request =
     Request { target: Target::Metrics, status: StatusCode::ACCEPTED, ..FEATURES };
 pub(crate) const UNKNOWN_TOKEN: Request =
-    Request { token: NOBODY, status: StatusCode::UNAUTHORIZED, ..FEATURES };
+    Request { token: UNREGISTERED_CLIENT, status: StatusCode::UNAUTHORIZED, ..FEATURES };
 
 /// The query of a frontend SDK for a user.
 pub(crate) fn query(user: &str) -> String {
@@ -121,42 +121,42 @@ impl Request {
         let mut connection = Connection::to_parapet(flags);
         let mut etag = None;
         if self.revalidates {
-            etag = connection.ask(&self.text(0, None)).await.headers.remove(ETAG);
+            etag = connection.send(&self.to_http(0, None)).await.headers.remove(ETAG);
         }
         if server == Server::Bare {
-            let answer = connection.ask(&self.text(0, etag.as_ref())).await;
+            let answer = connection.send(&self.to_http(0, etag.as_ref())).await;
             connection = Connection::to_bare(answer);
         }
         for n in 0..WARM_UP + times {
             connection.is_counted.store(n >= WARM_UP, Ordering::Relaxed);
-            let answer = connection.ask(&self.text(n, etag.as_ref())).await;
+            let answer = connection.send(&self.to_http(n, etag.as_ref())).await;
             assert_eq!(answer.status, self.status);
         }
     }
 
     /// The `n`th request as it is sent.
-    fn text(&self, n: u64, etag: Option<&HeaderValue>) -> String {
+    fn to_http(&self, n: u64, etag: Option<&HeaderValue>) -> String {
         let (method, path, body) = match self.target {
             Target::Features => ("GET", "/api/client/features".to_owned(), ""),
             Target::Frontend => ("GET", format!("/api/frontend?{}", query("user-4711")), ""),
             Target::NewUser => {
                 ("GET", format!("/api/frontend?{}", query(&format!("user-{n:04}"))), "")
             }
-            Target::Metrics => ("POST", "/api/client/metrics".to_owned(), REPORT),
+            Target::Metrics => ("POST", "/api/client/metrics".to_owned(), METRICS_BODY),
         };
         let Self { token, accept, .. } = self;
         let mut text = format!(
             "{method} {path} HTTP/1.1\r\nhost: localhost:3063\r\nauthorization: {token}\r\n\
              unleash-client-spec: 5.2.0\r\nuser-agent: bench\r\naccept-encoding: {accept}\r\n"
         );
-        write_ingress(&mut text, n);
+        write_ingress_headers(&mut text, n);
         if let Some(etag) = etag {
-            write!(text, "if-none-match: {}\r\n", etag.to_str().expect("visible")).expect(MEMORY);
+            write!(text, "if-none-match: {}\r\n", etag.to_str().expect("visible")).expect(WRITE_SUCCEEDS);
         }
         if !body.is_empty() {
             let length = body.len();
             write!(text, "content-type: application/json\r\ncontent-length: {length}\r\n")
-                .expect(MEMORY);
+                .expect(WRITE_SUCCEEDS);
         }
         text.push_str("\r\n");
         text.push_str(body);
@@ -165,23 +165,23 @@ impl Request {
 }
 
 /// Adds the headers of an ingress, with different values each time.
-fn write_ingress(text: &mut String, n: u64) {
+fn write_ingress_headers(text: &mut String, n: u64) {
     let (id, trace, host) = (n * 2_654_435_761, n * 40_503, n % 250);
     write!(
         text,
         "x-request-id: {id:032x}\r\ntraceparent: 00-{trace:032x}-{n:016x}-01\r\n\
          x-forwarded-for: 10.1.0.{host}\r\n"
     )
-    .expect(MEMORY);
+    .expect(WRITE_SUCCEEDS);
 }
 
-const MEMORY: &str = "memory takes it";
+const WRITE_SUCCEEDS: &str = "memory takes it";
 
 /// An SDK's report of a minute with evaluations of three flags.
-const REPORT: &str = r#"{"appName":"shop","instanceId":"shop-1","bucket":{"start":"2026-01-01T10:00:00.000Z","stop":"2026-01-01T10:01:00.000Z","toggles":{"team0.feature-0000":{"yes":120,"no":7,"variants":{"a":80,"b":40}},"team1.feature-0001":{"yes":3,"no":0,"variants":{}},"team2.feature-0002":{"yes":0,"no":912,"variants":{}}}}}"#;
+const METRICS_BODY: &str = r#"{"appName":"shop","instanceId":"shop-1","bucket":{"start":"2026-01-01T10:00:00.000Z","stop":"2026-01-01T10:01:00.000Z","toggles":{"team0.feature-0000":{"yes":120,"no":7,"variants":{"a":80,"b":40}},"team1.feature-0001":{"yes":3,"no":0,"variants":{}},"team2.feature-0002":{"yes":0,"no":912,"variants":{}}}}}"#;
 
 /// A response.
-struct Answer {
+struct Response {
     status: StatusCode,
     headers: HeaderMap,
     body: Bytes,
@@ -196,15 +196,15 @@ struct Connection {
 impl Connection {
     /// Connects to the service of the data listener, served as by the listener.
     fn to_parapet(flags: usize) -> Self {
-        let data = Arc::new(data(flags));
+        let data = Arc::new(sdk_service(flags));
         let config = Config { limits: LIMITS, load_balancers: Vec::new(), tls: None };
         let server = listener::HttpServer::new(data, config, Drain::default());
         Self::serve(|stream| server.serve(stream, PEER))
     }
 
     /// Connects to a server that reads a request and always sends this response.
-    fn to_bare(answer: Answer) -> Self {
-        let Answer { status, mut headers, body } = answer;
+    fn to_bare(answer: Response) -> Self {
+        let Response { status, mut headers, body } = answer;
         // Hyper adds these itself.
         headers.remove(DATE);
         headers.remove(CONTENT_LENGTH);
@@ -231,14 +231,14 @@ impl Connection {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let (stream, other) = tokio::io::duplex(BUFFER);
+        let (stream, other) = tokio::io::duplex(BUFFER_BYTES);
         let is_counted = Arc::new(AtomicBool::new(false));
         let serving = Box::pin(serving(other));
-        tokio::spawn(Counted { serving, is_counted: Arc::clone(&is_counted) });
+        tokio::spawn(CountedConnection { inner: serving, is_counted: Arc::clone(&is_counted) });
         Self { stream, is_counted }
     }
 
-    async fn ask(&mut self, request: &str) -> Answer {
+    async fn send(&mut self, request: &str) -> Response {
         self.stream.write_all(request.as_bytes()).await.expect("the server reads");
         let mut received = Vec::new();
         let head = loop {
@@ -253,7 +253,7 @@ impl Connection {
         while received.len() < head + length {
             self.receive(&mut received).await;
         }
-        Answer { status, headers, body: Bytes::from(received).slice(head..) }
+        Response { status, headers, body: Bytes::from(received).slice(head..) }
     }
 
     async fn receive(&mut self, received: &mut Vec<u8>) {
@@ -274,20 +274,20 @@ fn read_head(head: &[u8]) -> (StatusCode, HeaderMap) {
 }
 
 /// A connection that is being served, and counted while `is_counted` is set.
-struct Counted<F> {
-    serving: Pin<Box<F>>,
+struct CountedConnection<F> {
+    inner: Pin<Box<F>>,
     is_counted: Arc<AtomicBool>,
 }
 
-impl<F: Future<Output = ()>> Future for Counted<F> {
+impl<F: Future<Output = ()>> Future for CountedConnection<F> {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
         if !self.is_counted.load(Ordering::Relaxed) {
-            return self.serving.as_mut().poll(context);
+            return self.inner.as_mut().poll(context);
         }
         let mut polled = Poll::Pending;
-        counted(&mut || polled = self.serving.as_mut().poll(context));
+        counted(&mut || polled = self.inner.as_mut().poll(context));
         polled
     }
 }
@@ -304,7 +304,7 @@ const LIMITS: ConnectionLimits = ConnectionLimits {
 const PEER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 40_000);
 
 /// The data listener's service of an edge, with default settings.
-fn data(flags: usize) -> SdkService {
+fn sdk_service(flags: usize) -> SdkService {
     let registry = telemetry::start_metrics();
     let (readiness, _) = Readiness::new();
     let snapshots = Snapshots::default();

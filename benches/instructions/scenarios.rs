@@ -21,7 +21,7 @@ use crate::requests::{self, Server};
 pub(crate) struct Scenario {
     pub(crate) name: &'static str,
     /// The number of counted iterations.
-    pub(crate) times: u64,
+    pub(crate) iterations: u64,
     run: Run,
 }
 
@@ -42,11 +42,11 @@ const fn request(
     request: &'static requests::Request,
     server: Server,
 ) -> Scenario {
-    Scenario { name, times: 200, run: Run::Request(request, server) }
+    Scenario { name, iterations: 200, run: Run::Request(request, server) }
 }
 
 const fn work(name: &'static str, times: u64, prepare: fn() -> Box<dyn FnMut()>) -> Scenario {
-    Scenario { name, times, run: Run::Work(prepare) }
+    Scenario { name, iterations: times, run: Run::Work(prepare) }
 }
 
 use requests::{
@@ -72,15 +72,15 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     request("metrics, 202: bare hyper", &METRICS, Server::Bare),
     request("unknown token, 401", &UNKNOWN_TOKEN, Server::Parapet),
     request("unknown token, 401: bare hyper", &UNKNOWN_TOKEN, Server::Bare),
-    work("token verdict, 1 token", 500, || verdict(1)),
-    work("token verdict, 100,000 tokens", 500, || verdict(100_000)),
+    work("token verdict, 1 token", 500, || authenticate(1)),
+    work("token verdict, 100,000 tokens", 500, || authenticate(100_000)),
     work("context from a query", 500, context_from_query),
     work("context from JSON", 500, context_from_json),
-    work("bind a context", 500, bind),
+    work("bind a context", 500, bind_context),
     work("evaluate 350 flags", 50, evaluate),
     work("parse 350 flags", 5, parse),
     work("compile 350 flags", 5, compile),
-    work("list 350 flags", 5, listing),
+    work("list 350 flags", 5, list_features),
     work("refresh 350 flags", 5, refresh),
 ];
 
@@ -88,11 +88,11 @@ impl Scenario {
     /// Runs it once to fill all caches, then as often as it is counted.
     pub(crate) fn run(&self) {
         match self.run {
-            Run::Request(request, server) => request.run(server, FLAGS, self.times),
+            Run::Request(request, server) => request.run(server, FLAGS, self.iterations),
             Run::Work(prepare) => {
                 let mut work = prepare();
                 work();
-                for _ in 0..self.times {
+                for _ in 0..self.iterations {
                     counted(&mut work);
                 }
             }
@@ -131,7 +131,7 @@ fn parsed(text: &str) -> Document {
     Document::parse(text.as_bytes()).expect("the document is sound")
 }
 
-fn verdict(count: usize) -> Box<dyn FnMut()> {
+fn authenticate(count: usize) -> Box<dyn FnMut()> {
     let token = |n: usize| format!("*:development.{n:032x}{n:032x}");
     let parse = |n| Token::parse(&token(n)).expect("sound");
     let authenticator = authenticator((0..count).map(|n| (parse(n), TokenKind::Client)));
@@ -174,7 +174,7 @@ fn context() -> Context<'static> {
     }
 }
 
-fn bind() -> Box<dyn FnMut()> {
+fn bind_context() -> Box<dyn FnMut()> {
     let (engine, _) = Engine::compile(&parsed(&document(FLAGS)));
     Box::new(move || {
         black_box(engine.bind(black_box(&context())));
@@ -201,7 +201,7 @@ fn compile() -> Box<dyn FnMut()> {
 }
 
 /// A different filter each time, which keeps all flags, so that no result is cached.
-fn listing() -> Box<dyn FnMut()> {
+fn list_features() -> Box<dyn FnMut()> {
     let snapshot = snapshot(FLAGS);
     let mut n = 0;
     Box::new(move || {

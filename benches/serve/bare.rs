@@ -36,12 +36,12 @@ use tokio_rustls::TlsAcceptor;
 use super::exchange::RawResponse;
 
 /// Headers that hyper adds itself.
-const OWN: [&str; 3] = ["date", "content-length", "transfer-encoding"];
+const HYPER_HEADERS: [&str; 3] = ["date", "content-length", "transfer-encoding"];
 
 /// Writes another server's response to a file, for the baseline to send.
-pub(crate) fn record(answer: &RawResponse, file: &Path) -> Result<()> {
+pub(crate) fn write_response(answer: &RawResponse, file: &Path) -> Result<()> {
     let mut text = format!("{}\n", answer.status).into_bytes();
-    for (name, value) in answer.headers.iter().filter(|(name, _)| !OWN.contains(&name.as_str())) {
+    for (name, value) in answer.headers.iter().filter(|(name, _)| !HYPER_HEADERS.contains(&name.as_str())) {
         text.extend_from_slice(format!("{name}: {value}\n").as_bytes());
     }
     text.push(b'\n');
@@ -50,7 +50,7 @@ pub(crate) fn record(answer: &RawResponse, file: &Path) -> Result<()> {
 }
 
 /// Reads what [`write_response`] wrote.
-fn recorded(file: &Path) -> Result<(StatusCode, HeaderMap, Bytes)> {
+fn read_response(file: &Path) -> Result<(StatusCode, HeaderMap, Bytes)> {
     let text = std::fs::read(file)?;
     let end = text.windows(2).position(|two| two == b"\n\n").context("no end of the head")?;
     let head = std::str::from_utf8(&text[..end])?;
@@ -67,12 +67,12 @@ fn recorded(file: &Path) -> Result<(StatusCode, HeaderMap, Bytes)> {
 
 /// The certificate of the baseline for TLS.
 #[derive(Debug)]
-pub(crate) struct Identity<'a> {
+pub(crate) struct TlsIdentity<'a> {
     pub(crate) certificate: &'a Path,
     pub(crate) key: &'a Path,
 }
 
-impl Identity<'_> {
+impl TlsIdentity<'_> {
     /// The defaults of the data listener: TLS 1.2 and 1.3, resumption by tickets, no session storage.
     fn acceptor(&self) -> Result<TlsAcceptor> {
         let chain = CertificateDer::pem_file_iter(self.certificate)?.collect::<Result<_, _>>()?;
@@ -89,13 +89,13 @@ impl Identity<'_> {
 }
 
 /// The response to every request.
-type Said = (StatusCode, HeaderMap, Full<Bytes>);
+type FixedResponse = (StatusCode, HeaderMap, Full<Bytes>);
 
 /// Serves the response until the process is killed, over TLS if there is an identity.
-pub(crate) fn serve(file: &Path, port: u16, identity: Option<&Identity<'_>>) -> Result<()> {
-    let (status, headers, body) = recorded(file)?;
+pub(crate) fn serve(file: &Path, port: u16, identity: Option<&TlsIdentity<'_>>) -> Result<()> {
+    let (status, headers, body) = read_response(file)?;
     let said = (status, headers, Full::new(body));
-    let acceptor = identity.map(Identity::acceptor).transpose()?;
+    let acceptor = identity.map(TlsIdentity::acceptor).transpose()?;
     tokio::runtime::Builder::new_multi_thread().enable_io().build()?.block_on(async {
         let listener = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).await?;
         loop {
@@ -103,12 +103,12 @@ pub(crate) fn serve(file: &Path, port: u16, identity: Option<&Identity<'_>>) -> 
             stream.set_nodelay(true)?;
             let said = said.clone();
             match &acceptor {
-                None => tokio::spawn(speak(stream, said)),
+                None => tokio::spawn(serve_connection(stream, said)),
                 Some(acceptor) => {
                     let handshake = acceptor.accept(stream);
                     tokio::spawn(async move {
                         if let Ok(stream) = handshake.await {
-                            speak(stream, said).await;
+                            serve_connection(stream, said).await;
                         }
                     })
                 }
@@ -117,7 +117,7 @@ pub(crate) fn serve(file: &Path, port: u16, identity: Option<&Identity<'_>>) -> 
     })
 }
 
-async fn speak<I: AsyncRead + AsyncWrite + Unpin>(stream: I, said: Said) {
+async fn serve_connection<I: AsyncRead + AsyncWrite + Unpin>(stream: I, said: FixedResponse) {
     let service = service_fn(|_| {
         let (status, headers, body) = said.clone();
         let mut response = Response::new(body);

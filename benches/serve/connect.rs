@@ -32,33 +32,33 @@ use tokio_rustls::TlsConnector;
 
 use super::{
     exchange::{RESPONSE_TIMEOUT, with_number},
-    load::{SAMPLE, Sample},
+    load::{SAMPLE_PREFIX, Sample},
     numbers::to_f64,
 };
 
 /// The parameters of a run.
 #[derive(Debug)]
-pub(crate) struct Plan {
+pub(crate) struct LoadPlan {
     pub(crate) host: SocketAddr,
     /// A request that gets 304, with placeholders for numbers.
     pub(crate) request: String,
     /// The numbers of requests start after this one.
     pub(crate) first: u64,
     pub(crate) connections: usize,
-    pub(crate) time: Duration,
+    pub(crate) duration: Duration,
     /// Whether each client resumes its last session; otherwise each handshake is full.
     pub(crate) resumes: bool,
 }
 
 /// The results of one client.
 #[derive(Debug, Default)]
-struct Done {
+struct ClientResult {
     micros: Vec<u32>,
     bytes: usize,
 }
 
 /// Runs the clients and prints a [`Sample`].
-pub(crate) fn run(plan: Plan) -> Result<()> {
+pub(crate) fn run(plan: LoadPlan) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (began, connections) = (Instant::now(), plan.connections);
     let (plan, numbers) = (Arc::new(plan), Arc::new(AtomicU64::new(0)));
@@ -70,9 +70,9 @@ pub(crate) fn run(plan: Plan) -> Result<()> {
         clients.join_all().await
     });
     let took = began.elapsed();
-    let mut all = Done::default();
+    let mut all = ClientResult::default();
     for done in done {
-        let Done { micros, bytes } = done?;
+        let ClientResult { micros, bytes } = done?;
         all.micros.extend(micros);
         all.bytes += bytes;
     }
@@ -90,16 +90,16 @@ pub(crate) fn run(plan: Plan) -> Result<()> {
         socket_errors: 0,
         status_errors: 0,
     };
-    println!("{SAMPLE}{}", serde_json::to_string(&sample)?);
+    println!("{SAMPLE_PREFIX}{}", serde_json::to_string(&sample)?);
     Ok(())
 }
 
-async fn client(plan: Arc<Plan>, numbers: Arc<AtomicU64>) -> Result<Done> {
-    let connector = TlsConnector::from(Arc::new(config(plan.resumes)));
+async fn client(plan: Arc<LoadPlan>, numbers: Arc<AtomicU64>) -> Result<ClientResult> {
+    let connector = TlsConnector::from(Arc::new(tls_config(plan.resumes)));
     let ask = async |expected| {
         let number = plan.first + numbers.fetch_add(1, Ordering::Relaxed);
         let length =
-            ask(&connector, plan.host, &with_number(&plan.request, number), expected).await?;
+            send_request(&connector, plan.host, &with_number(&plan.request, number), expected).await?;
         anyhow::Ok(length)
     };
     let expected = if plan.resumes {
@@ -108,8 +108,8 @@ async fn client(plan: Arc<Plan>, numbers: Arc<AtomicU64>) -> Result<Done> {
     } else {
         HandshakeKind::Full
     };
-    let (mut done, began) = (Done::default(), Instant::now());
-    while began.elapsed() < plan.time {
+    let (mut done, began) = (ClientResult::default(), Instant::now());
+    while began.elapsed() < plan.duration {
         let began = Instant::now();
         done.bytes += ask(expected).await?;
         done.micros.push(u32::try_from(began.elapsed().as_micros())?);
@@ -118,7 +118,7 @@ async fn client(plan: Arc<Plan>, numbers: Arc<AtomicU64>) -> Result<Done> {
 }
 
 /// Sends a request on a new connection. Returns the length of the response.
-async fn ask(
+async fn send_request(
     connector: &TlsConnector,
     host: SocketAddr,
     request: &str,
@@ -141,10 +141,10 @@ async fn ask(
 }
 
 /// Opens a connection that is reused.
-pub(crate) fn open(host: SocketAddr) -> Result<StreamOwned<ClientConnection, std::net::TcpStream>> {
+pub(crate) fn connect_tls(host: SocketAddr) -> Result<StreamOwned<ClientConnection, std::net::TcpStream>> {
     let stream = std::net::TcpStream::connect(host)?;
     stream.set_read_timeout(Some(RESPONSE_TIMEOUT))?;
-    Ok(StreamOwned::new(ClientConnection::new(Arc::new(config(false)), server_name())?, stream))
+    Ok(StreamOwned::new(ClientConnection::new(Arc::new(tls_config(false)), server_name())?, stream))
 }
 
 /// The server name in the certificate.
@@ -153,9 +153,9 @@ fn server_name() -> ServerName<'static> {
 }
 
 /// The TLS configuration of a client, with session resumption or without.
-fn config(resumes: bool) -> ClientConfig {
+fn tls_config(resumes: bool) -> ClientConfig {
     let provider = Arc::new(ring::default_provider());
-    let anybody = Arc::new(Anybody(Arc::clone(&provider)));
+    let anybody = Arc::new(AcceptAnyCertificate(Arc::clone(&provider)));
     let mut config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .expect("the provider supports them")
@@ -171,9 +171,9 @@ fn config(resumes: bool) -> ClientConfig {
 
 /// Accepts every certificate.
 #[derive(Debug)]
-struct Anybody(Arc<CryptoProvider>);
+struct AcceptAnyCertificate(Arc<CryptoProvider>);
 
-impl ServerCertVerifier for Anybody {
+impl ServerCertVerifier for AcceptAnyCertificate {
     fn verify_server_cert(
         &self,
         _: &CertificateDer<'_>,

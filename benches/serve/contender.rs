@@ -12,7 +12,7 @@ use super::{
     connect,
     exchange::{RawResponse, Request},
     flags::document,
-    load::Over,
+    load::Transport,
     parapet,
     process::Process,
 };
@@ -45,24 +45,24 @@ const FRONTEND: &str = "*:development.frontend-of-the-benchmark-0123456789ab";
 
 /// The token of a request.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) enum Bearer {
+pub(crate) enum TokenChoice {
     Client,
     Frontend,
     /// One of several numbered client tokens, chosen for each request.
-    Drawn,
+    Numbered,
 }
 
-impl Bearer {
+impl TokenChoice {
     pub(crate) fn token(self) -> String {
         match self {
             Self::Client => CLIENT.to_owned(),
             Self::Frontend => FRONTEND.to_owned(),
-            Self::Drawn => numbered(super::exchange::NUMBER),
+            Self::Numbered => numbered_token(super::exchange::NUMBER),
         }
     }
 }
 
-fn numbered(n: &str) -> String {
+fn numbered_token(n: &str) -> String {
     format!("*:development.client-0123456789abcdef0123456789abcdef-{n}")
 }
 
@@ -77,7 +77,7 @@ impl Server {
     /// Sends a request on a new connection, with `n` as its number, and returns the response.
     pub(crate) fn send(&self, request: &Request, n: u64) -> Result<RawResponse> {
         if self.is_encrypted {
-            request.send_on(&mut connect::open(self.process.address)?, self.process.address, n)
+            request.send_on(&mut connect::connect_tls(self.process.address)?, self.process.address, n)
         } else {
             request.send(self.process.address, n)
         }
@@ -86,13 +86,13 @@ impl Server {
 
 /// Starts the measured servers; `folder` is for their files.
 #[derive(Debug)]
-pub(crate) struct Stable {
+pub(crate) struct Contenders {
     folder: PathBuf,
     /// The executable of Unleash Edge, if it is installed.
     edge: Option<PathBuf>,
 }
 
-impl Stable {
+impl Contenders {
     /// Uses this executable of Unleash Edge, or the installed one.
     pub(crate) fn new(folder: &Path, edge: Option<&Path>) -> Result<Self> {
         let program = edge.unwrap_or(Path::new("unleash-edge"));
@@ -125,7 +125,7 @@ impl Stable {
     }
 
     /// The baseline, which sends the response in `file`.
-    pub(crate) fn bare(&self, file: &Path, over: Over) -> Result<Server> {
+    pub(crate) fn bare(&self, file: &Path, over: Transport) -> Result<Server> {
         let this = std::env::current_exe()?;
         let process = Process::start(&self.folder.join("bare.log"), |port| {
             let mut command = Command::new(this);
@@ -151,7 +151,7 @@ impl Stable {
 
     /// Parapet, offline, with this many flags, and this many numbered client tokens in addition to the
     /// two fixed ones.
-    pub(crate) fn parapet(&self, flags: usize, tokens: u64, over: Over) -> Result<Server> {
+    pub(crate) fn parapet(&self, flags: usize, tokens: u64, over: Transport) -> Result<Server> {
         // All connections come from one address.
         let mut config = format!(
             "bootstrap_file = '{}'\nmax_connections_per_address = 20000\n",
@@ -163,7 +163,7 @@ impl Stable {
             writeln!(config, "tls_server_key = ['{}']", self.key().display())?;
         }
         let clients = std::iter::once(CLIENT.to_owned());
-        let clients = clients.chain((0..tokens).map(|n| numbered(&n.to_string())));
+        let clients = clients.chain((0..tokens).map(|n| numbered_token(&n.to_string())));
         write!(config, "frontend_tokens = [{FRONTEND:?}]\nclient_tokens = [\n")?;
         for token in clients {
             writeln!(config, "{token:?},")?;

@@ -10,16 +10,16 @@ use super::exchange::{NUMBER, OCTET, OCTETS, Request, UNIQUE_NUMBER};
 
 /// How the number for [`NUMBER`] is chosen.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Draw {
+pub(crate) enum NumberSource {
     /// The next number, different for each request.
-    Next,
+    Sequential,
     /// A random number below this.
-    Below(u64),
+    RandomBelow(u64),
 }
 
 /// The transport of requests.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) enum Over {
+pub(crate) enum Transport {
     /// Reused TCP connections.
     Tcp,
     /// Reused TLS connections.
@@ -30,7 +30,7 @@ pub(crate) enum Over {
     ResumedTls,
 }
 
-impl Over {
+impl Transport {
     pub(crate) fn is_encrypted(self) -> bool {
         self != Self::Tcp
     }
@@ -57,10 +57,10 @@ impl Sample {
 }
 
 /// Precedes a sample in the output of the load generator.
-pub(crate) const SAMPLE: &str = "SAMPLE ";
+pub(crate) const SAMPLE_PREFIX: &str = "SAMPLE ";
 
 /// A function that `wrk` calls at the end.
-const DONE: &str = r#"
+const WRK_DONE_SCRIPT: &str = r#"
 function done(summary, latency, requests)
   local errors = summary.errors
   io.write(string.format(
@@ -71,13 +71,13 @@ end
 "#;
 
 /// Errors if `wrk` is not installed.
-pub(crate) fn installed() -> Result<()> {
+pub(crate) fn check_wrk() -> Result<()> {
     // `wrk --version` always fails, so its exit code is ignored.
-    Command::new("wrk").arg("--version").output().context(MISSING)?;
+    Command::new("wrk").arg("--version").output().context(WRK_MISSING)?;
     Ok(())
 }
 
-const MISSING: &str = "cannot run `wrk` (the package of this name in Debian)";
+const WRK_MISSING: &str = "cannot run `wrk` (the package of this name in Debian)";
 
 /// Loads `host` for a time. An invalid response or a status above 399 is an error.
 ///
@@ -85,16 +85,16 @@ const MISSING: &str = "cannot run `wrk` (the package of this name in Debian)";
 /// request.
 pub(crate) fn run(
     folder: &Path,
-    (host, over): (SocketAddr, Over),
+    (host, over): (SocketAddr, Transport),
     request: &Request,
-    (draw, first): (Draw, u64),
+    (draw, first): (NumberSource, u64),
     (connections, pause): (usize, Duration),
     time: Duration,
 ) -> Result<Sample> {
     let scheme = match over {
-        Over::Tcp => "http",
-        Over::Tls => "https",
-        Over::NewTls | Over::ResumedTls => {
+        Transport::Tcp => "http",
+        Transport::Tls => "https",
+        Transport::NewTls | Transport::ResumedTls => {
             let file = folder.join("request");
             std::fs::write(&file, request.text(host))?;
             let mut command = Command::new(std::env::current_exe()?);
@@ -102,23 +102,23 @@ pub(crate) fn run(
             command.args(["--first", &first.to_string()]);
             command.args(["--connections", &connections.to_string()]);
             command.args(["--seconds", &time.as_secs().to_string()]);
-            command.args((over == Over::ResumedTls).then_some("--resume"));
-            return sample(&mut command);
+            command.args((over == Transport::ResumedTls).then_some("--resume"));
+            return run_for_sample(&mut command);
         }
     };
     let script = folder.join("load.lua");
-    std::fs::write(&script, lua(host, request, draw, first, pause))?;
+    std::fs::write(&script, wrk_script(host, request, draw, first, pause))?;
     let mut command = Command::new("wrk");
     command.args(["-t1", &format!("-c{connections}"), &format!("-d{}s", time.as_secs())]);
     command.args(["--timeout", "30s", "--latency", "-s"]).arg(&script);
-    sample(command.arg(format!("{scheme}://{host}{}", request.path)))
+    run_for_sample(command.arg(format!("{scheme}://{host}{}", request.path)))
 }
 
 /// Runs a load generator that prints a sample.
-fn sample(command: &mut Command) -> Result<Sample> {
-    let output = command.output().with_context(|| format!("{MISSING}: {command:?}"))?;
+fn run_for_sample(command: &mut Command) -> Result<Sample> {
+    let output = command.output().with_context(|| format!("{WRK_MISSING}: {command:?}"))?;
     let text = String::from_utf8_lossy(&output.stdout);
-    let sample = text.lines().find_map(|line| line.strip_prefix(SAMPLE));
+    let sample = text.lines().find_map(|line| line.strip_prefix(SAMPLE_PREFIX));
     let Some(sample) = sample else {
         bail!("{command:?} failed: {text}{}", String::from_utf8_lossy(&output.stderr));
     };
@@ -130,7 +130,7 @@ fn sample(command: &mut Command) -> Result<Sample> {
 }
 
 /// The script for `wrk`. Identical requests use its fastest path, without a function.
-fn lua(host: SocketAddr, request: &Request, draw: Draw, first: u64, pause: Duration) -> String {
+fn wrk_script(host: SocketAddr, request: &Request, draw: NumberSource, first: u64, pause: Duration) -> String {
     let mut script = String::new();
     let mut line = |text: String| writeln!(script, "{text}").expect("a string takes all");
     let text = request.text(host);
@@ -150,8 +150,8 @@ fn lua(host: SocketAddr, request: &Request, draw: Draw, first: u64, pause: Durat
         }
         pieces.push(format!("{rest:?}"));
         let drawn = match draw {
-            Draw::Next => "each".to_owned(),
-            Draw::Below(end) => format!("string.format(\"%d\", math.random(0, {}))", end - 1),
+            NumberSource::Sequential => "each".to_owned(),
+            NumberSource::RandomBelow(end) => format!("string.format(\"%d\", math.random(0, {}))", end - 1),
         };
         line(format!("math.randomseed({first})\nlocal n = {first}"));
         line("function request()\n  n = n + 1\n  local each = string.format(\"%d\", n)".to_owned());
@@ -165,6 +165,6 @@ fn lua(host: SocketAddr, request: &Request, draw: Draw, first: u64, pause: Durat
     if !pause.is_zero() {
         line(format!("function delay()\n  return {}\nend", pause.as_millis()));
     }
-    line(DONE.to_owned());
+    line(WRK_DONE_SCRIPT.to_owned());
     script
 }

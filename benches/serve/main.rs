@@ -46,7 +46,7 @@ use anyhow::{Result, ensure};
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
 use crate::{
-    bare::Identity, connect::Plan, contender::Stable, measure::Session, report::Report, rows::ROWS,
+    bare::TlsIdentity, connect::LoadPlan, contender::Contenders, measure::Session, report::Report, rows::ROWS,
     scaling::CURVES,
 };
 
@@ -56,17 +56,17 @@ fn main() -> Result<()> {
         Some(("bare", matches)) => {
             let files = ["certificate", "key"].map(|name| matches.get_one::<PathBuf>(name));
             let identity = match files {
-                [Some(certificate), Some(key)] => Some(Identity { certificate, key }),
+                [Some(certificate), Some(key)] => Some(TlsIdentity { certificate, key }),
                 _ => None,
             };
             bare::serve(path(matches, "answer"), number(matches, "port"), identity.as_ref())
         }
-        Some(("connect", matches)) => connect::run(Plan {
+        Some(("connect", matches)) => connect::run(LoadPlan {
             host: number(matches, "host"),
             request: std::fs::read_to_string(path(matches, "request"))?,
             first: number(matches, "first"),
             connections: number(matches, "connections"),
-            time: Duration::from_secs(number(matches, "seconds")),
+            duration: Duration::from_secs(number(matches, "seconds")),
             resumes: matches.get_flag("resume"),
         }),
         Some(("upstream", matches)) => {
@@ -158,7 +158,7 @@ fn path<'a>(matches: &'a ArgMatches, name: &str) -> &'a Path {
 }
 
 fn bench(matches: &ArgMatches) -> Result<()> {
-    load::installed()?;
+    load::check_wrk()?;
     let folder = tempfile::tempdir()?;
     let edge = matches.get_one::<PathBuf>("unleash-edge");
     let quick = matches.get_flag("quick");
@@ -168,12 +168,12 @@ fn bench(matches: &ArgMatches) -> Result<()> {
         None => usual,
     };
     let session = Session {
-        stable: Stable::new(folder.path(), edge.map(PathBuf::as_path))?,
+        contenders: Contenders::new(folder.path(), edge.map(PathBuf::as_path))?,
         rounds: usize::from(count("rounds", 5)),
-        time: Duration::from_secs(count("seconds", 2).into()),
-        drawn: Cell::new(1_000_000_000),
+        duration: Duration::from_secs(count("seconds", 2).into()),
+        last_number: Cell::new(1_000_000_000),
     };
-    if !session.stable.has_edge() {
+    if !session.contenders.has_edge() {
         eprintln!(
             "Unleash Edge is not installed and is skipped: `cargo install unleash-edge --version {} --locked`",
             contender::EDGE_VERSION
@@ -197,7 +197,7 @@ fn bench(matches: &ArgMatches) -> Result<()> {
             .and_then(|id| failures.attempt(id, || memory::run(&session)))
             .unwrap_or_default(),
     };
-    let edge = if session.stable.has_edge() { contender::EDGE_VERSION } else { "not installed" };
+    let edge = if session.contenders.has_edge() { contender::EDGE_VERSION } else { "not installed" };
     let load = format!("{}, one thread", machine::first_line("wrk", "--version"));
     let facts = [("Unleash Edge", edge), ("load", &load)];
     let machine = machine::describe("the load generator shares", &facts)?;
@@ -209,9 +209,9 @@ fn bench(matches: &ArgMatches) -> Result<()> {
     );
     let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
     let docs_option = matches.get_one::<PathBuf>("docs");
-    let whole = !quick && only.is_empty() && session.stable.has_edge();
+    let whole = !quick && only.is_empty() && session.contenders.has_edge();
     if let Some(docs) = docs_option.or(Some(&own).filter(|_| whole)) {
-        let (rounds, seconds) = (session.rounds, session.time.as_secs());
+        let (rounds, seconds) = (session.rounds, session.duration.as_secs());
         let command = format!("cargo bench --bench serve -- --rounds {rounds} --seconds {seconds}");
         report.write(docs, &machine, &command)?;
         eprintln!("wrote {}", docs.join("speed.md").display());

@@ -6,9 +6,9 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use super::{
     bare,
-    contender::{Contender, Server, Stable},
+    contender::{Contender, Server, Contenders},
     exchange::{NUMBER, RawResponse, Request},
-    load::{self, Draw, Over, Sample},
+    load::{self, NumberSource, Transport, Sample},
     numbers::{median, to_f64},
     process::Process,
 };
@@ -16,12 +16,12 @@ use super::{
 /// The configuration of the whole benchmark.
 #[derive(Debug)]
 pub(crate) struct Session {
-    pub(crate) stable: Stable,
+    pub(crate) contenders: Contenders,
     pub(crate) rounds: usize,
     /// The duration of the load for each contender in each round.
-    pub(crate) time: Duration,
+    pub(crate) duration: Duration,
     /// The last number used in a request, so that none is used twice.
-    pub(crate) drawn: Cell<u64>,
+    pub(crate) last_number: Cell<u64>,
 }
 
 /// A request, and the expected response.
@@ -34,8 +34,8 @@ pub(crate) struct Case {
     /// The pause of each connection before each request.
     pub(crate) pause: Duration,
     pub(crate) request: Request,
-    pub(crate) draw: Draw,
-    pub(crate) over: Over,
+    pub(crate) numbers: NumberSource,
+    pub(crate) transport: Transport,
     pub(crate) expected: Expected,
 }
 
@@ -71,17 +71,17 @@ impl Measured {
 }
 
 /// The number of responses that are sampled if they differ.
-const LOOKS: u64 = 31;
+const SAMPLED_RESPONSES: u64 = 31;
 
 /// More than the requests of one run.
-const RUN: u64 = 10_000_000;
+const NUMBERS_PER_RUN: u64 = 10_000_000;
 
 /// The duration of the load before the first round.
 const WARM_UP: Duration = Duration::from_secs(1);
 
 /// The unit of times in `/proc/PID/stat`, in microseconds: a hundredth of a second on all relevant
 /// architectures.
-const TICK: u64 = 10_000;
+const TICK_MICROS: u64 = 10_000;
 
 /// A contender that is ready for load.
 struct Runner {
@@ -107,22 +107,22 @@ impl Session {
             runner.samples.clear();
         }
         for round in 1..=rounds {
-            self.round(case, &mut runners, self.time)?;
-            let numbers: Vec<String> = runners.iter().map(Runner::last).collect();
+            self.round(case, &mut runners, self.duration)?;
+            let numbers: Vec<String> = runners.iter().map(Runner::last_rate).collect();
             eprintln!("  round {round} of {rounds}: {}", numbers.join(", "));
         }
         runners.iter().map(|it| Ok((it.contender, it.measured()?))).collect()
     }
 
     fn runners(&self, case: &Case, contenders: &[Contender]) -> Result<Vec<Runner>> {
-        let parapet = self.stable.parapet(case.flags, case.tokens, case.over)?;
+        let parapet = self.contenders.parapet(case.flags, case.tokens, case.transport)?;
         let parapet = Runner::new(case, Contender::Parapet, parapet)?;
         let mut runners = Vec::new();
         if contenders.contains(&Contender::Bare) {
-            let file = self.stable.folder().join("answer");
-            bare::record(&parapet.answer, &file)?;
+            let file = self.contenders.folder().join("answer");
+            bare::write_response(&parapet.answer, &file)?;
             let request = parapet.request.clone();
-            let server = self.stable.bare(&file, case.over)?;
+            let server = self.contenders.bare(&file, case.transport)?;
             let answer = server.send(&request, 0)?;
             let theirs = &parapet.answer;
             let same = (answer.status, answer.length) == (theirs.status, theirs.length);
@@ -132,7 +132,7 @@ impl Session {
         }
         runners.push(parapet);
         if contenders.contains(&Contender::Edge)
-            && let Some(server) = self.stable.edge(case.flags)?
+            && let Some(server) = self.contenders.edge(case.flags)?
         {
             match Runner::new(case, Contender::Edge, server) {
                 Ok(runner) => runners.push(runner),
@@ -143,8 +143,8 @@ impl Session {
     }
 
     /// Reserves the numbers of a run, and returns the first.
-    pub(crate) fn draw(&self) -> u64 {
-        self.drawn.replace(self.drawn.get() + RUN)
+    pub(crate) fn reserve_numbers(&self) -> u64 {
+        self.last_number.replace(self.last_number.get() + NUMBERS_PER_RUN)
     }
 
     /// Loads a server with requests whose numbers start after `first`; every response must have the
@@ -159,10 +159,10 @@ impl Session {
     ) -> Result<(Sample, f64)> {
         let process = &server.process;
         let before = cpu_micros(process)?;
-        let draw = (case.draw, first);
+        let draw = (case.numbers, first);
         let pressure = (case.connections, case.pause);
-        let (folder, host) = (self.stable.folder(), process.address);
-        let sample = load::run(folder, (host, case.over), request, draw, pressure, time)
+        let (folder, host) = (self.contenders.folder(), process.address);
+        let sample = load::run(folder, (host, case.transport), request, draw, pressure, time)
             .with_context(|| process.log())?;
         let cpu = to_f64(cpu_micros(process)? - before) / sample.requests;
         let length = to_f64(answer.length as u64);
@@ -179,7 +179,7 @@ impl Session {
     /// Loads each contender in turn with the same requests. If Unleash Edge fails, it is dropped, and
     /// its earlier results are discarded.
     fn round(&self, case: &Case, runners: &mut Vec<Runner>, time: Duration) -> Result<()> {
-        let (mut out, first) = (None, self.draw());
+        let (mut out, first) = (None, self.reserve_numbers());
         for runner in &mut *runners {
             let Runner { contender, server, request, answer, samples } = runner;
             let sample = self.load(case, first, server, (&*request, &*answer), time);
@@ -207,10 +207,10 @@ impl Case {
             let tag = tag.with_context(|| format!("{} has no entity tag", request.path))?;
             request = request.header("If-None-Match", tag);
         }
-        let looks = match self.draw {
+        let looks = match self.numbers {
             _ if !request.path.contains(NUMBER) => 1,
-            Draw::Next => LOOKS,
-            Draw::Below(end) => end.min(LOOKS),
+            NumberSource::Sequential => SAMPLED_RESPONSES,
+            NumberSource::RandomBelow(end) => end.min(SAMPLED_RESPONSES),
         };
         let mut answers = Vec::new();
         for n in 0..looks {
@@ -257,7 +257,7 @@ impl Runner {
         })
     }
 
-    fn last(&self) -> String {
+    fn last_rate(&self) -> String {
         let rate = self.samples.last().map_or(0.0, |(it, _)| it.per_second());
         format!("{} {rate:.0}/s", self.contender.name())
     }
@@ -270,5 +270,5 @@ fn cpu_micros(process: &Process) -> Result<u64> {
     let rest = stat.rsplit_once(')').context("/proc/PID/stat has a name")?.1;
     let field = |n: usize| rest.split_whitespace().nth(n).and_then(|it| it.parse::<u64>().ok());
     let (user, system) = field(11).zip(field(12)).context("/proc/PID/stat has times")?;
-    Ok((user + system) * TICK)
+    Ok((user + system) * TICK_MICROS)
 }

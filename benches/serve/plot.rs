@@ -5,8 +5,8 @@ use super::{
     measure::Measured,
     numbers::{thousands, to_f64},
     picture::{Panel, Picture},
-    rows::Outcome,
-    scaling::Growth,
+    rows::RowResult,
+    scaling::CurveResult,
 };
 
 fn class(contender: Contender) -> &'static str {
@@ -23,19 +23,19 @@ fn legend(picture: &mut Picture, place: (f64, f64)) {
 }
 
 /// Requests per second, row by row.
-pub(crate) fn requests(outcomes: &[Outcome]) -> String {
+pub(crate) fn requests(outcomes: &[RowResult]) -> String {
     bars(outcomes, "Requests per second, more is better", |it| it.per_second, thousands)
 }
 
 /// The slowest of a hundred requests, row by row.
-pub(crate) fn p99(outcomes: &[Outcome]) -> String {
+pub(crate) fn p99(outcomes: &[RowResult]) -> String {
     let write = |micros: f64| format!("{:.2} ms", micros / 1e3);
     bars(outcomes, "p99 in milliseconds, less is better", |it| it.p99_micros, write)
 }
 
 /// A group of bars for each row, with its value at the end of each bar.
 fn bars(
-    outcomes: &[Outcome],
+    outcomes: &[RowResult],
     title: &str,
     of: fn(&Measured) -> f64,
     write: impl Fn(f64) -> String,
@@ -74,7 +74,7 @@ fn bars(
 }
 
 /// Requests per second over a growing quantity, one panel for each quantity.
-pub(crate) fn growth(growths: &[Growth]) -> String {
+pub(crate) fn growth(growths: &[CurveResult]) -> String {
     const WIDTH: f64 = 300.0;
     const HEIGHT: f64 = 250.0;
     const COLUMNS: usize = 3;
@@ -90,7 +90,7 @@ pub(crate) fn growth(growths: &[Growth]) -> String {
     picture.finish(WIDTH * 3.0, 52.0 + rows * HEIGHT)
 }
 
-fn panel(growth: &Growth) -> Panel<'_> {
+fn panel(growth: &CurveResult) -> Panel<'_> {
     let line = |contender| {
         let rate = |(n, by): &(u64, std::collections::BTreeMap<_, Measured>)| {
             Some((to_f64(*n), by.get(&contender)?.per_second))

@@ -7,28 +7,28 @@ use anyhow::Result;
 use super::{
     contender::Contender,
     measure::Measured,
-    memory::Stated,
+    memory::MemoryMeasurement,
     numbers::{thousands, to_f64, verdict},
     plot,
-    rows::Outcome,
-    scaling::Growth,
-    swap::{self, Swapped},
+    rows::RowResult,
+    scaling::CurveResult,
+    swap::{self, SwapResult},
     table::Table,
 };
 
 /// All results; parts that were not measured are empty.
 #[derive(Debug, Default)]
 pub(crate) struct Report {
-    pub(crate) outcomes: Vec<Outcome>,
-    pub(crate) growths: Vec<Growth>,
-    pub(crate) swaps: Vec<Swapped>,
-    pub(crate) memory: Vec<Stated>,
+    pub(crate) outcomes: Vec<RowResult>,
+    pub(crate) growths: Vec<CurveResult>,
+    pub(crate) swaps: Vec<SwapResult>,
+    pub(crate) memory: Vec<MemoryMeasurement>,
 }
 
 const CONTENDERS: [Contender; 3] = [Contender::Bare, Contender::Parapet, Contender::Edge];
 
 /// Stands for a missing value.
-const NONE: &str = "–";
+const MISSING_VALUE: &str = "–";
 
 impl Report {
     /// The tables, each under a heading.
@@ -37,8 +37,8 @@ impl Report {
             ("Requests per second", "", self.requests()),
             ("Latency, processor time and memory", "", self.costs()),
             ("Growth", "", self.growth()),
-            ("Swaps", SWAPS, self.swapped()),
-            ("Memory", "", self.stated()),
+            ("Swaps", SWAPS, self.swap_table()),
+            ("Memory", "", self.memory_table()),
         ];
         let mut text = String::new();
         for (heading, about, table) in parts.iter().filter(|(.., table)| !table.is_empty()) {
@@ -77,17 +77,17 @@ impl Report {
         ];
         let rows = self.outcomes.iter().map(|outcome| {
             let rate = |it| {
-                number(outcome.measured.get(&it).map(|it: &Measured| it.per_second), thousands)
+                value_or_dash(outcome.measured.get(&it).map(|it: &Measured| it.per_second), thousands)
             };
             let ratio = outcome.ratio(Contender::Bare);
             let goal = outcome.row.goal;
             let mut row = vec![outcome.row.title.to_owned()];
             row.extend(CONTENDERS.map(rate));
             row.extend([
-                number(ratio, |it| format!("{it:.2}")),
-                number(goal, |goal| format!("≥ {goal:.2}")),
+                value_or_dash(ratio, |it| format!("{it:.2}")),
+                value_or_dash(goal, |goal| format!("≥ {goal:.2}")),
                 goal.map_or_else(String::new, |goal| verdict(ratio.is_some_and(|it| it >= goal))),
-                number(outcome.ratio(Contender::Edge), times),
+                value_or_dash(outcome.ratio(Contender::Edge), ratio_text),
             ]);
             row
         });
@@ -101,8 +101,8 @@ impl Report {
                 vec![
                     outcome.row.title.to_owned(),
                     contender.name().to_owned(),
-                    micros(measured.p50_micros),
-                    micros(measured.p99_micros),
+                    duration_text(measured.p50_micros),
+                    duration_text(measured.p99_micros),
                     format!("{:.1} µs", measured.cpu_micros),
                     mebibytes(to_f64(measured.resident)),
                 ]
@@ -126,7 +126,7 @@ impl Report {
         let rows = self.growths.iter().flat_map(|growth| {
             growth.points.iter().map(|(point, measured)| {
                 let rate =
-                    |it| number(measured.get(&it).map(|it: &Measured| it.per_second), thousands);
+                    |it| value_or_dash(measured.get(&it).map(|it: &Measured| it.per_second), thousands);
                 let parapet = &measured[&Contender::Parapet];
                 let bare = measured.get(&Contender::Bare);
                 let point = thousands(to_f64(*point));
@@ -134,8 +134,8 @@ impl Report {
                 let mut row = vec![growth.curve.request.to_owned(), with];
                 row.extend(CONTENDERS.map(rate));
                 row.extend([
-                    number(bare.map(|bare| parapet.ratio(bare)), |it| format!("{it:.2}")),
-                    micros(parapet.p99_micros),
+                    value_or_dash(bare.map(|bare| parapet.ratio(bare)), |it| format!("{it:.2}")),
+                    duration_text(parapet.p99_micros),
                     format!("{:.1} µs", parapet.cpu_micros),
                     mebibytes(to_f64(parapet.resident)),
                 ]);
@@ -145,7 +145,7 @@ impl Report {
         Table::new(&head, rows.collect())
     }
 
-    fn swapped(&self) -> Table {
+    fn swap_table(&self) -> Table {
         let head = [
             "request, 5,000 flags",
             "pauses",
@@ -166,24 +166,24 @@ impl Report {
                 format!("{:.1}", it.swaps_per_second),
                 thousands(it.calm.per_second),
                 thousands(it.swapping.per_second),
-                micros(it.calm.p99_micros),
-                micros(it.swapping.p99_micros),
+                duration_text(it.calm.p99_micros),
+                duration_text(it.swapping.p99_micros),
                 format!("{:.2}", it.p99_ratio),
-                format!("≤ {:.2}", swap::GOAL),
+                format!("≤ {:.2}", swap::MAX_P99_RATIO),
                 verdict(it.is_met()),
-                micros(it.beside.p99_micros),
+                duration_text(it.baseline.p99_micros),
             ]
         });
         Table::new(&head, rows.collect())
     }
 
-    fn stated(&self) -> Table {
+    fn memory_table(&self) -> Table {
         let rows = self.memory.iter().map(|it| {
             vec![
-                it.what.clone(),
-                size(it.bytes),
-                it.bare.map_or_else(String::new, size),
-                it.goal.map_or_else(String::new, |goal| format!("≤ {}", size(goal))),
+                it.subject.clone(),
+                size_text(it.bytes),
+                it.bare.map_or_else(String::new, size_text),
+                it.goal.map_or_else(String::new, |goal| format!("≤ {}", size_text(goal))),
                 it.goal.map_or_else(String::new, |goal| verdict(it.bytes <= goal)),
             ]
         });
@@ -211,20 +211,20 @@ the effect of a change of flags on any server on these processors.
 
 ";
 
-fn number(value: Option<f64>, write: impl Fn(f64) -> String) -> String {
-    value.map_or_else(|| NONE.to_owned(), write)
+fn value_or_dash(value: Option<f64>, write: impl Fn(f64) -> String) -> String {
+    value.map_or_else(|| MISSING_VALUE.to_owned(), write)
 }
 
-fn times(ratio: f64) -> String {
+fn ratio_text(ratio: f64) -> String {
     if ratio < 10.0 { format!("{ratio:.1} ×") } else { format!("{ratio:.0} ×") }
 }
 
-fn micros(value: f64) -> String {
+fn duration_text(value: f64) -> String {
     if value < 1e4 { format!("{} µs", thousands(value)) } else { format!("{:.1} ms", value / 1e3) }
 }
 
 /// Bytes in KiB or MiB.
-fn size(bytes: f64) -> String {
+fn size_text(bytes: f64) -> String {
     if bytes.abs() < 1024.0 * 1024.0 {
         format!("{:.1} KiB", bytes / 1024.0)
     } else {

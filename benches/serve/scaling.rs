@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 
 use super::{
-    contender::{Bearer, Contender},
+    contender::{TokenChoice, Contender},
     exchange::NUMBER,
-    load::Draw,
+    load::NumberSource,
     measure::{Case, Measured, Session},
-    rows::{Ask, FLAGS, frontend},
+    rows::{RequestKind, FLAGS, frontend_path},
 };
 
 /// More rounds would not make a curve more precise.
@@ -38,7 +38,7 @@ pub(crate) const CURVES: [Curve; 6] = [
         request: "`/api/client/features`, 304",
         points: [10, 100, 1_000, 10_000],
         contenders: ALL,
-        case: |flags| Ask::FeaturesUnlessKnown.case(count(flags)),
+        case: |flags| RequestKind::FeaturesNotModified.case(count(flags)),
     },
     Curve {
         id: "flags-frontend",
@@ -46,7 +46,7 @@ pub(crate) const CURVES: [Curve; 6] = [
         request: "`/api/frontend`, same context again",
         points: [10, 100, 1_000, 10_000],
         contenders: ALL,
-        case: |flags| Ask::Frontend.case(count(flags)),
+        case: |flags| RequestKind::Frontend.case(count(flags)),
     },
     Curve {
         id: "flags-new",
@@ -54,7 +54,7 @@ pub(crate) const CURVES: [Curve; 6] = [
         request: "`/api/frontend`, a new user each request",
         points: [10, 100, 1_000, 10_000],
         contenders: ALL,
-        case: |flags| Ask::FrontendNewUser.case(count(flags)),
+        case: |flags| RequestKind::FrontendNewUser.case(count(flags)),
     },
     Curve {
         id: "tokens",
@@ -63,10 +63,10 @@ pub(crate) const CURVES: [Curve; 6] = [
         points: [1, 100, 10_000, 100_000],
         contenders: PAIR,
         case: |tokens| {
-            let mut case = Ask::FeaturesUnlessKnown.case(FLAGS);
+            let mut case = RequestKind::FeaturesNotModified.case(FLAGS);
             let bearer = case.request.headers.iter_mut().find(|(name, _)| name == "Authorization");
-            bearer.expect("every request bears a token").1 = Bearer::Drawn.token();
-            Case { tokens, draw: Draw::Below(tokens), ..case }
+            bearer.expect("every request bears a token").1 = TokenChoice::Numbered.token();
+            Case { tokens, numbers: NumberSource::RandomBelow(tokens), ..case }
         },
     },
     Curve {
@@ -77,7 +77,7 @@ pub(crate) const CURVES: [Curve; 6] = [
         contenders: ALL,
         case: |connections| Case {
             connections: count(connections),
-            ..Ask::FeaturesUnlessKnown.case(FLAGS)
+            ..RequestKind::FeaturesNotModified.case(FLAGS)
         },
     },
     Curve {
@@ -87,29 +87,29 @@ pub(crate) const CURVES: [Curve; 6] = [
         points: [1, 1_000, 100_000, 1_000_000],
         contenders: PAIR,
         case: |contexts| {
-            let mut case = Ask::Frontend.case(FLAGS);
-            case.request.path = frontend(NUMBER);
-            Case { draw: Draw::Below(contexts), ..case }
+            let mut case = RequestKind::Frontend.case(FLAGS);
+            case.request.path = frontend_path(NUMBER);
+            Case { numbers: NumberSource::RandomBelow(contexts), ..case }
         },
     },
 ];
 
 /// The results of a curve.
 #[derive(Debug)]
-pub(crate) struct Growth {
+pub(crate) struct CurveResult {
     pub(crate) curve: &'static Curve,
     pub(crate) points: Vec<(u64, BTreeMap<Contender, Measured>)>,
 }
 
 impl Curve {
-    pub(crate) fn run(&'static self, session: &Session) -> Result<Growth> {
+    pub(crate) fn run(&'static self, session: &Session) -> Result<CurveResult> {
         let points = self.points.iter().map(|&point| {
             eprintln!("{}, {} {}", self.request, point, self.axis);
             let case = (self.case)(point);
             let measured = session.measure(&case, self.contenders, session.rounds.min(ROUNDS))?;
             Ok((point, measured))
         });
-        Ok(Growth { curve: self, points: points.collect::<Result<_>>()? })
+        Ok(CurveResult { curve: self, points: points.collect::<Result<_>>()? })
     }
 }
 

@@ -30,37 +30,37 @@ use tokio::net::TcpListener;
 use super::flags::document;
 
 /// The interval of changes.
-pub(crate) const CHANGE_EVERY: Duration = Duration::from_millis(100);
+pub(crate) const CHANGE_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The path with the number of flag sets that were fetched.
-pub(crate) const COUNT: &str = "/count";
+pub(crate) const COUNT_PATH: &str = "/count";
 
 /// The text that changes: the description of one flag, so that no evaluation changes.
-const CHANGED: &str = "Some description of feature 0 ";
+const CHANGED_TEXT: &str = "Some description of feature 0 ";
 
 struct Upstream {
     before: Bytes,
     after: Bytes,
-    swapping: AtomicBool,
+    is_changing: AtomicBool,
     revision: AtomicU64,
-    fetched: AtomicU64,
+    fetch_count: AtomicU64,
 }
 
 /// Serves this many flags until the process is killed.
 pub(crate) fn serve(flags: usize, port: u16) -> Result<()> {
     let text = document(flags);
-    let at = text.find(CHANGED).expect("the first flag is described") + CHANGED.len();
+    let at = text.find(CHANGED_TEXT).expect("the first flag is described") + CHANGED_TEXT.len();
     let upstream = Arc::new(Upstream {
         before: Bytes::from(text.as_bytes()[..at].to_vec()),
         after: Bytes::from(text.as_bytes()[at..].to_vec()),
-        swapping: AtomicBool::new(false),
+        is_changing: AtomicBool::new(false),
         revision: AtomicU64::new(0),
-        fetched: AtomicU64::new(0),
+        fetch_count: AtomicU64::new(0),
     });
     let input = Arc::clone(&upstream);
     std::thread::spawn(move || {
         for line in std::io::stdin().lock().lines().map_while(Result::ok) {
-            input.swapping.store(line == "swap", Ordering::Relaxed);
+            input.is_changing.store(line == "swap", Ordering::Relaxed);
         }
         // The process that started this one has exited.
         std::process::exit(0);
@@ -69,10 +69,10 @@ pub(crate) fn serve(flags: usize, port: u16) -> Result<()> {
         let listener = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).await?;
         let ticking = Arc::clone(&upstream);
         tokio::spawn(async move {
-            let mut tick = tokio::time::interval(CHANGE_EVERY);
+            let mut tick = tokio::time::interval(CHANGE_INTERVAL);
             loop {
                 tick.tick().await;
-                if ticking.swapping.load(Ordering::Relaxed) {
+                if ticking.is_changing.load(Ordering::Relaxed) {
                     ticking.revision.fetch_add(1, Ordering::Relaxed);
                 }
             }
@@ -81,7 +81,7 @@ pub(crate) fn serve(flags: usize, port: u16) -> Result<()> {
             let (stream, _) = listener.accept().await?;
             let upstream = Arc::clone(&upstream);
             tokio::spawn(async move {
-                let service = service_fn(|request| upstream.answer(request));
+                let service = service_fn(|request| upstream.respond(request));
                 let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
             });
         }
@@ -89,19 +89,19 @@ pub(crate) fn serve(flags: usize, port: u16) -> Result<()> {
 }
 
 impl Upstream {
-    async fn answer(
+    async fn respond(
         &self,
         request: Request<Incoming>,
     ) -> Result<Response<Full<Bytes>>, Infallible> {
         Ok(match (request.method(), request.uri().path()) {
-            (&Method::GET, COUNT) => json_reply(&json!(self.fetched.load(Ordering::Relaxed))),
+            (&Method::GET, COUNT_PATH) => json_response(&json!(self.fetch_count.load(Ordering::Relaxed))),
             (&Method::GET, "/api/client/features") => self.features(&request).await,
             (&Method::POST, "/edge/validate") => {
                 let body = request.into_body().collect().await;
                 let body = body.map(http_body_util::Collected::to_bytes).unwrap_or_default();
-                json_reply(&valid(&body))
+                json_response(&validation_response(&body))
             }
-            _ => reply(StatusCode::ACCEPTED, Bytes::new()),
+            _ => response(StatusCode::ACCEPTED, Bytes::new()),
         })
     }
 
@@ -114,17 +114,17 @@ impl Upstream {
             if !is_known(&current()) {
                 break;
             }
-            tokio::time::sleep(CHANGE_EVERY / 10).await;
+            tokio::time::sleep(CHANGE_INTERVAL / 10).await;
         }
         let tag = current();
         let mut response = if is_known(&tag) {
-            reply(StatusCode::NOT_MODIFIED, Bytes::new())
+            response(StatusCode::NOT_MODIFIED, Bytes::new())
         } else {
-            self.fetched.fetch_add(1, Ordering::Relaxed);
+            self.fetch_count.fetch_add(1, Ordering::Relaxed);
             // Each change has the same length.
             let change = format!("(as of {:010}) ", self.revision.load(Ordering::Relaxed));
             let parts = [&self.before, change.as_bytes(), &self.after];
-            reply(StatusCode::OK, Bytes::from(parts.concat()))
+            response(StatusCode::OK, Bytes::from(parts.concat()))
         };
         let tag = tag.try_into().expect("a number in quotes");
         response.headers_mut().insert(header::ETAG, tag);
@@ -133,7 +133,7 @@ impl Upstream {
 }
 
 /// The response of `/edge/validate`: all tokens are valid.
-fn valid(body: &[u8]) -> Value {
+fn validation_response(body: &[u8]) -> Value {
     let request: Value = serde_json::from_slice(body).unwrap_or_default();
     let tokens = request["tokens"].as_array().cloned().unwrap_or_default();
     let verdict = |token: &Value| {
@@ -146,11 +146,11 @@ fn valid(body: &[u8]) -> Value {
     json!({ "tokens": tokens.iter().map(verdict).collect::<Vec<_>>() })
 }
 
-fn json_reply(value: &Value) -> Response<Full<Bytes>> {
-    reply(StatusCode::OK, Bytes::from(value.to_string()))
+fn json_response(value: &Value) -> Response<Full<Bytes>> {
+    response(StatusCode::OK, Bytes::from(value.to_string()))
 }
 
-fn reply(status: StatusCode, body: Bytes) -> Response<Full<Bytes>> {
+fn response(status: StatusCode, body: Bytes) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(body));
     *response.status_mut() = status;
     let json = header::HeaderValue::from_static("application/json");

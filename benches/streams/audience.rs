@@ -30,16 +30,16 @@ use tokio::{
 };
 
 /// The timeout for anything that is waited for.
-const PATIENCE: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// The interval of polling while waiting: rare enough to use no relevant processor time.
-const LOOK_EVERY: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// The number of clients that may be connecting at a time.
-const ARRIVING: usize = 64;
+const MAX_CONNECTING: usize = 64;
 
 /// The end of each event or comment: a blank line, and the end of the chunk.
-const END: &[u8] = b"\n\n\r\n";
+const EVENT_END: &[u8] = b"\n\n\r\n";
 
 thread_local! {
     /// The read buffer of all clients of a thread.
@@ -48,8 +48,8 @@ thread_local! {
 
 /// A set of streaming clients.
 #[derive(Debug)]
-pub(crate) struct Audience {
-    heard: Arc<Heard>,
+pub(crate) struct StreamClients {
+    received: Arc<Received>,
     clients: JoinSet<()>,
     // Dropped last.
     runtime: Runtime,
@@ -57,35 +57,35 @@ pub(crate) struct Audience {
 
 /// The events that all clients together have received.
 #[derive(Debug, Default)]
-struct Heard {
+struct Received {
     hydrations: AtomicU64,
     comments: AtomicU64,
     /// The arrival time of each update since [`StreamClients::clear_updates`].
-    frames: Mutex<Vec<Timestamp>>,
+    update_times: Mutex<Vec<Timestamp>>,
     /// Why clients have ended, with the number of clients for each reason.
-    gone: Mutex<BTreeMap<String, u64>>,
+    failures: Mutex<BTreeMap<String, u64>>,
 }
 
-impl Audience {
+impl StreamClients {
     /// Without clients.
     pub(crate) fn new() -> Result<Self> {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-        Ok(Self { heard: Arc::default(), clients: JoinSet::new(), runtime })
+        Ok(Self { received: Arc::default(), clients: JoinSet::new(), runtime })
     }
 
     /// Connects `count` clients, and waits until each has received the hydration event.
-    pub(crate) fn open(&mut self, count: u64, host: SocketAddr, request: &str) -> Result<()> {
-        let room = Arc::new(Semaphore::new(ARRIVING));
+    pub(crate) fn connect(&mut self, count: u64, host: SocketAddr, request: &str) -> Result<()> {
+        let room = Arc::new(Semaphore::new(MAX_CONNECTING));
         let request: Arc<str> = request.into();
-        let before = self.heard.hydrations.load(Ordering::Relaxed);
+        let before = self.received.hydrations.load(Ordering::Relaxed);
         for _ in 0..count {
             let (received, room, request) =
-                (Arc::clone(&self.heard), Arc::clone(&room), Arc::clone(&request));
+                (Arc::clone(&self.received), Arc::clone(&room), Arc::clone(&request));
             let client = async move {
                 let permit = room.acquire_owned().await.expect("the semaphore is never closed");
-                let Err(error) = follow(host, &request, &received, permit).await;
-                *lock(&received.gone).entry(format!("{error:#}")).or_default() += 1;
+                let Err(error) = read_stream(host, &request, &received, permit).await;
+                *lock(&received.failures).entry(format!("{error:#}")).or_default() += 1;
             };
             self.clients.spawn_on(client, self.runtime.handle());
         }
@@ -96,47 +96,47 @@ impl Audience {
 
     /// The number of comments so far.
     pub(crate) fn comments(&self) -> u64 {
-        self.heard.comments.load(Ordering::Relaxed)
+        self.received.comments.load(Ordering::Relaxed)
     }
 
     /// Waits until there have been this many comments.
-    pub(crate) fn await_comments(&self, count: u64) -> Result<()> {
+    pub(crate) fn wait_for_comments(&self, count: u64) -> Result<()> {
         self.wait("there are no comments", |received| {
             received.comments.load(Ordering::Relaxed) >= count
         })
     }
 
     /// Forgets the updates so far.
-    pub(crate) fn forget(&self) {
-        lock(&self.heard.frames).clear();
+    pub(crate) fn clear_updates(&self) {
+        lock(&self.received.update_times).clear();
     }
 
     /// The arrival times of updates since [`StreamClients::clear_updates`], earliest first; waits for
     /// this many.
-    pub(crate) fn await_frames(&self, count: u64) -> Result<Vec<Timestamp>> {
+    pub(crate) fn wait_for_updates(&self, count: u64) -> Result<Vec<Timestamp>> {
         let count = usize::try_from(count)?;
         self.wait("not all clients got the update", |received| {
-            lock(&received.frames).len() >= count
+            lock(&received.update_times).len() >= count
         })?;
-        let mut frames = std::mem::take(&mut *lock(&self.heard.frames));
+        let mut frames = std::mem::take(&mut *lock(&self.received.update_times));
         ensure!(frames.len() == count, "{} frames for {count} clients", frames.len());
         frames.sort();
         Ok(frames)
     }
 
     /// Disconnects all clients.
-    pub(crate) fn leave(&mut self) {
+    pub(crate) fn disconnect(&mut self) {
         self.runtime.block_on(self.clients.shutdown());
     }
 
-    fn wait(&self, failure: &'static str, is_there: impl Fn(&Heard) -> bool) -> Result<()> {
+    fn wait(&self, failure: &'static str, is_there: impl Fn(&Received) -> bool) -> Result<()> {
         let began = Instant::now();
-        while !is_there(&self.heard) {
-            let gone = lock(&self.heard.gone);
+        while !is_there(&self.received) {
+            let gone = lock(&self.received.failures);
             ensure!(gone.is_empty(), "clients have ended: {gone:?}");
             drop(gone);
-            ensure!(began.elapsed() < PATIENCE, failure);
-            sleep(LOOK_EVERY);
+            ensure!(began.elapsed() < TIMEOUT, failure);
+            sleep(POLL_INTERVAL);
         }
         Ok(())
     }
@@ -148,29 +148,29 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Reads a stream until it fails. Releases the permit when the hydration event has arrived.
-async fn follow(
+async fn read_stream(
     host: SocketAddr,
     request: &str,
-    received: &Heard,
+    received: &Received,
     permit: OwnedSemaphorePermit,
 ) -> Result<std::convert::Infallible> {
     let mut stream = TcpStream::connect(host).await.context("no connection")?;
     stream.write_all(request.as_bytes()).await?;
-    let (mut pieces, mut permit) = (Pieces::default(), Some(permit));
+    let (mut pieces, mut permit) = (EventSplitter::default(), Some(permit));
     loop {
         let length = poll_fn(|cx| {
             BUFFER.with_borrow_mut(|buffer| {
                 let mut buffer = ReadBuf::new(buffer);
                 ready!(Pin::new(&mut stream).poll_read(cx, &mut buffer))?;
                 let bytes = buffer.filled();
-                pieces.read(bytes, |piece| {
-                    match Said::of(piece)? {
-                        Said::Everything => {
+                pieces.push(bytes, |piece| {
+                    match EventKind::parse(piece)? {
+                        EventKind::Hydration => {
                             permit = None;
                             received.hydrations.fetch_add(1, Ordering::Relaxed);
                         }
-                        Said::Change => lock(&received.frames).push(Timestamp::now()),
-                        Said::Nothing => {
+                        EventKind::Update => lock(&received.update_times).push(Timestamp::now()),
+                        EventKind::Comment => {
                             received.comments.fetch_add(1, Ordering::Relaxed);
                         }
                     }
@@ -184,21 +184,21 @@ async fn follow(
 }
 
 /// The kind of an event.
-enum Said {
-    Everything,
-    Change,
-    Nothing,
+enum EventKind {
+    Hydration,
+    Update,
+    Comment,
 }
 
-impl Said {
-    fn of(piece: &[u8]) -> Result<Self> {
+impl EventKind {
+    fn parse(piece: &[u8]) -> Result<Self> {
         // The first event follows the response's head, the others the length of their chunk.
         let start = &piece[..piece.len().min(1000)];
         let begins = |text: &str| memmem::find(start, text.as_bytes()).is_some();
         Ok(match () {
-            () if begins("event: unleash-connected\n") => Self::Everything,
-            () if begins("event: unleash-updated\n") => Self::Change,
-            () if begins("\r\n: ") => Self::Nothing,
+            () if begins("event: unleash-connected\n") => Self::Hydration,
+            () if begins("event: unleash-updated\n") => Self::Update,
+            () if begins("\r\n: ") => Self::Comment,
             () => bail!("unexpected event in a stream: {:?}", String::from_utf8_lossy(start)),
         })
     }
@@ -206,45 +206,45 @@ impl Said {
 
 /// Splits what is read into whole events.
 #[derive(Debug, Default)]
-struct Pieces {
+struct EventSplitter {
     /// The beginning of an incomplete event.
-    begun: Vec<u8>,
+    partial: Vec<u8>,
 }
 
-impl Pieces {
+impl EventSplitter {
     /// Passes each event that is complete now to `handle`.
-    fn read(&mut self, bytes: &[u8], mut handle: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        let mut begun = std::mem::take(&mut self.begun);
+    fn push(&mut self, bytes: &[u8], mut handle: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let mut begun = std::mem::take(&mut self.partial);
         let mut rest = if begun.is_empty() {
             bytes
         } else {
             begun.extend_from_slice(bytes);
             &begun
         };
-        while let Some(at) = memmem::find(rest, END) {
-            let (piece, others) = rest.split_at(at + END.len());
+        while let Some(at) = memmem::find(rest, EVENT_END) {
+            let (piece, others) = rest.split_at(at + EVENT_END.len());
             handle(piece)?;
             rest = others;
         }
-        self.begun = rest.to_vec();
+        self.partial = rest.to_vec();
         Ok(())
     }
 }
 
 /// The events that one client receives: the hydration with the response's head, and then the update
 /// after `cause` has changed a flag.
-pub(crate) fn record(
+pub(crate) fn record_events(
     host: SocketAddr,
     request: &str,
     cause: impl FnOnce() -> Result<()>,
 ) -> Result<(Vec<u8>, Vec<u8>)> {
     use std::io::{Read as _, Write as _};
     let mut stream = std::net::TcpStream::connect(host)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     stream.write_all(request.as_bytes())?;
     let mut next = || {
         let (mut text, mut bytes) = (Vec::new(), [0; 4096]);
-        while !text.ends_with(END) {
+        while !text.ends_with(EVENT_END) {
             let length = stream.read(&mut bytes)?;
             ensure!(length > 0, "the stream has ended");
             text.extend_from_slice(&bytes[..length]);
@@ -255,9 +255,9 @@ pub(crate) fn record(
     cause()?;
     let change = next()?;
     ensure!(
-        matches!(Said::of(&everything)?, Said::Everything),
+        matches!(EventKind::parse(&everything)?, EventKind::Hydration),
         "the first event is not a hydration"
     );
-    ensure!(matches!(Said::of(&change)?, Said::Change), "the second event is not an update");
+    ensure!(matches!(EventKind::parse(&change)?, EventKind::Update), "the second event is not an update");
     Ok((everything, change))
 }

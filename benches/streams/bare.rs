@@ -19,7 +19,7 @@ use tokio::{
     sync::watch,
 };
 
-use super::server::CHANGED;
+use super::server::CHANGE_LOG_TEXT;
 
 /// Serves the contents of two files: the first response, and each change.
 pub(crate) fn serve(first: &Path, then: &Path, port: u16) -> Result<()> {
@@ -28,7 +28,7 @@ pub(crate) fn serve(first: &Path, then: &Path, port: u16) -> Result<()> {
     let trigger = changes.clone();
     std::thread::spawn(move || {
         for _ in std::io::stdin().lock().lines().map_while(Result::ok) {
-            println!("{} {CHANGED}", Timestamp::now());
+            println!("{} {CHANGE_LOG_TEXT}", Timestamp::now());
             trigger.send_modify(|count| *count += 1);
         }
         // The process that started this one has exited.
@@ -40,12 +40,12 @@ pub(crate) fn serve(first: &Path, then: &Path, port: u16) -> Result<()> {
             let (stream, _) = listener.accept().await?;
             stream.set_nodelay(true)?;
             // Errors of clients that disconnect are ignored.
-            tokio::spawn(tell(stream, first.clone(), then.clone(), changes.subscribe()));
+            tokio::spawn(serve_stream(stream, first.clone(), then.clone(), changes.subscribe()));
         }
     })
 }
 
-async fn tell(
+async fn serve_stream(
     mut stream: TcpStream,
     first: Bytes,
     then: Bytes,

@@ -38,16 +38,16 @@ use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use crate::{measure::Session, report::Report};
 
 /// The numbers of streams that are measured.
-const LEVELS: [u64; 3] = [100, 1_000, 10_000];
+const STREAM_COUNTS: [u64; 3] = [100, 1_000, 10_000];
 
 /// The number of changes for each number of streams.
 const ROUNDS: u16 = 7;
 
 /// How long the cost of keep-alive comments is measured.
-const STRETCH: Duration = Duration::from_secs(12);
+const KEEPALIVE_DURATION: Duration = Duration::from_secs(12);
 
 /// Open files in addition to streams.
-const OTHER_FILES: u64 = 100;
+const RESERVED_FILES: u64 = 100;
 
 fn main() -> Result<()> {
     let matches = command().get_matches();
@@ -110,13 +110,13 @@ fn bench(matches: &ArgMatches) -> Result<()> {
     let session = Session {
         folder: folder.path().to_owned(),
         rounds: rounds.into(),
-        stretch: (!quick).then_some(STRETCH),
+        keepalive_duration: (!quick).then_some(KEEPALIVE_DURATION),
     };
     process::raise_fd_limit()?;
-    let room = process::fd_limit().saturating_sub(OTHER_FILES);
+    let room = process::fd_limit().saturating_sub(RESERVED_FILES);
     let selected: Option<Vec<u64>> =
         matches.get_many("streams").map(|them| them.copied().collect());
-    let counts = selected.clone().unwrap_or(LEVELS.into());
+    let counts = selected.clone().unwrap_or(STREAM_COUNTS.into());
     let (levels, beyond): (Vec<u64>, Vec<u64>) = counts.iter().partition(|&&it| it <= room);
     if !beyond.is_empty() {
         eprintln!(

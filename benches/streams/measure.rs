@@ -12,7 +12,7 @@ use anyhow::Result;
 use jiff::Timestamp;
 
 use super::{
-    audience::{Audience, record},
+    audience::{StreamClients, record_events},
     numbers::{median, to_f64},
     process::Process,
     server::Server,
@@ -25,7 +25,7 @@ pub(crate) struct Session {
     /// The number of changes.
     pub(crate) rounds: usize,
     /// How long the cost of keep-alive comments is measured, if at all.
-    pub(crate) stretch: Option<Duration>,
+    pub(crate) keepalive_duration: Option<Duration>,
 }
 
 /// The results for one number of streams, for as many idle connections, and for the baseline.
@@ -33,20 +33,20 @@ pub(crate) struct Session {
 pub(crate) struct Level {
     pub(crate) streams: u64,
     /// Resident memory per stream, in bytes.
-    pub(crate) stream: f64,
+    pub(crate) stream_bytes: f64,
     /// The same after all clients have disconnected and reconnected.
-    pub(crate) again: f64,
-    pub(crate) idle: f64,
-    pub(crate) bare: f64,
-    pub(crate) told: Spread,
-    pub(crate) bare_told: Spread,
-    pub(crate) kept: Option<Kept>,
+    pub(crate) reconnected_bytes: f64,
+    pub(crate) idle_bytes: f64,
+    pub(crate) bare_bytes: f64,
+    pub(crate) delivery: DeliveryTimes,
+    pub(crate) bare_delivery: DeliveryTimes,
+    pub(crate) keepalive: Option<KeepaliveCost>,
 }
 
 /// When clients received a change, in milliseconds since the server began to send it; medians over
 /// rounds.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Spread {
+pub(crate) struct DeliveryTimes {
     pub(crate) first: f64,
     pub(crate) p50: f64,
     pub(crate) p99: f64,
@@ -57,7 +57,7 @@ pub(crate) struct Spread {
 
 /// The cost of keep-alive comments.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Kept {
+pub(crate) struct KeepaliveCost {
     /// Comments per second on all streams.
     pub(crate) comments: f64,
     /// Processor time with streams, as a fraction of one core.
@@ -67,52 +67,52 @@ pub(crate) struct Kept {
 }
 
 /// The pause between rounds, for servers that would not pause themselves.
-const BETWEEN_ROUNDS: Duration = Duration::from_millis(300);
+const ROUND_PAUSE: Duration = Duration::from_millis(300);
 
 impl Session {
     /// Measures this number of streams.
     pub(crate) fn measure(&self, streams: u64) -> Result<Level> {
         eprintln!("{streams} streams");
-        let (idle, idle_share) = self.idle(streams)?;
+        let (idle, idle_share) = self.measure_idle(streams)?;
         eprintln!("  {idle:.0} bytes an idle connection");
 
         let mut server = Server::parapet(&self.folder, streams)?;
         let (request, host) = (server.request(), server.process.address);
-        let (first, then) = record(host, &request, || server.change())?;
-        server.await_nobody()?;
+        let (first, then) = record_events(host, &request, || server.change_flag())?;
+        server.wait_until_no_streams()?;
         let before = server.process.settled_resident()?;
-        let mut audience = Audience::new()?;
+        let mut audience = StreamClients::new()?;
         let each = |server: &Server| -> Result<f64> {
             Ok((to_f64(server.process.settled_resident()?) - to_f64(before)) / to_f64(streams))
         };
-        audience.open(streams, host, &request)?;
+        audience.connect(streams, host, &request)?;
         let stream = each(&server)?;
-        audience.leave();
-        server.await_nobody()?;
-        audience.open(streams, host, &request)?;
+        audience.disconnect();
+        server.wait_until_no_streams()?;
+        audience.connect(streams, host, &request)?;
         let again = each(&server)?;
         eprintln!("  {stream:.0} bytes a stream, {again:.0} after reconnecting");
-        let told = self.tell(&mut server, &audience, streams)?;
-        let kept = self.keep(&server, &audience)?;
+        let told = self.measure_delivery(&mut server, &audience, streams)?;
+        let kept = self.measure_keepalive(&server, &audience)?;
         let kept = kept.zip(idle_share).map(|((comments, streams), idle)| {
             eprintln!("  {comments:.1} comments/s, {:.3} % of a core", streams * 100.0);
-            Kept { comments, streams, idle }
+            KeepaliveCost { comments, streams, idle }
         });
         drop((audience, server));
 
         let mut server = Server::bare(&self.folder, &first, &then)?;
         let before = server.process.settled_resident()?;
-        let mut audience = Audience::new()?;
-        audience.open(streams, server.process.address, &request)?;
+        let mut audience = StreamClients::new()?;
+        audience.connect(streams, server.process.address, &request)?;
         let bare = (to_f64(server.process.settled_resident()?) - to_f64(before)) / to_f64(streams);
         eprintln!("  {bare:.0} bytes a stream of the baseline");
-        let bare_told = self.tell(&mut server, &audience, streams)?;
-        Ok(Level { streams, stream, again, idle, bare, told, bare_told, kept })
+        let bare_told = self.measure_delivery(&mut server, &audience, streams)?;
+        Ok(Level { streams, stream_bytes: stream, reconnected_bytes: again, idle_bytes: idle, bare_bytes: bare, delivery: told, bare_delivery: bare_told, keepalive: kept })
     }
 
     /// The memory of each of `count` connections that were used once and stay open, and the processor
     /// time of all of them as a fraction of one core.
-    fn idle(&self, count: u64) -> Result<(f64, Option<f64>)> {
+    fn measure_idle(&self, count: u64) -> Result<(f64, Option<f64>)> {
         let server = Server::parapet(&self.folder, count)?;
         let (poll, host) = (server.poll()?, server.process.address);
         let before = server.process.settled_resident()?;
@@ -123,22 +123,22 @@ impl Session {
         });
         let open = open.collect::<Result<Vec<_>>>()?;
         let each = (to_f64(server.process.settled_resident()?) - to_f64(before)) / to_f64(count);
-        let share = self.stretch.map(|time| share(&server.process, time)).transpose()?;
+        let share = self.keepalive_duration.map(|time| cpu_share(&server.process, time)).transpose()?;
         drop(open);
         Ok((each, share))
     }
 
     /// Measures several changes, after one that does not count.
-    fn tell(&self, server: &mut Server, audience: &Audience, streams: u64) -> Result<Spread> {
+    fn measure_delivery(&self, server: &mut Server, audience: &StreamClients, streams: u64) -> Result<DeliveryTimes> {
         let mut rounds = Vec::new();
         for round in 0..=self.rounds {
-            audience.forget();
+            audience.clear_updates();
             let before = cpu_nanos(&server.process)?;
-            server.change()?;
-            let frames = audience.await_frames(streams)?;
+            server.change_flag()?;
+            let frames = audience.wait_for_updates(streams)?;
             let nanos = cpu_nanos(&server.process)?.saturating_sub(before);
             let cpu_micros = to_f64(nanos) / 1e3 / to_f64(streams);
-            let spread = Spread::of(&frames, server.changed_at()?, cpu_micros);
+            let spread = DeliveryTimes::of(&frames, server.changed_at()?, cpu_micros);
             if round > 0 {
                 eprintln!(
                     "  round {round} of {}: the last after {:.1} ms, {cpu_micros:.1} µs each",
@@ -146,23 +146,23 @@ impl Session {
                 );
                 rounds.push(spread);
             }
-            sleep(BETWEEN_ROUNDS);
+            sleep(ROUND_PAUSE);
         }
-        Ok(Spread::median(&rounds))
+        Ok(DeliveryTimes::median(&rounds))
     }
 
     /// Comments per second, and processor time as a fraction of one core, from the first comment on.
-    fn keep(&self, server: &Server, audience: &Audience) -> Result<Option<(f64, f64)>> {
-        let Some(time) = self.stretch else { return Ok(None) };
-        audience.await_comments(1)?;
+    fn measure_keepalive(&self, server: &Server, audience: &StreamClients) -> Result<Option<(f64, f64)>> {
+        let Some(time) = self.keepalive_duration else { return Ok(None) };
+        audience.wait_for_comments(1)?;
         let (before, began) = (audience.comments(), Instant::now());
-        let share = share(&server.process, time)?;
+        let share = cpu_share(&server.process, time)?;
         let comments = to_f64(audience.comments() - before) / began.elapsed().as_secs_f64();
         Ok(Some((comments, share)))
     }
 }
 
-impl Spread {
+impl DeliveryTimes {
     /// From these arrival times, earliest first, and the start.
     fn of(arrivals: &[Timestamp], start: Timestamp, cpu_micros: f64) -> Self {
         let after = |share: usize| {
@@ -186,7 +186,7 @@ impl Spread {
 }
 
 /// Processor time over a period, as a fraction of one core.
-fn share(process: &Process, stretch: Duration) -> Result<f64> {
+fn cpu_share(process: &Process, stretch: Duration) -> Result<f64> {
     let (before, began) = (cpu_nanos(process)?, Instant::now());
     sleep(stretch);
     let nanos = cpu_nanos(process)?.saturating_sub(before);

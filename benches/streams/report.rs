@@ -5,17 +5,17 @@ use std::{fs, path::Path};
 use anyhow::Result;
 
 use super::{
-    measure::{Kept, Level},
+    measure::{KeepaliveCost, Level},
     numbers::{thousands, to_f64, verdict},
     picture::{Panel, Picture},
     table::Table,
 };
 
 /// The goal for a stream, in bytes.
-const MEMORY_GOAL: f64 = 16.0 * 1024.0;
+const MEMORY_GOAL_BYTES: f64 = 16.0 * 1024.0;
 
 /// The goal for the last client to receive a change, in milliseconds.
-const TOLD_GOAL: f64 = 150.0;
+const DELIVERY_GOAL_MILLIS: f64 = 150.0;
 
 /// All results.
 #[derive(Debug)]
@@ -28,8 +28,8 @@ impl Report {
     pub(crate) fn tables(&self) -> String {
         let parts = [
             ("Memory", MEMORY, self.memory()),
-            ("Delivery of a change", TOLD, self.told()),
-            ("Keeping alive", KEPT, self.kept()),
+            ("Delivery of a change", DELIVERY, self.delivery()),
+            ("Keeping alive", KEEPALIVE, self.keepalive()),
         ];
         let parts = parts.iter().filter(|(.., table)| !table.is_empty());
         let parts =
@@ -63,18 +63,18 @@ impl Report {
         let rows = self.levels.iter().map(|it| {
             vec![
                 thousands(to_f64(it.streams)),
-                kibibytes(it.stream),
-                kibibytes(it.again),
-                format!("≤ {}", kibibytes(MEMORY_GOAL)),
-                verdict(it.stream.max(it.again) <= MEMORY_GOAL),
-                kibibytes(it.idle),
-                kibibytes(it.bare),
+                kibibytes(it.stream_bytes),
+                kibibytes(it.reconnected_bytes),
+                format!("≤ {}", kibibytes(MEMORY_GOAL_BYTES)),
+                verdict(it.stream_bytes.max(it.reconnected_bytes) <= MEMORY_GOAL_BYTES),
+                kibibytes(it.idle_bytes),
+                kibibytes(it.bare_bytes),
             ]
         });
         Table::new(&head, rows.collect())
     }
 
-    fn told(&self) -> Table {
+    fn delivery(&self) -> Table {
         let head = [
             "streams",
             "",
@@ -88,7 +88,7 @@ impl Report {
             "processor, each",
         ];
         let rows = self.levels.iter().flat_map(|it| {
-            let row = |name: &str, told: &super::measure::Spread, rest: [String; 3]| {
+            let row = |name: &str, told: &super::measure::DeliveryTimes, rest: [String; 3]| {
                 let times = [told.first, told.p50, told.p99, told.last].map(millis);
                 let mut row = vec![thousands(to_f64(it.streams)), name.to_owned()];
                 row.extend(times.into_iter().chain(rest));
@@ -96,19 +96,19 @@ impl Report {
                 row
             };
             let rest = [
-                format!("≤ {}", millis(TOLD_GOAL)),
-                verdict(it.told.last <= TOLD_GOAL),
-                format!("{:.2}", it.told.last / it.bare_told.last),
+                format!("≤ {}", millis(DELIVERY_GOAL_MILLIS)),
+                verdict(it.delivery.last <= DELIVERY_GOAL_MILLIS),
+                format!("{:.2}", it.delivery.last / it.bare_delivery.last),
             ];
             [
-                row("Parapet", &it.told, rest),
-                row("bare tokio", &it.bare_told, [const { String::new() }; 3]),
+                row("Parapet", &it.delivery, rest),
+                row("bare tokio", &it.bare_delivery, [const { String::new() }; 3]),
             ]
         });
         Table::new(&head, rows.collect())
     }
 
-    fn kept(&self) -> Table {
+    fn keepalive(&self) -> Table {
         let head = [
             "streams",
             "comments per second",
@@ -117,7 +117,7 @@ impl Report {
             "each comment",
         ];
         let rows = self.levels.iter().filter_map(|it| {
-            let Kept { comments, streams, idle } = it.kept?;
+            let KeepaliveCost { comments, streams, idle } = it.keepalive?;
             Some(vec![
                 thousands(to_f64(it.streams)),
                 format!("{comments:.1}"),
@@ -142,27 +142,27 @@ impl Report {
                 title: "resident memory of each, KiB",
                 axis: "streams",
                 lines: vec![
-                    ("bare", line(&|it| Some(it.bare / 1024.0))),
-                    ("edge", line(&|it| Some(it.idle / 1024.0))),
-                    ("parapet", line(&|it| Some(it.stream.max(it.again) / 1024.0))),
+                    ("bare", line(&|it| Some(it.bare_bytes / 1024.0))),
+                    ("edge", line(&|it| Some(it.idle_bytes / 1024.0))),
+                    ("parapet", line(&|it| Some(it.stream_bytes.max(it.reconnected_bytes) / 1024.0))),
                 ],
-                goal: Some(MEMORY_GOAL / 1024.0),
+                goal: Some(MEMORY_GOAL_BYTES / 1024.0),
             },
             Panel {
                 title: "from a change to its last reader, ms",
                 axis: "streams",
                 lines: vec![
-                    ("bare", line(&|it| Some(it.bare_told.last))),
-                    ("parapet", line(&|it| Some(it.told.last))),
+                    ("bare", line(&|it| Some(it.bare_delivery.last))),
+                    ("parapet", line(&|it| Some(it.delivery.last))),
                 ],
-                goal: Some(TOLD_GOAL),
+                goal: Some(DELIVERY_GOAL_MILLIS),
             },
             Panel {
                 title: "keeping alive, % of one core",
                 axis: "streams",
                 lines: vec![
-                    ("edge", line(&|it| Some(it.kept?.idle * 100.0))),
-                    ("parapet", line(&|it| Some(it.kept?.streams * 100.0))),
+                    ("edge", line(&|it| Some(it.keepalive?.idle * 100.0))),
+                    ("parapet", line(&|it| Some(it.keepalive?.streams * 100.0))),
                 ],
                 goal: None,
             },
@@ -194,12 +194,12 @@ The increase of resident memory once each stream has received its 175 kB and mem
 divided by the number of streams, and the same after all clients have disconnected and reconnected.
 For comparison: idle connections that were used for one request.";
 
-const TOLD: &str = "\
+const DELIVERY: &str = "\
 One flag changes. The time from the swap in the server's log until a client has read the last byte
 of the event; the clients share the same cores. The server's processor time per client includes
 reading and compiling the flags.";
 
-const KEPT: &str = "\
+const KEEPALIVE: &str = "\
 Processor time of the server while it sends only the comments that prevent proxies from closing idle
 streams, one every 15 to 25 seconds on each stream.";
 

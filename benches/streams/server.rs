@@ -16,7 +16,7 @@ use super::{exchange::Request, flags::document, parapet, process::Process};
 pub(crate) const FLAGS: usize = 350;
 
 /// The log message of either server right before it sends a change.
-pub(crate) const CHANGED: &str = "New flags";
+pub(crate) const CHANGE_LOG_TEXT: &str = "New flags";
 
 const CLIENT: &str = "*:development.client-of-the-benchmark-0123456789abcdef";
 
@@ -24,7 +24,7 @@ const CLIENT: &str = "*:development.client-of-the-benchmark-0123456789abcdef";
 const DESCRIPTION: &str = "Some description of feature 0 ";
 
 /// The timeout until closed connections have ended.
-const PATIENCE: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// A streaming server.
 #[derive(Debug)]
@@ -77,21 +77,21 @@ impl Server {
 
     /// A client's request for a stream.
     pub(crate) fn request(&self) -> String {
-        ask("/api/client/streaming")
+        authorized_get("/api/client/streaming")
             .header("Accept", "text/event-stream")
             .text(self.process.address)
     }
 
     /// The request of a polling client that is up to date.
     pub(crate) fn poll(&self) -> Result<Request> {
-        let request = ask("/api/client/features");
+        let request = authorized_get("/api/client/features");
         let answer = request.send(self.process.address, 0)?;
         let tag = answer.header("etag").context("flags have an entity tag")?;
         Ok(request.header("If-None-Match", tag))
     }
 
     /// Changes a flag, which the server then sends to all clients.
-    pub(crate) fn change(&mut self) -> Result<()> {
+    pub(crate) fn change_flag(&mut self) -> Result<()> {
         match &mut self.kind {
             Kind::Parapet { flags, changes } => {
                 *changes += 1;
@@ -110,14 +110,14 @@ impl Server {
     /// When the server began to send the last change.
     pub(crate) fn changed_at(&self) -> Result<Timestamp> {
         let log = self.process.log();
-        let line = log.lines().rev().find(|line| line.contains(CHANGED));
+        let line = log.lines().rev().find(|line| line.contains(CHANGE_LOG_TEXT));
         let time = line.and_then(|line| line.split_whitespace().next());
         time.and_then(|time| time.parse().ok())
             .with_context(|| format!("no change in the log: {log}"))
     }
 
     /// Waits until Parapet has closed the streams of all disconnected clients.
-    pub(crate) fn await_nobody(&self) -> Result<()> {
+    pub(crate) fn wait_until_no_streams(&self) -> Result<()> {
         let began = Instant::now();
         loop {
             let metrics =
@@ -125,12 +125,12 @@ impl Server {
             if String::from_utf8_lossy(&metrics.body).lines().any(|it| it == "parapet_streams 0") {
                 return Ok(());
             }
-            ensure!(began.elapsed() < PATIENCE, "streams do not end with their clients");
+            ensure!(began.elapsed() < TIMEOUT, "streams do not end with their clients");
             std::thread::sleep(Duration::from_millis(50));
         }
     }
 }
 
-fn ask(path: &str) -> Request {
+fn authorized_get(path: &str) -> Request {
     Request::get(path).header("Authorization", CLIENT)
 }

@@ -15,7 +15,7 @@ use unleash_yggdrasil::{EngineState, UpdateMessage};
 
 /// A flag with a list in the strategy `remoteAddress`, and one with the same list in the operator
 /// `IN_CIDR`.
-fn document(list: &[&str]) -> Value {
+fn document_with_ip_list(list: &[&str]) -> Value {
     let constraint =
         json!({ "contextName": "remoteAddress", "operator": "IN_CIDR", "values": list });
     let flag = |name: &str, strategy: Value| json!({ "name": name, "enabled": true, "project": "web", "strategies": [strategy] });
@@ -53,7 +53,7 @@ fn evaluate_with_yggdrasil(document: &Value, address: &str) -> [bool; 2] {
 #[test]
 fn address_lists_match_as_in_unleash_edge() {
     let check = |list: &str, address: &str, expect: bool| {
-        let document = document(&list.split(',').collect::<Vec<_>>());
+        let document = document_with_ip_list(&list.split(',').collect::<Vec<_>>());
         let theirs = evaluate_with_yggdrasil(&document, address);
         assert_eq!(theirs, [expect; 2], "yggdrasil: {address} in {list}");
         assert_eq!(evaluate(&document, address), theirs, "{address} in {list}");
@@ -92,7 +92,7 @@ fn address_lists_match_as_in_unleash_edge() {
 
 #[test]
 fn space_around_an_address_list_is_ignored() {
-    let document = document(&[" 10.0.0.0/8", " ::1 "]);
+    let document = document_with_ip_list(&[" 10.0.0.0/8", " ::1 "]);
     for address in ["10.0.0.1", "::1"] {
         assert!(evaluate_with_yggdrasil(&document, address)[0], "yggdrasil: {address}");
         // The operator's values are trimmed as in the Node SDK.
@@ -111,7 +111,7 @@ proptest! {
     ) {
         let list: Vec<String> = list.iter().zip(suffixes).map(|(it, suffix)| format!("{it}{suffix}")).collect();
         prop_assume!(address.parse::<IpAddr>().is_ok());
-        let document = document(&list.iter().map(String::as_str).collect::<Vec<_>>());
+        let document = document_with_ip_list(&list.iter().map(String::as_str).collect::<Vec<_>>());
         prop_assert_eq!(evaluate(&document, address), evaluate_with_yggdrasil(&document, address));
     }
 }

@@ -3,7 +3,7 @@
 use reqwest::{Method, StatusCode};
 use serde_json::json;
 
-use crate::local::{Answer, CLIENT, FRONTEND, Local, WEB_CLIENT, WEB_FRONTEND, answer};
+use crate::local::{FullResponse, CLIENT, FRONTEND, InProcessParapet, WEB_CLIENT, WEB_FRONTEND, send};
 
 const FLAGS: &str = r#"{"features":[
     {"name":"frontend","enabled":true,"strategies":[]},
@@ -41,13 +41,13 @@ const FRONTEND_ROUTES: [(Method, &str); 10] = [
     (Method::GET, "/api/frontend/features/client%2F"),
 ];
 
-async fn present(parapet: &Local, method: &Method, path: &str, token: &str) -> Answer {
+async fn request_with_token(parapet: &InProcessParapet, method: &Method, path: &str, token: &str) -> FullResponse {
     let request = parapet.request(method.clone(), path).header("authorization", token);
-    answer(request.header("content-type", "application/json")).await
+    send(request.header("content-type", "application/json")).await
 }
 
 #[track_caller]
-fn check(answer: &Answer, method: &Method, status: StatusCode, message: &str) {
+fn assert_error(answer: &FullResponse, method: &Method, status: StatusCode, message: &str) {
     assert_eq!(answer.status, status, "{}", answer.text());
     if method != Method::HEAD {
         assert_eq!(answer.json()["message"], message);
@@ -57,7 +57,7 @@ fn check(answer: &Answer, method: &Method, status: StatusCode, message: &str) {
 
 #[tokio::test]
 async fn every_route_without_valid_token_requires_one() {
-    let parapet = Local::offline(FLAGS).await;
+    let parapet = InProcessParapet::offline(FLAGS).await;
     let nearly = format!("{CLIENT}x");
     let other_case = CLIENT.to_uppercase();
     let long = format!("*:development.{}", "x".repeat(5000));
@@ -78,39 +78,39 @@ async fn every_route_without_valid_token_requires_one() {
         "*:development.ünknown",
     ];
     for (method, path) in CLIENT_ROUTES.iter().chain(&FRONTEND_ROUTES) {
-        let none = answer(parapet.request(method.clone(), path)).await;
-        check(&none, method, StatusCode::UNAUTHORIZED, NO_TOKEN);
+        let none = send(parapet.request(method.clone(), path)).await;
+        assert_error(&none, method, StatusCode::UNAUTHORIZED, NO_TOKEN);
         for token in unknown {
-            let answer = present(&parapet, method, path, token).await;
-            check(&answer, method, StatusCode::UNAUTHORIZED, NO_TOKEN);
+            let answer = request_with_token(&parapet, method, path, token).await;
+            assert_error(&answer, method, StatusCode::UNAUTHORIZED, NO_TOKEN);
         }
     }
 }
 
 #[tokio::test]
 async fn token_of_wrong_kind_gets_403_on_every_path() {
-    let parapet = Local::offline(FLAGS).await;
+    let parapet = InProcessParapet::offline(FLAGS).await;
     for (method, path) in &CLIENT_ROUTES {
         for token in [FRONTEND, WEB_FRONTEND] {
-            let answer = present(&parapet, method, path, token).await;
-            check(&answer, method, StatusCode::FORBIDDEN, WRONG_KIND);
+            let answer = request_with_token(&parapet, method, path, token).await;
+            assert_error(&answer, method, StatusCode::FORBIDDEN, WRONG_KIND);
         }
-        let right = present(&parapet, method, path, CLIENT).await.status;
+        let right = request_with_token(&parapet, method, path, CLIENT).await.status;
         assert!(![StatusCode::UNAUTHORIZED, StatusCode::FORBIDDEN].contains(&right), "{path}");
     }
     for (method, path) in &FRONTEND_ROUTES {
         for token in [CLIENT, WEB_CLIENT] {
-            let answer = present(&parapet, method, path, token).await;
-            check(&answer, method, StatusCode::FORBIDDEN, WRONG_KIND);
+            let answer = request_with_token(&parapet, method, path, token).await;
+            assert_error(&answer, method, StatusCode::FORBIDDEN, WRONG_KIND);
         }
-        let right = present(&parapet, method, path, FRONTEND).await.status;
+        let right = request_with_token(&parapet, method, path, FRONTEND).await.status;
         assert!(![StatusCode::UNAUTHORIZED, StatusCode::FORBIDDEN].contains(&right), "{path}");
     }
 }
 
 #[tokio::test]
 async fn token_is_accepted_raw_or_as_bearer() {
-    let parapet = Local::offline(FLAGS).await;
+    let parapet = InProcessParapet::offline(FLAGS).await;
     for scheme in ["", "Bearer ", "bearer ", "BEARER   "] {
         let answer = parapet.get("/api/client/features", &format!("{scheme}{CLIENT}")).await;
         assert_eq!(answer.status, StatusCode::OK, "{scheme}");
@@ -122,9 +122,9 @@ async fn token_is_accepted_raw_or_as_bearer() {
 #[tokio::test]
 async fn token_header_is_configurable() {
     for flag in ["--edge-auth-header", "--token-header"] {
-        let parapet = Local::offline_with(FLAGS, &[flag, "X-Flags-Token"]).await;
+        let parapet = InProcessParapet::offline_with(FLAGS, &[flag, "X-Flags-Token"]).await;
         let request = parapet.request(Method::GET, "/api/client/features");
-        let answer = answer(request.header("x-flags-token", CLIENT)).await;
+        let answer = send(request.header("x-flags-token", CLIENT)).await;
         assert_eq!(answer.status, StatusCode::OK);
         let usual = parapet.get("/api/client/features", CLIENT).await;
         assert_eq!(usual.status, StatusCode::UNAUTHORIZED);
@@ -135,20 +135,20 @@ async fn token_header_is_configurable() {
 async fn admin_token_reads_no_flags() {
     const ADMIN: &str = "*:*.admin-0123456789abcdef0123456789abcdef";
     let variables = [("INIT_ADMIN_API_TOKENS", ADMIN)];
-    let parapet = Local::standalone(FLAGS, &[], &variables).await;
+    let parapet = InProcessParapet::standalone(FLAGS, &[], &variables).await;
     for (method, path) in CLIENT_ROUTES.iter().chain(&FRONTEND_ROUTES) {
-        let answer = present(&parapet, method, path, ADMIN).await;
-        check(&answer, method, StatusCode::FORBIDDEN, WRONG_KIND);
+        let answer = request_with_token(&parapet, method, path, ADMIN).await;
+        assert_error(&answer, method, StatusCode::FORBIDDEN, WRONG_KIND);
     }
 }
 
 #[tokio::test]
 async fn validation_without_token_lists_valid_tokens() {
-    let parapet = Local::offline(FLAGS).await;
+    let parapet = InProcessParapet::offline(FLAGS).await;
     let body = json!({"tokens": [
         CLIENT, "malformed", "*:development.unknown", WEB_FRONTEND, "", "user:abc",
     ]});
-    let answer = answer(parapet.json("/edge/validate", &body)).await;
+    let answer = send(parapet.json_request("/edge/validate", &body)).await;
     assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
     let tokens = answer.json()["tokens"].clone();
     let listed: Vec<_> = tokens
@@ -169,7 +169,7 @@ async fn validation_without_token_lists_valid_tokens() {
 
 #[tokio::test]
 async fn malformed_validation_request_is_rejected_without_echoing_tokens() {
-    let parapet = Local::offline(FLAGS).await;
+    let parapet = InProcessParapet::offline(FLAGS).await;
     let too_many = json!({"tokens": vec!["*:development.secret-of-many"; 1001]}).to_string();
     for body in [
         "",
@@ -180,7 +180,7 @@ async fn malformed_validation_request_is_rejected_without_echoing_tokens() {
         &too_many,
     ] {
         let request = parapet.request(Method::POST, "/edge/validate");
-        let answer = answer(request.body(body.to_owned())).await;
+        let answer = send(request.body(body.to_owned())).await;
         assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{body}");
         assert!(!answer.text().contains("secret-of"), "{}", answer.text());
     }

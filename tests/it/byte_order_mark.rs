@@ -6,17 +6,17 @@ use std::time::Duration;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use crate::local::{CLIENT, FRONTEND, Local, answer};
-use crate::rig::{Parapet, http, until};
+use crate::local::{CLIENT, FRONTEND, InProcessParapet, send};
+use crate::rig::{Parapet, http, wait_until};
 
-const MARK: &str = "\u{feff}";
+const BYTE_ORDER_MARK: &str = "\u{feff}";
 
 const FLAGS: &str =
     r#"{"features":[{"name":"first","enabled":true,"strategies":[{"name":"default"}]}]}"#;
 
 #[tokio::test]
 async fn json_body_with_byte_order_mark_is_accepted() {
-    let parapet = Local::offline(FLAGS).await;
+    let parapet = InProcessParapet::offline(FLAGS).await;
     let usage = json!({ "appName": "app", "instanceId": "i", "bucket": {
         "start": "2026-01-01T00:00:00Z", "stop": "2026-01-01T00:01:00Z", "toggles": { "first": { "yes": 1, "no": 0 } },
     }});
@@ -24,10 +24,10 @@ async fn json_body_with_byte_order_mark_is_accepted() {
         "started": "2026-01-01T00:00:00Z", "interval": 10 });
     let context = json!({ "userId": "7" });
     let check = async |path: &str, token: &str, body: &Value| {
-        for body in [body.to_string(), format!("{MARK}{body}")] {
+        for body in [body.to_string(), format!("{BYTE_ORDER_MARK}{body}")] {
             let request = parapet.request(Method::POST, path).header("authorization", token);
             let request = request.header("content-type", "application/json").body(body.clone());
-            let answer = answer(request).await;
+            let answer = send(request).await;
             let accepted = [StatusCode::OK, StatusCode::ACCEPTED].contains(&answer.status);
             assert!(accepted, "{path}, {body}: {answer:?}");
         }
@@ -49,11 +49,11 @@ async fn json_body_with_byte_order_mark_is_accepted() {
 
 #[tokio::test]
 async fn compressed_body_with_byte_order_mark_is_accepted() {
-    let parapet = Local::offline(FLAGS).await;
-    let body = zstd::bulk::compress(format!("{MARK}{{}}").as_bytes(), 1).unwrap();
+    let parapet = InProcessParapet::offline(FLAGS).await;
+    let body = zstd::bulk::compress(format!("{BYTE_ORDER_MARK}{{}}").as_bytes(), 1).unwrap();
     let request = parapet.request(Method::POST, "/api/frontend").header("authorization", FRONTEND);
     let request = request.header("content-type", "application/json");
-    let answer = answer(request.header("content-encoding", "zstd").body(body)).await;
+    let answer = send(request.header("content-encoding", "zstd").body(body)).await;
     assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
 }
 
@@ -61,11 +61,11 @@ const ADMIN: &str = "*:*.byte-order-mark-0123456789abcdef0123456789abcdef";
 
 #[tokio::test]
 async fn admin_api_accepts_body_with_byte_order_mark() {
-    let parapet = Local::standalone(FLAGS, &[], &[("INIT_ADMIN_API_TOKENS", ADMIN)]).await;
+    let parapet = InProcessParapet::standalone(FLAGS, &[], &[("INIT_ADMIN_API_TOKENS", ADMIN)]).await;
     let post = async |path: &str, body: Value| {
         let request = parapet.admin_request(Method::POST, path).header("authorization", ADMIN);
         let request = request.header("content-type", "application/json");
-        answer(request.body(format!("{MARK}{body}"))).await
+        send(request.body(format!("{BYTE_ORDER_MARK}{body}"))).await
     };
     let token = json!({ "tokenName": "x", "type": "client", "environment": "development" });
     assert_eq!(post("/api/admin/api-tokens", token).await.status, StatusCode::CREATED);
@@ -78,7 +78,7 @@ async fn files_with_byte_order_mark_are_read() {
     let folder = tempfile::tempdir().unwrap();
     let save = |name: &str, text: &str| {
         let path = folder.path().join(name);
-        std::fs::write(&path, format!("{MARK}{text}")).unwrap();
+        std::fs::write(&path, format!("{BYTE_ORDER_MARK}{text}")).unwrap();
         path
     };
     let flags = save("flags.json", FLAGS);
@@ -92,7 +92,7 @@ async fn files_with_byte_order_mark_are_read() {
     let (status, body) = upstream.get("/api/client/features", CLIENT).await;
     assert_eq!((status, &body["features"][0]["name"]), (StatusCode::OK, &json!("first")));
     save("flags.json", &FLAGS.replace("first", "second"));
-    until("the file is read again", Duration::from_secs(10), async || {
+    wait_until("the file is read again", Duration::from_secs(10), async || {
         let (_, body) = upstream.get("/api/client/features", CLIENT).await;
         (body["features"][0]["name"] == "second").then_some(())
     })
@@ -105,7 +105,7 @@ async fn files_with_byte_order_mark_are_read() {
     save("backup/unleash_features.json", "[]");
     let edge = Parapet::edge(&upstream.admin_url()).flag("--upstream-admin-token-file", token);
     let edge = edge.flag("--backup-folder", backup).start().await;
-    until("the edge has the flags", Duration::from_secs(30), async || {
+    wait_until("the edge has the flags", Duration::from_secs(30), async || {
         let request = http().get(edge.url() + "/api/client/features");
         let answer = request.header("authorization", CLIENT).send().await.ok()?;
         (answer.status() == StatusCode::OK).then_some(())
@@ -118,7 +118,7 @@ async fn files_with_byte_order_mark_are_read() {
 fn explain_reads_flag_file_with_byte_order_mark() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("flags.json");
-    std::fs::write(&path, format!("{MARK}{FLAGS}")).unwrap();
+    std::fs::write(&path, format!("{BYTE_ORDER_MARK}{FLAGS}")).unwrap();
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_parapet"));
     let command = command.args(["explain", "--flag", "first", "--flags"]).arg(&path).env_clear();
     let output = command.current_dir(folder.path()).output().unwrap();

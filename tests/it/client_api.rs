@@ -7,7 +7,7 @@ use reqwest::{Method, StatusCode};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::local::{Answer, CLIENT, Local, Modern as _, WEB_CLIENT, answer};
+use crate::local::{FullResponse, CLIENT, InProcessParapet, ClientSpecHeader as _, WEB_CLIENT, send};
 
 const FEATURES: &str = "/api/client/features";
 
@@ -67,23 +67,23 @@ struct Named {
 }
 
 /// The JSON text of each flag in a response.
-fn texts(answer: &Answer) -> BTreeMap<String, String> {
+fn raw_features(answer: &FullResponse) -> BTreeMap<String, String> {
     assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
     let listing: Listing<'_> = serde_json::from_slice(&answer.body).unwrap();
     let named = |text: &str| serde_json::from_str::<Named>(text).unwrap().name;
     listing.features.iter().map(|it| (named(it.get()), it.get().to_owned())).collect()
 }
 
-fn segment_ids(answer: &Answer) -> Vec<u64> {
+fn segment_ids(answer: &FullResponse) -> Vec<u64> {
     let listing: Listing<'_> = serde_json::from_slice(&answer.body).unwrap();
     listing.segments.iter().map(|segment| segment["id"].as_u64().unwrap()).collect()
 }
 
 #[tokio::test]
 async fn unknown_fields_pass_through_unchanged() {
-    let parapet = Local::offline(&flags()).await;
+    let parapet = InProcessParapet::offline(&flags()).await;
     let sent = FLAGS.map(|(name, text)| (name.to_owned(), text.to_owned())).into();
-    assert_eq!(texts(&parapet.get(FEATURES, CLIENT).await), sent);
+    assert_eq!(raw_features(&parapet.get(FEATURES, CLIENT).await), sent);
     for (name, text) in FLAGS {
         let name = percent_encoding::utf8_percent_encode(name, percent_encoding::NON_ALPHANUMERIC);
         let one = parapet.get(&format!("{FEATURES}/{name}"), CLIENT).await;
@@ -93,10 +93,10 @@ async fn unknown_fields_pass_through_unchanged() {
 
 #[tokio::test]
 async fn get_post_and_head_respond_alike() {
-    let parapet = Local::offline(&flags()).await;
+    let parapet = InProcessParapet::offline(&flags()).await;
     let ask = |method| {
-        let request = parapet.request(method, FEATURES).header("authorization", CLIENT).modern();
-        answer(request)
+        let request = parapet.request(method, FEATURES).header("authorization", CLIENT).with_client_spec();
+        send(request)
     };
     let get = ask(Method::GET).await;
     let post = ask(Method::POST).await;
@@ -115,10 +115,10 @@ async fn get_post_and_head_respond_alike() {
 
 #[tokio::test]
 async fn token_and_query_restrict_visible_flags() {
-    let parapet = Local::offline(&flags()).await;
+    let parapet = InProcessParapet::offline(&flags()).await;
     let check = async |token: &str, query: &str, expect: &[&str]| {
         let answer = parapet.get(&format!("{FEATURES}{query}"), token).await;
-        let names: Vec<_> = texts(&answer).into_keys().collect();
+        let names: Vec<_> = raw_features(&answer).into_keys().collect();
         assert_eq!(names, expect, "{query}");
     };
     let web = ["web.one", "web.operator", "web/a b?ö"];
@@ -139,7 +139,7 @@ async fn token_and_query_restrict_visible_flags() {
 
 #[tokio::test]
 async fn missing_or_hidden_flag_gets_404() {
-    let parapet = Local::offline(&flags()).await;
+    let parapet = InProcessParapet::offline(&flags()).await;
     for (token, path) in [
         (CLIENT, "/api/client/features/none"),
         (CLIENT, "/api/client/features/a/b"),
@@ -158,7 +158,7 @@ async fn missing_or_hidden_flag_gets_404() {
 
 #[tokio::test]
 async fn only_segments_of_visible_flags_are_sent() {
-    let parapet = Local::offline(&flags()).await;
+    let parapet = InProcessParapet::offline(&flags()).await;
     let check = async |token: &str, query: &str, expect: &[u64]| {
         let answer = parapet.get(&format!("{FEATURES}{query}"), token).await;
         assert_eq!(segment_ids(&answer), expect, "{query}");
@@ -171,7 +171,7 @@ async fn only_segments_of_visible_flags_are_sent() {
 
 #[tokio::test]
 async fn segments_are_inlined_for_sdks_before_specification_4_2() {
-    let parapet = Local::offline(&flags()).await;
+    let parapet = InProcessParapet::offline(&flags()).await;
     for version in [None, Some("4.1.9"), Some("not a version")] {
         let request = parapet.request(Method::GET, "/api/client/features?namePrefix=web.one");
         let request = request.header("authorization", CLIENT);
@@ -179,7 +179,7 @@ async fn segments_are_inlined_for_sdks_before_specification_4_2() {
             Some(version) => request.header("unleash-client-spec", version),
             None => request,
         };
-        let old = answer(request).await;
+        let old = send(request).await;
         assert!(segment_ids(&old).is_empty(), "{version:?}");
         let strategy = &old.json()["features"][0]["strategies"][0];
         assert_eq!(strategy["constraints"][0]["values"][0], "NO", "{version:?}");
@@ -203,13 +203,13 @@ fn decoded(coding: &str, bytes: &[u8]) -> Vec<u8> {
 
 #[tokio::test]
 async fn every_content_encoding_decodes_alike_and_has_its_own_strong_etag() {
-    let parapet = Local::offline(&long_flags()).await;
+    let parapet = InProcessParapet::offline(&long_flags()).await;
     let plain = parapet.get(FEATURES, CLIENT).await;
     assert_eq!((plain.header("content-encoding"), plain.header("vary")), ("", "accept-encoding"));
     let mut tags = vec![plain.header("etag").to_owned()];
     for coding in ["gzip", "br", "zstd"] {
         let request = parapet.request(Method::GET, FEATURES).header("authorization", CLIENT);
-        let coded = answer(request.header("accept-encoding", coding).modern()).await;
+        let coded = send(request.header("accept-encoding", coding).with_client_spec()).await;
         assert_eq!(coded.header("content-encoding"), coding);
         assert_eq!(coded.header("vary"), "accept-encoding");
         assert_eq!(coded.header("content-length"), coded.body.len().to_string());
@@ -224,14 +224,14 @@ async fn every_content_encoding_decodes_alike_and_has_its_own_strong_etag() {
 
 #[tokio::test]
 async fn matching_if_none_match_gets_304_without_body() {
-    let parapet = Local::offline(&long_flags()).await;
+    let parapet = InProcessParapet::offline(&long_flags()).await;
     let tag = parapet.get(FEATURES, CLIENT).await.header("etag").to_owned();
     let ask = async |method: &Method, path: &str, conditions: &[&str]| {
         let request = parapet.request(method.clone(), path).header("authorization", CLIENT);
-        let request = request.header("accept-encoding", "gzip").modern();
+        let request = request.header("accept-encoding", "gzip").with_client_spec();
         let request =
             conditions.iter().fold(request, |it, value| it.header("if-none-match", *value));
-        answer(request).await
+        send(request).await
     };
     let gzip_tag = ask(&Method::GET, FEATURES, &[]).await.header("etag").to_owned();
     let (weak, list) = (format!("W/{tag}"), format!("\"x\", {tag},W/\"y\""));
@@ -263,11 +263,11 @@ async fn matching_if_none_match_gets_304_without_body() {
 
 #[tokio::test]
 async fn etag_changes_with_flags() {
-    let parapet = Local::offline(&long_flags()).await;
+    let parapet = InProcessParapet::offline(&long_flags()).await;
     let before = parapet.get(FEATURES, CLIENT).await;
     std::fs::write(parapet.flags_file(), long_flags().replace("flag-007", "flag-bond")).unwrap();
     let limit = std::time::Duration::from_secs(20);
-    let after = crate::rig::until("the file is read again", limit, async || {
+    let after = crate::rig::wait_until("the file is read again", limit, async || {
         let answer = parapet.get(FEATURES, CLIENT).await;
         answer.text().contains("flag-bond").then_some(answer)
     });

@@ -13,7 +13,7 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use sqlx::{Connection as _, Executor as _};
 
-use crate::rig::{Parapet, Postgres, http, secrets, until};
+use crate::rig::{Parapet, Postgres, http, secrets, wait_until};
 
 const FLAGS: &str = r#"{"features":[
     {"name":"first","project":"default","enabled":true,"strategies":[{"name":"default"}]},
@@ -23,29 +23,29 @@ const OWNER: &str = "admin";
 const PASSWORD: &str = "correct horse battery";
 
 /// A password for a later change.
-const OTHER: &str = "another long password";
+const NEW_PASSWORD: &str = "another long password";
 
 /// The database of accounts and tokens.
 #[derive(Clone, Copy, Debug)]
-enum Kept {
+enum DatabaseKind {
     Sqlite,
     Postgres,
 }
 
 /// A directory and a database for instances.
-struct Place {
+struct Installation {
     folder: tempfile::TempDir,
     database: Option<String>,
 }
 
-impl Place {
-    async fn new(kept: Kept) -> Self {
-        secrets::remember(PASSWORD);
+impl Installation {
+    async fn new(kept: DatabaseKind) -> Self {
+        secrets::register(PASSWORD);
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("flags.json"), FLAGS).unwrap();
         let database = match kept {
-            Kept::Sqlite => None,
-            Kept::Postgres => {
+            DatabaseKind::Sqlite => None,
+            DatabaseKind::Postgres => {
                 let postgres = Postgres::shared().await;
                 let (port, name) = (postgres.port(), postgres.create_database().await);
                 Some(format!("postgres://postgres@127.0.0.1:{port}/{name}"))
@@ -71,9 +71,9 @@ impl Place {
     }
 }
 
-impl Place {
+impl Installation {
     /// Makes the accounts unreadable, as if the database were unavailable, or readable again.
-    async fn set_away(&self, parapet: &Parapet, away: bool) {
+    async fn set_accounts_unavailable(&self, parapet: &Parapet, away: bool) {
         let sql = if away {
             "ALTER TABLE accounts RENAME TO accounts_away"
         } else {
@@ -148,7 +148,7 @@ async fn sign_in_with(
             let cookie = cookie.to_str().unwrap();
             assert!(cookie.contains("HttpOnly") && cookie.contains("SameSite=Strict"), "{cookie}");
             let pair = cookie.split(';').next().unwrap().to_owned();
-            secrets::remember(pair.split_once('=').unwrap().1);
+            secrets::register(pair.split_once('=').unwrap().1);
             pair
         })
         .collect();
@@ -191,7 +191,7 @@ impl Session {
         let token = json!({ "tokenName": name, "type": kind, "environment": environment });
         let (status, made) = self.call(Method::POST, "/api/admin/api-tokens", &token).await;
         if status == StatusCode::CREATED {
-            secrets::remember(made["secret"].as_str().unwrap());
+            secrets::register(made["secret"].as_str().unwrap());
         }
         (status, made)
     }
@@ -217,7 +217,7 @@ impl Session {
     }
 }
 
-async fn features(parapet: &Parapet, token: &str) -> StatusCode {
+async fn features_status(parapet: &Parapet, token: &str) -> StatusCode {
     parapet.get("/api/client/features", token).await.0
 }
 
@@ -227,8 +227,8 @@ async fn identifier(session: &Session, name: &str) -> String {
     listed["tokens"][0]["secret"].as_str().unwrap().to_owned()
 }
 
-async fn the_life_of_a_token(kept: Kept) {
-    let place = Place::new(kept).await;
+async fn token_lifecycle(kept: DatabaseKind) {
+    let place = Installation::new(kept).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     let me = owner.get("/api/admin/user").await;
@@ -237,7 +237,7 @@ async fn the_life_of_a_token(kept: Kept) {
     let (status, made) = owner.create_token("client", "checkout").await;
     assert_eq!(status, StatusCode::CREATED, "{made}");
     let secret = made["secret"].as_str().unwrap().to_owned();
-    assert_eq!(features(&parapet, &secret).await, StatusCode::OK, "it works at once");
+    assert_eq!(features_status(&parapet, &secret).await, StatusCode::OK, "it works at once");
     let listed = owner.get("/api/admin/api-tokens/checkout").await;
     assert!(!listed.to_string().contains(&secret), "lists show no secret");
     assert_eq!(listed["tokens"][0]["type"], "backend");
@@ -252,7 +252,7 @@ async fn the_life_of_a_token(kept: Kept) {
         let post = post.header("content-type", "application/json").body(report.to_string());
         assert_eq!(post.send().await.unwrap().status(), StatusCode::ACCEPTED);
     }
-    until("the usage is shown", Duration::from_secs(30), async || {
+    wait_until("the usage is shown", Duration::from_secs(30), async || {
         let usage = owner.get("/api/admin/client-metrics/features/first/raw").await;
         let hours = usage["data"].as_array().unwrap();
         let sum = |name: &str| hours.iter().map(|hour| hour[name].as_u64().unwrap()).sum::<u64>();
@@ -269,22 +269,22 @@ async fn the_life_of_a_token(kept: Kept) {
     let (status, _) =
         owner.call(Method::PUT, &path, &json!({ "expiresAt": end.to_string() })).await;
     assert_eq!(status, StatusCode::OK);
-    until("the token has expired", Duration::from_secs(10), async || {
-        (features(&parapet, &secret).await == StatusCode::UNAUTHORIZED).then_some(())
+    wait_until("the token has expired", Duration::from_secs(10), async || {
+        (features_status(&parapet, &secret).await == StatusCode::UNAUTHORIZED).then_some(())
     })
     .await;
     owner.call(Method::PUT, &path, &json!({ "expiresAt": null })).await;
-    assert_eq!(features(&parapet, &secret).await, StatusCode::OK, "and comes back");
+    assert_eq!(features_status(&parapet, &secret).await, StatusCode::OK, "and comes back");
 
     // Deleted by its secret, it is rejected at once, on this instance and after a restart.
     let path = format!("/api/admin/api-tokens/{secret}");
     assert_eq!(owner.call(Method::DELETE, &path, &Value::Null).await.0, StatusCode::OK);
-    assert_eq!(features(&parapet, &secret).await, StatusCode::UNAUTHORIZED);
+    assert_eq!(features_status(&parapet, &secret).await, StatusCode::UNAUTHORIZED);
     let (_, kept_token) = owner.create_token("frontend", "kept").await;
     assert!(parapet.terminate().await.success());
     parapet.restart();
     parapet.wait_until_ready().await;
-    assert_eq!(features(&parapet, &secret).await, StatusCode::UNAUTHORIZED);
+    assert_eq!(features_status(&parapet, &secret).await, StatusCode::UNAUTHORIZED);
     let frontend = kept_token["secret"].as_str().unwrap();
     assert_eq!(parapet.get("/api/frontend", frontend).await.0, StatusCode::OK);
 
@@ -310,18 +310,18 @@ async fn the_life_of_a_token(kept: Kept) {
 
 #[tokio::test]
 async fn token_lifecycle_on_sqlite() {
-    the_life_of_a_token(Kept::Sqlite).await;
+    token_lifecycle(DatabaseKind::Sqlite).await;
 }
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL"]
 async fn token_lifecycle_on_postgresql() {
-    the_life_of_a_token(Kept::Postgres).await;
+    token_lifecycle(DatabaseKind::Postgres).await;
 }
 
 /// Each role and each permission, for each operation on each kind of token.
-async fn permissions(kept: Kept) {
-    let place = Place::new(kept).await;
+async fn permission_matrix(kept: DatabaseKind) {
+    let place = Installation::new(kept).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     for kind in ["client", "frontend", "admin"] {
@@ -401,19 +401,19 @@ async fn permissions(kept: Kept) {
 
 #[tokio::test]
 async fn each_permission_requires_its_role_or_grant_on_sqlite() {
-    permissions(Kept::Sqlite).await;
+    permission_matrix(DatabaseKind::Sqlite).await;
 }
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL"]
 async fn each_permission_requires_its_role_or_grant_on_postgresql() {
-    permissions(Kept::Postgres).await;
+    permission_matrix(DatabaseKind::Postgres).await;
 }
 
 /// An expiry in the past counts as a deletion, and a later expiry for an expired token as a creation;
 /// the update permission is not enough for either.
-async fn update_permission_neither_ends_nor_revives_tokens(kept: Kept) {
-    let place = Place::new(kept).await;
+async fn update_permission_neither_ends_nor_revives_tokens(kept: DatabaseKind) {
+    let place = Installation::new(kept).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     let id = owner.create_account("ann", 3).await;
@@ -465,19 +465,19 @@ async fn update_permission_neither_ends_nor_revives_tokens(kept: Kept) {
 
 #[tokio::test]
 async fn update_permission_neither_ends_nor_revives_tokens_on_sqlite() {
-    update_permission_neither_ends_nor_revives_tokens(Kept::Sqlite).await;
+    update_permission_neither_ends_nor_revives_tokens(DatabaseKind::Sqlite).await;
 }
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL"]
 async fn update_permission_neither_ends_nor_revives_tokens_on_postgresql() {
-    update_permission_neither_ends_nor_revives_tokens(Kept::Postgres).await;
+    update_permission_neither_ends_nor_revives_tokens(DatabaseKind::Postgres).await;
 }
 
 /// Attempts that fail because of the database do not count, neither to sign in nor to change the own
 /// password. With the right password both work as soon as the database does.
-async fn database_failure_costs_no_attempts(kept: Kept) {
-    let place = Place::new(kept).await;
+async fn database_failure_costs_no_attempts(kept: DatabaseKind) {
+    let place = Installation::new(kept).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     let attempt = async |password| sign_in(&parapet, OWNER, password).await.map(drop);
@@ -485,12 +485,12 @@ async fn database_failure_costs_no_attempts(kept: Kept) {
     let change =
         async || owner.call(Method::POST, "/api/admin/user/change-password", &change).await;
 
-    place.set_away(&parapet, true).await;
+    place.set_accounts_unavailable(&parapet, true).await;
     for _ in 0..10 {
         assert_eq!(attempt(PASSWORD).await, Err(StatusCode::SERVICE_UNAVAILABLE));
-        assert_eq!(attempt(OTHER).await, Err(StatusCode::SERVICE_UNAVAILABLE));
+        assert_eq!(attempt(NEW_PASSWORD).await, Err(StatusCode::SERVICE_UNAVAILABLE));
     }
-    place.set_away(&parapet, false).await;
+    place.set_accounts_unavailable(&parapet, false).await;
     assert_eq!(attempt(PASSWORD).await, Ok(()));
 
     place.set_read_only(&parapet, true).await;
@@ -505,27 +505,27 @@ async fn database_failure_costs_no_attempts(kept: Kept) {
 
     // Attempts that were checked do count.
     let mut judged = 0;
-    while attempt(OTHER).await == Err(StatusCode::UNAUTHORIZED) {
+    while attempt(NEW_PASSWORD).await == Err(StatusCode::UNAUTHORIZED) {
         judged += 1;
     }
     assert!((1..10).contains(&judged), "{judged}");
-    assert_eq!(attempt(OTHER).await, Err(StatusCode::TOO_MANY_REQUESTS));
+    assert_eq!(attempt(NEW_PASSWORD).await, Err(StatusCode::TOO_MANY_REQUESTS));
 }
 
 #[tokio::test]
 async fn database_failure_costs_no_attempts_on_sqlite() {
-    database_failure_costs_no_attempts(Kept::Sqlite).await;
+    database_failure_costs_no_attempts(DatabaseKind::Sqlite).await;
 }
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL"]
 async fn database_failure_costs_no_attempts_on_postgresql() {
-    database_failure_costs_no_attempts(Kept::Postgres).await;
+    database_failure_costs_no_attempts(DatabaseKind::Postgres).await;
 }
 
 #[tokio::test]
 async fn password_change_ends_sessions_and_cross_origin_changes_are_denied() {
-    let place = Place::new(Kept::Sqlite).await;
+    let place = Installation::new(DatabaseKind::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     let id = owner.create_account("ann", 3).await;
@@ -544,14 +544,14 @@ async fn password_change_ends_sessions_and_cross_origin_changes_are_denied() {
         assert_eq!(answer.0, StatusCode::FORBIDDEN, "{headers:?}");
     }
 
-    secrets::remember(OTHER);
+    secrets::register(NEW_PASSWORD);
     let path = format!("/api/admin/user-admin/{id}/change-password");
-    let (status, answer) = owner.call(Method::POST, &path, &json!({ "password": OTHER })).await;
+    let (status, answer) = owner.call(Method::POST, &path, &json!({ "password": NEW_PASSWORD })).await;
     assert_eq!(status, StatusCode::OK, "{answer}");
     let status = ann.call(Method::GET, "/api/admin/user", &Value::Null).await.0;
     assert_eq!(status, StatusCode::UNAUTHORIZED, "a new password ends sessions");
     assert_eq!(sign_in(&parapet, "ann", PASSWORD).await.err(), Some(StatusCode::UNAUTHORIZED));
-    let ann = sign_in(&parapet, "ann", OTHER).await.unwrap();
+    let ann = sign_in(&parapet, "ann", NEW_PASSWORD).await.unwrap();
     assert_eq!(ann.call(Method::POST, "/logout", &Value::Null).await.0, StatusCode::NO_CONTENT);
     let status = ann.call(Method::GET, "/api/admin/user", &Value::Null).await.0;
     assert_eq!(status, StatusCode::UNAUTHORIZED);
@@ -564,7 +564,7 @@ async fn password_change_ends_sessions_and_cross_origin_changes_are_denied() {
 #[tokio::test]
 #[ignore = "needs PostgreSQL"]
 async fn token_deleted_on_one_instance_is_rejected_by_the_other() {
-    let place = Place::new(Kept::Postgres).await;
+    let place = Installation::new(DatabaseKind::Postgres).await;
     let (one, other) = tokio::join!(place.start(), place.start());
     let owner = sign_in(&one, OWNER, PASSWORD).await.unwrap();
     let accounts = owner.get("/api/admin/user-admin").await;
@@ -572,8 +572,8 @@ async fn token_deleted_on_one_instance_is_rejected_by_the_other() {
     let (_, made) = owner.create_token("client", "shared").await;
     let secret = made["secret"].as_str().unwrap();
     let at_other = async |expect| {
-        until("the other instance has noticed", Duration::from_secs(10), async || {
-            (features(&other, secret).await == expect).then_some(())
+        wait_until("the other instance has noticed", Duration::from_secs(10), async || {
+            (features_status(&other, secret).await == expect).then_some(())
         })
         .await;
     };
@@ -589,8 +589,8 @@ async fn token_deleted_on_one_instance_is_rejected_by_the_other() {
 #[tokio::test]
 async fn edge_uses_standalone_as_upstream_like_unleash() {
     const ADMIN: &str = "*:*.seeded-admin-for-an-edge-0123456789";
-    secrets::remember(ADMIN);
-    let place = Place::new(Kept::Sqlite).await;
+    secrets::register(ADMIN);
+    let place = Installation::new(DatabaseKind::Sqlite).await;
     let flags = place.folder.path().join("flags.json");
     let standalone = Parapet::mode("standalone")
         .flag("--flags", flags)
@@ -600,17 +600,17 @@ async fn edge_uses_standalone_as_upstream_like_unleash() {
         .start()
         .await;
     let owner = sign_in(&standalone, OWNER, PASSWORD).await.unwrap();
-    let edge = Parapet::edge(&standalone.admin_url()).admin_token(ADMIN).impatient().start().await;
+    let edge = Parapet::edge(&standalone.admin_url()).admin_token(ADMIN).with_short_intervals().start().await;
     let (_, made) = owner.create_token("client", "behind the edge").await;
     let secret = made["secret"].as_str().unwrap();
-    assert_eq!(features(&edge, secret).await, StatusCode::OK);
+    assert_eq!(features_status(&edge, secret).await, StatusCode::OK);
     let report = json!({ "appName": "far", "instanceId": "i", "bucket": {
         "start": jiff::Timestamp::now().to_string(), "stop": jiff::Timestamp::now().to_string(),
         "toggles": { "first": { "yes": 5, "no": 0 } } } });
     let post = http().post(edge.url() + "/api/client/metrics").header("authorization", secret);
     let post = post.header("content-type", "application/json").body(report.to_string());
     assert_eq!(post.send().await.unwrap().status(), StatusCode::ACCEPTED);
-    until("the usage has come through", Duration::from_mins(1), async || {
+    wait_until("the usage has come through", Duration::from_mins(1), async || {
         let usage = owner.get("/api/admin/client-metrics/features/first/raw").await;
         let hours = usage["data"].as_array().unwrap().iter();
         (hours.map(|hour| hour["yes"].as_u64().unwrap()).sum::<u64>() == 5).then_some(())
@@ -618,8 +618,8 @@ async fn edge_uses_standalone_as_upstream_like_unleash() {
     .await;
     let path = format!("/api/admin/api-tokens/{}", identifier(&owner, "behind%20the%20edge").await);
     assert_eq!(owner.call(Method::DELETE, &path, &Value::Null).await.0, StatusCode::OK);
-    until("the edge refuses it", Duration::from_mins(1), async || {
-        (features(&edge, secret).await == StatusCode::UNAUTHORIZED).then_some(())
+    wait_until("the edge refuses it", Duration::from_mins(1), async || {
+        (features_status(&edge, secret).await == StatusCode::UNAUTHORIZED).then_some(())
     })
     .await;
 }
@@ -628,8 +628,8 @@ async fn edge_uses_standalone_as_upstream_like_unleash() {
 #[tokio::test]
 async fn token_is_created_used_and_deleted_through_edge_that_relays_to_standalone() {
     const ADMIN: &str = "*:*.seeded-admin-for-a-relay-0123456789";
-    secrets::remember(ADMIN);
-    let place = Place::new(Kept::Sqlite).await;
+    secrets::register(ADMIN);
+    let place = Installation::new(DatabaseKind::Sqlite).await;
     let flags = place.folder.path().join("flags.json");
     let standalone = Parapet::mode("standalone")
         .flag("--flags", flags)
@@ -651,12 +651,12 @@ async fn token_is_created_used_and_deleted_through_edge_that_relays_to_standalon
     let (status, made) = owner.create_token("client", "through the edge").await;
     assert_eq!(status, StatusCode::CREATED, "{made}");
     let secret = made["secret"].as_str().unwrap();
-    assert_eq!(features(&edge, secret).await, StatusCode::OK);
+    assert_eq!(features_status(&edge, secret).await, StatusCode::OK);
     let path =
         format!("/api/admin/api-tokens/{}", identifier(&owner, "through%20the%20edge").await);
     assert_eq!(owner.call(Method::DELETE, &path, &Value::Null).await.0, StatusCode::OK);
-    assert_eq!(features(&edge, secret).await, StatusCode::UNAUTHORIZED);
-    assert_eq!(features(&standalone, secret).await, StatusCode::UNAUTHORIZED);
+    assert_eq!(features_status(&edge, secret).await, StatusCode::UNAUTHORIZED);
+    assert_eq!(features_status(&standalone, secret).await, StatusCode::UNAUTHORIZED);
     let deleted = owner.get("/api/admin/events?type=api-token-deleted").await;
     assert_eq!(deleted["events"][0]["createdBy"], OWNER);
     assert_eq!(owner.call(Method::POST, "/logout", &Value::Null).await.0, StatusCode::NO_CONTENT);
@@ -666,7 +666,7 @@ async fn token_is_created_used_and_deleted_through_edge_that_relays_to_standalon
 
 #[tokio::test]
 async fn floods_of_passwords_and_cookies_do_not_lock_out_the_owner() {
-    let place = Place::new(Kept::Sqlite).await;
+    let place = Installation::new(DatabaseKind::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     let mut seen: BTreeMap<u16, usize> = BTreeMap::new();
@@ -692,7 +692,7 @@ async fn floods_of_passwords_and_cookies_do_not_lock_out_the_owner() {
 
 #[tokio::test]
 async fn openapi_document_and_flag_explanation_are_served() {
-    let place = Place::new(Kept::Sqlite).await;
+    let place = Installation::new(DatabaseKind::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     let document = owner.get("/docs/openapi.json").await;
@@ -722,7 +722,7 @@ async fn openapi_document_and_flag_explanation_are_served() {
 }
 
 /// The output of `parapet` with these arguments, on the instance's database.
-fn shell(parapet: &Parapet, arguments: &[&str], input: &str) -> Result<String, String> {
+fn run_on_database(parapet: &Parapet, arguments: &[&str], input: &str) -> Result<String, String> {
     let data_dir = parapet.data_dir();
     run(&[arguments, &["--data-dir", data_dir.to_str().unwrap()]].concat(), input)
 }
@@ -743,54 +743,54 @@ pub(crate) fn run(arguments: &[&str], input: &str) -> Result<String, String> {
 
 #[tokio::test]
 async fn command_line_changes_are_enforced_by_running_instance() {
-    let place = Place::new(Kept::Sqlite).await;
+    let place = Installation::new(DatabaseKind::Sqlite).await;
     let parapet = place.start().await;
-    let made = shell(&parapet, &["token", "create", "--name", "from the shell"], "").unwrap();
+    let made = run_on_database(&parapet, &["token", "create", "--name", "from the shell"], "").unwrap();
     let secret = made.trim();
-    secrets::remember(secret);
-    until("the new token works", Duration::from_secs(10), async || {
-        (features(&parapet, secret).await == StatusCode::OK).then_some(())
+    secrets::register(secret);
+    wait_until("the new token works", Duration::from_secs(10), async || {
+        (features_status(&parapet, secret).await == StatusCode::OK).then_some(())
     })
     .await;
-    let listed = shell(&parapet, &["token", "list"], "").unwrap();
+    let listed = run_on_database(&parapet, &["token", "list"], "").unwrap();
     assert!(listed.contains("from the shell") && !listed.contains(secret), "{listed}");
-    shell(&parapet, &["token", "revoke", "-"], secret).unwrap();
-    until("it is refused", Duration::from_secs(10), async || {
-        (features(&parapet, secret).await == StatusCode::UNAUTHORIZED).then_some(())
+    run_on_database(&parapet, &["token", "revoke", "-"], secret).unwrap();
+    wait_until("it is refused", Duration::from_secs(10), async || {
+        (features_status(&parapet, secret).await == StatusCode::UNAUTHORIZED).then_some(())
     })
     .await;
     assert!(
-        shell(&parapet, &["token", "revoke", "-"], secret).unwrap_err().contains("no such token")
+        run_on_database(&parapet, &["token", "revoke", "-"], secret).unwrap_err().contains("no such token")
     );
 
     // A lost password can be replaced from the command line.
     let old = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
-    shell(&parapet, &["account", "password", OWNER, "--password-file", "-"], OTHER).unwrap();
-    secrets::remember(OTHER);
+    run_on_database(&parapet, &["account", "password", OWNER, "--password-file", "-"], NEW_PASSWORD).unwrap();
+    secrets::register(NEW_PASSWORD);
     let status = old.call(Method::GET, "/api/admin/user", &Value::Null).await.0;
     assert_eq!(status, StatusCode::UNAUTHORIZED);
-    let owner = sign_in(&parapet, OWNER, OTHER).await.unwrap();
-    let made = shell(&parapet, &["account", "add", "ann", "--role", "Viewer"], "").unwrap();
+    let owner = sign_in(&parapet, OWNER, NEW_PASSWORD).await.unwrap();
+    let made = run_on_database(&parapet, &["account", "add", "ann", "--role", "Viewer"], "").unwrap();
     let password = made.split_whitespace().skip_while(|word| *word != "password").nth(1).unwrap();
-    secrets::remember(password);
-    shell(&parapet, &["account", "grant", "ann", "CREATE_API_TOKEN"], "").unwrap();
+    secrets::register(password);
+    run_on_database(&parapet, &["account", "grant", "ann", "CREATE_API_TOKEN"], "").unwrap();
     let ann = sign_in(&parapet, "ann", password).await.unwrap();
     assert_eq!(ann.create_token("frontend", "ann's").await.0, StatusCode::CREATED);
-    let accounts = shell(&parapet, &["account", "list"], "").unwrap();
+    let accounts = run_on_database(&parapet, &["account", "list"], "").unwrap();
     assert!(accounts.contains("CREATE_CLIENT_API_TOKEN"), "{accounts}");
     let events = owner.get("/api/admin/events?createdBy=command%20line").await;
     assert!(events["totalEvents"].as_u64().unwrap() >= 5, "{events}");
-    let wrong = shell(&parapet, &["account", "grant", "ann", "EVERYTHING"], "").unwrap_err();
+    let wrong = run_on_database(&parapet, &["account", "grant", "ann", "EVERYTHING"], "").unwrap_err();
     assert!(wrong.contains("expected CREATE_CLIENT_API_TOKEN"), "{wrong}");
     assert!(
-        shell(&parapet, &["token", "list", "--port", "1"], "").unwrap_err().contains("no meaning")
+        run_on_database(&parapet, &["token", "list", "--port", "1"], "").unwrap_err().contains("no meaning")
     );
     let nowhere = run(&["token", "list", "--data-dir", "/nowhere"], "").unwrap_err();
     assert!(nowhere.contains("/nowhere/parapet.db cannot be opened"), "{nowhere}");
 }
 
 /// A file with this text in its first line.
-pub(crate) fn file_of(text: &str) -> tempfile::NamedTempFile {
+pub(crate) fn temp_file_with(text: &str) -> tempfile::NamedTempFile {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), format!("{text}\n")).unwrap();
     file
@@ -798,7 +798,7 @@ pub(crate) fn file_of(text: &str) -> tempfile::NamedTempFile {
 
 #[tokio::test]
 async fn command_line_works_with_url_as_with_database() {
-    let place = Place::new(Kept::Sqlite).await;
+    let place = Installation::new(DatabaseKind::Sqlite).await;
     let parapet = place.start().await;
     let admin = run(
         &[
@@ -809,39 +809,39 @@ async fn command_line_works_with_url_as_with_database() {
         "",
     );
     let admin = admin.unwrap().trim().to_owned();
-    secrets::remember(&admin);
-    let (url, file) = (parapet.admin_url(), file_of(&admin));
+    secrets::register(&admin);
+    let (url, file) = (parapet.admin_url(), temp_file_with(&admin));
     let place = ["--url", &url, "--token-file", file.path().to_str().unwrap()];
     let ask = |arguments: &[&str], input: &str| run(&[arguments, &place].concat(), input);
     let json = |arguments: &[&str]| -> Value {
         let printed = ask(&[arguments, &["--json"]].concat(), "").unwrap();
         serde_json::from_str(&printed).unwrap_or_else(|_| panic!("{printed}"))
     };
-    until("the new admin token works", Duration::from_secs(10), async || {
+    wait_until("the new admin token works", Duration::from_secs(10), async || {
         ask(&["token", "list"], "").is_ok().then_some(())
     })
     .await;
 
     let made = json(&["token", "create", "--name", "far", "--project", "web"]);
     let secret = made["secret"].as_str().unwrap();
-    secrets::remember(secret);
-    assert_eq!(features(&parapet, secret).await, StatusCode::OK);
+    secrets::register(secret);
+    assert_eq!(features_status(&parapet, secret).await, StatusCode::OK);
     let listed = json(&["token", "list", "--name", "far"]);
     assert_eq!(listed[0]["projects"], json!(["web"]));
     // Both ways show the same token.
-    let near = shell(&parapet, &["token", "list", "--name", "far", "--json"], "").unwrap();
+    let near = run_on_database(&parapet, &["token", "list", "--name", "far", "--json"], "").unwrap();
     let near: Value = serde_json::from_str(&near).unwrap();
     assert_eq!(near[0]["identifier"], listed[0]["identifier"]);
     assert_eq!(near[0]["type"], listed[0]["type"]);
     let gone = ask(&["token", "revoke", "-"], secret).unwrap();
     assert!(gone.starts_with("revoked far (") && !gone.contains(secret), "{gone}");
-    assert_eq!(features(&parapet, secret).await, StatusCode::UNAUTHORIZED);
+    assert_eq!(features_status(&parapet, secret).await, StatusCode::UNAUTHORIZED);
     let again = ask(&["token", "revoke", "-"], secret).unwrap_err();
     assert!(again.contains("there is no such token"), "{again}");
 
     let made = json(&["account", "add", "ann", "--role", "Editor"]);
     let first = made["password"].as_str().unwrap();
-    secrets::remember(first);
+    secrets::register(first);
     assert_eq!((&made["username"], &made["role"]), (&json!("ann"), &json!("Editor")));
     let granted = json(&["account", "grant", "ann", "CREATE_API_TOKEN"]);
     let both = json!(["CREATE_CLIENT_API_TOKEN", "CREATE_FRONTEND_API_TOKEN"]);
@@ -851,14 +851,14 @@ async fn command_line_works_with_url_as_with_database() {
     let accounts = json(&["account", "list"]);
     let ann = accounts.as_array().unwrap().iter().find(|it| it["username"] == "ann").unwrap();
     assert_eq!(ann, &taken);
-    ask(&["account", "password", "ann", "--password-file", "-"], OTHER).unwrap();
-    secrets::remember(OTHER);
+    ask(&["account", "password", "ann", "--password-file", "-"], NEW_PASSWORD).unwrap();
+    secrets::register(NEW_PASSWORD);
     assert!(sign_in(&parapet, "ann", first).await.is_err());
-    let ann = sign_in(&parapet, "ann", OTHER).await.unwrap();
+    let ann = sign_in(&parapet, "ann", NEW_PASSWORD).await.unwrap();
     assert_eq!(ann.create_token("client", "ann's").await.0, StatusCode::CREATED);
 
     // Errors show the server's message, and never the token that was sent.
-    let wrong = file_of("*:*.nobody-0123456789abcdef0123456789abcdef");
+    let wrong = temp_file_with("*:*.nobody-0123456789abcdef0123456789abcdef");
     let stranger = ["--url", &url, "--token-file", wrong.path().to_str().unwrap()];
     let refused = run(&[&["token", "list"][..], &stranger].concat(), "").unwrap_err();
     assert!(refused.contains("answered 401"), "{refused}");

@@ -13,25 +13,25 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::rig::{
-    ChaosProxy, Fault, Kind, Parapet, Postgres, STORED_WITHIN, Unleash, Version, http, secrets,
-    until,
+    ChaosProxy, Fault, TokenKind, Parapet, Postgres, STORE_TIMEOUT, Unleash, UnleashVersion, http, secrets,
+    wait_until,
 };
 
-const HERE: &str = "development";
+const ENVIRONMENT: &str = "development";
 const METRICS: &str = "/api/client/metrics";
 const BULK: &str = "/api/client/metrics/bulk";
 
 /// Longer than the retry delays after a few failures in a row.
-const SOON: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Creates an enabled flag, and waits until Unleash counts its usage.
-async fn counted_flag(unleash: &Unleash, flag: &str) {
-    unleash.create_enabled_flag(flag, HERE, &[]).await;
-    unleash.wait_until_counted(flag, HERE).await;
+async fn create_counted_flag(unleash: &Unleash, flag: &str) {
+    unleash.create_enabled_flag(flag, ENVIRONMENT, &[]).await;
+    unleash.wait_until_counted(flag, ENVIRONMENT).await;
 }
 
 async fn edge(unleash: &Unleash, url: &str, fleet: &str) -> Parapet {
-    let edge = Parapet::edge(url).admin_token(unleash.admin_token()).impatient();
+    let edge = Parapet::edge(url).admin_token(unleash.admin_token()).with_short_intervals();
     edge.flag("--fleet-name", fleet).start().await
 }
 
@@ -42,8 +42,8 @@ async fn post(server: &str, path: &str, token: &str, body: &Value) -> StatusCode
 }
 
 /// Posts until the response is a success: a first-seen token may have to be validated first.
-async fn accepted(server: &str, path: &str, token: &str, body: &Value) {
-    until(&format!("{path} takes {body}"), SOON, async || {
+async fn post_until_accepted(server: &str, path: &str, token: &str, body: &Value) {
+    wait_until(&format!("{path} takes {body}"), TIMEOUT, async || {
         let status = post(server, path, token, body).await;
         assert!(status.is_success() || status == StatusCode::SERVICE_UNAVAILABLE, "{status}");
         status.is_success().then_some(())
@@ -52,24 +52,24 @@ async fn accepted(server: &str, path: &str, token: &str, body: &Value) {
 }
 
 /// A report by one application, which has evaluated a flag as on `yes` times.
-fn report(app_name: &str, flag: &str, yes: u64, start: Timestamp, stop: Timestamp) -> Value {
+fn metrics_report(app_name: &str, flag: &str, yes: u64, start: Timestamp, stop: Timestamp) -> Value {
     let bucket =
         json!({ "start": start, "stop": stop, "toggles": { flag: { "yes": yes, "no": 0 } } });
     json!({ "appName": app_name, "instanceId": format!("{app_name}-1"), "bucket": bucket })
 }
 
-fn report_now(app_name: &str, flag: &str, yes: u64) -> Value {
+fn metrics_report_now(app_name: &str, flag: &str, yes: u64) -> Value {
     let now = Timestamp::now();
-    report(app_name, flag, yes, now - SignedDuration::from_secs(60), now)
+    metrics_report(app_name, flag, yes, now - SignedDuration::from_secs(60), now)
 }
 
 /// The number of usage batches that were posted.
-fn batches(proxy: &ChaosProxy) -> usize {
-    proxy.count(BULK)
+fn batch_count(proxy: &ChaosProxy) -> usize {
+    proxy.request_count(BULK)
 }
 
 /// The secrets of the tokens of this name, in order.
-async fn secrets_named(unleash: &Unleash, name: &str) -> Vec<String> {
+async fn token_secrets_named(unleash: &Unleash, name: &str) -> Vec<String> {
     let tokens = unleash.tokens_named(name).await;
     let mut secrets: Vec<_> =
         tokens.iter().map(|token| token["secret"].as_str().unwrap().to_owned()).collect();
@@ -78,7 +78,7 @@ async fn secrets_named(unleash: &Unleash, name: &str) -> Vec<String> {
 }
 
 /// Reports at the boundary of an hour: their name, start and stop, and the right hour.
-fn buckets(now: Timestamp) -> [(&'static str, Timestamp, Timestamp, Timestamp); 4] {
+fn hour_boundary_buckets(now: Timestamp) -> [(&'static str, Timestamp, Timestamp, Timestamp); 4] {
     let hours = SignedDuration::from_hours;
     let half_minute = SignedDuration::from_secs(30);
     let hour = Timestamp::from_second(now.as_second().div_euclid(3600) * 3600).unwrap();
@@ -93,12 +93,12 @@ fn buckets(now: Timestamp) -> [(&'static str, Timestamp, Timestamp, Timestamp); 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
 async fn usage_through_edge_is_stored_under_the_same_hour_as_direct_usage() {
-    let unleash = Unleash::shared(Version::V8).await;
+    let unleash = Unleash::shared(UnleashVersion::V8).await;
     let flag = "counts.hours";
-    counted_flag(&unleash, flag).await;
+    create_counted_flag(&unleash, flag).await;
     let parapet = edge(&unleash, &unleash.url(), "counts-hours").await;
-    let backend = unleash.create_token(Kind::Backend, HERE, &["*"], "counts-hours-b").await;
-    let frontend = unleash.create_token(Kind::Frontend, HERE, &["*"], "counts-hours-f").await;
+    let backend = unleash.create_token(TokenKind::Backend, ENVIRONMENT, &["*"], "counts-hours-b").await;
+    let frontend = unleash.create_token(TokenKind::Frontend, ENVIRONMENT, &["*"], "counts-hours-f").await;
     let now = Timestamp::now();
     let mut expected = Vec::new();
     for (way, server) in [("direct", unleash.url()), ("edge", parapet.url())] {
@@ -106,24 +106,24 @@ async fn usage_through_edge_is_stored_under_the_same_hour_as_direct_usage() {
             ("backend", METRICS, &backend),
             ("frontend", "/api/frontend/client/metrics", &frontend),
         ] {
-            for (case, start, stop, hour) in buckets(now) {
+            for (case, start, stop, hour) in hour_boundary_buckets(now) {
                 let app_name = format!("counts-{way}-{kind}-{case}");
-                accepted(&server, path, token, &report(&app_name, flag, 1, start, stop)).await;
+                post_until_accepted(&server, path, token, &metrics_report(&app_name, flag, 1, start, stop)).await;
                 expected.push((app_name, hour));
             }
         }
         let app_name = format!("counts-{way}-bulk");
-        let (_, _, stop, hour) = buckets(now)[2];
-        let metric = json!({ "featureName": flag, "appName": app_name, "environment": HERE,
+        let (_, _, stop, hour) = hour_boundary_buckets(now)[2];
+        let metric = json!({ "featureName": flag, "appName": app_name, "environment": ENVIRONMENT,
                              "timestamp": stop, "yes": 1, "no": 0, "variants": {} });
         let bulk = json!({ "applications": [], "metrics": [metric] });
-        accepted(&server, BULK, &backend, &bulk).await;
+        post_until_accepted(&server, BULK, &backend, &bulk).await;
         expected.push((app_name, hour));
     }
     for (app_name, _) in &expected {
-        unleash.wait_for_usage(flag, app_name, HERE, (1, 0)).await;
+        unleash.wait_for_usage(flag, app_name, ENVIRONMENT, (1, 0)).await;
     }
-    let stored = unleash.usage_of(flag).await;
+    let stored = unleash.flag_usage(flag).await;
     for (app_name, hour) in &expected {
         let of_app = stored.iter().filter(|stored| stored.app_name == *app_name);
         let hours: Vec<Timestamp> = of_app.map(|it| it.timestamp.parse().unwrap()).collect();
@@ -134,7 +134,7 @@ async fn usage_through_edge_is_stored_under_the_same_hour_as_direct_usage() {
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
 async fn usage_of_flag_newer_than_the_snapshot_is_counted() {
-    let unleash = Unleash::shared(Version::V8).await;
+    let unleash = Unleash::shared(UnleashVersion::V8).await;
     let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token());
     let edge = edge
         .flag("--fleet-name", "counts-newer")
@@ -143,10 +143,10 @@ async fn usage_of_flag_newer_than_the_snapshot_is_counted() {
         .flag("--metrics-interval-seconds", "0.5");
     let parapet = edge.start().await;
     let (flag, app_name) = ("counts.newer", "counts-newer");
-    counted_flag(&unleash, flag).await;
-    let token = unleash.create_token(Kind::Backend, HERE, &["*"], app_name).await;
-    accepted(&parapet.url(), METRICS, &token, &report_now(app_name, flag, 3)).await;
-    unleash.wait_for_usage(flag, app_name, HERE, (3, 0)).await;
+    create_counted_flag(&unleash, flag).await;
+    let token = unleash.create_token(TokenKind::Backend, ENVIRONMENT, &["*"], app_name).await;
+    post_until_accepted(&parapet.url(), METRICS, &token, &metrics_report_now(app_name, flag, 3)).await;
+    unleash.wait_for_usage(flag, app_name, ENVIRONMENT, (3, 0)).await;
     let (status, _) = parapet.get(&format!("/api/client/features/{flag}"), &token).await;
     assert_eq!(status, StatusCode::NOT_FOUND);
 }
@@ -155,7 +155,7 @@ async fn usage_of_flag_newer_than_the_snapshot_is_counted() {
 async fn standalone_stores_usage_under_the_hour_of_its_bucket_end() {
     let (admin, client) = ("*:*.counts-standalone-admin", "*:development.counts-standalone-client");
     for token in [admin, client] {
-        secrets::remember(token);
+        secrets::register(token);
     }
     let flags = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(flags.path(), r#"{"features":[{"name":"f","enabled":true}]}"#).unwrap();
@@ -167,19 +167,19 @@ async fn standalone_stores_usage_under_the_hour_of_its_bucket_end() {
         .start()
         .await;
     let now = Timestamp::now();
-    for (case, start, stop, _) in buckets(now) {
-        let body = report(&format!("counts-{case}"), "f", 1, start, stop);
-        accepted(&parapet.url(), METRICS, client, &body).await;
+    for (case, start, stop, _) in hour_boundary_buckets(now) {
+        let body = metrics_report(&format!("counts-{case}"), "f", 1, start, stop);
+        post_until_accepted(&parapet.url(), METRICS, client, &body).await;
     }
     let path = "/api/admin/client-metrics/features/f/raw";
-    let stored = until("all counts are stored", SOON, async || {
+    let stored = wait_until("all counts are stored", TIMEOUT, async || {
         let (status, body) = parapet.admin_get(path).await;
         assert!(status == StatusCode::OK || status == StatusCode::NOT_FOUND, "{status}");
         let stored = body["data"].as_array()?.clone();
         (stored.len() == 4).then_some(stored)
     })
     .await;
-    for (case, .., hour) in buckets(now) {
+    for (case, .., hour) in hour_boundary_buckets(now) {
         let app_name = format!("counts-{case}");
         let stored = stored.iter().find(|it| it["appName"] == *app_name).unwrap();
         let stored: Timestamp = stored["timestamp"].as_str().unwrap().parse().unwrap();
@@ -189,12 +189,12 @@ async fn standalone_stores_usage_under_the_hour_of_its_bucket_end() {
 
 /// A proxy in front of PostgreSQL that drops the server's replies to some commits of usage and breaks
 /// the connection.
-struct LossyRelay {
+struct ReplyDroppingProxy {
     port: u16,
     lost: Arc<AtomicUsize>,
 }
 
-impl LossyRelay {
+impl ReplyDroppingProxy {
     async fn start(server: u16, losses: usize) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (port, lost) = (listener.local_addr().unwrap().port(), Arc::new(AtomicUsize::new(0)));
@@ -203,7 +203,7 @@ impl LossyRelay {
             while let Ok((client, _)) = listener.accept().await {
                 let server = TcpStream::connect(("127.0.0.1", server)).await.unwrap();
                 let count = Arc::clone(&count);
-                tokio::spawn(async move { relay(client, server, &count, losses).await });
+                tokio::spawn(async move { forward_dropping_replies(client, server, &count, losses).await });
             }
         });
         Self { port, lost }
@@ -211,7 +211,7 @@ impl LossyRelay {
 }
 
 /// Forwards both directions until one of them ends or a reply is dropped.
-async fn relay(mut client: TcpStream, mut server: TcpStream, lost: &AtomicUsize, losses: usize) {
+async fn forward_dropping_replies(mut client: TcpStream, mut server: TcpStream, lost: &AtomicUsize, losses: usize) {
     let has = |bytes: &[u8], text: &str| bytes.windows(text.len()).any(|it| it == text.as_bytes());
     let (mut from_client, mut from_server) = (vec![0; 64 * 1024], vec![0; 64 * 1024]);
     let (mut stores_usage, mut commits) = (false, false);
@@ -243,13 +243,13 @@ async fn batch_without_commit_reply_is_counted_once() {
     const LOSSES: usize = 3;
     let (admin, client) = ("*:*.counts-commit-admin", "*:development.counts-commit-client");
     for token in [admin, client] {
-        secrets::remember(token);
+        secrets::register(token);
     }
     let flags = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(flags.path(), r#"{"features":[{"name":"f","enabled":true}]}"#).unwrap();
     let server = Postgres::shared().await;
     let database = server.create_database().await;
-    let relay = LossyRelay::start(server.port(), LOSSES).await;
+    let relay = ReplyDroppingProxy::start(server.port(), LOSSES).await;
     let url = format!("postgres://postgres@127.0.0.1:{}/{database}", relay.port);
     let parapet = Parapet::mode("standalone")
         .flag("--flags", flags.path())
@@ -259,8 +259,8 @@ async fn batch_without_commit_reply_is_counted_once() {
         .env("INIT_CLIENT_API_TOKENS", client)
         .start()
         .await;
-    accepted(&parapet.url(), METRICS, client, &report_now("counts-commit", "f", 100)).await;
-    until("the batch is sent again and accepted", SOON, async || {
+    post_until_accepted(&parapet.url(), METRICS, client, &metrics_report_now("counts-commit", "f", 100)).await;
+    wait_until("the batch is sent again and accepted", TIMEOUT, async || {
         let sent = parapet.metric("parapet_usage_counts_sent_total").await;
         sent.filter(|sent| *sent >= 100.0)
     })
@@ -275,73 +275,73 @@ async fn batch_without_commit_reply_is_counted_once() {
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
 async fn usage_rejected_by_firewall_arrives_later_with_the_same_token() {
-    let unleash = Unleash::shared(Version::V8).await;
+    let unleash = Unleash::shared(UnleashVersion::V8).await;
     let (flag, changing) = ("counts.firewall", "counts.firewall-changing");
-    unleash.create_enabled_flag(changing, HERE, &[]).await;
-    counted_flag(&unleash, flag).await;
+    unleash.create_enabled_flag(changing, ENVIRONMENT, &[]).await;
+    create_counted_flag(&unleash, flag).await;
     let proxy = ChaosProxy::start(&unleash.url()).await;
     let parapet = edge(&unleash, &proxy.url(), "counts-firewall").await;
-    let token = unleash.create_token(Kind::Backend, HERE, &["*"], "counts-firewall").await;
+    let token = unleash.create_token(TokenKind::Backend, ENVIRONMENT, &["*"], "counts-firewall").await;
     let app_name = "counts-firewall";
     let is_on = async || {
         let (_, body) = parapet.get("/api/client/features", &token).await;
         let flags = body["features"].as_array()?.iter();
         flags.filter(|it| it["name"] == changing).find_map(|it| it["enabled"].as_bool())
     };
-    until("the flag is served", SOON, async || is_on().await.filter(|on| *on)).await;
+    wait_until("the flag is served", TIMEOUT, async || is_on().await.filter(|on| *on)).await;
     // After a restart the edge may create a token at once.
     assert!(parapet.terminate().await.success());
     parapet.restart();
     parapet.wait_until_ready().await;
     let name = "parapet-counts-firewall";
-    let tokens = secrets_named(&unleash, name).await;
-    assert_eq!(unleash.remember_tokens_named(name).await, ["development", "production"]);
+    let tokens = token_secrets_named(&unleash, name).await;
+    assert_eq!(unleash.register_tokens_named(name).await, ["development", "production"]);
 
-    proxy.set(Fault::RefusePosts { prefix: METRICS, status: StatusCode::FORBIDDEN }).await;
-    let before = batches(&proxy);
+    proxy.set_fault(Fault::RejectPosts { prefix: METRICS, status: StatusCode::FORBIDDEN }).await;
+    let before = batch_count(&proxy);
     let registration = json!({ "appName": app_name, "instanceId": "1", "interval": 15,
                                "started": Timestamp::now(), "strategies": ["default"] });
-    accepted(&parapet.url(), "/api/client/register", &token, &registration).await;
-    accepted(&parapet.url(), METRICS, &token, &report_now(app_name, flag, 3)).await;
-    until("usage is refused a few times", SOON, async || {
-        (batches(&proxy) >= before + 4).then_some(())
+    post_until_accepted(&parapet.url(), "/api/client/register", &token, &registration).await;
+    post_until_accepted(&parapet.url(), METRICS, &token, &metrics_report_now(app_name, flag, 3)).await;
+    wait_until("usage is refused a few times", TIMEOUT, async || {
+        (batch_count(&proxy) >= before + 4).then_some(())
     })
     .await;
-    unleash.disable(changing, HERE).await;
-    until("a change of flags arrives", SOON, async || is_on().await.filter(|on| !*on)).await;
-    assert_eq!(secrets_named(&unleash, name).await, tokens);
+    unleash.disable(changing, ENVIRONMENT).await;
+    wait_until("a change of flags arrives", TIMEOUT, async || is_on().await.filter(|on| !*on)).await;
+    assert_eq!(token_secrets_named(&unleash, name).await, tokens);
     let warning = "Upstream rejects usage although it serves flags with the same token";
     assert!(parapet.log().contains(warning), "{}", parapet.log());
 
-    accepted(&parapet.url(), METRICS, &token, &report_now(app_name, flag, 2)).await;
+    post_until_accepted(&parapet.url(), METRICS, &token, &metrics_report_now(app_name, flag, 2)).await;
     proxy.restore().await;
-    unleash.wait_for_usage(flag, app_name, HERE, (5, 0)).await;
-    until("the application has registered", STORED_WITHIN, async || {
+    unleash.wait_for_usage(flag, app_name, ENVIRONMENT, (5, 0)).await;
+    wait_until("the application has registered", STORE_TIMEOUT, async || {
         unleash.applications().await.iter().any(|name| name == app_name).then_some(())
     })
     .await;
-    assert_eq!(secrets_named(&unleash, name).await, tokens);
+    assert_eq!(token_secrets_named(&unleash, name).await, tokens);
 }
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
 async fn usage_rejected_as_too_large_arrives_completely_later() {
-    let unleash = Unleash::shared(Version::V8).await;
+    let unleash = Unleash::shared(UnleashVersion::V8).await;
     let flag = "counts.too-large";
-    counted_flag(&unleash, flag).await;
+    create_counted_flag(&unleash, flag).await;
     let proxy = ChaosProxy::start(&unleash.url()).await;
     let parapet = edge(&unleash, &proxy.url(), "counts-too-large").await;
-    let token = unleash.create_token(Kind::Backend, HERE, &["*"], "counts-too-large").await;
-    proxy.set(Fault::RefusePosts { prefix: METRICS, status: StatusCode::PAYLOAD_TOO_LARGE }).await;
+    let token = unleash.create_token(TokenKind::Backend, ENVIRONMENT, &["*"], "counts-too-large").await;
+    proxy.set_fault(Fault::RejectPosts { prefix: METRICS, status: StatusCode::PAYLOAD_TOO_LARGE }).await;
     let apps: Vec<_> = (0..12).map(|app| format!("counts-too-large-{app}")).collect();
     for app_name in &apps {
-        accepted(&parapet.url(), METRICS, &token, &report_now(app_name, flag, 1)).await;
+        post_until_accepted(&parapet.url(), METRICS, &token, &metrics_report_now(app_name, flag, 1)).await;
     }
-    until("everything is called too large", SOON, async || (batches(&proxy) >= 5).then_some(()))
+    wait_until("everything is called too large", TIMEOUT, async || (batch_count(&proxy) >= 5).then_some(()))
         .await;
     proxy.restore().await;
     for app_name in &apps {
-        unleash.wait_for_usage(flag, app_name, HERE, (1, 0)).await;
+        unleash.wait_for_usage(flag, app_name, ENVIRONMENT, (1, 0)).await;
     }
     assert_eq!(parapet.metric("parapet_usage_dropped_total{reason=\"size\"}").await, None);
 }
@@ -349,19 +349,19 @@ async fn usage_rejected_as_too_large_arrives_completely_later() {
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
 async fn registration_after_restart_preserves_strategies_at_upstream() {
-    let unleash = Unleash::shared(Version::V8).await;
+    let unleash = Unleash::shared(UnleashVersion::V8).await;
     let flag = "counts.strategies";
-    counted_flag(&unleash, flag).await;
+    create_counted_flag(&unleash, flag).await;
     let proxy = ChaosProxy::start(&unleash.url()).await;
     let parapet = edge(&unleash, &proxy.url(), "counts-strategies").await;
-    let token = unleash.create_token(Kind::Backend, HERE, &["*"], "counts-strategies").await;
+    let token = unleash.create_token(TokenKind::Backend, ENVIRONMENT, &["*"], "counts-strategies").await;
     let registration = |app_name: &str| {
         json!({ "appName": app_name, "instanceId": format!("{app_name}-1"), "interval": 15,
                 "started": Timestamp::now(), "strategies": ["default", "counts"] })
     };
     let sent = async |app_name: &str, part: &str| {
-        until(&format!("{part} of {app_name} are sent"), SOON, async || {
-            let bodies = proxy.seen().into_iter().filter(|seen| seen.path == BULK);
+        wait_until(&format!("{part} of {app_name} are sent"), TIMEOUT, async || {
+            let bodies = proxy.requests().into_iter().filter(|seen| seen.path == BULK);
             let mut bodies =
                 bodies.map(|seen| serde_json::from_slice::<Value>(&seen.body).unwrap());
             let is_of_app = |body: Value| {
@@ -373,23 +373,23 @@ async fn registration_after_restart_preserves_strategies_at_upstream() {
     };
     // Unleash stores registrations every 20 s. Until then it merges registrations of a new application;
     // afterwards an empty list replaces the stored one.
-    accepted(&unleash.url(), "/api/client/register", &token, &registration("counts-marker")).await;
-    until("Unleash has just written applications", STORED_WITHIN, async || {
+    post_until_accepted(&unleash.url(), "/api/client/register", &token, &registration("counts-marker")).await;
+    wait_until("Unleash has just written applications", STORE_TIMEOUT, async || {
         unleash.applications().await.iter().any(|name| name == "counts-marker").then_some(())
     })
     .await;
     let app_name = "counts-strategies";
-    accepted(&parapet.url(), "/api/client/register", &token, &registration(app_name)).await;
+    post_until_accepted(&parapet.url(), "/api/client/register", &token, &registration(app_name)).await;
     sent(app_name, "applications").await;
     parapet.terminate().await;
     parapet.restart();
     parapet.wait_until_ready().await;
-    accepted(&parapet.url(), METRICS, &token, &report_now(app_name, flag, 1)).await;
+    post_until_accepted(&parapet.url(), METRICS, &token, &metrics_report_now(app_name, flag, 1)).await;
     sent(app_name, "metrics").await;
 
     let path = format!("/api/admin/metrics/applications/{app_name}");
-    let stored = until("the application is stored", STORED_WITHIN, async || {
-        let (status, stored) = unleash.admin(reqwest::Method::GET, &path, &Value::Null).await;
+    let stored = wait_until("the application is stored", STORE_TIMEOUT, async || {
+        let (status, stored) = unleash.admin_request(reqwest::Method::GET, &path, &Value::Null).await;
         let instances = stored["instances"].as_array().is_some_and(|it| !it.is_empty());
         (status == StatusCode::OK && instances).then_some(stored)
     })

@@ -12,10 +12,10 @@ use proptest::test_runner::TestRunner;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use crate::rig::{Driver, Kind, Parapet, Unleash, Version, http, node, until};
+use crate::rig::{Driver, TokenKind, Parapet, Unleash, UnleashVersion, http, node, wait_until};
 
 /// Dates that Unleash saves and people write, and similar texts.
-const TEXTS: [&str; 68] = [
+const DATE_TEXTS: [&str; 68] = [
     "2024-05",
     "2024",
     "2024-5-1",
@@ -87,7 +87,7 @@ const TEXTS: [&str; 68] = [
 ];
 
 /// Texts that are dates, or nearly so.
-fn spelling() -> impl Strategy<Value = String> {
+fn date_like_text() -> impl Strategy<Value = String> {
     let piece = prop_oneof![
         6 => select(vec!["2024", "05", "5", "1", "01", "31", "30", "24", "99", "1970", "12345", "002024", "0", "00", "123456789012"]),
         3 => select(vec!["10:00", "10:00:00", "23:59:59.999", "9:5", "12:30:15.25", "24:00", "25:61", "T10:00", "T10:00:00Z", "1::"]),
@@ -123,7 +123,7 @@ fn spelling() -> impl Strategy<Value = String> {
 }
 
 /// Whether a constraint for exactly `value` holds at this current time.
-fn is_exactly(value: &str, current_time: &str) -> bool {
+fn is_equal_date(value: &str, current_time: &str) -> bool {
     let bound = |operator: &str| json!({ "contextName": "currentTime", "operator": operator, "value": value, "inverted": true });
     let document = json!({ "features": [{ "name": "f", "enabled": true, "strategies": [
         { "name": "default", "constraints": [bound("DATE_AFTER"), bound("DATE_BEFORE")] },
@@ -155,9 +155,9 @@ async fn dates_parse_as_in_node() {
     command.env("TZ", "UTC");
     let mut node = Driver::start("Node", command.into(), &Value::Null).await;
     let mut random = TestRunner::deterministic();
-    let mut texts: Vec<String> = TEXTS.map(str::to_owned).into();
-    texts.extend((0..20_000).map(|_| spelling().new_tree(&mut random).unwrap().current()));
-    let answer = node.ask("read", json!(texts)).await;
+    let mut texts: Vec<String> = DATE_TEXTS.map(str::to_owned).into();
+    texts.extend((0..20_000).map(|_| date_like_text().new_tree(&mut random).unwrap().current()));
+    let answer = node.call("read", json!(texts)).await;
     let read = answer["milliseconds"].as_array().unwrap();
     let mut dates = 0;
     for (text, read) in texts.iter().zip(read) {
@@ -169,8 +169,8 @@ async fn dates_parse_as_in_node() {
             continue;
         }
         let iso = Timestamp::from_millisecond(milliseconds).unwrap().to_string();
-        assert!(is_exactly(text, &iso), "{text:?} is {iso} in a constraint");
-        assert!(text.is_empty() || is_exactly(&iso, text), "{text:?} is {iso} in a context");
+        assert!(is_equal_date(text, &iso), "{text:?} is {iso} in a constraint");
+        assert!(text.is_empty() || is_equal_date(&iso, text), "{text:?} is {iso} in a context");
     }
     assert!(dates > 2_000, "{dates} of {} are dates", texts.len());
     node.close().await;
@@ -180,7 +180,7 @@ async fn dates_parse_as_in_node() {
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
 async fn dates_saved_by_unleash_evaluate_as_in_its_frontend_api() {
     const HERE: &str = "development";
-    let unleash = Unleash::shared(Version::V8).await;
+    let unleash = Unleash::shared(UnleashVersion::V8).await;
     let texts = [
         "2024-05",
         "2024",
@@ -203,8 +203,8 @@ async fn dates_saved_by_unleash_evaluate_as_in_its_frontend_api() {
         unleash.add_strategy(&name, HERE, &strategy).await;
         unleash.enable(&name, HERE).await;
     }
-    let token = unleash.create_token(Kind::Frontend, HERE, &["*"], "dates").await;
-    let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).impatient();
+    let token = unleash.create_token(TokenKind::Frontend, HERE, &["*"], "dates").await;
+    let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).with_short_intervals();
     let parapet = edge.flag("--fleet-name", "dates").start().await;
     let enabled = async |server: &str| -> Vec<String> {
         let request = http().get(format!("{server}/api/frontend"));
@@ -222,7 +222,7 @@ async fn dates_saved_by_unleash_evaluate_as_in_its_frontend_api() {
         names.sort();
         names
     };
-    until("both see what is on now", Duration::from_secs(30), async || {
+    wait_until("both see what is on now", Duration::from_secs(30), async || {
         let (theirs, ours) = (enabled(&unleash.url()).await, enabled(&parapet.url()).await);
         (theirs.len() == 9 && ours == theirs).then_some(())
     })

@@ -11,13 +11,13 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Map, Value, json};
 use sqlx::{Connection as _, Executor as _, PgConnection};
 
-use crate::rig::{ChaosProxy, Fault, Parapet, Postgres, PostgresProxy, http, secrets, until};
+use crate::rig::{ChaosProxy, Fault, Parapet, Postgres, PostgresProxy, http, secrets, wait_until};
 
 /// Longer than the retry delays, which grow during an outage.
-const SOON: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// The number of each kind of request during each fault: one log line for each would be too many.
-const MANY: usize = 20;
+const REQUESTS_PER_FAULT: usize = 20;
 
 const FEATURES: &str = "/api/client/features";
 
@@ -28,7 +28,7 @@ fn flags(enabled: bool) -> String {
 }
 
 /// The instances, and the proxies between them.
-struct Day {
+struct Scenario {
     standalone: Parapet,
     edge: Parapet,
     /// Between the standalone and its database.
@@ -43,7 +43,7 @@ struct Day {
     folder: tempfile::TempDir,
 }
 
-impl Day {
+impl Scenario {
     async fn start() -> Self {
         let postgres = Postgres::shared().await;
         let name = postgres.create_database().await;
@@ -66,13 +66,13 @@ impl Day {
         let word_after = |name: &str| {
             let line = text.lines().find_map(|line| line.trim().strip_prefix(name)).unwrap();
             let word = line.split_whitespace().next().unwrap().to_owned();
-            secrets::remember(&word);
+            secrets::register(&word);
             word
         };
         word_after("password ");
         let [admin, client, frontend] = ["admin ", "client ", "frontend "].map(word_after);
         let upstream = ChaosProxy::start(&standalone.admin_url()).await;
-        let edge = Parapet::edge(&upstream.url()).admin_token(&admin).impatient();
+        let edge = Parapet::edge(&upstream.url()).admin_token(&admin).with_short_intervals();
         let edge = edge.flag("--log-format", "json").flag("--max-streams", "8").start().await;
         Self { standalone, edge, database, name, upstream, admin, client, frontend, folder }
     }
@@ -82,11 +82,11 @@ impl Day {
     }
 
     /// Ordinary requests of clients, valid and invalid ones.
-    async fn clients(&self) {
+    async fn send_client_requests(&self) {
         for parapet in self.instances() {
-            for _ in 0..MANY {
+            for _ in 0..REQUESTS_PER_FAULT {
                 let made_up = format!("*:development.{:032x}", rand::random::<u128>());
-                secrets::remember(&made_up);
+                secrets::register(&made_up);
                 for token in [&*self.client, &made_up, "no token", ""] {
                     parapet.get(FEATURES, token).await;
                     parapet.admin_get_as("/status", token).await;
@@ -107,7 +107,7 @@ impl Day {
                     self.post(&(parapet.admin_url() + path), body).await;
                 }
             }
-            let streams = (0..MANY).map(|_| {
+            let streams = (0..REQUESTS_PER_FAULT).map(|_| {
                 let open = http().get(parapet.url() + "/api/client/streaming");
                 open.header("authorization", &self.client).send()
             });
@@ -142,26 +142,26 @@ impl Day {
         let (status, made) = (answer.status(), answer.text().await.unwrap());
         if status == StatusCode::CREATED {
             let made: Value = serde_json::from_str(&made).unwrap();
-            secrets::remember(made["secret"].as_str().unwrap());
+            secrets::register(made["secret"].as_str().unwrap());
         }
         status
     }
 
     /// Many concurrent attempts to create tokens.
-    async fn operators(&self) {
-        join_all((0..MANY).map(|_| self.create_token())).await;
+    async fn send_operator_requests(&self) {
+        join_all((0..REQUESTS_PER_FAULT).map(|_| self.create_token())).await;
     }
 
-    async fn until_created(&self) {
-        until("a token is made", SOON, async || {
+    async fn wait_until_token_created(&self) {
+        wait_until("a token is made", TIMEOUT, async || {
             (self.create_token().await == StatusCode::CREATED).then_some(())
         })
         .await;
     }
 
-    async fn until_storing(&self, is_storing: bool) {
+    async fn wait_until_storing(&self, is_storing: bool) {
         let expected = if is_storing { 1.0 } else { 0.0 };
-        until("usage is stored, or is not", SOON, async || {
+        wait_until("usage is stored, or is not", TIMEOUT, async || {
             self.report(&self.standalone).await;
             let storing = self.standalone.metric("parapet_usage_storing").await?;
             (storing.total_cmp(&expected).is_eq()).then_some(())
@@ -170,9 +170,9 @@ impl Day {
     }
 
     /// Waits until a request of the edge to upstream has failed.
-    async fn until_upstream_is_missed(&self) {
+    async fn wait_until_upstream_fails(&self) {
         let begin = jiff::Timestamp::now();
-        until("the edge misses its upstream", SOON, async || {
+        wait_until("the edge misses its upstream", TIMEOUT, async || {
             let (code, status) = self.edge.admin_get("/status").await;
             if code == StatusCode::UNAUTHORIZED {
                 return Some(());
@@ -184,9 +184,9 @@ impl Day {
     }
 
     /// Waits until upstream has confirmed the edge's flags.
-    async fn until_upstream_answers(&self) {
+    async fn wait_until_upstream_recovers(&self) {
         let begin = jiff::Timestamp::now();
-        until("the edge has its upstream back", SOON, async || {
+        wait_until("the edge has its upstream back", TIMEOUT, async || {
             let (_, status) = self.edge.admin_get("/status").await;
             let confirmed = status["environments"][0]["confirmed"].as_str()?;
             (confirmed.parse::<jiff::Timestamp>().unwrap() > begin).then_some(())
@@ -194,25 +194,25 @@ impl Day {
         .await;
     }
 
-    async fn upstream_fails(&self, fault: Fault) {
-        let is_seen = fault != Fault::Cut;
-        self.upstream.set(fault).await;
-        self.clients().await;
-        self.until_upstream_is_missed().await;
-        self.clients().await;
+    async fn fail_upstream(&self, fault: Fault) {
+        let is_seen = fault != Fault::Disconnect;
+        self.upstream.set_fault(fault).await;
+        self.send_client_requests().await;
+        self.wait_until_upstream_fails().await;
+        self.send_client_requests().await;
         if is_seen {
             // Some operations retry for longer than a failure takes to be noticed.
-            let before = self.upstream.count("/");
-            until("it was tried again", SOON, async || {
-                (self.upstream.count("/") >= before + 5).then_some(())
+            let before = self.upstream.request_count("/");
+            wait_until("it was tried again", TIMEOUT, async || {
+                (self.upstream.request_count("/") >= before + 5).then_some(())
             })
             .await;
         }
         self.upstream.restore().await;
-        self.until_upstream_answers().await;
+        self.wait_until_upstream_recovers().await;
     }
 
-    async fn database_fails(&self) {
+    async fn fail_database(&self) {
         let postgres = Postgres::shared().await;
         let set_read_only = async |is_read_only: bool| {
             let sql = format!(
@@ -223,38 +223,38 @@ impl Day {
             postgres.execute("postgres", &sql).await;
         };
         set_read_only(true).await;
-        self.operators().await;
-        self.until_storing(false).await;
-        self.operators().await;
+        self.send_operator_requests().await;
+        self.wait_until_storing(false).await;
+        self.send_operator_requests().await;
         set_read_only(false).await;
-        self.until_storing(true).await;
-        self.until_created().await;
+        self.wait_until_storing(true).await;
+        self.wait_until_token_created().await;
 
         let url = format!("postgres://postgres@127.0.0.1:{}/{}", postgres.port(), self.name);
         let mut holder = PgConnection::connect(&url).await.unwrap();
         holder.execute("BEGIN; LOCK TABLE tokens, events").await.unwrap();
-        self.operators().await;
-        self.clients().await;
+        self.send_operator_requests().await;
+        self.send_client_requests().await;
         holder.execute("ROLLBACK").await.unwrap();
-        self.until_created().await;
+        self.wait_until_token_created().await;
 
         self.database.refuse().await;
-        self.operators().await;
-        self.clients().await;
-        self.until_storing(false).await;
+        self.send_operator_requests().await;
+        self.send_client_requests().await;
+        self.wait_until_storing(false).await;
         self.database.restore().await;
-        self.until_created().await;
-        self.until_storing(true).await;
+        self.wait_until_token_created().await;
+        self.wait_until_storing(true).await;
 
-        self.database.silence("");
-        self.operators().await;
-        self.clients().await;
-        self.until_created().await;
-        self.until_storing(true).await;
+        self.database.silence_connections("");
+        self.send_operator_requests().await;
+        self.send_client_requests().await;
+        self.wait_until_token_created().await;
+        self.wait_until_storing(true).await;
     }
 
     /// Replaces the data directory by a file for a while, as if a volume were full or missing.
-    async fn disk_fails(&self) {
+    async fn fail_disk(&self) {
         let folders = self.instances().map(|parapet| {
             let there = parapet.data_dir();
             let away = there.with_file_name("away");
@@ -263,10 +263,10 @@ impl Day {
             (there, away)
         });
         // Usage waits for upstream, and would be stored.
-        self.upstream.cut().await;
+        self.upstream.disconnect().await;
         for parapet in self.instances() {
-            until("several saves have failed", SOON, async || {
-                self.until_created().await;
+            wait_until("several saves have failed", TIMEOUT, async || {
+                self.wait_until_token_created().await;
                 self.report(parapet).await;
                 let page = parapet.metrics().await;
                 let failures = "parapet_store_save_failures_total{";
@@ -282,28 +282,28 @@ impl Day {
             std::fs::rename(away, there).unwrap();
         }
         for parapet in self.instances() {
-            until("the log reports that saves succeed again", SOON, async || {
+            wait_until("the log reports that saves succeed again", TIMEOUT, async || {
                 self.report(parapet).await;
                 parapet.log().contains("can be stored again").then_some(())
             })
             .await;
         }
         self.upstream.restore().await;
-        self.until_upstream_answers().await;
+        self.wait_until_upstream_recovers().await;
     }
 
-    async fn files_fail(&self) {
+    async fn fail_flag_file(&self) {
         let path = self.folder.path().join("flags.json");
         let change = |text: &str| std::fs::write(&path, text).unwrap();
         change("{");
-        until_logged(&self.standalone, "Reloading flags failed", 1).await;
+        wait_until_logged(&self.standalone, "Reloading flags failed", 1).await;
         for _ in 0..3 {
-            self.standalone.hang_up();
-            self.clients().await;
+            self.standalone.send_sighup();
+            self.send_client_requests().await;
         }
         change(&flags(false));
-        until_logged(&self.standalone, "is readable again", 1).await;
-        until("the change has arrived", SOON, async || {
+        wait_until_logged(&self.standalone, "is readable again", 1).await;
+        wait_until("the change has arrived", TIMEOUT, async || {
             let (_, body) = self.edge.get(FEATURES, &self.client).await;
             (body["features"][0]["enabled"] == false).then_some(())
         })
@@ -311,15 +311,15 @@ impl Day {
     }
 }
 
-async fn until_logged(parapet: &Parapet, text: &str, times: usize) {
-    until(&format!("{text:?} is logged"), SOON, async || {
+async fn wait_until_logged(parapet: &Parapet, text: &str, times: usize) {
+    wait_until(&format!("{text:?} is logged"), TIMEOUT, async || {
         (parapet.log().matches(text).count() >= times).then_some(())
     })
     .await;
 }
 
 /// A pattern of log lines.
-struct Expected {
+struct ExpectedLine {
     level: &'static str,
     /// A regular expression for the whole message.
     message: &'static str,
@@ -329,150 +329,150 @@ struct Expected {
     at_most: usize,
 }
 
-const fn line(
+const fn expected_line(
     level: &'static str,
     message: &'static str,
     fields: &'static [&'static str],
     at_most: usize,
-) -> Expected {
-    Expected { level, message, fields, at_most }
+) -> ExpectedLine {
+    ExpectedLine { level, message, fields, at_most }
 }
 
 /// Lines of both.
-const COMMON: &[Expected] = &[
-    line("INFO", "Parapet listens", &["mode", "data", "admin", "upstream?", "version"], 2),
-    line("INFO", "New flags", &["environment", "flags", "revision?", "problems"], 4),
-    line("INFO", "Shutdown requested; readiness withdrawn", &["drain_delay"], 2),
-    line("INFO", "Shutdown complete", &[], 2),
-    line("WARN", "Requests in flight did not finish in time and were dropped", &["grace"], 2),
+const COMMON: &[ExpectedLine] = &[
+    expected_line("INFO", "Parapet listens", &["mode", "data", "admin", "upstream?", "version"], 2),
+    expected_line("INFO", "New flags", &["environment", "flags", "revision?", "problems"], 4),
+    expected_line("INFO", "Shutdown requested; readiness withdrawn", &["drain_delay"], 2),
+    expected_line("INFO", "Shutdown complete", &[], 2),
+    expected_line("WARN", "Requests in flight did not finish in time and were dropped", &["grace"], 2),
     // The disk.
-    line("WARN", "(The copy of|Pending usage|Validated tokens).* cannot be stored", &["error"], 3),
-    line("INFO", "(The copy of|Pending usage|Validated tokens).* can be stored again", &[], 3),
-    line("WARN", "Saving flags or credentials failed; retrying every 5 s", &["error"], 1),
-    line("INFO", "Saving flags and credentials works again", &[], 1),
-    line("WARN", "Cannot list slots; usage of ended instances is not recovered", &["error"], 2),
+    expected_line("WARN", "(The copy of|Pending usage|Validated tokens).* cannot be stored", &["error"], 3),
+    expected_line("INFO", "(The copy of|Pending usage|Validated tokens).* can be stored again", &[], 3),
+    expected_line("WARN", "Saving flags or credentials failed; retrying every 5 s", &["error"], 1),
+    expected_line("INFO", "Saving flags and credentials works again", &[], 1),
+    expected_line("WARN", "Cannot list slots; usage of ended instances is not recovered", &["error"], 2),
 ];
 
 /// Lines of a standalone.
-const STANDALONE: &[Expected] = &[
-    line("INFO", "First start: created an admin account", &["username", "console"], 1),
-    line("WARN", "The generated password and tokens are in a file .*", &["file"], 1),
+const STANDALONE: &[ExpectedLine] = &[
+    expected_line("INFO", "First start: created an admin account", &["username", "console"], 1),
+    expected_line("WARN", "The generated password and tokens are in a file .*", &["file"], 1),
     // The database: one fault has several effects, each with a line.
-    line(
+    expected_line(
         "WARN",
         "The control plane's database is unreachable; tokens stay as last read",
         &["error"],
-        FAULTS_OF_DATABASE * 2,
+        DATABASE_FAULTS * 2,
     ),
-    line(
+    expected_line(
         "INFO",
         "The control plane's database is reachable again",
         &["away_for"],
-        FAULTS_OF_DATABASE,
+        DATABASE_FAULTS,
     ),
-    line(
+    expected_line(
         "INFO",
         "The connection for change notifications was lost; reconnecting",
         &["error"],
-        FAULTS_OF_DATABASE,
+        DATABASE_FAULTS,
     ),
-    line("WARN", "Usage could not be stored; it stays queued", &["error"], FAULTS_OF_DATABASE),
-    line("INFO", "Usage is stored again", &[], FAULTS_OF_DATABASE),
-    line(
+    expected_line("WARN", "Usage could not be stored; it stays queued", &["error"], DATABASE_FAULTS),
+    expected_line("INFO", "Usage is stored again", &[], DATABASE_FAULTS),
+    expected_line(
         "ERROR",
         "The control plane's database failed; requests for accounts and tokens get a 503",
         &["error", "more_since_last_line?"],
-        FAULTS_OF_DATABASE,
+        DATABASE_FAULTS,
     ),
-    line("WARN", "A denial could not be written to the audit log", &["error"], FAULTS_OF_DATABASE),
+    expected_line("WARN", "A denial could not be written to the audit log", &["error"], DATABASE_FAULTS),
     // The flag file, once and with each SIGHUP.
-    line("WARN", "Reloading flags failed; the last known flags stay", &["error"], 4),
-    line("INFO", ".*flags.json is readable again", &[], 1),
-    line("INFO", "Reloaded: nothing has changed; flags are read again", &[], 3),
+    expected_line("WARN", "Reloading flags failed; the last known flags stay", &["error"], 4),
+    expected_line("INFO", ".*flags.json is readable again", &[], 1),
+    expected_line("INFO", "Reloaded: nothing has changed; flags are read again", &[], 3),
 ];
 
 /// Lines of an edge. Each fault of upstream has one line for each operation, with its end.
-const EDGE: &[Expected] = &[
-    line(
+const EDGE: &[ExpectedLine] = &[
+    expected_line(
         "INFO",
         "Exchanging the admin token for one token per environment",
         &["fleet", "list_interval"],
         2,
     ),
-    line("INFO", "(Created|Found) token .{1,30}\\*{4} for environment development", &[], 3),
-    line("INFO", "Restored tokens validated in an earlier run", &["count"], 1),
-    line("INFO", "Restored usage of an earlier run; it will be sent", &[], 1),
-    line(
+    expected_line("INFO", "(Created|Found) token .{1,30}\\*{4} for environment development", &[], 3),
+    expected_line("INFO", "Restored tokens validated in an earlier run", &["count"], 1),
+    expected_line("INFO", "Restored usage of an earlier run; it will be sent", &[], 1),
+    expected_line(
         "WARN",
         "Fetching flags failed and is retried; the last known flags stay",
         &["environment", "error"],
         ALL_FAULTS,
     ),
-    line("INFO", "Upstream responds again", &["environment"], ALL_FAULTS),
-    line("INFO", "Upstream's event stream is open; polling stops", &["environment"], ALL_FAULTS),
-    line(
+    expected_line("INFO", "Upstream responds again", &["environment"], ALL_FAULTS),
+    expected_line("INFO", "Upstream's event stream is open; polling stops", &["environment"], ALL_FAULTS),
+    expected_line(
         "INFO",
         "Polling upstream again: its stream was lost",
         &["environment", "error"],
         ALL_FAULTS,
     ),
-    line(
+    expected_line(
         "WARN",
         "Upstream's token list could not be read; known tokens are validated one by one",
         &["error"],
         ALL_FAULTS,
     ),
-    line("INFO", "Upstream's token list is read again", &[], ALL_FAULTS),
-    line("INFO", "Upstream's tokens changed", &["changes.learned", "changes.revoked"], ALL_FAULTS),
-    line(
+    expected_line("INFO", "Upstream's token list is read again", &[], ALL_FAULTS),
+    expected_line("INFO", "Upstream's tokens changed", &["changes.learned", "changes.revoked"], ALL_FAULTS),
+    expected_line(
         "WARN",
         "Token validation at upstream failed; requests with first-seen tokens get 503",
         &["error"],
         ALL_FAULTS,
     ),
-    line("INFO", "Upstream validates tokens again", &[], ALL_FAULTS),
-    line(
+    expected_line("INFO", "Upstream validates tokens again", &[], ALL_FAULTS),
+    expected_line(
         "WARN",
         "Listing upstream's environments failed; the known environments stay",
         &["error"],
         ALL_FAULTS,
     ),
-    line("WARN", "Upstream is unreachable for another reason than before", &["error"], ALL_FAULTS),
-    line(
+    expected_line("WARN", "Upstream is unreachable for another reason than before", &["error"], ALL_FAULTS),
+    expected_line(
         "WARN",
         "Sending a batch of usage failed; it will be retried.*",
         &["environment", "error"],
         ALL_FAULTS * 2,
     ),
-    line("INFO", "Upstream accepts usage again", &["environment"], ALL_FAULTS),
-    line("WARN", "Shutdown ended before all usage was sent", &["grace"], 1),
+    expected_line("INFO", "Upstream accepts usage again", &["environment"], ALL_FAULTS),
+    expected_line("WARN", "Shutdown ended before all usage was sent", &["grace"], 1),
     // Upstream rejects every token, including the admin token.
-    line(
+    expected_line(
         "WARN",
         "Upstream refuses the edge's token for environment development; looking for another",
         &[],
         8,
     ),
-    line("WARN", "Upstream refuses the admin token: .*", &["token"], 2),
-    line("INFO", "Upstream accepts the admin token", &["token"], 4),
+    expected_line("WARN", "Upstream refuses the admin token: .*", &["token"], 2),
+    expected_line("INFO", "Upstream accepts the admin token", &["token"], 4),
 ];
 
 /// The number of faults of the database.
-const FAULTS_OF_DATABASE: usize = 4;
+const DATABASE_FAULTS: usize = 4;
 /// The number of faults of upstream: its own, those of its database, and restarts.
 const ALL_FAULTS: usize = 16;
 
 /// A report of every unexpected line.
-fn judge(name: &str, log: &str, expected: &[&Expected]) -> String {
+fn check_log(name: &str, log: &str, expected: &[&ExpectedLine]) -> String {
     let patterns: Vec<_> =
         expected.iter().map(|it| Regex::new(&format!("^(?:{})$", it.message)).unwrap()).collect();
     let (mut complaints, mut counts) = (String::new(), BTreeMap::<usize, Vec<&str>>::new());
     for line in log.lines() {
-        let wrong = match read(line) {
+        let wrong = match parse_log_line(line) {
             Err(wrong) => wrong,
             Ok((level, message, fields)) => {
-                let fits = |(at, it): (usize, &&Expected)| {
-                    it.level == level && patterns[at].is_match(&message) && has(it.fields, &fields)
+                let fits = |(at, it): (usize, &&ExpectedLine)| {
+                    it.level == level && patterns[at].is_match(&message) && has_fields(it.fields, &fields)
                 };
                 match expected.iter().enumerate().position(fits) {
                     Some(at) => {
@@ -486,7 +486,7 @@ fn judge(name: &str, log: &str, expected: &[&Expected]) -> String {
         writeln!(complaints, "{name}: {wrong}: {line}").unwrap();
     }
     for (at, lines) in counts {
-        let Expected { level, message, at_most, .. } = expected[at];
+        let ExpectedLine { level, message, at_most, .. } = expected[at];
         if lines.len() > *at_most {
             let lines = lines.join("\n  ");
             writeln!(complaints, "{name}: more than {at_most} of {level} {message}:\n  {lines}")
@@ -497,14 +497,14 @@ fn judge(name: &str, log: &str, expected: &[&Expected]) -> String {
 }
 
 /// Whether a line has exactly these fields. A field with a question mark is optional.
-fn has(names: &[&str], fields: &Map<String, Value>) -> bool {
+fn has_fields(names: &[&str], fields: &Map<String, Value>) -> bool {
     let is_there = |name: &&str| name.ends_with('?') || fields.contains_key(*name);
     let is_known = |field: &String| names.iter().any(|name| name.trim_end_matches('?') == field);
     names.iter().all(is_there) && fields.keys().all(is_known)
 }
 
 /// The level, the message and the other fields of a line.
-fn read(line: &str) -> Result<(String, String, Map<String, Value>), String> {
+fn parse_log_line(line: &str) -> Result<(String, String, Map<String, Value>), String> {
     if line.len() > 4096 {
         return Err(format!("it is {} bytes long", line.len()));
     }
@@ -525,17 +525,17 @@ fn read(line: &str) -> Result<(String, String, Map<String, Value>), String> {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
 async fn every_log_line_during_faults_is_expected_and_limited() {
-    let day = Day::start().await;
-    day.clients().await;
-    let answer = |status, headers: &[(&'static str, &'static str)], body| Fault::Answer {
+    let day = Scenario::start().await;
+    day.send_client_requests().await;
+    let answer = |status, headers: &[(&'static str, &'static str)], body| Fault::Respond {
         status,
         headers: headers.to_vec(),
         body,
     };
     for fault in [
-        Fault::Cut,
+        Fault::Disconnect,
         Fault::Stall,
-        Fault::LoseAnswers,
+        Fault::DropResponses,
         answer(StatusCode::INTERNAL_SERVER_ERROR, &[], "it failed"),
         answer(
             StatusCode::OK,
@@ -547,28 +547,28 @@ async fn every_log_line_during_faults_is_expected_and_limited() {
         answer(StatusCode::UNAUTHORIZED, &[], ""),
     ] {
         println!("{fault:?}");
-        day.upstream_fails(fault).await;
+        day.fail_upstream(fault).await;
     }
     println!("database");
-    day.database_fails().await;
+    day.fail_database().await;
     println!("files");
-    day.files_fail().await;
+    day.fail_flag_file().await;
     println!("disk");
-    day.disk_fails().await;
+    day.fail_disk().await;
 
     // A crash and a start while upstream is unavailable, and an orderly end of both.
-    day.upstream.cut().await;
+    day.upstream.disconnect().await;
     day.edge.kill();
     day.edge.restart();
     day.edge.wait_until_ready().await;
-    day.clients().await;
+    day.send_client_requests().await;
     day.upstream.restore().await;
-    day.until_upstream_answers().await;
+    day.wait_until_upstream_recovers().await;
     assert!(day.standalone.terminate().await.success());
     day.standalone.restart();
     day.standalone.wait_until_ready().await;
-    day.until_upstream_answers().await;
-    day.clients().await;
+    day.wait_until_upstream_recovers().await;
+    day.send_client_requests().await;
     assert!(day.edge.terminate().await.success());
     assert!(day.standalone.terminate().await.success());
 
@@ -578,7 +578,7 @@ async fn every_log_line_during_faults_is_expected_and_limited() {
         let shown = [("its log".to_owned(), log.clone().into_bytes())];
         secrets::assert_none_in(name, &shown);
         let expected: Vec<_> = COMMON.iter().chain(*own).collect();
-        complaints += &judge(name, log, &expected);
+        complaints += &check_log(name, log, &expected);
     }
     assert!(complaints.is_empty(), "{complaints}");
 }

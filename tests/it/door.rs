@@ -17,10 +17,10 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 
-use crate::local::{CLIENT, FRONTEND, Local};
+use crate::local::{CLIENT, FRONTEND, InProcessParapet};
 use crate::rig::{
-    Certificate, Deaf, Deafness, Driver, Events, Kept, Nginx, Outcome, Parapet, Protocol, Setup,
-    http, node, secrets, tests_dir, until,
+    SelfSignedCertificate, StalledClient, StallMode, Driver, EventStream, PersistentConnection, Nginx, SendOutcome, Parapet, Protocol, Setup,
+    http, node, secrets, tests_dir, wait_until,
 };
 
 const FLAGS: &str = r#"{"features":[{"name":"a","project":"default","enabled":true,
@@ -35,8 +35,8 @@ fn offline() -> Setup {
 }
 
 fn offline_with(flags: &str) -> Setup {
-    secrets::remember(CLIENT);
-    secrets::remember(FRONTEND);
+    secrets::register(CLIENT);
+    secrets::register(FRONTEND);
     let file = tempfile::tempdir().unwrap().keep().join("flags.json");
     std::fs::write(&file, flags).unwrap();
     let setup = Parapet::mode("offline").flag("--bootstrap-file", &file);
@@ -45,7 +45,7 @@ fn offline_with(flags: &str) -> Setup {
 
 /// A load of polling clients.
 #[derive(Clone, Copy, Debug)]
-struct Polling<'a> {
+struct PollingLoad<'a> {
     /// The number of clients of each kind and interval.
     clients: usize,
     /// The milliseconds between a response and the next request.
@@ -53,12 +53,12 @@ struct Polling<'a> {
     polls: usize,
 }
 
-impl Polling<'_> {
+impl PollingLoad<'_> {
     /// Polls with a driver's clients. Returns how many requests reused a connection.
-    async fn by_driver(self, mut driver: Driver) -> u64 {
+    async fn run_with_driver(self, mut driver: Driver) -> u64 {
         let Self { clients, intervals, polls } = self;
         let how = json!({ "clients": clients, "intervals": intervals, "polls": polls });
-        let received = driver.ask("poll", how).await;
+        let received = driver.call("poll", how).await;
         assert_eq!(received["failures"], json!([]));
         let statuses = received["statuses"].as_array().unwrap();
         assert_eq!(statuses.len(), clients * intervals.len() * polls);
@@ -68,7 +68,7 @@ impl Polling<'_> {
     }
 
     /// Polls with reqwest clients, each with its own pool and one request at a time.
-    async fn by_pools(self, url: String, is_http2: bool) {
+    async fn run_with_reqwest(self, url: String, is_http2: bool) {
         let mut all = JoinSet::new();
         for &interval in self.intervals {
             for _ in 0..self.clients {
@@ -105,7 +105,7 @@ async fn polling_around_the_idle_timeout_gets_every_response() {
     let parapet = offline().flag("--edge-keepalive-timeout", "4");
     let parapet = parapet.flag("--header-read-timeout-seconds", "2").start().await;
     let polling =
-        Polling { clients: 50, intervals: &[1950, 2000, 2050, 3950, 4000, 4050], polls: 4 };
+        PollingLoad { clients: 50, intervals: &[1950, 2000, 2050, 3950, 4000, 4050], polls: 4 };
     let url = parapet.url() + FEATURES;
     let options: Value = json!({ "url": url, "token": CLIENT });
     let mut python = tokio::process::Command::new(tests_dir().join(".venv/bin/python"));
@@ -115,10 +115,10 @@ async fn polling_around_the_idle_timeout_gets_every_response() {
         Driver::start("Python clients", python, &options)
     );
     let (by_node, by_python, ..) = tokio::join!(
-        polling.by_driver(node),
-        polling.by_driver(python),
-        polling.by_pools(url.clone(), false),
-        polling.by_pools(url.clone(), true)
+        polling.run_with_driver(node),
+        polling.run_with_driver(python),
+        polling.run_with_reqwest(url.clone(), false),
+        polling.run_with_reqwest(url.clone(), true)
     );
     // Clients that poll before the timeout reuse their connection.
     assert!(by_node > 0 && by_python > 0, "{by_node}, {by_python}");
@@ -130,13 +130,13 @@ struct Fleet {
     is_ready: [AtomicBool; 2],
     nginx: Option<Nginx>,
     /// The certificate of nginx, and of the instances if they use TLS.
-    certificate: Certificate,
+    certificate: SelfSignedCertificate,
     is_tls: bool,
 }
 
 impl Fleet {
     async fn start(is_tls: bool, has_nginx: bool) -> Arc<Self> {
-        let certificate = Certificate::new();
+        let certificate = SelfSignedCertificate::new();
         let start = async || {
             let setup = offline().flag("--drain-delay-seconds", "2");
             let setup = setup.flag("--shutdown-timeout-seconds", "10");
@@ -155,7 +155,7 @@ impl Fleet {
 
     /// Where a new connection goes, and whether it uses TLS: to nginx, or to an instance that was ready
     /// at the last check, like the endpoints list of Kubernetes.
-    fn place(&self, protocol: Protocol) -> (String, bool) {
+    fn pick_endpoint(&self, protocol: Protocol) -> (String, bool) {
         if let Some(nginx) = &self.nginx {
             return match protocol {
                 _ if self.is_tls => (nginx.tls(), true),
@@ -169,15 +169,15 @@ impl Fleet {
         (ready[rand::random_range(0..ready.len())].address(), self.is_tls)
     }
 
-    async fn connect(&self, protocol: Protocol) -> std::io::Result<Kept> {
-        let (address, is_tls) = self.place(protocol);
+    async fn connect(&self, protocol: Protocol) -> std::io::Result<PersistentConnection> {
+        let (address, is_tls) = self.pick_endpoint(protocol);
         let tls: Option<Arc<ClientConfig>> =
-            is_tls.then(|| self.certificate.client_config(protocol.name()));
-        Kept::connect(&address, protocol, tls).await
+            is_tls.then(|| self.certificate.client_config(protocol.alpn_name()));
+        PersistentConnection::connect(&address, protocol, tls).await
     }
 
     /// Updates the list of ready instances.
-    async fn watch(self: Arc<Self>) {
+    async fn watch_readiness(self: Arc<Self>) {
         loop {
             for (instance, is_ready) in self.instances.iter().zip(&self.is_ready) {
                 is_ready.store(instance.is_ready().await, Relaxed);
@@ -187,9 +187,9 @@ impl Fleet {
     }
 
     /// Restarts each instance once all are ready.
-    async fn roll(&self) {
+    async fn rolling_restart(&self) {
         for instance in &self.instances {
-            until("all are ready", Duration::from_mins(1), async || {
+            wait_until("all are ready", Duration::from_mins(1), async || {
                 self.is_ready.iter().all(|it| it.load(Relaxed)).then_some(())
             })
             .await;
@@ -201,14 +201,14 @@ impl Fleet {
     }
 
     /// Follows changes on one stream after the other.
-    async fn follow(self: Arc<Self>, streams: Arc<Streams>) {
+    async fn follow_streams(self: Arc<Self>, streams: Arc<StreamCounts>) {
         let (http1, client) = (Protocol::Http1, self.certificate.http());
         loop {
-            let (address, is_tls) = self.place(http1);
+            let (address, is_tls) = self.pick_endpoint(http1);
             let url = format!("http{}://{address}", if is_tls { "s" } else { "" });
             let client = if is_tls { &client } else { http() };
             let request = client.get(url + "/api/client/streaming").header("authorization", CLIENT);
-            let mut events = Events::open(request, None).await;
+            let mut events = EventStream::open(request, None).await;
             assert!(events.next().await.is_some(), "a stream begins with the flags");
             streams.open.fetch_add(1, Relaxed);
             while events.next().await.is_some() {}
@@ -220,33 +220,33 @@ impl Fleet {
 
 /// The number of open streams, and of those that have ended.
 #[derive(Debug, Default)]
-struct Streams {
+struct StreamCounts {
     open: AtomicUsize,
     ended: AtomicUsize,
 }
 
 /// The results of a load.
 #[derive(Debug, Default)]
-struct Tally {
-    answered: AtomicUsize,
+struct LoadResult {
+    succeeded: AtomicUsize,
     connections: AtomicUsize,
     failures: Mutex<Vec<String>>,
-    stops: AtomicBool,
+    is_stopping: AtomicBool,
 }
 
-impl Tally {
-    fn fail(&self, why: String) {
+impl LoadResult {
+    fn record_failure(&self, why: String) {
         self.failures.lock().unwrap_or_else(PoisonError::into_inner).push(why);
     }
 }
 
 /// The number of concurrent requests of an HTTP/2 client.
-const STREAMS: usize = 8;
+const CONCURRENT_REQUESTS: usize = 8;
 
 /// A client that fetches flags, and sometimes reports usage, over a connection that it keeps as long as
 /// possible.
-async fn keep_asking(fleet: Arc<Fleet>, protocol: Protocol, tally: Arc<Tally>) {
-    let ask = async |mut kept: Kept, nth: usize| {
+async fn run_client(fleet: Arc<Fleet>, protocol: Protocol, tally: Arc<LoadResult>) {
+    let ask = async |mut kept: PersistentConnection, nth: usize| {
         let request = Request::builder().header("authorization", CLIENT);
         let request = if nth.is_multiple_of(8) {
             let report = json!({ "appName": "door", "instanceId": "1", "bucket": {
@@ -258,16 +258,16 @@ async fn keep_asking(fleet: Arc<Fleet>, protocol: Protocol, tally: Arc<Tally>) {
             request.uri(FEATURES).body(Full::default()).unwrap()
         };
         match kept.send(request).await {
-            Outcome::Answered(status, _) if status.is_success() => {
-                tally.answered.fetch_add(1, Relaxed);
+            SendOutcome::Response(status, _) if status.is_success() => {
+                tally.succeeded.fetch_add(1, Relaxed);
             }
-            Outcome::Unsent => {}
-            other => tally.fail(format!("{protocol:?}, request {nth}: {other:?}")),
+            SendOutcome::NotSent => {}
+            other => tally.record_failure(format!("{protocol:?}, request {nth}: {other:?}")),
         }
         kept
     };
-    let (mut kept, mut nth) = (None::<Kept>, 0);
-    while !tally.stops.load(Relaxed) {
+    let (mut kept, mut nth) = (None::<PersistentConnection>, 0);
+    while !tally.is_stopping.load(Relaxed) {
         let usable = match kept.take() {
             Some(mut connection) => connection.is_usable().await.then_some(connection),
             None => None,
@@ -279,12 +279,12 @@ async fn keep_asking(fleet: Arc<Fleet>, protocol: Protocol, tally: Arc<Tally>) {
                     tally.connections.fetch_add(1, Relaxed);
                     connection
                 }
-                Err(error) => return tally.fail(format!("{protocol:?}, no connection: {error}")),
+                Err(error) => return tally.record_failure(format!("{protocol:?}, no connection: {error}")),
             },
         };
         // It is not ready before it has received the server's settings.
         let _ = connection.is_usable().await;
-        let shared = (1..STREAMS).filter_map(|_| connection.share()).collect::<Vec<_>>();
+        let shared = (1..CONCURRENT_REQUESTS).filter_map(|_| connection.try_clone()).collect::<Vec<_>>();
         let all = shared.into_iter().chain([connection]).map(|it| {
             nth += 1;
             ask(it, nth)
@@ -299,29 +299,29 @@ async fn check_rolling_restart(is_tls: bool, has_nginx: bool) {
     const FOLLOWERS: usize = 10;
     const REQUESTS: usize = 5_000;
     let fleet = Fleet::start(is_tls, has_nginx).await;
-    let (tally, streams) = (Arc::<Tally>::default(), Arc::<Streams>::default());
+    let (tally, streams) = (Arc::<LoadResult>::default(), Arc::<StreamCounts>::default());
     let mut others = JoinSet::new();
-    others.spawn(Arc::clone(&fleet).watch());
+    others.spawn(Arc::clone(&fleet).watch_readiness());
     for _ in 0..FOLLOWERS {
-        others.spawn(Arc::clone(&fleet).follow(Arc::clone(&streams)));
+        others.spawn(Arc::clone(&fleet).follow_streams(Arc::clone(&streams)));
     }
     let mut load = JoinSet::new();
     for protocol in [Protocol::Http1, Protocol::Http2] {
         let clients = if protocol == Protocol::Http1 { CLIENTS } else { CLIENTS / 4 };
         for _ in 0..clients {
-            load.spawn(keep_asking(Arc::clone(&fleet), protocol, Arc::clone(&tally)));
+            load.spawn(run_client(Arc::clone(&fleet), protocol, Arc::clone(&tally)));
         }
     }
-    fleet.roll().await;
+    fleet.rolling_restart().await;
     let what = "the streams are back, and enough requests are answered";
-    until(what, Duration::from_mins(2), async || {
+    wait_until(what, Duration::from_mins(2), async || {
         let failures = tally.failures.lock().unwrap_or_else(PoisonError::into_inner);
         let are_back = streams.open.load(Relaxed) == FOLLOWERS;
-        let enough = tally.answered.load(Relaxed) >= REQUESTS;
+        let enough = tally.succeeded.load(Relaxed) >= REQUESTS;
         (are_back && enough || !failures.is_empty()).then_some(())
     })
     .await;
-    tally.stops.store(true, Relaxed);
+    tally.is_stopping.store(true, Relaxed);
     load.join_all().await;
     while let Some(ended) = others.try_join_next() {
         ended.unwrap();
@@ -348,7 +348,7 @@ async fn rolling_restart_loses_no_request_behind_nginx() {
 }
 
 /// The timeout for anything that ends by itself.
-const PATIENCE: Duration = Duration::from_mins(2);
+const TIMEOUT: Duration = Duration::from_mins(2);
 
 /// Flags that are each on for half of all users, a different half for each flag.
 fn many_flags(count: usize) -> String {
@@ -364,7 +364,7 @@ fn many_flags(count: usize) -> String {
 }
 
 /// The path of a user's request.
-fn user(nth: usize) -> String {
+fn user_request_path(nth: usize) -> String {
     format!("/api/frontend?userId={nth}")
 }
 
@@ -376,7 +376,7 @@ async fn unread_http2_responses_use_bounded_memory_and_time_out() {
     const MIB: u64 = 1024;
     let parapet = offline_with(&many_flags(2000)).start().await;
     let ask = async |number: usize| {
-        let request = http().get(parapet.url() + &user(number));
+        let request = http().get(parapet.url() + &user_request_path(number));
         let answer = request.header("authorization", FRONTEND).send().await.unwrap();
         assert_eq!(answer.status(), StatusCode::OK);
         answer.bytes().await.unwrap().len()
@@ -386,26 +386,26 @@ async fn unread_http2_responses_use_bounded_memory_and_time_out() {
     let before = parapet.proc_status("VmRSS");
 
     let mut few =
-        Deaf::send(&parapet.address(), Deafness::NoWindow, FRONTEND, (0..3).map(user)).await;
-    let (address, mut users) = (parapet.address(), (3..).map(user));
-    let mut hold = async |how: Deafness| {
+        StalledClient::send(&parapet.address(), StallMode::ZeroWindow, FRONTEND, (0..3).map(user_request_path)).await;
+    let (address, mut users) = (parapet.address(), (3..).map(user_request_path));
+    let mut hold = async |how: StallMode| {
         let mut all = Vec::new();
         for _ in 0..CONNECTIONS / 2 {
             let metrics = (0..REQUESTS / 10).map(|_| "/internal-backstage/metrics".to_owned());
-            all.push(Deaf::send(&address, how, "", metrics).await);
+            all.push(StalledClient::send(&address, how, "", metrics).await);
             let users = users.by_ref().take(REQUESTS);
-            all.push(Deaf::send(&address, how, FRONTEND, users).await);
+            all.push(StalledClient::send(&address, how, FRONTEND, users).await);
         }
         all
     };
-    let gone = hold(Deafness::NoWindow).await;
-    let unread = hold(Deafness::NoReading).await;
+    let gone = hold(StallMode::ZeroWindow).await;
+    let unread = hold(StallMode::NoReads).await;
     // Other clients are served meanwhile.
     for nth in 0..20 {
         ask(usize::MAX - nth).await;
     }
     drop(gone);
-    until("the memory is freed, even that of unread connections", PATIENCE, async || {
+    wait_until("the memory is freed, even that of unread connections", TIMEOUT, async || {
         (parapet.proc_status("VmRSS") < before + 32 * MIB).then_some(())
     })
     .await;
@@ -413,17 +413,17 @@ async fn unread_http2_responses_use_bounded_memory_and_time_out() {
     let most = parapet.proc_status("VmHWM");
     assert!(most < 250 * MIB, "{most} KiB at the most, {before} before");
 
-    let resets = std::mem::take(&mut few.answers).into_iter().map(async |answer| {
+    let resets = std::mem::take(&mut few.responses).into_iter().map(async |answer| {
         let mut body = answer.await.unwrap().into_body();
         body.data().await.map(|data| data.unwrap_err().reason())
     });
-    let resets = tokio::time::timeout(PATIENCE, join_all(resets)).await.unwrap();
+    let resets = tokio::time::timeout(TIMEOUT, join_all(resets)).await.unwrap();
     assert_eq!(resets, [Some(Some(h2::Reason::CANCEL)); 3]);
 }
 
 #[tokio::test]
 async fn idle_http2_connection_closes_despite_pings() {
-    let parapet = Local::offline_with(FLAGS, &["--edge-keepalive-timeout", "1"]).await;
+    let parapet = InProcessParapet::offline_with(FLAGS, &["--edge-keepalive-timeout", "1"]).await;
     let stream = TcpStream::connect(parapet.address()).await.unwrap();
     let (mut sender, mut connection) = h2::client::handshake(stream).await.unwrap();
     let mut pings = connection.ping_pong().unwrap();
@@ -438,7 +438,7 @@ async fn idle_http2_connection_closes_despite_pings() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    tokio::time::timeout(PATIENCE, pinging).await.expect("the connection ends");
+    tokio::time::timeout(TIMEOUT, pinging).await.expect("the connection ends");
     assert!(answered > 10, "{answered}: it ended before");
     connection.await.unwrap().unwrap();
 }
@@ -446,7 +446,7 @@ async fn idle_http2_connection_closes_despite_pings() {
 #[tokio::test]
 async fn idle_connections_leave_file_descriptors_for_probes() {
     const IDLE: usize = 300;
-    let parapet = offline().descriptors(256, 256).start().await;
+    let parapet = offline().limit_fds(256, 256).start().await;
     let mut idle = Vec::new();
     for nth in 0..IDLE {
         let mut stream = TcpStream::connect(parapet.address()).await.unwrap();
@@ -457,18 +457,18 @@ async fn idle_connections_leave_file_descriptors_for_probes() {
         }
         idle.push(stream);
         if nth % 20 == 19 {
-            assert!(parapet.is_well().await && parapet.is_ready().await, "with {nth} more");
+            assert!(parapet.is_healthy().await && parapet.is_ready().await, "with {nth} more");
         }
     }
     assert_eq!(parapet.get(FEATURES, CLIENT).await.0, StatusCode::OK);
-    assert_eq!(parapet.descriptor_limit(), 256);
+    assert_eq!(parapet.fd_limit(), 256);
     let log = parapet.log();
     assert!(log.contains("Too few file descriptors for --max-connections"), "{log}");
     assert!(!log.contains("Cannot accept"), "{log}");
     drop(idle);
 
-    let parapet = offline().descriptors(64, 512).start().await;
-    assert_eq!(parapet.descriptor_limit(), 512, "it is raised");
+    let parapet = offline().limit_fds(64, 512).start().await;
+    assert_eq!(parapet.fd_limit(), 512, "it is raised");
 }
 
 /// Connects from `127.0.0.<host>`.
@@ -481,7 +481,7 @@ async fn connect_from(host: u8, address: SocketAddr) -> TcpStream {
 #[tokio::test]
 async fn one_address_cannot_exhaust_connections_of_others() {
     let limits = ["--max-connections", "20", "--max-connections-per-address", "15"];
-    let parapet = Local::offline_with(FLAGS, &limits).await;
+    let parapet = InProcessParapet::offline_with(FLAGS, &limits).await;
     let begun = format!(
         "POST /api/frontend HTTP/1.1\r\nhost: a\r\nauthorization: {FRONTEND}\r\n\
          content-length: 2\r\nexpect: 100-continue\r\n\r\n"
@@ -517,11 +517,11 @@ fn last_request(token: &str) -> Vec<u8> {
 }
 
 /// Sends these bytes and returns everything that the server sends.
-async fn exchange(mut io: impl AsyncRead + AsyncWrite + Unpin, bytes: &[u8]) -> String {
+async fn send_raw(mut io: impl AsyncRead + AsyncWrite + Unpin, bytes: &[u8]) -> String {
     // The server may close the connection before it has read everything.
     let _ = io.write_all(bytes).await;
     let mut back = Vec::new();
-    let _ = tokio::time::timeout(PATIENCE, io.read_to_end(&mut back)).await.expect("it ends");
+    let _ = tokio::time::timeout(TIMEOUT, io.read_to_end(&mut back)).await.expect("it ends");
     String::from_utf8(back).unwrap()
 }
 
@@ -534,15 +534,15 @@ async fn proxy_protocol_address_is_used_from_trusted_balancers() {
     const DENIED: [u8; 4] = [192, 0, 2, 66];
     let flags = r#"{"features":[{"name":"in-the-office","project":"default","enabled":true,
         "strategies":[{"name":"remoteAddress","parameters":{"IPs":"192.0.2.7"}}]}]}"#;
-    let certificate = Certificate::new();
+    let certificate = SelfSignedCertificate::new();
     let (file, key) = (certificate.file(), certificate.key_file());
     let arguments = ["--proxy-protocol", "--proxy-trusted-servers", "127.0.0.2"];
     let arguments = [&arguments[..], &["--deny-list", "192.0.2.66"]].concat();
     let tls = ["--tls-enable", "--tls-server-port", "0"];
     let files = ["--tls-server-cert", file.to_str().unwrap()];
     let files = [&files[..], &["--tls-server-key", key.to_str().unwrap()]].concat();
-    let plain = Local::offline_with(flags, &arguments).await;
-    let encrypted = Local::offline_with(flags, &[&arguments[..], &tls, &files].concat()).await;
+    let plain = InProcessParapet::offline_with(flags, &arguments).await;
+    let encrypted = InProcessParapet::offline_with(flags, &[&arguments[..], &tls, &files].concat()).await;
 
     let version_1 = |[a, b, c, d]: [u8; 4]| {
         format!("PROXY TCP4 {a}.{b}.{c}.{d} 127.0.0.1 50000 443\r\n").into_bytes()
@@ -555,12 +555,12 @@ async fn proxy_protocol_address_is_used_from_trusted_balancers() {
         let parapet = if is_tls { &encrypted } else { &plain };
         let mut stream = connect_from(host, parapet.address()).await;
         if !is_tls {
-            return exchange(stream, &[header, &last_request(FRONTEND)].concat()).await;
+            return send_raw(stream, &[header, &last_request(FRONTEND)].concat()).await;
         }
         stream.write_all(header).await.unwrap();
         let connector = tokio_rustls::TlsConnector::from(certificate.client_config("http/1.1"));
         match connector.connect("localhost".try_into().unwrap(), stream).await {
-            Ok(stream) => exchange(stream, &last_request(FRONTEND)).await,
+            Ok(stream) => send_raw(stream, &last_request(FRONTEND)).await,
             Err(_) => String::new(),
         }
     };

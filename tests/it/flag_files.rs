@@ -7,17 +7,17 @@ use std::time::Duration;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use crate::local::{CLIENT, FRONTEND, Local};
-use crate::rig::{Parapet, until};
+use crate::local::{CLIENT, FRONTEND, InProcessParapet};
+use crate::rig::{Parapet, wait_until};
 
-const SOON: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The format that Unleash Edge reads in offline mode.
-const SIMPLE: &str = r#"{"on1":{"enabled":true},"off1":{"enabled":false,"variant":null},"var1":{"enabled":true,"variant":"blue"}}"#;
+const SIMPLIFIED_FORMAT: &str = r#"{"on1":{"enabled":true},"off1":{"enabled":false,"variant":null},"var1":{"enabled":true,"variant":"blue"}}"#;
 
 #[tokio::test]
 async fn simplified_offline_file_of_unleash_edge_is_read_and_reloaded() {
-    let parapet = Local::offline(SIMPLE).await;
+    let parapet = InProcessParapet::offline(SIMPLIFIED_FORMAT).await;
     let toggles =
         async || parapet.get("/api/frontend/all", FRONTEND).await.json()["toggles"].clone();
     let flags = toggles().await;
@@ -40,8 +40,8 @@ async fn simplified_offline_file_of_unleash_edge_is_read_and_reloaded() {
     let variant = &flag("var1")["variants"][0];
     assert_eq!((&variant["name"], &variant["weight"]), (&json!("blue"), &json!(1000)));
 
-    std::fs::write(parapet.flags_file(), SIMPLE.replace("blue", "green")).unwrap();
-    until("the file is read again", SOON, async || {
+    std::fs::write(parapet.flags_file(), SIMPLIFIED_FORMAT.replace("blue", "green")).unwrap();
+    wait_until("the file is read again", TIMEOUT, async || {
         let flags = toggles().await;
         let found = flags.as_array().unwrap().iter().find(|it| it["name"] == "var1").unwrap();
         (found["variant"]["name"] == "green").then_some(())
@@ -78,13 +78,13 @@ fn flag(name: &str) -> String {
 const STAGING: &str = "*:staging.flag-files-0123456789abcdef0123456789";
 const PRODUCTION: &str = "*:production.flag-files-0123456789abcdef0123456";
 
-struct Folder(tempfile::TempDir);
+struct FlagsDirectory(tempfile::TempDir);
 
-impl Folder {
+impl FlagsDirectory {
     fn new() -> Self {
         let folder = Self(tempfile::tempdir().unwrap());
-        folder.save("staging.json", &flag("one"));
-        folder.save("production.json", &flag("one"));
+        folder.replace_file("staging.json", &flag("one"));
+        folder.replace_file("production.json", &flag("one"));
         folder
     }
 
@@ -93,7 +93,7 @@ impl Folder {
     }
 
     /// Replaces a file atomically, so that a partly written file is never seen.
-    fn save(&self, name: &str, text: &str) -> PathBuf {
+    fn replace_file(&self, name: &str, text: &str) -> PathBuf {
         let (path, draft) = (self.0.path().join(name), self.0.path().join(".draft"));
         std::fs::write(&draft, text).unwrap();
         std::fs::rename(draft, &path).unwrap();
@@ -107,81 +107,81 @@ impl Folder {
     }
 }
 
-async fn name_seen(parapet: &Parapet, token: &str) -> Value {
+async fn served_flag_name(parapet: &Parapet, token: &str) -> Value {
     let (status, body) = parapet.get("/api/client/features", token).await;
     assert_eq!(status, StatusCode::OK, "{}", parapet.log());
     body["features"][0]["name"].clone()
 }
 
-async fn until_sees(parapet: &Parapet, token: &str, name: &str) {
-    until(&format!("{token} sees {name}"), SOON, async || {
-        (name_seen(parapet, token).await == name).then_some(())
+async fn wait_until_served(parapet: &Parapet, token: &str, name: &str) {
+    wait_until(&format!("{token} sees {name}"), TIMEOUT, async || {
+        (served_flag_name(parapet, token).await == name).then_some(())
     })
     .await;
 }
 
-async fn age(parapet: &Parapet, environment: &str) -> f64 {
+async fn snapshot_age(parapet: &Parapet, environment: &str) -> f64 {
     let sample = format!("parapet_snapshot_age_seconds{{environment=\"{environment}\"}}");
     parapet.metric(&sample).await.unwrap()
 }
 
 #[tokio::test]
 async fn malformed_file_affects_only_its_own_environment() {
-    let folder = Folder::new();
+    let folder = FlagsDirectory::new();
     let parapet = folder.start().await;
     let whole = flag("two");
-    folder.save("staging.json", &whole[..whole.len() / 2]);
-    folder.save("production.json", &flag("kill-switch"));
-    until_sees(&parapet, PRODUCTION, "kill-switch").await;
-    assert_eq!(name_seen(&parapet, STAGING).await, "one");
-    until("the broken one's flags become old", SOON, async || {
-        (age(&parapet, "staging").await > 3.0).then_some(())
+    folder.replace_file("staging.json", &whole[..whole.len() / 2]);
+    folder.replace_file("production.json", &flag("kill-switch"));
+    wait_until_served(&parapet, PRODUCTION, "kill-switch").await;
+    assert_eq!(served_flag_name(&parapet, STAGING).await, "one");
+    wait_until("the broken one's flags become old", TIMEOUT, async || {
+        (snapshot_age(&parapet, "staging").await > 3.0).then_some(())
     })
     .await;
-    assert!(age(&parapet, "production").await < age(&parapet, "staging").await);
+    assert!(snapshot_age(&parapet, "production").await < snapshot_age(&parapet, "staging").await);
     let log = parapet.log();
     let reports = log.lines().filter(|line| line.contains("WARN") && line.contains("staging.json"));
     assert_eq!(reports.count(), 1, "{log}");
     assert!(!log.contains("production.json"), "{log}");
-    folder.save("staging.json", &whole);
-    until_sees(&parapet, STAGING, "two").await;
+    folder.replace_file("staging.json", &whole);
+    wait_until_served(&parapet, STAGING, "two").await;
 }
 
 #[tokio::test]
 async fn new_malformed_file_does_not_affect_other_environments() {
-    let folder = Folder::new();
+    let folder = FlagsDirectory::new();
     let parapet = folder.start().await;
-    folder.save("new.json", "{");
-    folder.save("production.json", &flag("two"));
-    until_sees(&parapet, PRODUCTION, "two").await;
-    until_sees(&parapet, STAGING, "one").await;
+    folder.replace_file("new.json", "{");
+    folder.replace_file("production.json", &flag("two"));
+    wait_until_served(&parapet, PRODUCTION, "two").await;
+    wait_until_served(&parapet, STAGING, "one").await;
 }
 
 #[tokio::test]
 async fn replacement_with_same_time_and_length_is_noticed() {
-    let folder = Folder::new();
+    let folder = FlagsDirectory::new();
     let parapet = folder.start().await;
     let times = |path: &Path| std::fs::metadata(path).unwrap().modified().unwrap();
     let path = folder.path().join("production.json");
-    let (modified, other) = (times(&path), folder.save("other", &flag("two")));
+    let (modified, other) = (times(&path), folder.replace_file("other", &flag("two")));
     let file = std::fs::File::options().write(true).open(&other).unwrap();
     file.set_modified(modified).unwrap();
     drop(file);
     assert_eq!(std::fs::metadata(&other).unwrap().len(), std::fs::metadata(&path).unwrap().len());
     std::fs::rename(&other, &path).unwrap();
     assert_eq!(times(&path), modified);
-    until_sees(&parapet, PRODUCTION, "two").await;
+    wait_until_served(&parapet, PRODUCTION, "two").await;
     // Written in place, with its modification time set back.
     std::fs::write(&path, flag("six")).unwrap();
     std::fs::File::options().write(true).open(&path).unwrap().set_modified(modified).unwrap();
-    until_sees(&parapet, PRODUCTION, "six").await;
+    wait_until_served(&parapet, PRODUCTION, "six").await;
 }
 
 #[test]
 fn start_reports_every_malformed_file() {
-    let folder = Folder::new();
-    folder.save("staging.json", "{");
-    folder.save("testing.json", "{}");
+    let folder = FlagsDirectory::new();
+    folder.replace_file("staging.json", "{");
+    folder.replace_file("testing.json", "{}");
     let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
     let data = folder.path().join("data");
     command.args(["standalone", "--port", "0", "--admin-port", "0"]);

@@ -7,42 +7,42 @@ use jiff::{SignedDuration, Timestamp};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use crate::local::{CLIENT, FRONTEND, Local, WEB_FRONTEND};
-use crate::rig::{Driver, Events, Parapet, http, node, until};
+use crate::local::{CLIENT, FRONTEND, InProcessParapet, WEB_FRONTEND};
+use crate::rig::{Driver, EventStream, Parapet, http, node, wait_until};
 
 const STREAM: &str = "/api/frontend/streaming";
 
-const PATIENCE: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// A flag of the project `web` with these strategies.
 fn flag(name: &str, strategies: &[Value]) -> Value {
     json!({ "name": name, "project": "web", "enabled": true, "strategies": strategies })
 }
 
-fn everybody() -> Value {
+fn default_strategy() -> Value {
     json!({ "name": "default" })
 }
 
-fn only(field: &str, value: &str) -> Value {
+fn constrained_strategy(field: &str, value: &str) -> Value {
     let constraint = json!({ "contextName": field, "operator": "IN", "values": [value] });
     json!({ "name": "default", "constraints": [constraint] })
 }
 
-fn text(flags: &[Value]) -> String {
+fn document(flags: &[Value]) -> String {
     json!({ "features": flags }).to_string()
 }
 
-fn write(parapet: &Local, flags: &[Value]) {
-    std::fs::write(parapet.flags_file(), text(flags)).unwrap();
+fn write_flags(parapet: &InProcessParapet, flags: &[Value]) {
+    std::fs::write(parapet.flags_file(), document(flags)).unwrap();
 }
 
-async fn follow(parapet: &Local, query: &str, last: Option<&str>) -> Events {
+async fn open_stream(parapet: &InProcessParapet, query: &str, last: Option<&str>) -> EventStream {
     let request = parapet.request(Method::GET, &format!("{STREAM}?{query}"));
-    Events::open(request.header("authorization", FRONTEND), last).await
+    EventStream::open(request.header("authorization", FRONTEND), last).await
 }
 
 /// The next event's name and id, the flags that it updates, and those that it removes.
-async fn next(events: &mut Events) -> (String, String, Vec<String>, Vec<String>) {
+async fn next_update(events: &mut EventStream) -> (String, String, Vec<String>, Vec<String>) {
     let event = events.next().await.expect("the stream continues");
     let data: Value = serde_json::from_str(&event.data).unwrap();
     let toggles = data["toggles"].as_array().unwrap().iter();
@@ -54,33 +54,33 @@ async fn next(events: &mut Events) -> (String, String, Vec<String>, Vec<String>)
 
 #[tokio::test]
 async fn stream_sends_only_changes_for_its_context() {
-    let all = flag("all", &[everybody()]);
+    let all = flag("all", &[default_strategy()]);
     let parapet =
-        Local::offline(&text(&[all.clone(), flag("gold", &[only("plan", "gold")])])).await;
-    let mut seven = follow(&parapet, "userId=7", None).await;
-    let (name, first, updated, _) = next(&mut seven).await;
+        InProcessParapet::offline(&document(&[all.clone(), flag("gold", &[constrained_strategy("plan", "gold")])])).await;
+    let mut seven = open_stream(&parapet, "userId=7", None).await;
+    let (name, first, updated, _) = next_update(&mut seven).await;
     assert_eq!((&*name, updated), ("unleash-connected", vec!["all".to_owned()]));
     // The context of a POST is in its body.
-    let gold = parapet.json(STREAM, &json!({ "context": { "properties": { "plan": "gold" } } }));
-    let mut gold = Events::open(gold.header("authorization", WEB_FRONTEND), None).await;
-    assert_eq!(next(&mut gold).await.2, ["all", "gold"]);
+    let gold = parapet.json_request(STREAM, &json!({ "context": { "properties": { "plan": "gold" } } }));
+    let mut gold = EventStream::open(gold.header("authorization", WEB_FRONTEND), None).await;
+    assert_eq!(next_update(&mut gold).await.2, ["all", "gold"]);
 
     // The flag is now off for one context. For the other it never was on, which therefore gets no event.
-    write(&parapet, &[all.clone(), flag("gold", &[only("plan", "silver")])]);
-    let (name, _, updated, removed) = next(&mut gold).await;
+    write_flags(&parapet, &[all.clone(), flag("gold", &[constrained_strategy("plan", "silver")])]);
+    let (name, _, updated, removed) = next_update(&mut gold).await;
     assert_eq!((&*name, updated.len(), removed), ("unleash-updated", 0, vec!["gold".to_owned()]));
-    write(&parapet, &[all.clone(), flag("seven", &[only("userId", "7")])]);
-    let (name, second, updated, removed) = next(&mut seven).await;
+    write_flags(&parapet, &[all.clone(), flag("seven", &[constrained_strategy("userId", "7")])]);
+    let (name, second, updated, removed) = next_update(&mut seven).await;
     assert_eq!((&*name, updated), ("unleash-updated", vec!["seven".to_owned()]));
     assert!(removed.is_empty());
     let polled = parapet.get("/api/frontend?userId=7", FRONTEND).await.json();
     assert_eq!(polled["toggles"].as_array().unwrap().len(), 2);
 
     // A client that reconnects gets everything, or the confirmation that it is up to date.
-    let (name, id, updated, _) = next(&mut follow(&parapet, "userId=7", Some(&first)).await).await;
+    let (name, id, updated, _) = next_update(&mut open_stream(&parapet, "userId=7", Some(&first)).await).await;
     assert_eq!((&*name, &id, updated.len()), ("unleash-connected", &second, 2));
     let (name, id, updated, removed) =
-        next(&mut follow(&parapet, "userId=7", Some(&second)).await).await;
+        next_update(&mut open_stream(&parapet, "userId=7", Some(&second)).await).await;
     assert_eq!((&*name, id, updated.len() + removed.len()), ("unleash-updated", second, 0));
 
     let status = async |token: &str| parapet.get(STREAM, token).await.status.as_u16();
@@ -92,36 +92,36 @@ async fn stream_sends_only_changes_for_its_context() {
 
 #[tokio::test]
 async fn stream_of_large_context_closes_when_flags_need_fields_that_were_not_stored() {
-    let all = flag("all", &[everybody()]);
-    let gold = flag("gold", &[only("plan", "gold")]);
-    let parapet = Local::offline(&text(&[all.clone(), gold.clone()])).await;
+    let all = flag("all", &[default_strategy()]);
+    let gold = flag("gold", &[constrained_strategy("plan", "gold")]);
+    let parapet = InProcessParapet::offline(&document(&[all.clone(), gold.clone()])).await;
     let notes = "x".repeat(4000);
     let context = json!({ "properties": { "plan": "gold", "team": "red", "notes": notes } });
     let open = async |last: Option<&str>| {
-        let request = parapet.json(STREAM, &json!({ "context": context }));
-        Events::open(request.header("authorization", FRONTEND), last).await
+        let request = parapet.json_request(STREAM, &json!({ "context": context }));
+        EventStream::open(request.header("authorization", FRONTEND), last).await
     };
     let mut stream = open(None).await;
-    assert_eq!(next(&mut stream).await.2, ["all", "gold"]);
+    assert_eq!(next_update(&mut stream).await.2, ["all", "gold"]);
     // A field that the context does not have is known to be missing.
-    let pro = flag("pro", &[only("plan", "gold"), only("size", "7")]);
-    write(&parapet, &[all.clone(), gold.clone(), pro]);
-    let (_, id, updated, _) = next(&mut stream).await;
+    let pro = flag("pro", &[constrained_strategy("plan", "gold"), constrained_strategy("size", "7")]);
+    write_flags(&parapet, &[all.clone(), gold.clone(), pro]);
+    let (_, id, updated, _) = next_update(&mut stream).await;
     assert_eq!(updated, ["pro"]);
-    let red = flag("red", &[only("team", "red")]);
-    write(&parapet, &[all, gold, red]);
+    let red = flag("red", &[constrained_strategy("team", "red")]);
+    write_flags(&parapet, &[all, gold, red]);
     assert_eq!(stream.next().await, None, "it has to reconnect");
-    assert_eq!(next(&mut open(Some(&id)).await).await.2, ["all", "gold", "red"]);
+    assert_eq!(next_update(&mut open(Some(&id)).await).await.2, ["all", "gold", "red"]);
 }
 
 /// Opens streams with contexts of this many properties of this length, which are small on the wire.
 /// Returns the memory of each, in KiB.
-async fn memory_of_a_stream(properties: usize, length: usize) -> u64 {
+async fn stream_memory_kib(properties: usize, length: usize) -> u64 {
     const STREAMS: usize = 800;
     const CONNECTIONS: usize = 10;
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("flags.json");
-    std::fs::write(&file, text(&[flag("gold", &[only("plan", "gold")])])).unwrap();
+    std::fs::write(&file, document(&[flag("gold", &[constrained_strategy("plan", "gold")])])).unwrap();
     let parapet = Parapet::mode("offline").flag("--bootstrap-file", &file);
     let parapet = parapet.flag("--frontend-tokens", FRONTEND).start().await;
     let notes: serde_json::Map<_, _> =
@@ -137,7 +137,7 @@ async fn memory_of_a_stream(properties: usize, length: usize) -> u64 {
             let request = client.post(parapet.url() + STREAM).body(body.clone());
             let request = request.header("content-encoding", "gzip");
             let request = request.header("content-type", "application/json");
-            let mut stream = Events::open(request.header("authorization", FRONTEND), None).await;
+            let mut stream = EventStream::open(request.header("authorization", FRONTEND), None).await;
             stream.next().await.unwrap();
             streams.push(stream);
         }
@@ -147,10 +147,10 @@ async fn memory_of_a_stream(properties: usize, length: usize) -> u64 {
 
 #[tokio::test]
 async fn streams_with_large_contexts_use_little_more_memory() {
-    let small = memory_of_a_stream(0, 0).await;
-    let large = memory_of_a_stream(15, 4000).await;
+    let small = stream_memory_kib(0, 0).await;
+    let large = stream_memory_kib(15, 4000).await;
     assert!(large < small + 16, "{large} KiB for each instead of {small} KiB");
-    let many = memory_of_a_stream(256, 1).await;
+    let many = stream_memory_kib(256, 1).await;
     assert!(many < small + 8, "{many} KiB for each instead of {small} KiB");
 }
 
@@ -163,13 +163,13 @@ async fn passing_date_of_a_constraint_is_sent_without_a_flag_change() {
         json!({ "name": "default", "constraints": [constraint] })
     };
     let flags = [flag("ends", &[date("DATE_BEFORE", 3)]), flag("begins", &[date("DATE_AFTER", 3)])];
-    let parapet = Local::offline(&text(&flags)).await;
-    let mut events = follow(&parapet, "", None).await;
-    let mut on: BTreeSet<String> = next(&mut events).await.2.into_iter().collect();
+    let parapet = InProcessParapet::offline(&document(&flags)).await;
+    let mut events = open_stream(&parapet, "", None).await;
+    let mut on: BTreeSet<String> = next_update(&mut events).await.2.into_iter().collect();
     assert!(on.iter().eq(["ends"]), "{on:?}");
     // At that very instant neither constraint holds, so there may be one event or two.
     while !on.iter().eq(["begins"]) {
-        let (_, _, updated, removed) = next(&mut events).await;
+        let (_, _, updated, removed) = next_update(&mut events).await;
         on.extend(updated);
         on.retain(|name| !removed.contains(name));
     }
@@ -186,15 +186,15 @@ async fn random_stickiness_is_drawn_once_per_stream() {
     for child in &mut lots[32..] {
         child["dependencies"] = json!([{ "feature": "parent" }]);
     }
-    lots.push(flag("parent", &[everybody()]));
-    let parapet = Local::offline(&text(&lots)).await;
-    let mut events = follow(&parapet, "", None).await;
-    next(&mut events).await;
+    lots.push(flag("parent", &[default_strategy()]));
+    let parapet = InProcessParapet::offline(&document(&lots)).await;
+    let mut events = open_stream(&parapet, "", None).await;
+    next_update(&mut events).await;
     for (name, segments) in [("a", json!([])), ("b", json!([{ "id": 1, "constraints": [] }]))] {
-        lots.push(flag(name, &[everybody()]));
+        lots.push(flag(name, &[default_strategy()]));
         let all = json!({ "version": 2, "features": lots, "segments": segments }).to_string();
         std::fs::write(parapet.flags_file(), all).unwrap();
-        let (_, _, updated, removed) = next(&mut events).await;
+        let (_, _, updated, removed) = next_update(&mut events).await;
         assert_eq!((updated, removed.len()), (vec![name.to_owned()], 0));
     }
 }
@@ -204,8 +204,8 @@ async fn random_stickiness_is_drawn_once_per_stream() {
 async fn example_client_reconnects_after_a_restart() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("flags.json");
-    let write = |flags: &[Value]| std::fs::write(&file, text(flags)).unwrap();
-    write(&[flag("one", &[everybody()]), flag("two", &[only("plan", "gold")])]);
+    let write = |flags: &[Value]| std::fs::write(&file, document(flags)).unwrap();
+    write(&[flag("one", &[default_strategy()]), flag("two", &[constrained_strategy("plan", "gold")])]);
     let offline = Parapet::mode("offline").flag("--bootstrap-file", &file);
     let parapet = offline.flag("--frontend-tokens", FRONTEND).start().await;
     let options = |token: &str| {
@@ -215,28 +215,28 @@ async fn example_client_reconnects_after_a_restart() {
     let node = || node("follow-flags.mjs").into();
     let mut client = Driver::start("example", node(), &options(FRONTEND)).await;
     let mut wait_for = async |expect: &[&str]| {
-        until(&format!("the client has {expect:?}"), PATIENCE, async || {
-            let has = client.ask("toggles", Value::Null).await;
+        wait_until(&format!("the client has {expect:?}"), TIMEOUT, async || {
+            let has = client.call("toggles", Value::Null).await;
             has["toggles"].as_object().unwrap().keys().eq(expect).then_some(())
         })
         .await;
     };
     wait_for(&["one", "two"]).await;
-    write(&[flag("one", &[everybody()]), flag("three", &[everybody()])]);
+    write(&[flag("one", &[default_strategy()]), flag("three", &[default_strategy()])]);
     wait_for(&["one", "three"]).await;
     parapet.kill();
-    write(&[flag("three", &[everybody()])]);
+    write(&[flag("three", &[default_strategy()])]);
     parapet.restart();
     wait_for(&["three"]).await;
-    let changes = client.ask("changes", Value::Null).await;
+    let changes = client.call("changes", Value::Null).await;
     let expect = json!([[["one", "two"], []], [["three"], ["two"]], [["three"], ["one"]]]);
     assert_eq!(changes["changes"], expect);
     client.close().await;
 
     // A rejected token ends it.
     let refused = Driver::start("example", node(), &options("*:development.nobody")).await;
-    until("the rejection is reported", PATIENCE, async || {
-        refused.complaints().contains("401").then_some(())
+    wait_until("the rejection is reported", TIMEOUT, async || {
+        refused.stderr().contains("401").then_some(())
     })
     .await;
     refused.close().await;

@@ -5,10 +5,10 @@ use std::collections::BTreeSet;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use crate::local::{Answer, FRONTEND, Local, WEB_FRONTEND, answer};
+use crate::local::{FullResponse, FRONTEND, InProcessParapet, WEB_FRONTEND, send};
 
 /// A flag of the project `web` that is on if this constraint holds.
-fn on_where(name: &str, field: &str, value: &str) -> Value {
+fn constrained_flag(name: &str, field: &str, value: &str) -> Value {
     let constraint = json!({"contextName": field, "operator": "IN", "values": [value]});
     json!({
         "name": name, "project": "web", "enabled": true, "impressionData": true,
@@ -24,14 +24,14 @@ fn flags() -> String {
         })
     };
     json!({"features": [
-        on_where("for-ada", "userId", "ada"),
-        on_where("in-session", "sessionId", "s1"),
-        on_where("in-app", "appName", "shop"),
-        on_where("in-development", "environment", "development"),
-        on_where("in-space", "environment", "space"),
-        on_where("premium", "plan", "premium & more"),
-        on_where("seven", "number", "7"),
-        on_where("true", "yes", "true"),
+        constrained_flag("for-ada", "userId", "ada"),
+        constrained_flag("in-session", "sessionId", "s1"),
+        constrained_flag("in-app", "appName", "shop"),
+        constrained_flag("in-development", "environment", "development"),
+        constrained_flag("in-space", "environment", "space"),
+        constrained_flag("premium", "plan", "premium & more"),
+        constrained_flag("seven", "number", "7"),
+        constrained_flag("true", "yes", "true"),
         from("at-home", "127.0.0.1"),
         from("elsewhere", "203.0.113.7"),
         {"name": "always", "project": "default", "enabled": true, "strategies": [{"name": "default"}],
@@ -42,10 +42,10 @@ fn flags() -> String {
 }
 
 /// Flags that are on for every request.
-const REGARDLESS: [&str; 2] = ["always", "at-home"];
+const ALWAYS_ON: [&str; 2] = ["always", "at-home"];
 
 #[track_caller]
-fn enabled(answer: &Answer) -> BTreeSet<String> {
+fn enabled_flags(answer: &FullResponse) -> BTreeSet<String> {
     assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
     let json = answer.json();
     let toggles = json["toggles"].as_array().unwrap().iter();
@@ -54,17 +54,17 @@ fn enabled(answer: &Answer) -> BTreeSet<String> {
 }
 
 #[track_caller]
-fn check_on(answer: &Answer, besides: &[&str], regardless: &[&str], how: &str) {
+fn assert_enabled(answer: &FullResponse, besides: &[&str], regardless: &[&str], how: &str) {
     let expect = besides.iter().chain(regardless).map(|&name| name.to_owned()).collect();
-    assert_eq!(enabled(answer), expect, "{how}");
+    assert_eq!(enabled_flags(answer), expect, "{how}");
 }
 
 #[tokio::test]
 async fn context_is_read_from_the_query() {
-    let parapet = Local::offline(&flags()).await;
+    let parapet = InProcessParapet::offline(&flags()).await;
     let check = async |query: &str, besides: &[&str]| {
         let answer = parapet.get(&format!("/api/frontend?{query}"), FRONTEND).await;
-        check_on(&answer, besides, &REGARDLESS, query);
+        assert_enabled(&answer, besides, &ALWAYS_ON, query);
     };
     check("", &[]).await;
     check("userId=ada", &["for-ada"]).await;
@@ -80,10 +80,10 @@ async fn context_is_read_from_the_query() {
 
 #[tokio::test]
 async fn context_is_read_from_a_flat_or_wrapped_body() {
-    let parapet = Local::offline(&flags()).await;
+    let parapet = InProcessParapet::offline(&flags()).await;
     let check = async |context: Value, besides: &[&str]| {
         let flat = parapet.post("/api/frontend", FRONTEND, &context).await;
-        check_on(&flat, besides, &REGARDLESS, &format!("{context}"));
+        assert_enabled(&flat, besides, &ALWAYS_ON, &format!("{context}"));
         let wrapped = json!({"context": context, "userId": "not looked at"});
         let wrapped = parapet.post("/api/frontend", FRONTEND, &wrapped).await;
         assert_eq!(wrapped.text(), flat.text(), "{context}");
@@ -97,39 +97,39 @@ async fn context_is_read_from_a_flat_or_wrapped_body() {
     check(json!({"userId": null, "properties": null, "sessionId": {"s1": 1}}), &[]).await;
     check(json!({"sessionId": ["s1"]}), &["in-session"]).await;
     let empty = parapet.request(Method::POST, "/api/frontend").header("authorization", FRONTEND);
-    check_on(&answer(empty).await, &[], &REGARDLESS, "no body");
+    assert_enabled(&send(empty).await, &[], &ALWAYS_ON, "no body");
 }
 
 #[tokio::test]
 async fn context_environment_is_taken_from_the_request_not_the_token() {
-    let parapet = Local::offline(&flags()).await;
+    let parapet = InProcessParapet::offline(&flags()).await;
     for (query, besides) in [
         ("", &[][..]),
         ("?environment=space", &["in-space"]),
         ("?environment=development", &["in-development"]),
     ] {
         let answer = parapet.get(&format!("/api/frontend{query}"), FRONTEND).await;
-        check_on(&answer, besides, &REGARDLESS, query);
+        assert_enabled(&answer, besides, &ALWAYS_ON, query);
     }
 }
 
 #[tokio::test]
 async fn all_endpoint_lists_disabled_flags_of_the_tokens_projects() {
-    let parapet = Local::offline(&flags()).await;
+    let parapet = InProcessParapet::offline(&flags()).await;
     let all = parapet.get("/api/frontend/all", FRONTEND).await;
-    check_on(&all, &[], &REGARDLESS, "all");
+    assert_enabled(&all, &[], &ALWAYS_ON, "all");
     let toggles = all.json()["toggles"].clone();
     assert_eq!(toggles.as_array().unwrap().len(), 12);
     let names: Vec<_> = toggles.as_array().unwrap().iter().map(|it| it["name"].as_str()).collect();
     assert!(names.is_sorted(), "{names:?}");
     let web = parapet.get("/api/frontend/all", WEB_FRONTEND).await;
     assert_eq!(web.json()["toggles"].as_array().unwrap().len(), 8);
-    check_on(&web, &[], &[], "web");
+    assert_enabled(&web, &[], &[], "web");
 }
 
 #[tokio::test]
 async fn flag_has_variant_and_both_spellings_of_impression_data() {
-    let parapet = Local::offline(&flags()).await;
+    let parapet = InProcessParapet::offline(&flags()).await;
     let always = parapet.get("/api/frontend/features/always", FRONTEND).await;
     assert_eq!(
         always.json(),
@@ -158,7 +158,7 @@ async fn flag_has_variant_and_both_spellings_of_impression_data() {
 
 #[tokio::test]
 async fn missing_or_hidden_flag_gets_404() {
-    let parapet = Local::offline(&flags()).await;
+    let parapet = InProcessParapet::offline(&flags()).await;
     for (token, path) in [
         (FRONTEND, "/api/frontend/features/none"),
         (FRONTEND, "/api/frontend/features/"),
@@ -173,7 +173,7 @@ async fn missing_or_hidden_flag_gets_404() {
 
 #[tokio::test]
 async fn proxy_path_is_an_alias_of_frontend() {
-    let parapet = Local::offline(&flags()).await;
+    let parapet = InProcessParapet::offline(&flags()).await;
     for rest in ["?userId=ada", "/all?userId=ada"] {
         let one = parapet.get(&format!("/api/frontend{rest}"), FRONTEND).await;
         let other = parapet.get(&format!("/api/proxy{rest}"), FRONTEND).await;
@@ -195,12 +195,12 @@ async fn proxy_path_is_an_alias_of_frontend() {
 
 #[tokio::test]
 async fn matching_if_none_match_gets_304() {
-    let parapet = Local::offline(&flags()).await;
+    let parapet = InProcessParapet::offline(&flags()).await;
     for path in ["/api/frontend", "/api/frontend/all", "/api/frontend/features/for-ada"] {
         let ask = async |query: &str, tag: &str| {
             let request = parapet.request(Method::GET, &format!("{path}{query}"));
             let request = request.header("authorization", FRONTEND).header("if-none-match", tag);
-            answer(request).await
+            send(request).await
         };
         let fresh = ask("?userId=bob", "\"none\"").await;
         assert_eq!((fresh.status, fresh.header("cache-control")), (StatusCode::OK, "no-cache"));
@@ -219,11 +219,11 @@ async fn matching_if_none_match_gets_304() {
 
 #[tokio::test]
 async fn invalid_body_is_rejected_with_the_reason() {
-    let parapet = Local::offline_with(&flags(), &["--body-limit-bytes", "1000"]).await;
+    let parapet = InProcessParapet::offline_with(&flags(), &["--body-limit-bytes", "1000"]).await;
     let check = async |kind: &str, body: String, expect: StatusCode| {
         for path in ["/api/frontend", "/api/proxy/all", "/api/frontend/features/always"] {
             let request = parapet.request(Method::POST, path).header("authorization", FRONTEND);
-            let answer = answer(request.header("content-type", kind).body(body.clone())).await;
+            let answer = send(request.header("content-type", kind).body(body.clone())).await;
             assert_eq!(answer.status, expect, "{kind} {body}");
             assert_eq!(answer.json()["message"].is_string(), expect != StatusCode::OK);
         }
@@ -246,11 +246,11 @@ async fn remote_address_is_the_peers_or_from_a_trusted_proxy() {
     let (here, there) = (["at-home"], ["elsewhere"]);
     let regardless = ["always"];
     let check = async |args: &[&str], headers: &[(&str, &str)], query: &str, on: &[&str]| {
-        let parapet = Local::offline_with(&flags(), args).await;
+        let parapet = InProcessParapet::offline_with(&flags(), args).await;
         let path = format!("/api/frontend{query}");
         let request = parapet.request(Method::GET, &path).header("authorization", FRONTEND);
         let request = headers.iter().fold(request, |it, (name, value)| it.header(*name, *value));
-        check_on(&answer(request).await, on, &regardless, &format!("{args:?} {headers:?} {query}"));
+        assert_enabled(&send(request).await, on, &regardless, &format!("{args:?} {headers:?} {query}"));
     };
     let forwarded = [("x-forwarded-for", "203.0.113.7")];
     check(&[], &[], "", &here).await;

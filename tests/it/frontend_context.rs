@@ -14,16 +14,16 @@ use rand::{RngExt as _, SeedableRng as _};
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use crate::local::{FRONTEND, Local};
-use crate::rig::{Kind, Parapet, Unleash, Version, http, until};
+use crate::local::{FRONTEND, InProcessParapet};
+use crate::rig::{TokenKind, Parapet, Unleash, UnleashVersion, http, wait_until};
 
-const HERE: &str = "development";
+const ENVIRONMENT: &str = "development";
 
 /// Far above the intervals of 0.5 s.
-const SOON: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// The prefix of this test's flags; the server is shared.
-const PREFIX: &str = "context.";
+const FLAG_PREFIX: &str = "context.";
 
 /// Values in constraints and queries.
 const VALUES: [&str; 8] = ["A", "B", "A,B", "B,A", "A,B,A", ",A", "development", "7"];
@@ -39,7 +39,7 @@ const ADDRESSES: [&str; 4] = ["203.0.113.7", "10.0.0.7", "192.0.2.1", "2001:db8:
 
 /// The number of requests for random outcomes: the probability that this many fair draws are all equal
 /// is 2^-59.
-const MANY: usize = 60;
+const RANDOM_SAMPLES: usize = 60;
 
 fn constrained(field: &str, operator: &str, values: &[&str]) -> Value {
     let constraint = json!({
@@ -61,46 +61,46 @@ fn rollout(percent: u32, stickiness: &str, variants: &[&str]) -> Value {
 }
 
 /// Flags whose outcomes depend only on the request, and on a `sessionId` only by its presence.
-fn repeatable_flags() -> BTreeMap<String, Value> {
+fn deterministic_flags() -> BTreeMap<String, Value> {
     let mut flags = BTreeMap::new();
     for field in FIELDS {
         let name = field.replace(' ', "-");
         for (number, value) in VALUES.into_iter().enumerate() {
             let strategy = constrained(field, "IN", &[value]);
-            flags.insert(format!("{PREFIX}{name}-is-{number}"), strategy);
+            flags.insert(format!("{FLAG_PREFIX}{name}-is-{number}"), strategy);
         }
         let others = constrained(field, "NOT_IN", &["A"]);
-        flags.insert(format!("{PREFIX}{name}-is-not-A"), others);
+        flags.insert(format!("{FLAG_PREFIX}{name}-is-not-A"), others);
     }
-    flags.insert(format!("{PREFIX}any-session"), constrained("sessionId", "REGEX", &[]));
-    flags.insert(format!("{PREFIX}all-sessions"), rollout(100, "sessionId", &[]));
+    flags.insert(format!("{FLAG_PREFIX}any-session"), constrained("sessionId", "REGEX", &[]));
+    flags.insert(format!("{FLAG_PREFIX}all-sessions"), rollout(100, "sessionId", &[]));
     let addresses =
         json!({ "name": "remoteAddress", "parameters": { "IPs": "10.0.0.7, 203.0.113.0/24" } });
-    flags.insert(format!("{PREFIX}from-here"), addresses);
+    flags.insert(format!("{FLAG_PREFIX}from-here"), addresses);
     for (number, date) in DATES.into_iter().enumerate() {
         for operator in ["DATE_AFTER", "DATE_BEFORE"] {
             let mut strategy = constrained("currentTime", operator, &[]);
             strategy["constraints"][0]["value"] = date.into();
-            flags.insert(format!("{PREFIX}{operator}-{number}"), strategy);
+            flags.insert(format!("{FLAG_PREFIX}{operator}-{number}"), strategy);
         }
     }
-    flags.insert(format!("{PREFIX}all-users"), rollout(100, "userId", &[]));
-    flags.insert(format!("{PREFIX}half-of-users"), rollout(50, "userId", &[]));
-    flags.insert(format!("{PREFIX}half-of-plans"), rollout(50, "plan", &[]));
+    flags.insert(format!("{FLAG_PREFIX}all-users"), rollout(100, "userId", &[]));
+    flags.insert(format!("{FLAG_PREFIX}half-of-users"), rollout(50, "userId", &[]));
+    flags.insert(format!("{FLAG_PREFIX}half-of-plans"), rollout(50, "plan", &[]));
     flags
 }
 
 /// Flags whose outcomes vary between requests without a user or session.
-fn drawing_flags() -> BTreeMap<String, Value> {
+fn random_flags() -> BTreeMap<String, Value> {
     BTreeMap::from([
-        (format!("{PREFIX}split"), rollout(100, "default", &["blue", "green"])),
-        (format!("{PREFIX}half"), rollout(50, "default", &[])),
-        (format!("{PREFIX}half-of-sessions"), rollout(50, "sessionId", &[])),
+        (format!("{FLAG_PREFIX}split"), rollout(100, "default", &["blue", "green"])),
+        (format!("{FLAG_PREFIX}half"), rollout(50, "default", &[])),
+        (format!("{FLAG_PREFIX}half-of-sessions"), rollout(50, "sessionId", &[])),
     ])
 }
 
 /// The enabled flags of this test, with the names of their variants.
-async fn enabled(url: &str, token: &str, query: &str) -> BTreeMap<String, String> {
+async fn enabled_flags(url: &str, token: &str, query: &str) -> BTreeMap<String, String> {
     let request = http().get(format!("{url}/api/frontend?{query}")).header("authorization", token);
     let response = request.send().await.unwrap();
     assert_eq!(response.status(), StatusCode::OK, "{url} {query}");
@@ -108,15 +108,15 @@ async fn enabled(url: &str, token: &str, query: &str) -> BTreeMap<String, String
     let toggles = body["toggles"].as_array().unwrap().iter();
     let text = |value: &Value| value.as_str().unwrap().to_owned();
     let named = toggles.map(|it| (text(&it["name"]), text(&it["variant"]["name"])));
-    named.filter(|(name, _)| name.starts_with(PREFIX)).collect()
+    named.filter(|(name, _)| name.starts_with(FLAG_PREFIX)).collect()
 }
 
-fn names(flags: &BTreeMap<String, String>, of: &BTreeMap<String, Value>) -> BTreeSet<String> {
+fn names_in(flags: &BTreeMap<String, String>, of: &BTreeMap<String, Value>) -> BTreeSet<String> {
     flags.keys().filter(|name| of.contains_key(*name)).cloned().collect()
 }
 
 /// A query with a few fields, in any of the spellings for them, some of them twice.
-fn query(random: &mut StdRng) -> String {
+fn random_query(random: &mut StdRng) -> String {
     let mut pairs = vec![("remoteAddress".to_owned(), *ADDRESSES.choose(random).unwrap())];
     for _ in 0..random.random_range(0..5) {
         let field = *FIELDS.choose(random).unwrap();
@@ -142,18 +142,18 @@ fn query(random: &mut StdRng) -> String {
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
 async fn edge_reads_contexts_as_unleash_does() {
-    let unleash = Unleash::shared(Version::V8).await;
-    let (repeatable, drawing) = (repeatable_flags(), drawing_flags());
+    let unleash = Unleash::shared(UnleashVersion::V8).await;
+    let (repeatable, drawing) = (deterministic_flags(), random_flags());
     for (name, strategy) in repeatable.iter().chain(&drawing) {
-        unleash.create_enabled_flag(name, HERE, std::slice::from_ref(strategy)).await;
+        unleash.create_enabled_flag(name, ENVIRONMENT, std::slice::from_ref(strategy)).await;
     }
-    let token = unleash.create_token(Kind::Frontend, HERE, &["*"], "context").await;
-    let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).impatient();
+    let token = unleash.create_token(TokenKind::Frontend, ENVIRONMENT, &["*"], "context").await;
+    let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).with_short_intervals();
     let edge = edge.flag("--fleet-name", "context").start().await;
     let (theirs, ours) = (unleash.url(), edge.url());
     let everybody = "userId=7&sessionId=A&environment=A&appName=A&plan=A&the+region=A";
-    until("both have all flags", SOON, async || {
-        let all = [&theirs, &ours].map(async |url| enabled(url, &token, everybody).await);
+    wait_until("both have all flags", TIMEOUT, async || {
+        let all = [&theirs, &ours].map(async |url| enabled_flags(url, &token, everybody).await);
         let [theirs, ours] = all;
         (theirs.await == ours.await).then_some(())
     })
@@ -180,41 +180,41 @@ async fn edge_reads_contexts_as_unleash_does() {
     ]
     .map(|query| format!("remoteAddress=203.0.113.7&{query}"));
     let mut random = StdRng::seed_from_u64(15);
-    let queries = fixed.into_iter().chain((0..300).map(|_| query(&mut random)));
+    let queries = fixed.into_iter().chain((0..300).map(|_| random_query(&mut random)));
     for query in queries {
-        let expect = names(&enabled(&theirs, &token, &query).await, &repeatable);
-        let found = names(&enabled(&ours, &token, &query).await, &repeatable);
+        let expect = names_in(&enabled_flags(&theirs, &token, &query).await, &repeatable);
+        let found = names_in(&enabled_flags(&ours, &token, &query).await, &repeatable);
         assert_eq!(found, expect, "{query}");
     }
 
     // The one field that only Unleash Edge and Parapet read from a request: the time.
     let long_ago = "remoteAddress=203.0.113.7&currentTime=1999-01-01";
     let [then, now] = [long_ago, "remoteAddress=203.0.113.7"].map(async |query| {
-        (enabled(&theirs, &token, query).await, enabled(&ours, &token, query).await)
+        (enabled_flags(&theirs, &token, query).await, enabled_flags(&ours, &token, query).await)
     });
     let (then, now) = (then.await, now.await);
-    assert_eq!(names(&then.0, &repeatable), names(&now.0, &repeatable));
-    assert_ne!(names(&then.1, &repeatable), names(&now.1, &repeatable));
+    assert_eq!(names_in(&then.0, &repeatable), names_in(&now.0, &repeatable));
+    assert_ne!(names_in(&then.1, &repeatable), names_in(&now.1, &repeatable));
 
     for url in [&theirs, &ours] {
         let mut counts = BTreeMap::<_, usize>::new();
-        for _ in 0..MANY {
-            for flag in enabled(url, &token, "remoteAddress=203.0.113.7").await {
+        for _ in 0..RANDOM_SAMPLES {
+            for flag in enabled_flags(url, &token, "remoteAddress=203.0.113.7").await {
                 *counts.entry(flag).or_default() += 1;
             }
         }
         let count = |name: &str, variant: &str| {
-            counts.get(&(format!("{PREFIX}{name}"), variant.to_owned())).copied().unwrap_or(0)
+            counts.get(&(format!("{FLAG_PREFIX}{name}"), variant.to_owned())).copied().unwrap_or(0)
         };
-        assert_eq!(count("all-sessions", "disabled"), MANY, "{url}");
-        assert_eq!(count("split", "blue") + count("split", "green"), MANY, "{url}");
+        assert_eq!(count("all-sessions", "disabled"), RANDOM_SAMPLES, "{url}");
+        assert_eq!(count("split", "blue") + count("split", "green"), RANDOM_SAMPLES, "{url}");
         for (name, variant) in [
             ("split", "blue"),
             ("split", "green"),
             ("half", "disabled"),
             ("half-of-sessions", "disabled"),
         ] {
-            assert!((1..MANY).contains(&count(name, variant)), "{name} {variant}: {counts:?}");
+            assert!((1..RANDOM_SAMPLES).contains(&count(name, variant)), "{name} {variant}: {counts:?}");
         }
     }
 }
@@ -229,9 +229,9 @@ async fn requests_without_session_are_distributed_and_etags_match_bodies() {
         flag("for-7", json!({ "name": "userWithId", "parameters": { "userIds": "7" } })),
         flag("split", rollout(100, "default", &["blue", "green"])),
     ];
-    let parapet = Local::offline(&json!({ "features": features }).to_string()).await;
+    let parapet = InProcessParapet::offline(&json!({ "features": features }).to_string()).await;
     let mut seen = BTreeMap::new();
-    for _ in 0..MANY {
+    for _ in 0..RANDOM_SAMPLES {
         let answer = parapet.get("/api/frontend", FRONTEND).await;
         let tag = answer.header("etag").to_owned();
         let before = seen.insert(tag, answer.text().to_owned());
@@ -240,10 +240,10 @@ async fn requests_without_session_are_distributed_and_etags_match_bodies() {
     assert_eq!(seen.len(), 2, "{seen:?}");
     let (tag, other) = (seen.keys().next().unwrap(), seen.values().nth(1).unwrap());
     let mut statuses = BTreeSet::new();
-    for _ in 0..MANY {
+    for _ in 0..RANDOM_SAMPLES {
         let request = parapet.request(reqwest::Method::GET, "/api/frontend");
         let request = request.header("authorization", FRONTEND).header("if-none-match", tag);
-        let answer = crate::local::answer(request).await;
+        let answer = crate::local::send(request).await;
         if answer.status == StatusCode::OK {
             assert_eq!(answer.text(), other, "what the client has is not sent again");
         }

@@ -39,7 +39,7 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
 ];
 
 /// The layers within `http`, lowest first.
-const SURFACE: [&[&str]; 9] = [
+const HTTP_LAYERS: [&[&str]; 9] = [
     &["access", "coding", "conditional", "cors", "long", "route", "stop"],
     &["reply"],
     &["guesses"],
@@ -71,7 +71,7 @@ impl Source {
         self.path.trim_end_matches(".rs").split('/').collect()
     }
 
-    fn is(&self, paths: &[&str]) -> bool {
+    fn is_below(&self, paths: &[&str]) -> bool {
         paths.iter().any(|path| self.path == *path || self.path.starts_with(&format!("{path}/")))
     }
 
@@ -95,8 +95,8 @@ impl Source {
                 base.truncate(base.len().saturating_sub(up));
             }
             let rest = &self.code[whole.end()..];
-            read_to = whole.end() + end_of_tree(rest);
-            for import in expand(rest) {
+            read_to = whole.end() + use_tree_end(rest);
+            for import in expand_use_tree(rest) {
                 let mut path: Vec<String> = base.iter().map(|&it| it.to_owned()).collect();
                 for segment in import {
                     match segment.as_str() {
@@ -112,7 +112,7 @@ impl Source {
 }
 
 /// The length of the `use` tree at the start of a text; 0 for a plain path.
-fn end_of_tree(text: &str) -> usize {
+fn use_tree_end(text: &str) -> usize {
     let mut depth = 0_usize;
     for (at, letter) in text.char_indices() {
         match letter {
@@ -128,7 +128,7 @@ fn end_of_tree(text: &str) -> usize {
 }
 
 /// The paths in a `use` tree or a plain path: `{a::B, c::{D}}` is `a::B` and `c::D`.
-fn expand(text: &str) -> Vec<Vec<String>> {
+fn expand_use_tree(text: &str) -> Vec<Vec<String>> {
     let Some(tree) = text.strip_prefix('{') else {
         let name: String = text
             .chars()
@@ -138,7 +138,7 @@ fn expand(text: &str) -> Vec<Vec<String>> {
         let below = rest.strip_prefix("::").map(str::trim_start);
         let one = || vec![vec![name.clone()]];
         return below.map_or_else(one, |below| {
-            let below = expand(below).into_iter();
+            let below = expand_use_tree(below).into_iter();
             below.map(|path| std::iter::once(name.clone()).chain(path).collect()).collect()
         });
     };
@@ -158,7 +158,7 @@ fn expand(text: &str) -> Vec<Vec<String>> {
             _ => {}
         }
     }
-    items.into_iter().map(str::trim).filter(|item| !item.is_empty()).flat_map(expand).collect()
+    items.into_iter().map(str::trim).filter(|item| !item.is_empty()).flat_map(expand_use_tree).collect()
 }
 
 fn sources() -> Vec<Source> {
@@ -195,7 +195,7 @@ fn read(root: &Path, path: &Path) -> Source {
 fn check_absent(why: &str, pattern: &str, allowed: &[&str]) {
     let pattern = Regex::new(pattern).unwrap();
     let mut found = Vec::new();
-    for source in sources().iter().filter(|source| !source.is(allowed)) {
+    for source in sources().iter().filter(|source| !source.is_below(allowed)) {
         for (number, line) in source.code.lines().enumerate() {
             if pattern.is_match(line) {
                 found.push(format!("src/{}:{}: {}", source.path, number + 1, line.trim()));
@@ -255,7 +255,7 @@ fn layer_table_lists_exactly_the_top_level_modules() {
 
 #[test]
 fn http_imports_go_to_lower_layers_only() {
-    let height = |module: &str| SURFACE.iter().position(|layer| layer.contains(&module));
+    let height = |module: &str| HTTP_LAYERS.iter().position(|layer| layer.contains(&module));
     let mut upward = Vec::new();
     for source in sources().iter().filter(|source| source.path.starts_with("http/")) {
         let module = source.module_path()[1];

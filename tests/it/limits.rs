@@ -8,14 +8,14 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use crate::local::{CLIENT, FRONTEND, Local, answer};
-use crate::rig::{Parapet, until};
+use crate::local::{CLIENT, FRONTEND, InProcessParapet, send};
+use crate::rig::{Parapet, wait_until};
 
 const FLAGS: &str =
     r#"{"features":[{"name":"a","enabled":true,"strategies":[{"name":"default"}]}]}"#;
 
 /// The routes with a body, each with a token for it.
-const POSTS: [(&str, &str); 9] = [
+const BODY_ROUTES: [(&str, &str); 9] = [
     ("/api/client/register", CLIENT),
     ("/api/client/metrics", CLIENT),
     ("/api/client/metrics/bulk", CLIENT),
@@ -27,16 +27,16 @@ const POSTS: [(&str, &str); 9] = [
     ("/edge/validate", ""),
 ];
 
-async fn post(parapet: &Local, path: &str, token: &str, coding: &str, body: Vec<u8>) -> StatusCode {
+async fn post(parapet: &InProcessParapet, path: &str, token: &str, coding: &str, body: Vec<u8>) -> StatusCode {
     let request = parapet.request(Method::POST, path).header("authorization", token);
     let request =
         if coding.is_empty() { request } else { request.header("content-encoding", coding) };
-    answer(request.header("content-type", "application/json").body(body)).await.status
+    send(request.header("content-type", "application/json").body(body)).await.status
 }
 
 #[tokio::test]
 async fn invalid_body_gets_a_4xx_on_every_route() {
-    let parapet = Local::offline(FLAGS).await;
+    let parapet = InProcessParapet::offline(FLAGS).await;
     let deep = "[".repeat(100_000);
     let deep_objects = "{\"a\":".repeat(50_000);
     let bodies = [
@@ -64,7 +64,7 @@ async fn invalid_body_gets_a_4xx_on_every_route() {
         &deep,
         &deep_objects,
     ];
-    for (path, token) in POSTS {
+    for (path, token) in BODY_ROUTES {
         for body in bodies {
             let status = post(&parapet, path, token, "", body.into()).await;
             assert!(status.as_u16() < 500, "{path} {body:.60}: {status}");
@@ -79,12 +79,12 @@ async fn invalid_body_gets_a_4xx_on_every_route() {
 #[tokio::test]
 async fn body_beyond_limit_is_rejected_compressed_or_not() {
     use std::io::Write as _;
-    let parapet = Local::offline_with(FLAGS, &["--body-limit-bytes", "10000"]).await;
+    let parapet = InProcessParapet::offline_with(FLAGS, &["--body-limit-bytes", "10000"]).await;
     let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
     gzip.write_all(&vec![b' '; 1_000_000]).unwrap();
     let bomb = gzip.finish().unwrap();
     assert!(bomb.len() < 10_000);
-    for (path, token) in POSTS {
+    for (path, token) in BODY_ROUTES {
         let plain = post(&parapet, path, token, "", vec![b' '; 10_001]).await;
         assert_eq!(plain, StatusCode::PAYLOAD_TOO_LARGE, "{path}");
         let packed = post(&parapet, path, token, "gzip", bomb.clone()).await;
@@ -94,7 +94,7 @@ async fn body_beyond_limit_is_rejected_compressed_or_not() {
 
 #[tokio::test]
 async fn oversized_context_is_rejected() {
-    let parapet = Local::offline(FLAGS).await;
+    let parapet = InProcessParapet::offline(FLAGS).await;
     for path in ["/api/frontend", "/api/proxy/all", "/api/frontend/features/a"] {
         let check = async |context: serde_json::Value, expect: StatusCode| {
             let answer = parapet.post(path, FRONTEND, &context).await;
@@ -113,7 +113,7 @@ async fn oversized_context_is_rejected() {
 #[test]
 fn random_bytes_cause_no_5xx_on_any_endpoint() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let parapet = runtime.block_on(Local::offline(FLAGS));
+    let parapet = runtime.block_on(InProcessParapet::offline(FLAGS));
     let body = prop_oneof![
         proptest::collection::vec(any::<u8>(), 0..300),
         "[\\[\\]{}\":,a-z0-9. ]{0,100}".prop_map(String::into_bytes),
@@ -124,7 +124,7 @@ fn random_bytes_cause_no_5xx_on_any_endpoint() {
         ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() };
     proptest!(config, |(body in body, coding in coding, path in "[a-z0-9%/?&=\\[\\].*~-]{0,40}", header in "[!-~]{0,80}")| {
         runtime.block_on(async {
-            for (path, token) in POSTS {
+            for (path, token) in BODY_ROUTES {
                 let status = post(&parapet, path, token, coding, body.clone()).await;
                 prop_assert!(status.as_u16() < 500, "{}: {}", path, status);
             }
@@ -134,11 +134,11 @@ fn random_bytes_cause_no_5xx_on_any_endpoint() {
                 let request = request.header("authorization", token).header("if-none-match", &header)
                     .header("accept-encoding", &header).header("unleash-client-spec", &header)
                     .header("x-forwarded-for", &header).header("forwarded", &header).header("origin", &header);
-                let status = answer(request).await.status;
+                let status = send(request).await.status;
                 prop_assert!(status.as_u16() < 500, "{}{}: {}", base, path, status);
             }
             let request = parapet.request(Method::GET, "/api/client/features").header("authorization", &header);
-            prop_assert_eq!(answer(request).await.status, StatusCode::UNAUTHORIZED);
+            prop_assert_eq!(send(request).await.status, StatusCode::UNAUTHORIZED);
             Ok(())
         })?;
     });
@@ -208,7 +208,7 @@ fn json_like() -> impl Strategy<Value = serde_json::Value> {
 #[tokio::test]
 async fn bytes_that_are_not_http_do_not_affect_other_clients() {
     let timeouts = ["--header-read-timeout-seconds", "1", "--edge-keepalive-timeout", "1"];
-    let parapet = Local::offline_with(FLAGS, &timeouts).await;
+    let parapet = InProcessParapet::offline_with(FLAGS, &timeouts).await;
     let huge = format!("GET / HTTP/1.1\r\nx: {}\r\n\r\n", "y".repeat(1_000_000));
     let many = format!("GET / HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(10_000));
     for bytes in [
@@ -227,7 +227,7 @@ async fn bytes_that_are_not_http_do_not_affect_other_clients() {
         huge.as_bytes(),
         many.as_bytes(),
     ] {
-        let back = parapet.exchange(bytes).await;
+        let back = parapet.send_raw(bytes).await;
         assert!(!back.starts_with(b"HTTP/1.1 5"), "{}", String::from_utf8_lossy(&back));
     }
     assert_eq!(parapet.get("/api/frontend", FRONTEND).await.status, StatusCode::OK);
@@ -235,7 +235,7 @@ async fn bytes_that_are_not_http_do_not_affect_other_clients() {
 
 #[tokio::test]
 async fn connection_with_unfinished_head_is_closed() {
-    let parapet = Local::offline_with(
+    let parapet = InProcessParapet::offline_with(
         FLAGS,
         &["--header-read-timeout-seconds", "1", "--edge-keepalive-timeout", "1"],
     )
@@ -250,7 +250,7 @@ async fn connection_with_unfinished_head_is_closed() {
         b"GET /internal-backstage/health HTTP/1.1\r\nhost: a\r\n\r\nGET /again",
         b"GET /internal-backstage/health HTTP/1.1\r\nhost: a\r\n\r\n",
     ];
-    let ends = half_heads.map(|head| parapet.exchange(head));
+    let ends = half_heads.map(|head| parapet.send_raw(head));
     // [`InProcessParapet::send_raw`] returns when the server closes the connection.
     let ended = tokio::time::timeout(Duration::from_secs(20), futures_util::future::join_all(ends));
     let ended = ended.await.expect("the server closes every connection");
@@ -262,7 +262,7 @@ async fn connection_with_unfinished_head_is_closed() {
 #[tokio::test]
 async fn idle_connection_is_closed_for_a_new_one_at_the_limit_but_not_a_busy_one() {
     let limits = ["--max-connections", "2", "--max-connections-per-address", "2"];
-    let parapet = Local::offline_with(FLAGS, &limits).await;
+    let parapet = InProcessParapet::offline_with(FLAGS, &limits).await;
     let request = b"GET /internal-backstage/health HTTP/1.1\r\nhost: a\r\n\r\n";
     let ask = async |stream: &mut TcpStream| {
         stream.write_all(request).await.unwrap();
@@ -292,7 +292,7 @@ async fn idle_connection_is_closed_for_a_new_one_at_the_limit_but_not_a_busy_one
 
 #[tokio::test]
 async fn connection_stays_usable_after_rejected_request_with_body() {
-    let parapet = Local::offline(FLAGS).await;
+    let parapet = InProcessParapet::offline(FLAGS).await;
     let health = "GET /internal-backstage/health HTTP/1.1\r\nhost: a\r\n\r\n";
     for (path, token, status) in [
         ("/api/client/metrics", "nobody", "401"),
@@ -317,7 +317,7 @@ async fn connection_stays_usable_after_rejected_request_with_body() {
 
 #[tokio::test]
 async fn pipelined_requests_get_responses_in_order() {
-    let parapet = Local::offline(FLAGS).await;
+    let parapet = InProcessParapet::offline(FLAGS).await;
     let get = |path: &str, token: &str, more: &str| {
         format!("GET {path} HTTP/1.1\r\nhost: a\r\nauthorization: {token}\r\n{more}\r\n")
     };
@@ -331,7 +331,7 @@ async fn pipelined_requests_get_responses_in_order() {
         get("/api/client/features", FRONTEND, ""),
         get("/api/client/features", CLIENT, "connection: close\r\n"),
     ];
-    let back = parapet.exchange(requests.concat().as_bytes()).await;
+    let back = parapet.send_raw(requests.concat().as_bytes()).await;
     let back = String::from_utf8(back).unwrap();
     let statuses: Vec<_> = back.split("HTTP/1.1 ").skip(1).map(|answer| &answer[..3]).collect();
     assert_eq!(statuses, ["200", "200", "404", "400", "403", "200"], "{back}");
@@ -339,7 +339,7 @@ async fn pipelined_requests_get_responses_in_order() {
 
 #[tokio::test]
 async fn http2_with_prior_knowledge_is_supported() {
-    let parapet = Local::offline(FLAGS).await;
+    let parapet = InProcessParapet::offline(FLAGS).await;
     let client = reqwest::Client::builder().http2_prior_knowledge().no_proxy().build().unwrap();
     let url = format!("http://{}/api/frontend", parapet.address());
     let ask = || client.get(&url).header("authorization", FRONTEND).send();
@@ -353,11 +353,11 @@ async fn http2_with_prior_knowledge_is_supported() {
 
 #[tokio::test]
 async fn slow_body_times_out() {
-    let parapet = Local::offline_with(FLAGS, &["--edge-request-timeout", "1"]).await;
+    let parapet = InProcessParapet::offline_with(FLAGS, &["--edge-request-timeout", "1"]).await;
     let request = format!(
         "POST /api/frontend HTTP/1.1\r\nhost: a\r\nauthorization: {FRONTEND}\r\ncontent-length: 9\r\n\r\n{{"
     );
-    let back = parapet.exchange(request.as_bytes()).await;
+    let back = parapet.send_raw(request.as_bytes()).await;
     assert!(back.starts_with(b"HTTP/1.1 408"), "{}", String::from_utf8_lossy(&back));
 }
 
@@ -388,13 +388,13 @@ async fn accept_errors_are_logged_once_a_minute_and_counted() {
         }
     };
     assert_eq!(failures().await, Some(0));
-    parapet.leave_descriptors(0);
+    parapet.leave_free_fds(0);
     // More than the number of file descriptors that may be released meanwhile.
     let mut waiting = Vec::new();
     for _ in 0..20 {
         waiting.push(TcpStream::connect(&address).await.unwrap());
     }
-    until("accepting fails again and again", Duration::from_mins(1), async || {
+    wait_until("accepting fails again and again", Duration::from_mins(1), async || {
         failures().await.filter(|it| *it > 10)
     })
     .await;

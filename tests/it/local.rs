@@ -29,13 +29,13 @@ pub(crate) const WEB_FRONTEND: &str = "web:development.frontend-of-web-012345678
 
 /// A running instance; it ends with the runtime of the test.
 #[derive(Debug)]
-pub(crate) struct Local {
+pub(crate) struct InProcessParapet {
     data: SocketAddr,
     admin: SocketAddr,
     folder: TempDir,
 }
 
-impl Local {
+impl InProcessParapet {
     /// Offline, with these flags and the four tokens of this module.
     pub(crate) async fn offline(flags: &str) -> Self {
         Self::offline_with(flags, &[]).await
@@ -119,23 +119,23 @@ impl Local {
     }
 
     /// The response to a GET with this token from an SDK that resolves segments itself.
-    pub(crate) async fn get(&self, path: &str, token: &str) -> Answer {
-        answer(self.request(Method::GET, path).header("authorization", token).modern()).await
+    pub(crate) async fn get(&self, path: &str, token: &str) -> FullResponse {
+        send(self.request(Method::GET, path).header("authorization", token).with_client_spec()).await
     }
 
     /// The response to a POST of JSON with this token.
-    pub(crate) async fn post(&self, path: &str, token: &str, body: &Value) -> Answer {
-        answer(self.json(path, body).header("authorization", token)).await
+    pub(crate) async fn post(&self, path: &str, token: &str, body: &Value) -> FullResponse {
+        send(self.json_request(path, body).header("authorization", token)).await
     }
 
     /// A POST of JSON to the data listener, without a token.
-    pub(crate) fn json(&self, path: &str, body: &Value) -> RequestBuilder {
+    pub(crate) fn json_request(&self, path: &str, body: &Value) -> RequestBuilder {
         let request = self.request(Method::POST, path);
         request.header("content-type", "application/json").body(body.to_string())
     }
 
     /// Sends these bytes and returns everything until the server closes the connection.
-    pub(crate) async fn exchange(&self, bytes: &[u8]) -> Vec<u8> {
+    pub(crate) async fn send_raw(&self, bytes: &[u8]) -> Vec<u8> {
         let mut stream = TcpStream::connect(self.data).await.unwrap();
         // The server may close the connection before it has read everything.
         let _ = stream.write_all(bytes).await;
@@ -146,26 +146,26 @@ impl Local {
 }
 
 /// The header with the client specification of an SDK.
-pub(crate) trait Modern {
+pub(crate) trait ClientSpecHeader {
     /// Declares that the SDK resolves segments itself.
-    fn modern(self) -> Self;
+    fn with_client_spec(self) -> Self;
 }
 
-impl Modern for RequestBuilder {
-    fn modern(self) -> Self {
+impl ClientSpecHeader for RequestBuilder {
+    fn with_client_spec(self) -> Self {
         self.header("unleash-client-spec", "5.2.0")
     }
 }
 
 /// A response, read to its end.
 #[derive(Clone, Debug)]
-pub(crate) struct Answer {
+pub(crate) struct FullResponse {
     pub(crate) status: StatusCode,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Bytes,
 }
 
-impl Answer {
+impl FullResponse {
     /// The first value of a header; empty if it is missing.
     pub(crate) fn header(&self, name: &str) -> &str {
         self.headers.get(name).map_or("", |value| value.to_str().unwrap())
@@ -183,8 +183,8 @@ impl Answer {
 }
 
 /// Sends a request and reads the response to its end.
-pub(crate) async fn answer(request: RequestBuilder) -> Answer {
+pub(crate) async fn send(request: RequestBuilder) -> FullResponse {
     let response = request.send().await.unwrap();
     let (status, headers) = (response.status(), response.headers().clone());
-    Answer { status, headers, body: response.bytes().await.unwrap() }
+    FullResponse { status, headers, body: response.bytes().await.unwrap() }
 }

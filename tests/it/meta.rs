@@ -5,8 +5,8 @@ use std::time::Duration;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use crate::local::{CLIENT, Local, WEB_CLIENT};
-use crate::rig::{Kind, Parapet, Unleash, http, until};
+use crate::local::{CLIENT, InProcessParapet, WEB_CLIENT};
+use crate::rig::{TokenKind, Parapet, Unleash, http, wait_until};
 
 const FEATURES: &str = "/api/client/features";
 
@@ -21,10 +21,10 @@ fn flags(web: &str, shop: &str, revision: u64) -> String {
 
 #[tokio::test]
 async fn meta_contains_the_etag_and_changes_only_with_visible_flags() {
-    let parapet = Local::offline(&flags("a", "b", 5)).await;
+    let parapet = InProcessParapet::offline(&flags("a", "b", 5)).await;
     let web = parapet.get(FEATURES, WEB_CLIENT).await;
     let all = parapet.get(FEATURES, CLIENT).await;
-    let meta = |answer: &crate::local::Answer| answer.json()["meta"].clone();
+    let meta = |answer: &crate::local::FullResponse| answer.json()["meta"].clone();
     for answer in [&web, &all] {
         let meta = meta(answer);
         assert_eq!(meta["etag"], answer.header("etag"), "{meta}");
@@ -37,7 +37,7 @@ async fn meta_contains_the_etag_and_changes_only_with_visible_flags() {
 
     // A flag of another project changes, and the revision of the source.
     std::fs::write(parapet.flags_file(), flags("a", "c", 6)).unwrap();
-    until("the change is served", Duration::from_secs(10), async || {
+    wait_until("the change is served", Duration::from_secs(10), async || {
         (parapet.get(FEATURES, CLIENT).await.body != all.body).then_some(())
     })
     .await;
@@ -51,7 +51,7 @@ async fn meta_contains_the_etag_and_changes_only_with_visible_flags() {
 #[tokio::test]
 async fn equal_flags_have_equal_entity_tags_on_every_instance() {
     let (one, other) =
-        (Local::offline(&flags("a", "b", 5)).await, Local::offline(&flags("a", "b", 7)).await);
+        (InProcessParapet::offline(&flags("a", "b", 5)).await, InProcessParapet::offline(&flags("a", "b", 7)).await);
     let (one, other) = (one.get(FEATURES, CLIENT).await, other.get(FEATURES, CLIENT).await);
     assert_eq!(one.header("etag"), other.header("etag"));
     assert_eq!(one.json()["meta"]["etag"], other.json()["meta"]["etag"]);
@@ -62,8 +62,8 @@ async fn equal_flags_have_equal_entity_tags_on_every_instance() {
 async fn meta_has_the_fields_that_unleash_sends() {
     const HERE: &str = "development";
     Unleash::on_every_version(async |unleash| {
-        let token = unleash.create_token(Kind::Backend, HERE, &["*"], "meta").await;
-        let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).impatient();
+        let token = unleash.create_token(TokenKind::Backend, HERE, &["*"], "meta").await;
+        let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).with_short_intervals();
         let parapet = edge.flag("--fleet-name", "meta").start().await;
         let meta = async |server: String| -> (Value, String) {
             let request = http().get(server + FEATURES).header("authorization", &token);
@@ -81,7 +81,7 @@ async fn meta_has_the_fields_that_unleash_sends() {
         };
         let (theirs, tag) = meta(unleash.url()).await;
         assert_eq!(theirs["etag"], tag, "{theirs}");
-        until("the edge has validated the token", Duration::from_secs(30), async || {
+        wait_until("the edge has validated the token", Duration::from_secs(30), async || {
             meta(parapet.url()).await.0.is_object().then_some(())
         })
         .await;

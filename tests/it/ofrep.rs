@@ -5,12 +5,12 @@ use std::time::Duration;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use crate::local::{Answer, CLIENT, FRONTEND, Local, WEB_FRONTEND, answer};
-use crate::rig::{Driver, Events, node, tests_dir, until};
+use crate::local::{FullResponse, CLIENT, FRONTEND, InProcessParapet, WEB_FRONTEND, send};
+use crate::rig::{Driver, EventStream, node, tests_dir, wait_until};
 
-const ALL: &str = "/ofrep/v1/evaluate/flags";
+const BULK_PATH: &str = "/ofrep/v1/evaluate/flags";
 
-const PATIENCE: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 fn variant(name: &str, kind: &str, value: &str) -> Value {
     json!({ "name": name, "weight": 1000, "payload": { "type": kind, "value": value } })
@@ -41,7 +41,7 @@ fn flags(plain: bool) -> String {
 
 /// Panics unless a response conforms to version 0.3.0 of the protocol.
 #[track_caller]
-fn assert_allowed(path: &str, status: u64, body: &Value) {
+fn assert_conforms(path: &str, status: u64, body: &Value) {
     let success = |it: &Value| {
         assert!(it["key"].is_string() && it["variant"].is_string(), "{it}");
         let value = &it["value"];
@@ -58,7 +58,7 @@ fn assert_allowed(path: &str, status: u64, body: &Value) {
         let metadata = it["metadata"].as_object().unwrap();
         assert!(metadata.values().all(|it| it.is_boolean() || it.is_string() || it.is_number()));
     };
-    let is_bulk = path.ends_with(ALL);
+    let is_bulk = path.ends_with(BULK_PATH);
     match status {
         200 if is_bulk => {
             body["flags"].as_array().unwrap().iter().for_each(success);
@@ -85,16 +85,16 @@ fn assert_allowed(path: &str, status: u64, body: &Value) {
 }
 
 /// The requests of the providers since the last call: address, status and body of each response.
-async fn told_since(providers: &mut Driver) -> Vec<Value> {
-    let traffic = providers.ask("traffic", Value::Null).await;
+async fn take_traffic(providers: &mut Driver) -> Vec<Value> {
+    let traffic = providers.call("traffic", Value::Null).await;
     traffic["traffic"].as_array().unwrap().clone()
 }
 
 /// Waits until the web provider has reported more than `before` changes, and returns their number. It
 /// applies new flags first and reports them later.
-async fn changes_beyond(providers: &mut Driver, before: u64) -> u64 {
-    until("a change is reported", PATIENCE, async || {
-        let changes = providers.ask("changes", Value::Null).await["changes"].as_u64();
+async fn wait_for_changes(providers: &mut Driver, before: u64) -> u64 {
+    wait_until("a change is reported", TIMEOUT, async || {
+        let changes = providers.call("changes", Value::Null).await["changes"].as_u64();
         changes.filter(|changes| *changes > before)
     })
     .await
@@ -103,7 +103,7 @@ async fn changes_beyond(providers: &mut Driver, before: u64) -> u64 {
 #[tokio::test]
 #[ignore = "needs the npm packages of tests/, see tests/run"]
 async fn official_providers_get_every_value_type() {
-    let parapet = Local::offline(&flags(true)).await;
+    let parapet = InProcessParapet::offline(&flags(true)).await;
     let options = json!({ "url": format!("http://{}", parapet.address()), "frontend": FRONTEND, "client": CLIENT });
     let mut providers = Driver::start("OFREP providers", node("ofrep.mjs").into(), &options).await;
     let mut check = async |who: &str, kind: &str, flag: &str, context: Value, expect: Value| {
@@ -115,7 +115,7 @@ async fn official_providers_get_every_value_type() {
         };
         let question =
             json!({ "type": kind, "flag": flag, "fallback": fallback, "context": context });
-        let received = providers.ask(who, question).await;
+        let received = providers.call(who, question).await;
         let received = json!([
             received["value"],
             received["variant"],
@@ -155,85 +155,85 @@ async fn official_providers_get_every_value_type() {
     // versions report the missing value as an error.
     for (who, flag) in [("server", "off-text"), ("server", "gold-text"), ("web", "off-text")] {
         let question = json!({ "type": "string", "flag": flag, "fallback": "own", "context": {} });
-        assert_eq!(providers.ask(who, question).await["value"], "own", "{who} {flag}");
+        assert_eq!(providers.call(who, question).await["value"], "own", "{who} {flag}");
     }
 
     // The web provider polls, gets 304 without a change, and notices changes.
     let mut traffic = Vec::new();
-    until("a poll finds nothing new", PATIENCE, async || {
-        traffic.extend(told_since(&mut providers).await);
+    wait_until("a poll finds nothing new", TIMEOUT, async || {
+        traffic.extend(take_traffic(&mut providers).await);
         traffic.iter().any(|it| it["status"] == 304).then_some(())
     })
     .await;
-    let before = providers.ask("changes", Value::Null).await["changes"].as_u64().unwrap();
+    let before = providers.call("changes", Value::Null).await["changes"].as_u64().unwrap();
     std::fs::write(parapet.flags_file(), flags(false)).unwrap();
     let question = json!({ "type": "boolean", "flag": "plain", "fallback": true });
-    until("the change arrives", PATIENCE, async || {
-        let received = providers.ask("web", question.clone()).await;
+    wait_until("the change arrives", TIMEOUT, async || {
+        let received = providers.call("web", question.clone()).await;
         (received["value"] == false && received["reason"] == "DISABLED").then_some(())
     })
     .await;
-    changes_beyond(&mut providers, before).await;
-    providers.ask("context", json!({ "context": { "targetingKey": "8", "plan": "gold" } })).await;
+    wait_for_changes(&mut providers, before).await;
+    providers.call("context", json!({ "context": { "targetingKey": "8", "plan": "gold" } })).await;
     let received =
-        providers.ask("web", json!({ "type": "boolean", "flag": "gold", "fallback": false }));
+        providers.call("web", json!({ "type": "boolean", "flag": "gold", "fallback": false }));
     assert_eq!(received.await["value"], true);
 
-    traffic.extend(told_since(&mut providers).await);
+    traffic.extend(take_traffic(&mut providers).await);
     for it in &traffic {
-        assert_allowed(it["url"].as_str().unwrap(), it["status"].as_u64().unwrap(), &it["body"]);
+        assert_conforms(it["url"].as_str().unwrap(), it["status"].as_u64().unwrap(), &it["body"]);
     }
     let statuses: Vec<_> = traffic.iter().map(|it| it["status"].as_u64().unwrap()).collect();
     assert!([200, 304, 404].iter().all(|it| statuses.contains(it)), "{statuses:?}");
-    assert_eq!(providers.complaints(), "");
+    assert_eq!(providers.stderr(), "");
     providers.close().await;
 }
 
 #[tokio::test]
 async fn tokens_are_read_from_every_header_and_errors_conform_to_the_protocol() {
-    let parapet = Local::offline(&flags(true)).await;
-    let one = |key: &str| format!("{ALL}/{key}");
-    let ask = async |path: &str, header: (&str, String), body: &str| -> Answer {
-        let request = parapet.json(path, &Value::Null).body(body.to_owned());
-        answer(request.header(header.0, header.1)).await
+    let parapet = InProcessParapet::offline(&flags(true)).await;
+    let one = |key: &str| format!("{BULK_PATH}/{key}");
+    let ask = async |path: &str, header: (&str, String), body: &str| -> FullResponse {
+        let request = parapet.json_request(path, &Value::Null).body(body.to_owned());
+        send(request.header(header.0, header.1)).await
     };
     let check = async |path: &str, header: (&str, String), body: &str, expect: u16| {
         let received = ask(path, header, body).await;
         assert_eq!(received.status, expect, "{path} {body}");
-        assert_allowed(path, expect.into(), &received.json());
+        assert_conforms(path, expect.into(), &received.json());
         received.json()
     };
     let raw = |token: &str| ("authorization", token.to_owned());
     let bearer = |token: &str| ("authorization", format!("Bearer {token}"));
     let key = |token: &str| ("x-api-key", token.to_owned());
     for header in [raw(FRONTEND), bearer(FRONTEND), key(FRONTEND)] {
-        let all = check(ALL, header, "{}", 200).await;
+        let all = check(BULK_PATH, header, "{}", 200).await;
         assert_eq!(all["flags"].as_array().unwrap().len(), 10);
     }
-    let web = check(ALL, raw(WEB_FRONTEND), "", 200).await;
+    let web = check(BULK_PATH, raw(WEB_FRONTEND), "", 200).await;
     let names: Vec<_> =
         web["flags"].as_array().unwrap().iter().map(|it| it["key"].clone()).collect();
     assert!(names.is_sorted_by_key(|it| it.as_str().unwrap().to_owned()), "{names:?}");
     assert_eq!(names.len(), 9);
     check(&one("plain"), key(CLIENT), "{}", 200).await;
     check(&one("elsewhere"), raw(WEB_FRONTEND), "{}", 404).await;
-    check(ALL, key(CLIENT), "{}", 403).await;
-    check(ALL, key("*:development.nobody"), "{}", 401).await;
+    check(BULK_PATH, key(CLIENT), "{}", 403).await;
+    check(BULK_PATH, key("*:development.nobody"), "{}", 401).await;
     check(&one("plain"), key("nonsense"), "{}", 401).await;
-    assert_eq!(check(ALL, raw(FRONTEND), "{", 400).await["errorCode"], "PARSE_ERROR");
+    assert_eq!(check(BULK_PATH, raw(FRONTEND), "{", 400).await["errorCode"], "PARSE_ERROR");
     let odd = check(&one("plain"), raw(FRONTEND), r#"{"context":7}"#, 400).await;
     assert_eq!((&odd["errorCode"], &odd["key"]), (&json!("INVALID_CONTEXT"), &json!("plain")));
     let long = json!({ "context": { "plan": "x".repeat(5000) } }).to_string();
-    assert_eq!(check(ALL, raw(FRONTEND), &long, 400).await["errorCode"], "INVALID_CONTEXT");
+    assert_eq!(check(BULK_PATH, raw(FRONTEND), &long, 400).await["errorCode"], "INVALID_CONTEXT");
 
     // The entity tag depends on the outcome and on the token.
-    let first = ask(ALL, raw(FRONTEND), r#"{"context":{"targetingKey":"7","plan":"x"}}"#).await;
+    let first = ask(BULK_PATH, raw(FRONTEND), r#"{"context":{"targetingKey":"7","plan":"x"}}"#).await;
     assert_eq!(first.header("cache-control"), "private, no-cache");
     let etag = first.header("etag").to_owned();
     let again = async |token: &str, body: &str, expect: StatusCode| {
-        let request = parapet.json(ALL, &Value::Null).body(body.to_owned());
+        let request = parapet.json_request(BULK_PATH, &Value::Null).body(body.to_owned());
         let request = request.header("authorization", token).header("if-none-match", &etag);
-        assert_eq!(answer(request).await.status, expect, "{body}");
+        assert_eq!(send(request).await.status, expect, "{body}");
     };
     let same = r#"{"context":{"plan":"x","targetingKey":"7"}}"#;
     again(FRONTEND, same, StatusCode::NOT_MODIFIED).await;
@@ -245,7 +245,7 @@ async fn tokens_are_read_from_every_header_and_errors_conform_to_the_protocol() 
 #[tokio::test]
 #[ignore = "needs the npm packages of tests/, see tests/run"]
 async fn web_provider_is_notified_of_changes_without_polling() {
-    let parapet = Local::offline(&flags(true)).await;
+    let parapet = InProcessParapet::offline(&flags(true)).await;
     let options = json!({ "url": format!("http://{}", parapet.address()), "frontend": FRONTEND, "client": CLIENT });
     let mut command: tokio::process::Command = node("ofrep.mjs").into();
     command.env("NODE_OPTIONS", "--experimental-eventsource --no-warnings");
@@ -254,37 +254,37 @@ async fn web_provider_is_notified_of_changes_without_polling() {
         let metrics = parapet.get("/internal-backstage/metrics", "").await;
         metrics.text().contains("\nparapet_streams 1\n").then_some(())
     };
-    until("the provider follows", PATIENCE, open).await;
-    let traffic = told_since(&mut providers).await;
+    wait_until("the provider follows", TIMEOUT, open).await;
+    let traffic = take_traffic(&mut providers).await;
     assert_eq!(traffic.len(), 1, "{traffic:?}");
 
     std::fs::write(parapet.flags_file(), flags(false)).unwrap();
     let question = json!({ "type": "boolean", "flag": "plain", "fallback": true });
-    until("the change arrives", PATIENCE, async || {
-        (providers.ask("web", question.clone()).await["value"] == false).then_some(())
+    wait_until("the change arrives", TIMEOUT, async || {
+        (providers.call("web", question.clone()).await["value"] == false).then_some(())
     })
     .await;
-    assert_eq!(changes_beyond(&mut providers, 0).await, 1);
-    let traffic = told_since(&mut providers).await;
+    assert_eq!(wait_for_changes(&mut providers, 0).await, 1);
+    let traffic = take_traffic(&mut providers).await;
     assert_eq!(traffic.len(), 1, "it sent one request, after the event: {traffic:?}");
-    assert_allowed(ALL, traffic[0]["status"].as_u64().unwrap(), &traffic[0]["body"]);
+    assert_conforms(BULK_PATH, traffic[0]["status"].as_u64().unwrap(), &traffic[0]["body"]);
 
     // For another context it opens another stream.
-    providers.ask("context", json!({ "context": { "targetingKey": "8", "plan": "gold" } })).await;
-    until("the provider follows", PATIENCE, open).await;
+    providers.call("context", json!({ "context": { "targetingKey": "8", "plan": "gold" } })).await;
+    wait_until("the provider follows", TIMEOUT, open).await;
     std::fs::write(parapet.flags_file(), flags(true)).unwrap();
-    until("the change arrives", PATIENCE, async || {
-        (providers.ask("web", question.clone()).await["value"] == true).then_some(())
+    wait_until("the change arrives", TIMEOUT, async || {
+        (providers.call("web", question.clone()).await["value"] == true).then_some(())
     })
     .await;
-    assert_eq!(providers.complaints(), "");
+    assert_eq!(providers.stderr(), "");
     providers.close().await;
 }
 
 #[tokio::test]
 #[ignore = "needs the Python packages of tests/, see tests/run"]
 async fn python_provider_gets_every_value_type() {
-    let parapet = Local::offline(&flags(true)).await;
+    let parapet = InProcessParapet::offline(&flags(true)).await;
     let options = json!({ "url": format!("http://{}", parapet.address()), "token": CLIENT });
     let mut command = tokio::process::Command::new(tests_dir().join(".venv/bin/python"));
     command.arg(tests_dir().join("sdk/ofrep.py"));
@@ -293,7 +293,7 @@ async fn python_provider_gets_every_value_type() {
         let context = json!({ "targetingKey": "7", "plan": "gold" });
         let question =
             json!({ "type": kind, "flag": flag, "fallback": fallback, "context": context });
-        let received = provider.ask("ask", question).await;
+        let received = provider.call("ask", question).await;
         let received = json!([
             received["value"],
             received["variant"],
@@ -313,32 +313,32 @@ async fn python_provider_gets_every_value_type() {
     check("string", "off-text", json!("own"), json!(["own", "disabled", "DISABLED", none])).await;
     check("string", "plain", json!("own"), json!(["own", none, "ERROR", "TYPE_MISMATCH"])).await;
     check("string", "nowhere", json!("own"), json!(["own", none, "ERROR", "FLAG_NOT_FOUND"])).await;
-    assert_eq!(provider.complaints(), "");
+    assert_eq!(provider.stderr(), "");
     provider.close().await;
 }
 
 /// The path of the event stream in a response.
-fn stream_of(answer: &Answer) -> String {
+fn event_stream_path(answer: &FullResponse) -> String {
     let streams = answer.json()["eventStreams"].take();
     streams[0]["endpoint"]["requestUri"].as_str().unwrap().to_owned()
 }
 
 #[tokio::test]
 async fn stream_sends_refetch_for_its_own_context_only() {
-    let parapet = Local::offline_with(&flags(true), &["--base-path", "/edge"]).await;
-    let path = format!("/edge{ALL}");
+    let parapet = InProcessParapet::offline_with(&flags(true), &["--base-path", "/edge"]).await;
+    let path = format!("/edge{BULK_PATH}");
     let ask = async |context: Value| {
         let answer = parapet.post(&path, FRONTEND, &json!({ "context": context })).await;
         assert_eq!(answer.status, StatusCode::OK);
         answer
     };
     let gold = || json!({ "targetingKey": "7", "plan": "gold" });
-    let (plain, golden) = (stream_of(&ask(json!({})).await), stream_of(&ask(gold()).await));
+    let (plain, golden) = (event_stream_path(&ask(json!({})).await), event_stream_path(&ask(gold()).await));
     assert!(plain.starts_with("/edge/ofrep/v1/events?ticket="), "{plain}");
-    assert_eq!(stream_of(&ask(gold()).await), golden, "the same question, the same stream");
+    assert_eq!(event_stream_path(&ask(gold()).await), golden, "the same question, the same stream");
     assert!(!golden.contains("gold") && !golden.contains(FRONTEND));
     let open = async |path: &str, last: Option<&str>| {
-        Events::open(parapet.request(reqwest::Method::GET, path), last).await
+        EventStream::open(parapet.request(reqwest::Method::GET, path), last).await
     };
     let (mut one, mut two) = (open(&plain, None).await, open(&golden, None).await);
 
@@ -363,7 +363,7 @@ async fn stream_sends_refetch_for_its_own_context_only() {
     assert_ne!(next.id, both.1.id, "that was the change after");
 
     let refused = async |path: &str| {
-        let answer = answer(parapet.request(reqwest::Method::GET, path)).await;
+        let answer = send(parapet.request(reqwest::Method::GET, path)).await;
         assert_eq!(answer.status, StatusCode::UNAUTHORIZED, "{path}");
         assert!(answer.json()["errorDetails"].is_string());
     };

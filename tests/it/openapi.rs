@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::process::Command;
 
-use crate::rig::{Parapet, Postgres, http, secrets, tests_dir, until};
+use crate::rig::{Parapet, Postgres, http, secrets, tests_dir, wait_until};
 
 const FLAGS: &str = r#"{"features":[
     {"name":"cart","type":"release","project":"default","enabled":true,
@@ -28,28 +28,28 @@ const FRONTEND: &str = "*:development.browser-of-the-document-0123456789abcdef";
 const PASSWORD: &str = "correct horse battery";
 
 /// The timeout for a run.
-const PATIENCE: Duration = Duration::from_mins(4);
+const RUN_TIMEOUT: Duration = Duration::from_mins(4);
 
 /// An instance, and a directory for the run.
-struct Bench {
+struct SchemathesisRun {
     folder: TempDir,
     parapet: Parapet,
 }
 
-impl Bench {
+impl SchemathesisRun {
     async fn new() -> Self {
-        Self::on(None).await
+        Self::with_database(None).await
     }
 
-    async fn on_postgres() -> Self {
+    async fn with_postgres() -> Self {
         let postgres = Postgres::shared().await;
         let (port, name) = (postgres.port(), postgres.create_database().await);
-        Self::on(Some(format!("postgres://postgres@127.0.0.1:{port}/{name}"))).await
+        Self::with_database(Some(format!("postgres://postgres@127.0.0.1:{port}/{name}"))).await
     }
 
     /// On a PostgreSQL database, or on SQLite.
-    async fn on(database: Option<String>) -> Self {
-        [ADMIN, CLIENT, FRONTEND, PASSWORD].into_iter().for_each(secrets::remember);
+    async fn with_database(database: Option<String>) -> Self {
+        [ADMIN, CLIENT, FRONTEND, PASSWORD].into_iter().for_each(secrets::register);
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("flags.json"), FLAGS).unwrap();
         let setup = Parapet::mode("standalone")
@@ -69,7 +69,7 @@ impl Bench {
 
     /// Sends generated requests, `examples` for each operation, and panics with the errors in the
     /// responses. `settings` is the configuration of schemathesis.
-    async fn hold(&self, examples: u32, settings: &str) {
+    async fn check_conformance(&self, examples: u32, settings: &str) {
         let url = self.parapet.admin_url();
         let general = "[generation]\ndeterministic = true\ndatabase = \"none\"\n";
         let file = self.folder.path().join("schemathesis.toml");
@@ -84,7 +84,7 @@ impl Bench {
             .env("HOME", self.folder.path())
             .current_dir(self.folder.path())
             .kill_on_drop(true);
-        let output = tokio::time::timeout(PATIENCE, command.output()).await;
+        let output = tokio::time::timeout(RUN_TIMEOUT, command.output()).await;
         let output = output.expect("it ends in time").expect("schemathesis runs");
         let report = String::from_utf8_lossy(&output.stdout);
         let complaint = String::from_utf8_lossy(&output.stderr);
@@ -123,7 +123,7 @@ impl Bench {
 const CHECKS: &str = "not_a_server_error,status_code_conformance,content_type_conformance,\
                       response_headers_conformance,response_schema_conformance,ignored_auth";
 
-async fn answers_to_an_admin(bench: Bench) {
+async fn check_admin_responses(bench: SchemathesisRun) {
     let settings = format!(
         r#"
 headers = {{ Authorization = "{ADMIN}" }}
@@ -135,7 +135,7 @@ include-path-regex = "^/(api/(frontend|proxy)|ofrep)"
 headers = {{ Authorization = "{FRONTEND}" }}
 "#
     );
-    bench.hold(8, &settings).await;
+    bench.check_conformance(8, &settings).await;
 
     // The run has reached successful responses, not only errors.
     for (method, path) in bench.operations().await {
@@ -154,7 +154,7 @@ headers = {{ Authorization = "{FRONTEND}" }}
         if needs_luck {
             continue;
         }
-        let statuses = bench.statuses(&method, &template(&path)).await;
+        let statuses = bench.statuses(&method, &route_template(&path)).await;
         let is_answered = statuses.iter().any(|status| status.starts_with('2'));
         assert!(is_answered, "{method} {path}: {statuses:?}");
     }
@@ -162,24 +162,24 @@ headers = {{ Authorization = "{FRONTEND}" }}
 
 #[tokio::test]
 async fn responses_to_an_admin_conform_to_the_document() {
-    answers_to_an_admin(Bench::new().await).await;
+    check_admin_responses(SchemathesisRun::new().await).await;
 }
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL"]
 async fn responses_to_an_admin_conform_to_the_document_on_postgresql() {
-    answers_to_an_admin(Bench::on_postgres().await).await;
+    check_admin_responses(SchemathesisRun::with_postgres().await).await;
 }
 
 /// The route template under which aliases are counted.
-fn template(path: &str) -> String {
+fn route_template(path: &str) -> String {
     let path = path.replace("/api/proxy", "/api/frontend");
     path.replace("/api/frontend/all/client", "/api/frontend/client")
 }
 
 #[tokio::test]
 async fn denials_to_a_viewer_conform_to_the_document() {
-    let bench = Bench::new().await;
+    let bench = SchemathesisRun::new().await;
     let url = bench.parapet.admin_url();
     let post = async |path: &str, body: Value| {
         let request = http().post(format!("{url}{path}")).header("authorization", ADMIN);
@@ -193,7 +193,7 @@ async fn denials_to_a_viewer_conform_to_the_document() {
     let cookies = signed_in.headers().get_all("set-cookie").iter();
     let mut cookies = cookies.map(|cookie| cookie.to_str().unwrap().split(';').next().unwrap());
     let cookie = cookies.find(|cookie| cookie.starts_with("parapet-session=")).unwrap();
-    secrets::remember(cookie.split_once('=').unwrap().1);
+    secrets::register(cookie.split_once('=').unwrap().1);
 
     // Signing out would end the run's own session, so that operation gets another one.
     let settings = format!(
@@ -204,12 +204,12 @@ include-path-regex = "logout$"
 headers = {{ Cookie = "parapet-session=nobody", Origin = "{url}" }}
 "#
     );
-    bench.hold(2, &settings).await;
+    bench.check_conformance(2, &settings).await;
     let me = async || {
         let me = http().get(format!("{url}/api/admin/user")).header("cookie", cookie);
         (me.send().await.unwrap().status() == StatusCode::OK).then_some(())
     };
-    until("the session is as it was", Duration::from_secs(30), me).await;
+    wait_until("the session is as it was", Duration::from_secs(30), me).await;
     let mut forbidden = vec![];
     for (method, path) in bench.operations().await {
         if bench.statuses(&method, &path).await.contains("403") {
@@ -221,8 +221,8 @@ headers = {{ Cookie = "parapet-session=nobody", Origin = "{url}" }}
 
 #[tokio::test]
 async fn denials_without_credentials_conform_to_the_document() {
-    let bench = Bench::new().await;
-    bench.hold(2, "").await;
+    let bench = SchemathesisRun::new().await;
+    bench.check_conformance(2, "").await;
     for (method, path) in bench.operations().await {
         if path.starts_with("/api/admin") {
             let statuses = bench.statuses(&method, &path).await;

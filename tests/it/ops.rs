@@ -6,25 +6,25 @@ use std::time::Duration;
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 
-use crate::local::{CLIENT, FRONTEND, Local, answer};
-use crate::rig::{Parapet, http, until};
+use crate::local::{CLIENT, FRONTEND, InProcessParapet, send};
+use crate::rig::{Parapet, http, wait_until};
 
 const FLAGS: &str = r#"{"features":[{"name":"a","enabled":true,"strategies":[]}]}"#;
 
 const ADMIN: &str = "*:*.admin-0123456789abcdef0123456789abcdef";
-const READER: &str = "*:development.reader-0123456789abcdef0123456789";
-const BROWSER: &str = "*:development.browser-0123456789abcdef012345678";
+const CLIENT_TOKEN: &str = "*:development.reader-0123456789abcdef0123456789";
+const FRONTEND_TOKEN: &str = "*:development.browser-0123456789abcdef012345678";
 
-const SEEDS: [(&str, &str); 3] = [
+const TOKEN_VARIABLES: [(&str, &str); 3] = [
     ("INIT_ADMIN_API_TOKENS", ADMIN),
-    ("INIT_BACKEND_API_TOKENS", READER),
-    ("INIT_FRONTEND_API_TOKENS", BROWSER),
+    ("INIT_BACKEND_API_TOKENS", CLIENT_TOKEN),
+    ("INIT_FRONTEND_API_TOKENS", FRONTEND_TOKEN),
 ];
 
 #[tokio::test]
 async fn base_path_prefixes_every_path() {
     for base in ["/flags", "flags", "/flags/"] {
-        let parapet = Local::offline_with(FLAGS, &["--base-path", base]).await;
+        let parapet = InProcessParapet::offline_with(FLAGS, &["--base-path", base]).await;
         let check = async |path: &str, expect: u16| {
             assert_eq!(parapet.get(path, CLIENT).await.status, expect, "{base} {path}");
         };
@@ -41,7 +41,7 @@ async fn base_path_prefixes_every_path() {
 
 #[tokio::test]
 async fn duplicate_and_trailing_slashes_are_ignored() {
-    let parapet = Local::offline(FLAGS).await;
+    let parapet = InProcessParapet::offline(FLAGS).await;
     for path in ["//api//client///features", "/api/client/features/", "/api/client/features/a/"] {
         assert_eq!(parapet.get(path, CLIENT).await.status, StatusCode::OK, "{path}");
     }
@@ -52,13 +52,13 @@ async fn duplicate_and_trailing_slashes_are_ignored() {
 
 #[tokio::test]
 async fn cors_allows_every_origin_by_default() {
-    let parapet = Local::offline(FLAGS).await;
+    let parapet = InProcessParapet::offline(FLAGS).await;
     let preflight = parapet
         .request(Method::OPTIONS, "/api/frontend")
         .header("origin", "https://shop.example")
         .header("access-control-request-method", "GET")
         .header("access-control-request-headers", "authorization,unleash-sdk");
-    let preflight = answer(preflight).await;
+    let preflight = send(preflight).await;
     assert_eq!((preflight.status, preflight.text()), (StatusCode::OK, ""));
     assert_eq!(preflight.header("access-control-allow-origin"), "*");
     assert_eq!(preflight.header("access-control-allow-methods"), "*");
@@ -66,7 +66,7 @@ async fn cors_allows_every_origin_by_default() {
     assert_eq!(preflight.header("access-control-max-age"), "172800");
     for token in [FRONTEND, "refused"] {
         let request = parapet.request(Method::GET, "/api/frontend").header("authorization", token);
-        let received = answer(request.header("origin", "https://shop.example")).await;
+        let received = send(request.header("origin", "https://shop.example")).await;
         assert_eq!(received.header("access-control-allow-origin"), "*", "also where it is refused");
         assert_eq!(received.header("access-control-expose-headers"), "*");
     }
@@ -84,10 +84,10 @@ async fn cors_allows_only_configured_origins() {
         "--cors-credentials",
         "--cors-max-age=60",
     ];
-    let parapet = Local::offline_with(FLAGS, &rules).await;
+    let parapet = InProcessParapet::offline_with(FLAGS, &rules).await;
     let ask = async |method, origin| {
         let request = parapet.request(method, "/api/frontend").header("authorization", FRONTEND);
-        answer(request.header("origin", origin)).await
+        send(request.header("origin", origin)).await
     };
     let preflight = ask(Method::OPTIONS, "https://www.example").await;
     assert_eq!(preflight.header("access-control-allow-origin"), "https://www.example");
@@ -109,13 +109,13 @@ async fn cors_allows_only_configured_origins() {
 #[tokio::test]
 async fn allow_and_deny_lists_restrict_addresses() {
     let check = async |args: &[&str], from: Option<&str>, expect: StatusCode| {
-        let parapet = Local::offline_with(FLAGS, args).await;
+        let parapet = InProcessParapet::offline_with(FLAGS, args).await;
         let request = parapet.request(Method::GET, "/api/frontend");
         let request = match from {
             Some(address) => request.header("x-forwarded-for", address),
             None => request,
         };
-        let answer = answer(request.header("authorization", FRONTEND)).await;
+        let answer = send(request.header("authorization", FRONTEND)).await;
         assert_eq!(answer.status, expect, "{args:?} {from:?}");
     };
     check(&["--allow-list", "127.0.0.1"], None, StatusCode::OK).await;
@@ -137,14 +137,14 @@ async fn allow_and_deny_lists_restrict_addresses() {
 #[tokio::test]
 async fn denied_address_gets_403_on_every_route_of_both_listeners() {
     let refused = async |args: &[&str]| {
-        let parapet = Local::standalone(FLAGS, args, &SEEDS).await;
+        let parapet = InProcessParapet::standalone(FLAGS, args, &TOKEN_VARIABLES).await;
         let check = async |method: Method, path: &str, request: &dyn Fn() -> RequestBuilder| {
             for claimed in [None, Some("198.51.100.7")] {
                 let request = request().header("authorization", ADMIN);
                 let request = claimed
                     .into_iter()
                     .fold(request, |request, address| request.header("x-forwarded-for", address));
-                let answer = answer(request).await;
+                let answer = send(request).await;
                 let what = format!("{args:?} {method} {path} {claimed:?}: {answer:?}");
                 assert_eq!(answer.status, StatusCode::FORBIDDEN, "{what}");
                 assert_eq!(answer.json()["name"], "NoAccessError", "{what}");
@@ -224,7 +224,7 @@ async fn long_flag_values_are_truncated_in_log_lines() {
         let parapet = Parapet::mode("offline").flag("--bootstrap-file", &file);
         let parapet = parapet.flag("--client-tokens", CLIENT).flag("--log-format", format);
         let parapet = parapet.start().await;
-        let log = until("the start is logged", Duration::from_secs(10), async || {
+        let log = wait_until("the start is logged", Duration::from_secs(10), async || {
             Some(parapet.log()).filter(|log| log.contains("Parapet listens"))
         });
         let log = log.await;
@@ -243,7 +243,7 @@ async fn long_flag_values_are_truncated_in_log_lines() {
 #[tokio::test]
 async fn disabled_endpoints_get_404() {
     let check = async |flag: &str, paths: &[&str]| {
-        let parapet = Local::offline_with(FLAGS, &[flag]).await;
+        let parapet = InProcessParapet::offline_with(FLAGS, &[flag]).await;
         for path in paths {
             let answer = parapet.get(path, FRONTEND).await;
             assert_eq!(answer.status, StatusCode::NOT_FOUND, "{flag} {path}");
@@ -260,17 +260,17 @@ async fn disabled_endpoints_get_404() {
         ("--disable-instance-data-endpoint", "/internal-backstage/instancedata"),
         ("--disable-metrics-endpoint", "/metrics"),
     ] {
-        let parapet = Local::standalone(FLAGS, &[flag], &SEEDS).await;
+        let parapet = InProcessParapet::standalone(FLAGS, &[flag], &TOKEN_VARIABLES).await;
         let request = parapet.admin_request(Method::GET, path).header("authorization", ADMIN);
-        assert_eq!(answer(request).await.status, StatusCode::NOT_FOUND, "{flag}");
+        assert_eq!(send(request).await.status, StatusCode::NOT_FOUND, "{flag}");
         let request = parapet.admin_request(Method::GET, "/status").header("authorization", ADMIN);
-        assert_eq!(answer(request).await.status, StatusCode::OK, "{flag}");
+        assert_eq!(send(request).await.status, StatusCode::OK, "{flag}");
     }
 }
 
 #[tokio::test]
 async fn probes_and_metrics_need_no_token() {
-    let parapet = Local::offline(FLAGS).await;
+    let parapet = InProcessParapet::offline(FLAGS).await;
     let (health, ready) = (json!({"status": "OK"}), json!({"status": "READY"}));
     for (path, expect) in
         [("/internal-backstage/health", &health), ("/internal-backstage/ready", &ready)]
@@ -278,29 +278,29 @@ async fn probes_and_metrics_need_no_token() {
         for request in
             [parapet.request(Method::GET, path), parapet.admin_request(Method::GET, path)]
         {
-            let answer = answer(request).await;
+            let answer = send(request).await;
             assert_eq!((answer.status, &answer.json()), (StatusCode::OK, expect), "{path}");
         }
-        let head = answer(parapet.request(Method::HEAD, path)).await;
+        let head = send(parapet.request(Method::HEAD, path)).await;
         assert_eq!((head.status, head.text()), (StatusCode::OK, ""));
-        let post = answer(parapet.request(Method::POST, path)).await;
+        let post = send(parapet.request(Method::POST, path)).await;
         assert_eq!(
             (post.status, post.header("allow")),
             (StatusCode::METHOD_NOT_ALLOWED, "GET, HEAD")
         );
     }
     for path in ["/live", "/ready", "/metrics"] {
-        let answer = answer(parapet.admin_request(Method::GET, path)).await;
+        let answer = send(parapet.admin_request(Method::GET, path)).await;
         assert_eq!(answer.status, StatusCode::OK, "{path}");
     }
-    let scrape = answer(parapet.request(Method::GET, "/internal-backstage/prometheus")).await;
+    let scrape = send(parapet.request(Method::GET, "/internal-backstage/prometheus")).await;
     assert!(scrape.header("content-type").starts_with("text/plain"));
     assert!(scrape.text().contains("build_info{"), "{}", scrape.text());
     assert!(scrape.text().contains("parapet_snapshot_flags{environment=\"development\"} "));
 }
 
 /// Paths of the admin listener that require an admin token.
-const SECRETIVE: [&str; 5] = [
+const ADMIN_ONLY_PATHS: [&str; 5] = [
     "/status",
     "/internal-backstage/features",
     "/internal-backstage/tokens",
@@ -310,41 +310,41 @@ const SECRETIVE: [&str; 5] = [
 
 #[tokio::test]
 async fn admin_paths_require_an_admin_token_and_are_absent_from_the_data_listener() {
-    let parapet = Local::standalone(FLAGS, &[], &SEEDS).await;
-    for path in SECRETIVE {
+    let parapet = InProcessParapet::standalone(FLAGS, &[], &TOKEN_VARIABLES).await;
+    for path in ADMIN_ONLY_PATHS {
         let ask = async |token: &str| {
             let request = parapet.admin_request(Method::GET, path).header("authorization", token);
-            answer(request).await
+            send(request).await
         };
-        let none = answer(parapet.admin_request(Method::GET, path)).await;
+        let none = send(parapet.admin_request(Method::GET, path)).await;
         assert_eq!(none.status, StatusCode::UNAUTHORIZED, "{path}");
         assert_eq!(ask("*:*.guessed").await.status, StatusCode::UNAUTHORIZED, "{path}");
-        assert_eq!(ask(READER).await.status, StatusCode::FORBIDDEN, "{path}");
-        assert_eq!(ask(BROWSER).await.status, StatusCode::FORBIDDEN, "{path}");
+        assert_eq!(ask(CLIENT_TOKEN).await.status, StatusCode::FORBIDDEN, "{path}");
+        assert_eq!(ask(FRONTEND_TOKEN).await.status, StatusCode::FORBIDDEN, "{path}");
         assert_eq!(ask(&format!("Bearer {ADMIN}")).await.status, StatusCode::OK, "{path}");
         let public = parapet.request(Method::GET, path).header("authorization", ADMIN);
-        assert_eq!(answer(public).await.status, StatusCode::NOT_FOUND, "{path}");
+        assert_eq!(send(public).await.status, StatusCode::NOT_FOUND, "{path}");
     }
     let check = async |path: &str, token: &str, expect| {
         let request = parapet.admin_request(Method::GET, path).header("authorization", token);
-        assert_eq!(answer(request).await.status, expect, "{path}");
+        assert_eq!(send(request).await.status, expect, "{path}");
     };
     check("/nothing", ADMIN, StatusCode::NOT_FOUND).await;
     // This path serves edges that use this instance as their upstream.
     check("/api/client/features", ADMIN, StatusCode::FORBIDDEN).await;
-    check("/api/client/features", READER, StatusCode::OK).await;
-    check("/api/frontend", BROWSER, StatusCode::OK).await;
+    check("/api/client/features", CLIENT_TOKEN, StatusCode::OK).await;
+    check("/api/frontend", FRONTEND_TOKEN, StatusCode::OK).await;
     let post = parapet.admin_request(Method::POST, "/status").header("authorization", ADMIN);
-    assert_eq!(answer(post).await.status, StatusCode::METHOD_NOT_ALLOWED);
+    assert_eq!(send(post).await.status, StatusCode::METHOD_NOT_ALLOWED);
 }
 
 #[tokio::test]
 async fn offline_admin_listener_accepts_configured_admin_tokens() {
     let check = async |args: &[&str], expect: StatusCode| {
-        let parapet = Local::offline_with(FLAGS, args).await;
-        for path in SECRETIVE {
+        let parapet = InProcessParapet::offline_with(FLAGS, args).await;
+        for path in ADMIN_ONLY_PATHS {
             let request = parapet.admin_request(Method::GET, path).header("authorization", ADMIN);
-            assert_eq!(answer(request).await.status, expect, "{args:?} {path}");
+            assert_eq!(send(request).await.status, expect, "{args:?} {path}");
         }
     };
     check(&[], StatusCode::UNAUTHORIZED).await;
@@ -353,29 +353,29 @@ async fn offline_admin_listener_accepts_configured_admin_tokens() {
 
 #[tokio::test]
 async fn admin_listener_shows_flags_and_usage_without_tokens() {
-    let parapet = Local::standalone(FLAGS, &[], &SEEDS).await;
+    let parapet = InProcessParapet::standalone(FLAGS, &[], &TOKEN_VARIABLES).await;
     let report = json!({"appName": "shop", "instanceId": "one", "bucket": {
         "start": "2026-01-01T00:00:00Z", "stop": "2026-01-01T00:01:00Z",
         "toggles": {"a": {"yes": 3, "no": 1}}}});
-    let taken = parapet.post("/api/client/metrics", READER, &report).await;
+    let taken = parapet.post("/api/client/metrics", CLIENT_TOKEN, &report).await;
     assert_eq!(taken.status, StatusCode::ACCEPTED, "{}", taken.text());
     let mut pages = String::new();
-    for path in SECRETIVE {
+    for path in ADMIN_ONLY_PATHS {
         let request = parapet.admin_request(Method::GET, path).header("authorization", ADMIN);
-        let page = answer(request).await;
+        let page = send(request).await;
         assert!(page.json().is_object(), "{path}");
         pages.push_str(page.text());
     }
-    for secret in [ADMIN, READER, BROWSER].map(|token| token.split_once('.').unwrap().1) {
+    for secret in [ADMIN, CLIENT_TOKEN, FRONTEND_TOKEN].map(|token| token.split_once('.').unwrap().1) {
         assert!(!pages.contains(&secret[..8]), "more than four characters of a secret are shown");
     }
     let status = parapet.admin_request(Method::GET, "/status").header("authorization", ADMIN);
-    let status = answer(status).await.json();
+    let status = send(status).await.json();
     assert_eq!((&status["mode"], &status["ready"]), (&json!("standalone"), &json!(true)));
     assert_eq!(status["environments"][0]["name"], "development");
     assert_eq!(status["environments"][0]["flags"], 1);
     let features = parapet.admin_request(Method::GET, "/internal-backstage/features");
-    let features = answer(features.header("authorization", ADMIN)).await.json();
+    let features = send(features.header("authorization", ADMIN)).await.json();
     assert_eq!(features["development"]["features"][0]["name"], "a");
 }
 
@@ -386,18 +386,18 @@ async fn malformed_flag_is_reported_in_status_and_does_not_affect_others() {
             [{"contextName":"v","operator":"SEMVER_GT","value":"not a version"}]}]},
         {"name":null,"enabled":true,"strategies":[{"name":"default"}]},
         {"name":"whole","enabled":true,"strategies":[{"name":"default"}]}]}"#;
-    let parapet = Local::standalone(flags, &[], &SEEDS).await;
-    let toggles = parapet.get("/api/frontend", BROWSER).await.json()["toggles"].clone();
+    let parapet = InProcessParapet::standalone(flags, &[], &TOKEN_VARIABLES).await;
+    let toggles = parapet.get("/api/frontend", FRONTEND_TOKEN).await.json()["toggles"].clone();
     assert_eq!(toggles.as_array().unwrap().len(), 1);
     assert_eq!(toggles[0]["name"], "whole");
     let status = parapet.admin_request(Method::GET, "/status").header("authorization", ADMIN);
-    let problems = answer(status).await.json()["environments"][0]["problems"].clone();
+    let problems = send(status).await.json()["environments"][0]["problems"].clone();
     assert!(problems[0].as_str().unwrap().contains("#2"), "{problems}");
     assert!(problems[1].as_str().unwrap().contains("broken"), "{problems}");
 }
 
 /// Every series of the Prometheus page, without its value.
-async fn series(parapet: &Parapet) -> BTreeSet<String> {
+async fn metric_series(parapet: &Parapet) -> BTreeSet<String> {
     let page = parapet.metrics().await;
     let lines = page.lines().filter(|line| !line.starts_with('#') && !line.is_empty());
     lines.map(|line| line.rsplit_once(' ').unwrap().0.to_owned()).collect()
@@ -409,7 +409,7 @@ async fn client_input_is_never_a_metric_label() {
     let file = folder.path().join("flags.json");
     std::fs::write(&file, FLAGS).unwrap();
     let parapet = Parapet::mode("standalone").flag("--flags", &file);
-    let parapet = SEEDS.iter().fold(parapet, |it, (name, value)| it.env(*name, *value));
+    let parapet = TOKEN_VARIABLES.iter().fold(parapet, |it, (name, value)| it.env(*name, *value));
     let parapet = parapet.start().await;
     let hostile = async |round: usize| {
         for n in 0..20 {
@@ -442,23 +442,23 @@ async fn client_input_is_never_a_metric_label() {
             send(&made_up.to_uppercase(), format!("/{made_up}"), "", String::new()).await;
             send(&made_up.to_uppercase(), "/api/frontend".to_owned(), "", String::new()).await;
             send("GET", "/api/frontend".to_owned(), &unknown, String::new()).await;
-            send("GET", format!("/api/frontend/features/{made_up}"), BROWSER, String::new()).await;
-            send("GET", format!("/api/client/features/{made_up}"), READER, String::new()).await;
-            send("GET", format!("/api/client/features?project={made_up}"), READER, String::new())
+            send("GET", format!("/api/frontend/features/{made_up}"), FRONTEND_TOKEN, String::new()).await;
+            send("GET", format!("/api/client/features/{made_up}"), CLIENT_TOKEN, String::new()).await;
+            send("GET", format!("/api/client/features?project={made_up}"), CLIENT_TOKEN, String::new())
                 .await;
-            send("POST", "/api/client/metrics".to_owned(), READER, report.to_string()).await;
-            send("POST", "/api/proxy/client/metrics".to_owned(), BROWSER, report.to_string()).await;
-            send("POST", "/api/client/register".to_owned(), READER, registration.to_string()).await;
+            send("POST", "/api/client/metrics".to_owned(), CLIENT_TOKEN, report.to_string()).await;
+            send("POST", "/api/proxy/client/metrics".to_owned(), FRONTEND_TOKEN, report.to_string()).await;
+            send("POST", "/api/client/register".to_owned(), CLIENT_TOKEN, registration.to_string()).await;
             send("POST", "/edge/validate".to_owned(), "", json!({"tokens": [unknown]}).to_string())
                 .await;
         }
     };
     hostile(1).await;
     // A scrape is a request too, and appears in the next one.
-    series(&parapet).await;
-    let before = series(&parapet).await;
+    metric_series(&parapet).await;
+    let before = metric_series(&parapet).await;
     hostile(2).await;
-    let after = series(&parapet).await;
+    let after = metric_series(&parapet).await;
     let grown: Vec<_> = after.difference(&before).collect();
     assert!(grown.is_empty(), "{grown:?}");
     assert!(!after.iter().any(|series| series.to_lowercase().contains("madeup")), "{after:?}");

@@ -10,18 +10,18 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 
 use crate::local::CLIENT;
-use crate::reach::upstream;
-use crate::rig::{Parapet, http, until};
+use crate::reach::start_upstream;
+use crate::rig::{Parapet, http, wait_until};
 
 const ADMIN: &str = "*:*.proxy-0123456789abcdef0123456789abcdef0123456789";
 
 /// A proxy that counts connections and forwards nothing.
-struct Proxy {
+struct CountingProxy {
     address: SocketAddr,
     connections: Arc<AtomicUsize>,
 }
 
-impl Proxy {
+impl CountingProxy {
     async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -48,14 +48,14 @@ impl Proxy {
 #[tokio::test]
 async fn hosts_in_no_proxy_are_reached_directly() {
     let folder = tempfile::tempdir().unwrap();
-    let upstream = upstream(&folder, ADMIN).await;
+    let upstream = start_upstream(&folder, ADMIN).await;
     let port = upstream.admin_url().rsplit(':').next().unwrap().to_owned();
     let check = async |variables: &[(&str, &str)], url: &str| {
-        let proxy = Proxy::start().await;
+        let proxy = CountingProxy::start().await;
         let edge = Parapet::edge(url).env("HTTP_PROXY", format!("http://{}", proxy.address));
         let edge = variables.iter().fold(edge, |edge, (name, value)| edge.env(*name, *value));
         let edge = edge.env("UPSTREAM_ADMIN_TOKEN", ADMIN).spawn();
-        until(&format!("{variables:?}: flags are served"), Duration::from_secs(30), async || {
+        wait_until(&format!("{variables:?}: flags are served"), Duration::from_secs(30), async || {
             let request = http().get(edge.url() + "/api/client/features");
             let answer = request.header("authorization", CLIENT).send().await.ok()?;
             (answer.status() == StatusCode::OK).then_some(())
@@ -78,14 +78,14 @@ async fn hosts_in_no_proxy_are_reached_directly() {
 #[tokio::test]
 async fn proxy_is_used_for_hosts_not_in_no_proxy() {
     let folder = tempfile::tempdir().unwrap();
-    let upstream = upstream(&folder, ADMIN).await;
+    let upstream = start_upstream(&folder, ADMIN).await;
     for no_proxy in ["", "10.0.0.0/8,example.com", "127.0.0.1:1", "host"] {
-        let proxy = Proxy::start().await;
+        let proxy = CountingProxy::start().await;
         let edge = Parapet::edge(&upstream.admin_url());
         let edge =
             edge.env("HTTP_PROXY", format!("http://{}", proxy.address)).env("NO_PROXY", no_proxy);
         let _edge = edge.env("UPSTREAM_ADMIN_TOKEN", ADMIN).spawn();
-        until(&format!("{no_proxy}: the proxy is used"), Duration::from_secs(30), async || {
+        wait_until(&format!("{no_proxy}: the proxy is used"), Duration::from_secs(30), async || {
             (proxy.connections() > 0).then_some(())
         })
         .await;

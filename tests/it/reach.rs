@@ -11,16 +11,16 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::local::CLIENT;
-use crate::rig::{Parapet, until};
+use crate::rig::{Parapet, wait_until};
 
 const ADMIN: &str = "*:*.reach-0123456789abcdef0123456789abcdef0123456789ab";
 const FLAGS: &str =
     r#"{"features":[{"name":"here","enabled":true,"strategies":[{"name":"default"}]}]}"#;
 
-const SOON: Duration = Duration::from_mins(1);
+const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// A real server as upstream, with a client token and this admin token.
-pub(crate) async fn upstream(folder: &TempDir, admin: &str) -> Parapet {
+pub(crate) async fn start_upstream(folder: &TempDir, admin: &str) -> Parapet {
     let file = folder.path().join("flags.json");
     std::fs::write(&file, FLAGS).unwrap();
     let standalone = Parapet::mode("standalone").flag("--flags", file);
@@ -33,7 +33,7 @@ pub(crate) async fn upstream(folder: &TempDir, admin: &str) -> Parapet {
 
 /// A server in front of `upstream` that redirects every path to one below `to`, from which requests are
 /// forwarded.
-async fn redirector(upstream: &Parapet, to: Option<String>) -> SocketAddr {
+async fn start_redirector(upstream: &Parapet, to: Option<String>) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let target = upstream.admin_url().replace("http://", "");
@@ -70,8 +70,8 @@ async fn redirector(upstream: &Parapet, to: Option<String>) -> SocketAddr {
 }
 
 /// Waits until a log line contains `text`, and returns that line.
-async fn line(parapet: &Parapet, text: &str) -> String {
-    until(&format!("the log contains {text}"), SOON, async || {
+async fn wait_for_log_line(parapet: &Parapet, text: &str) -> String {
+    wait_until(&format!("the log contains {text}"), TIMEOUT, async || {
         parapet.log().lines().find(|line| line.contains(text)).map(str::to_owned)
     })
     .await
@@ -80,29 +80,29 @@ async fn line(parapet: &Parapet, text: &str) -> String {
 #[tokio::test]
 async fn redirect_within_the_origin_is_followed() {
     let folder = tempfile::tempdir().unwrap();
-    let upstream = upstream(&folder, ADMIN).await;
-    let redirector = redirector(&upstream, None).await;
+    let upstream = start_upstream(&folder, ADMIN).await;
+    let redirector = start_redirector(&upstream, None).await;
     let url = format!("http://{redirector}");
-    let edge = Parapet::edge(&url).env("TOKENS", CLIENT).impatient().start().await;
+    let edge = Parapet::edge(&url).env("TOKENS", CLIENT).with_short_intervals().start().await;
     let (status, flags) = edge.get("/api/client/features", CLIENT).await;
     assert_eq!((status, &flags["features"][0]["name"]), (StatusCode::OK, &"here".into()));
-    assert!(line(&edge, "Parapet listens").await.contains(&url), "it names upstream");
+    assert!(wait_for_log_line(&edge, "Parapet listens").await.contains(&url), "it names upstream");
 }
 
 #[tokio::test]
 async fn redirect_to_another_origin_is_reported_and_gets_no_token() {
     let folder = tempfile::tempdir().unwrap();
-    let upstream = upstream(&folder, ADMIN).await;
+    let upstream = start_upstream(&folder, ADMIN).await;
     let elsewhere = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let to = format!("http://{}/unleash", elsewhere.local_addr().unwrap());
-    let redirector = redirector(&upstream, Some(to.clone())).await;
+    let redirector = start_redirector(&upstream, Some(to.clone())).await;
     let edge = Parapet::edge(&format!("http://{redirector}")).env("UPSTREAM_ADMIN_TOKEN", ADMIN);
-    let edge = edge.impatient().start_listening().await;
-    let logged = line(&edge, "308 Permanent Redirect").await;
+    let edge = edge.with_short_intervals().start_listening().await;
+    let logged = wait_for_log_line(&edge, "308 Permanent Redirect").await;
     assert!(logged.contains(&format!("a redirect to {to}: --upstream-url")), "{logged}");
     let redirected =
         "parapet_upstream_requests_total{purpose=\"environments\",outcome=\"redirected\"}";
-    until("it was redirected again and again", SOON, async || {
+    wait_until("it was redirected again and again", TIMEOUT, async || {
         edge.metric(redirected).await.filter(|it| *it > 2.0)
     })
     .await;
@@ -120,19 +120,19 @@ async fn untrusted_certificate_is_logged_once_even_after_another_failure() {
     assert!(make.output().unwrap().status.success(), "openssl makes a certificate");
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let edge = Parapet::edge(&format!("https://localhost:{port}")).env("TOKENS", CLIENT);
-    let edge = edge.impatient().start_listening().await;
-    line(&edge, "Connection refused").await;
+    let edge = edge.with_short_intervals().start_listening().await;
+    wait_for_log_line(&edge, "Connection refused").await;
 
     let mut serve = Command::new("openssl");
     serve.args(["s_server", "-quiet", "-www", "-accept", &format!("127.0.0.1:{port}")]);
     serve.arg("-key").arg(&key).arg("-cert").arg(&certificate);
     serve.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null());
-    let _server = Server(serve.stderr(std::process::Stdio::null()).spawn().unwrap());
-    let logged = line(&edge, "certificate").await;
+    let _server = ChildProcess(serve.stderr(std::process::Stdio::null()).spawn().unwrap());
+    let logged = wait_for_log_line(&edge, "certificate").await;
     assert!(logged.contains("unreachable for another reason than before"), "{logged}");
     let failed = "parapet_upstream_requests_total{purpose=\"validate\",outcome=\"unreachable\"}";
     let before = edge.metric(failed).await.unwrap();
-    until("many handshakes have failed", SOON, async || {
+    wait_until("many handshakes have failed", TIMEOUT, async || {
         edge.metric(failed).await.filter(|it| *it > before + 10.0)
     })
     .await;
@@ -142,9 +142,9 @@ async fn untrusted_certificate_is_logged_once_even_after_another_failure() {
 }
 
 /// Killed when dropped.
-struct Server(std::process::Child);
+struct ChildProcess(std::process::Child);
 
-impl Drop for Server {
+impl Drop for ChildProcess {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -154,10 +154,10 @@ impl Drop for Server {
 #[tokio::test]
 async fn admin_token_in_tokens_setting_is_reported_with_the_right_setting() {
     let folder = tempfile::tempdir().unwrap();
-    let upstream = upstream(&folder, ADMIN).await;
+    let upstream = start_upstream(&folder, ADMIN).await;
     let edge = Parapet::edge(&upstream.admin_url()).env("TOKENS", ADMIN);
-    let edge = edge.impatient().start_listening().await;
-    let logged = line(&edge, "A token of --tokens cannot be used").await;
+    let edge = edge.with_short_intervals().start_listening().await;
+    let logged = wait_for_log_line(&edge, "A token of --tokens cannot be used").await;
     assert!(logged.contains("belongs in --upstream-admin-token"), "{logged}");
 }
 
@@ -169,6 +169,6 @@ async fn damaged_token_cache_record_is_set_aside_and_logged() {
     std::fs::write(edge.data_dir().join("backup/verdicts.parapet"), "no verdicts").unwrap();
     edge.restart();
     edge.wait_until_listening().await;
-    let logged = line(&edge, "verdicts.damaged").await;
+    let logged = wait_for_log_line(&edge, "verdicts.damaged").await;
     assert!(logged.contains("Stored tokens cannot be used"), "{logged}");
 }

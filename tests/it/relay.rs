@@ -6,8 +6,8 @@ use std::time::Duration;
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 
-use crate::control::{file_of, run};
-use crate::rig::{Parapet, Sdk, Unleash, Version, http, secrets, until};
+use crate::control::{temp_file_with, run};
+use crate::rig::{Parapet, Sdk, Unleash, UnleashVersion, http, secrets, wait_until};
 
 /// The account of a fresh Unleash.
 const OWNER: (&str, &str) = ("admin", "unleash4all");
@@ -24,7 +24,7 @@ async fn edge(unleash: &Unleash) -> Parapet {
         .await
 }
 
-async fn answer(request: RequestBuilder) -> (StatusCode, Value) {
+async fn send(request: RequestBuilder) -> (StatusCode, Value) {
     let answer = request.send().await.unwrap();
     let (status, body) = (answer.status(), answer.bytes().await.unwrap());
     (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
@@ -41,16 +41,16 @@ async fn sign_in(parapet: &Parapet) -> String {
         .map(|cookie| cookie.to_str().unwrap().split(';').next().unwrap().to_owned())
         .collect();
     for cookie in &cookies {
-        secrets::remember(cookie.split_once('=').unwrap().1);
+        secrets::register(cookie.split_once('=').unwrap().1);
     }
     cookies.join("; ")
 }
 
-async fn features(parapet: &Parapet, token: &str) -> StatusCode {
+async fn features_status(parapet: &Parapet, token: &str) -> StatusCode {
     parapet.get("/api/client/features", token).await.0
 }
 
-async fn the_life_of_a_token(version: Version) {
+async fn token_lifecycle(version: UnleashVersion) {
     let unleash = Unleash::shared(version).await;
     let flag = format!("relayed-{version:?}").to_lowercase();
     unleash.create_enabled_flag(&flag, "development", &[]).await;
@@ -66,7 +66,7 @@ async fn the_life_of_a_token(version: Version) {
     };
     let own = |request: RequestBuilder| request.header("origin", &url);
 
-    let (status, me) = answer(ask(Method::GET, "/api/admin/user", None)).await;
+    let (status, me) = send(ask(Method::GET, "/api/admin/user", None)).await;
     assert_eq!((status, &me["user"]["username"]), (StatusCode::OK, &OWNER.0.into()));
 
     // A created token works at once.
@@ -74,19 +74,19 @@ async fn the_life_of_a_token(version: Version) {
     let new = json!({ "tokenName": name, "type": "client", "environment": "development",
         "projects": ["*"] });
     let create = || ask(Method::POST, "/api/admin/api-tokens", Some(new.clone()));
-    let (status, refused) = answer(create().header("origin", "https://elsewhere.example")).await;
+    let (status, refused) = send(create().header("origin", "https://elsewhere.example")).await;
     assert_eq!(status, StatusCode::FORBIDDEN, "{refused}");
     assert!(unleash.tokens_named(&name).await.is_empty(), "nothing was passed on");
-    let (status, made) = answer(own(create())).await;
+    let (status, made) = send(own(create())).await;
     assert_eq!(status, StatusCode::CREATED, "{made}");
     let secret = made["secret"].as_str().unwrap().to_owned();
-    secrets::remember(&secret);
+    secrets::register(&secret);
     let listed = unleash.tokens_named(&name).await;
     let [listed] = &listed[..] else { panic!("{listed:?}") };
 
     // An SDK uses it.
     let mut sdk = Sdk::node(&parapet.url(), &secret, "relayed").await;
-    until("the SDK sees the new flag", Duration::from_secs(15), async || {
+    wait_until("the SDK sees the new flag", Duration::from_secs(15), async || {
         let flags = sdk.evaluate(json!({})).await;
         flags.get(&flag).filter(|it| it.enabled).map(|_| ())
     })
@@ -96,26 +96,26 @@ async fn the_life_of_a_token(version: Version) {
     // Deleted by its listed identifier, it is rejected on the next request.
     let identifier = listed["secret"].as_str().unwrap();
     let path = format!("/api/admin/api-tokens/{identifier}");
-    let (status, gone) = answer(own(ask(Method::DELETE, &path, None))).await;
+    let (status, gone) = send(own(ask(Method::DELETE, &path, None))).await;
     assert!(status.is_success(), "{status} {gone}");
-    assert_eq!(features(&parapet, &secret).await, StatusCode::UNAUTHORIZED);
+    assert_eq!(features_status(&parapet, &secret).await, StatusCode::UNAUTHORIZED);
     assert!(unleash.tokens_named(&name).await.is_empty());
-    assert_eq!(features(&parapet, &secret).await, StatusCode::UNAUTHORIZED, "and stays so");
+    assert_eq!(features_status(&parapet, &secret).await, StatusCode::UNAUTHORIZED, "and stays so");
 }
 
 #[tokio::test]
 async fn token_is_created_used_and_deleted_through_the_edge() {
-    the_life_of_a_token(Version::V8).await;
+    token_lifecycle(UnleashVersion::V8).await;
 }
 
 #[tokio::test]
 async fn v2_token_is_created_used_and_deleted_through_the_edge() {
-    the_life_of_a_token(Version::V8SecureTokens).await;
+    token_lifecycle(UnleashVersion::V8SecureTokens).await;
 }
 
 #[tokio::test]
 async fn relay_uses_only_the_callers_credentials() {
-    let unleash = Unleash::shared(Version::V8).await;
+    let unleash = Unleash::shared(UnleashVersion::V8).await;
     let parapet = edge(&unleash).await;
     let url = parapet.admin_url();
     let get = |path: &str| http().get(format!("{url}{path}"));
@@ -123,18 +123,18 @@ async fn relay_uses_only_the_callers_credentials() {
     for path in
         ["/api/admin/api-tokens", "/api/admin/user", "/api/admin/flags?environment=development"]
     {
-        assert_eq!(answer(get(path)).await.0, StatusCode::UNAUTHORIZED, "{path}");
+        assert_eq!(send(get(path)).await.0, StatusCode::UNAUTHORIZED, "{path}");
         let made_up = get(path).header("cookie", "unleash-session=s%3Amade-up.made-up");
-        assert_eq!(answer(made_up).await.0, StatusCode::UNAUTHORIZED, "{path}");
+        assert_eq!(send(made_up).await.0, StatusCode::UNAUTHORIZED, "{path}");
     }
     let wrong = json!({ "username": OWNER.0, "password": "not the password" }).to_string();
     let login = http().post(format!("{url}/auth/simple/login"));
     let login = login.header("content-type", "application/json").body(wrong);
-    assert_eq!(answer(login).await.0, StatusCode::UNAUTHORIZED);
+    assert_eq!(send(login).await.0, StatusCode::UNAUTHORIZED);
 
     // With the caller's own token, and with a session.
     let by_token = |path: &str| get(path).header("authorization", unleash.admin_token());
-    let (status, tokens) = answer(by_token("/api/admin/api-tokens")).await;
+    let (status, tokens) = send(by_token("/api/admin/api-tokens")).await;
     assert_eq!(status, StatusCode::OK);
     assert_eq!(
         tokens["tokens"].as_array().unwrap().is_empty(),
@@ -143,41 +143,41 @@ async fn relay_uses_only_the_callers_credentials() {
     let cookies = sign_in(&parapet).await;
     // The edge responds itself about the flags that it serves.
     let flags = get("/api/admin/flags?environment=development").header("cookie", &cookies);
-    let (status, flags) = answer(flags).await;
+    let (status, flags) = send(flags).await;
     assert_eq!((status, &flags["environment"]), (StatusCode::OK, &"development".into()));
-    let (status, state) = answer(get("/status").header("cookie", &cookies)).await;
+    let (status, state) = send(get("/status").header("cookie", &cookies)).await;
     assert_eq!((status, &state["consoleFor"]), (StatusCode::OK, &"unleash".into()));
 
     // No path leads out of the admin API.
     for path in ["/api/admin/a%2f..%2f..%2fclient%2ffeatures", "/auth/%2e%2e%2fapi/admin/user"] {
-        assert_eq!(answer(by_token(path)).await.0, StatusCode::NOT_FOUND, "{path}");
+        assert_eq!(send(by_token(path)).await.0, StatusCode::NOT_FOUND, "{path}");
     }
     // The data listener relays nothing.
     let there = http().get(parapet.url() + "/api/admin/api-tokens");
     let there = there.header("authorization", unleash.admin_token());
-    assert_eq!(answer(there).await.0, StatusCode::NOT_FOUND);
+    assert_eq!(send(there).await.0, StatusCode::NOT_FOUND);
 }
 
 #[tokio::test]
 async fn relay_is_disabled_by_default() {
-    let unleash = Unleash::shared(Version::V8).await;
+    let unleash = Unleash::shared(UnleashVersion::V8).await;
     let parapet = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).start().await;
     for path in ["/api/admin/api-tokens", "/"] {
         let request = http().get(parapet.admin_url() + path);
         let request = request.header("authorization", unleash.admin_token());
-        assert_eq!(answer(request).await.0, StatusCode::NOT_FOUND, "{path}");
+        assert_eq!(send(request).await.0, StatusCode::NOT_FOUND, "{path}");
     }
     let login = http().post(parapet.admin_url() + "/auth/simple/login").body("{}");
-    assert_eq!(answer(login).await.0, StatusCode::NOT_FOUND);
+    assert_eq!(send(login).await.0, StatusCode::NOT_FOUND);
 }
 
 #[tokio::test]
 async fn relay_reports_unavailable_upstream() {
-    let unleash = Unleash::start(Version::V8).await;
+    let unleash = Unleash::start(UnleashVersion::V8).await;
     let parapet = edge(&unleash).await;
     unleash.kill();
     let request = http().get(parapet.admin_url() + "/api/admin/user").header("cookie", "a=b");
-    let (status, received) = answer(request).await;
+    let (status, received) = send(request).await;
     assert_eq!((status, &received["name"]), (StatusCode::BAD_GATEWAY, &"BadGatewayError".into()));
 }
 
@@ -185,9 +185,9 @@ async fn relay_reports_unavailable_upstream() {
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
 async fn command_line_manages_unleash_tokens_through_edge_or_directly() {
     Unleash::on_every_version(async |unleash| {
-        let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).impatient();
+        let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).with_short_intervals();
         let parapet = edge.arg("--admin-relay").flag("--fleet-name", "shell").start().await;
-        let file = file_of(unleash.admin_token());
+        let file = temp_file_with(unleash.admin_token());
         for url in [parapet.admin_url(), unleash.url()] {
             let place = ["--url", &url, "--token-file", file.path().to_str().unwrap()];
             let ask = |arguments: &[&str], input: &str| {
@@ -195,9 +195,9 @@ async fn command_line_manages_unleash_tokens_through_edge_or_directly() {
             };
             let made = ask(&["token", "create", "--name", "by-shell"], "");
             let secret = made.trim();
-            secrets::remember(secret);
+            secrets::register(secret);
             assert_eq!(unleash.tokens_named("by-shell").await.len(), 1);
-            until("the new token works", Duration::from_secs(10), async || {
+            wait_until("the new token works", Duration::from_secs(10), async || {
                 (parapet.get("/api/client/features", secret).await.0 == StatusCode::OK)
                     .then_some(())
             })

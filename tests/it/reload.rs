@@ -9,18 +9,18 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::rig::{Kind, Parapet, Unleash, Version, hanging_disk, http, secrets, until};
+use crate::rig::{TokenKind, Parapet, Unleash, UnleashVersion, build_hanging_disk_library, http, secrets, wait_until};
 
 const FLAGS: &str = r#"{"version":2,"features":[
     {"name":"first","project":"default","enabled":true,"strategies":[{"name":"default"}]}]}"#;
 
 /// Many times every interval of these instances.
-const SOON: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Unleash accepts a deleted token for up to a minute.
-const WITHIN_UNLEASHS_MINUTE: Duration = Duration::from_secs(100);
+const UNLEASH_REVOCATION_TIMEOUT: Duration = Duration::from_secs(100);
 
-const REFUSED: &str = "parapet_upstream_admin_token_refused";
+const ADMIN_TOKEN_REFUSED: &str = "parapet_upstream_admin_token_refused";
 
 /// A secret as Kubernetes mounts it: `token` is a link through `..data`, which is replaced as a whole.
 struct MountedSecret {
@@ -51,26 +51,26 @@ impl MountedSecret {
     }
 }
 
-async fn features(parapet: &Parapet, token: &str) -> StatusCode {
+async fn features_status(parapet: &Parapet, token: &str) -> StatusCode {
     parapet.get("/api/client/features", token).await.0
 }
 
-async fn until_features(parapet: &Parapet, token: &str, expect: StatusCode) {
-    until(&format!("a token gets {expect}"), SOON, async || {
-        (features(parapet, token).await == expect).then_some(())
+async fn wait_for_features_status(parapet: &Parapet, token: &str, expect: StatusCode) {
+    wait_until(&format!("a token gets {expect}"), TIMEOUT, async || {
+        (features_status(parapet, token).await == expect).then_some(())
     })
     .await;
 }
 
-async fn until_operator(parapet: &Parapet, token: &str, expect: StatusCode, limit: Duration) {
-    until(&format!("an admin token gets {expect}"), limit, async || {
+async fn wait_for_status_page(parapet: &Parapet, token: &str, expect: StatusCode, limit: Duration) {
+    wait_until(&format!("an admin token gets {expect}"), limit, async || {
         (parapet.admin_get_as("/status", token).await.0 == expect).then_some(())
     })
     .await;
 }
 
-async fn until_logged(parapet: &Parapet, text: &str) {
-    until(&format!("the log contains: {text}"), SOON, async || {
+async fn wait_until_logged(parapet: &Parapet, text: &str) {
+    wait_until(&format!("the log contains: {text}"), TIMEOUT, async || {
         parapet.log().contains(text).then_some(())
     })
     .await;
@@ -91,70 +91,70 @@ async fn own_tokens(unleash: &Unleash, fleet: &str) -> Vec<(String, String)> {
     tokens
 }
 
-async fn admin_token_is_replaced(version: Version, second: &'static str, other: &'static str) {
+async fn admin_token_is_replaced(version: UnleashVersion, second: &'static str, other: &'static str) {
     const FLEET: &str = "rotation";
     let unleash = Unleash::start(version).await;
     let first = unleash.admin_token();
     unleash.admin_post("/api/admin/environments/production/off", &json!({})).await;
     let mut secret = MountedSecret::new(&format!("{first}\n"));
     let edge = Parapet::edge(&unleash.url()).env("UPSTREAM_ADMIN_TOKEN_FILE", secret.path());
-    let parapet = edge.flag("--fleet-name", FLEET).impatient().start().await;
-    let sdk = unleash.create_token(Kind::Backend, "development", &["*"], "sdk").await;
-    until_features(&parapet, &sdk, StatusCode::OK).await;
+    let parapet = edge.flag("--fleet-name", FLEET).with_short_intervals().start().await;
+    let sdk = unleash.create_token(TokenKind::Backend, "development", &["*"], "sdk").await;
+    wait_for_features_status(&parapet, &sdk, StatusCode::OK).await;
     let (status, shown) = parapet.admin_get_as("/status", first).await;
     assert_eq!(
         (status, &shown["upstream"]["adminToken"]["refusedSince"]),
         (StatusCode::OK, &Value::Null)
     );
-    assert_eq!(parapet.metric(REFUSED).await, Some(0.0));
+    assert_eq!(parapet.metric(ADMIN_TOKEN_REFUSED).await, Some(0.0));
     let minted = own_tokens(&unleash, FLEET).await;
-    unleash.remember_tokens_named(&format!("parapet-{FLEET}")).await;
+    unleash.register_tokens_named(&format!("parapet-{FLEET}")).await;
 
-    unleash.plant_admin_token(other).await;
+    unleash.insert_admin_token(other).await;
     unleash.delete_admin_token(other).await;
-    until_operator(&parapet, first, StatusCode::UNAUTHORIZED, WITHIN_UNLEASHS_MINUTE).await;
-    assert_eq!(parapet.metric(REFUSED).await, Some(1.0));
-    until_logged(&parapet, "Upstream refuses the admin token").await;
+    wait_for_status_page(&parapet, first, StatusCode::UNAUTHORIZED, UNLEASH_REVOCATION_TIMEOUT).await;
+    assert_eq!(parapet.metric(ADMIN_TOKEN_REFUSED).await, Some(1.0));
+    wait_until_logged(&parapet, "Upstream refuses the admin token").await;
     // Flags stay served.
-    assert_eq!(features(&parapet, &sdk).await, StatusCode::OK);
+    assert_eq!(features_status(&parapet, &sdk).await, StatusCode::OK);
     assert!(is_ready(&parapet).await);
     // Another valid admin token of upstream opens the admin listener.
-    until_operator(&parapet, other, StatusCode::OK, SOON).await;
+    wait_for_status_page(&parapet, other, StatusCode::OK, TIMEOUT).await;
     let (_, shown) = parapet.admin_get_as("/status", other).await;
     assert!(shown["upstream"]["adminToken"]["refusedSince"].is_string(), "{shown}");
 
-    unleash.plant_admin_token(second).await;
+    unleash.insert_admin_token(second).await;
     secret.replace(&format!("\u{feff}{second}\n"));
-    until_operator(&parapet, second, StatusCode::OK, WITHIN_UNLEASHS_MINUTE).await;
-    until("the new admin token is accepted", WITHIN_UNLEASHS_MINUTE, async || {
+    wait_for_status_page(&parapet, second, StatusCode::OK, UNLEASH_REVOCATION_TIMEOUT).await;
+    wait_until("the new admin token is accepted", UNLEASH_REVOCATION_TIMEOUT, async || {
         let accepted = parapet.log().matches("Upstream accepts the admin token").count();
         (accepted >= 2).then_some(())
     })
     .await;
-    assert_eq!(parapet.metric(REFUSED).await, Some(0.0));
+    assert_eq!(parapet.metric(ADMIN_TOKEN_REFUSED).await, Some(0.0));
     let (_, shown) = parapet.admin_get_as("/status", second).await;
     assert_eq!(shown["upstream"]["adminToken"]["refusedSince"], Value::Null, "{shown}");
     assert_eq!(parapet.admin_get_as("/status", first).await.0, StatusCode::UNAUTHORIZED);
 
     // The edge reads the token list: a deleted token is soon rejected, although Unleash still validates
     // it for a while.
-    let revoked = unleash.create_token(Kind::Backend, "development", &["*"], "revoked").await;
-    until_features(&parapet, &revoked, StatusCode::OK).await;
+    let revoked = unleash.create_token(TokenKind::Backend, "development", &["*"], "revoked").await;
+    wait_for_features_status(&parapet, &revoked, StatusCode::OK).await;
     let readings = "parapet_upstream_requests_total{purpose=\"list_tokens\",outcome=\"ok\"}";
     let before = parapet.metric(readings).await.unwrap();
-    until("the list is read", SOON, async || {
+    wait_until("the list is read", TIMEOUT, async || {
         (parapet.metric(readings).await.unwrap() >= before + 2.0).then_some(())
     })
     .await;
     unleash.delete_token(&revoked).await;
-    until_features(&parapet, &revoked, StatusCode::UNAUTHORIZED).await;
+    wait_for_features_status(&parapet, &revoked, StatusCode::UNAUTHORIZED).await;
 
     // It finds new environments and creates tokens for them. (It fetches the environments once a
     // minute.)
     unleash.admin_post("/api/admin/environments/production/on", &json!({})).await;
-    let there = unleash.create_token(Kind::Backend, "production", &["*"], "there").await;
-    until("a new environment is served", WITHIN_UNLEASHS_MINUTE, async || {
-        (features(&parapet, &there).await == StatusCode::OK).then_some(())
+    let there = unleash.create_token(TokenKind::Backend, "production", &["*"], "there").await;
+    wait_until("a new environment is served", UNLEASH_REVOCATION_TIMEOUT, async || {
+        (features_status(&parapet, &there).await == StatusCode::OK).then_some(())
     })
     .await;
     let now = own_tokens(&unleash, FLEET).await;
@@ -162,11 +162,11 @@ async fn admin_token_is_replaced(version: Version, second: &'static str, other: 
     assert!(minted.iter().all(|token| now.contains(token)), "{minted:?} {now:?}");
 
     // Credentials that were stored under the first admin token are readable with the second.
-    unleash.remember_tokens_named(&format!("parapet-{FLEET}")).await;
+    unleash.register_tokens_named(&format!("parapet-{FLEET}")).await;
     assert!(parapet.terminate().await.success());
     parapet.restart();
     parapet.wait_until_ready().await;
-    assert_eq!(features(&parapet, &sdk).await, StatusCode::OK);
+    assert_eq!(features_status(&parapet, &sdk).await, StatusCode::OK);
     assert_eq!(own_tokens(&unleash, FLEET).await, now);
 }
 
@@ -175,12 +175,12 @@ async fn admin_token_is_replaced(version: Version, second: &'static str, other: 
 async fn replaced_admin_token_is_used_without_restart() {
     tokio::join!(
         admin_token_is_replaced(
-            Version::V8,
+            UnleashVersion::V8,
             "*:*.parapet-rig-second-admin-51c1f0a54f934c3f8c8a0e7c5d2b6a90",
             "*:*.parapet-rig-other-admin-0b7a52f3e86d4b0b9a52c6c9b1d34e77",
         ),
         admin_token_is_replaced(
-            Version::V8SecureTokens,
+            UnleashVersion::V8SecureTokens,
             "*:*.parapet-rig-second-admin-7d0a6c8e23fb45d99be1a4c3f7052d18",
             "*:*.parapet-rig-other-admin-e4f9b1c7a60d48a2b35d8f7e9c2a1064",
         ),
@@ -190,7 +190,7 @@ async fn replaced_admin_token_is_used_without_restart() {
 /// A standalone as upstream, with these admin tokens; its secrets are in files.
 async fn standalone(folder: &Path, tokens: &[&str]) -> Parapet {
     for token in tokens {
-        secrets::remember(token);
+        secrets::register(token);
     }
     let flags = folder.join("flags.json");
     fs::write(&flags, FLAGS).unwrap();
@@ -205,7 +205,7 @@ async fn standalone(folder: &Path, tokens: &[&str]) -> Parapet {
         .await
 }
 
-async fn as_admin(
+async fn admin_request(
     server: &Parapet,
     token: &str,
     method: Method,
@@ -226,9 +226,9 @@ async fn create_backend_token(server: &Parapet, admin: &str, name: &str) -> Stri
 async fn create_token(server: &Parapet, admin: &str, name: &str, kind: &str) -> String {
     let new_token =
         json!({ "tokenName": name, "type": kind, "environment": "development", "projects": ["*"] });
-    let made = as_admin(server, admin, Method::POST, "/api/admin/api-tokens", &new_token).await;
+    let made = admin_request(server, admin, Method::POST, "/api/admin/api-tokens", &new_token).await;
     let secret = made["secret"].as_str().unwrap().to_owned();
-    secrets::remember(&secret);
+    secrets::register(&secret);
     secret
 }
 
@@ -245,9 +245,9 @@ async fn sighup_rereads_the_admin_token_file_from_the_environment() {
     let edge = edge.flag("--token-list-interval-seconds", "3600").start().await;
     assert_eq!(edge.admin_get_as("/status", FIRST).await.0, StatusCode::OK);
     fs::write(&file, format!("upstream_admin_token = \"{SECOND}\"\nmax_streams = 77\n")).unwrap();
-    edge.hang_up();
-    until_operator(&edge, SECOND, StatusCode::OK, SOON).await;
-    until_logged(&edge, "Reloaded").await;
+    edge.send_sighup();
+    wait_for_status_page(&edge, SECOND, StatusCode::OK, TIMEOUT).await;
+    wait_until_logged(&edge, "Reloaded").await;
     let log = edge.log();
     let line = log.lines().find(|line| line.contains("Reloaded")).unwrap();
     assert!(line.contains("upstream-admin-token"), "{line}");
@@ -256,7 +256,7 @@ async fn sighup_rereads_the_admin_token_file_from_the_environment() {
 
 /// The event stream URL that `edge` offers to a provider.
 async fn event_stream(edge: &Parapet, token: &str) -> String {
-    until("an event stream is offered", SOON, async || {
+    wait_until("an event stream is offered", TIMEOUT, async || {
         let request = http().post(edge.url() + "/ofrep/v1/evaluate/flags");
         let request =
             request.header("Authorization", token).header("Content-Type", "application/json");
@@ -288,13 +288,13 @@ async fn stream_tokens_signed_with_a_reloaded_secret_outlive_the_admin_token() {
     };
     assert_eq!(opens().await, StatusCode::UNAUTHORIZED);
     fs::write(&configs[0], admin(FIRST) + SECRET).unwrap();
-    one.hang_up();
-    until_logged(&one, "Reloaded: ofrep-ticket-secret").await;
+    one.send_sighup();
+    wait_until_logged(&one, "Reloaded: ofrep-ticket-secret").await;
     assert_eq!(opens().await, StatusCode::OK);
     fs::write(&configs[0], admin(SECOND) + SECRET).unwrap();
-    one.hang_up();
-    until_operator(&one, SECOND, StatusCode::OK, SOON).await;
-    until("upstream accepts the second", SOON, async || {
+    one.send_sighup();
+    wait_for_status_page(&one, SECOND, StatusCode::OK, TIMEOUT).await;
+    wait_until("upstream accepts the second", TIMEOUT, async || {
         let accepted = one.log().matches("Upstream accepts the admin token").count();
         (accepted >= 2).then_some(())
     })
@@ -310,21 +310,21 @@ async fn admin_token_file_without_token_is_ignored_and_reported() {
     let upstream = standalone(folder.path(), &[FIRST, SECOND]).await;
     let mut secret = MountedSecret::new(FIRST);
     let edge = Parapet::edge(&upstream.admin_url()).env("UPSTREAM_ADMIN_TOKEN_FILE", secret.path());
-    let edge = edge.impatient().start().await;
+    let edge = edge.with_short_intervals().start().await;
     let sdk = create_backend_token(&upstream, FIRST, "sdk").await;
     for (text, report) in [("\n", "is empty"), ("*:development.x", "for the environment")] {
         secret.replace(text);
-        until_logged(&edge, "Cannot read the admin token's file").await;
-        until_logged(&edge, report).await;
+        wait_until_logged(&edge, "Cannot read the admin token's file").await;
+        wait_until_logged(&edge, report).await;
         assert_eq!(edge.admin_get_as("/status", FIRST).await.0, StatusCode::OK);
-        assert_eq!(features(&edge, &sdk).await, StatusCode::OK);
+        assert_eq!(features_status(&edge, &sdk).await, StatusCode::OK);
     }
     fs::remove_file(secret.path()).unwrap();
-    until_logged(&edge, "cannot read").await;
+    wait_until_logged(&edge, "cannot read").await;
     secret.replace(SECOND);
     symlink("..data/token", secret.path()).unwrap();
-    until_logged(&edge, "The admin token was replaced by its file").await;
-    until_operator(&edge, SECOND, StatusCode::OK, SOON).await;
+    wait_until_logged(&edge, "The admin token was replaced by its file").await;
+    wait_for_status_page(&edge, SECOND, StatusCode::OK, TIMEOUT).await;
     let (_, shown) = edge.admin_get_as("/status", SECOND).await;
     assert_eq!(shown["upstream"]["adminToken"]["refusedSince"], Value::Null, "{shown}");
 }
@@ -333,21 +333,21 @@ async fn admin_token_file_without_token_is_ignored_and_reported() {
 async fn rejected_admin_token_opens_nothing_while_the_disk_hangs() {
     const FIRST: &str = "*:*.first-admin-of-a-disk-that-hangs-0123456789";
     const WRONG: &str = "*:*.wrong-admin-of-a-disk-that-hangs-0123456789";
-    secrets::remember(WRONG);
+    secrets::register(WRONG);
     let folder = tempfile::tempdir().unwrap();
     let upstream = standalone(folder.path(), &[FIRST]).await;
     let mut secret = MountedSecret::new(FIRST);
     let marker = folder.path().join("hangs");
     let edge = Parapet::edge(&upstream.admin_url()).env("UPSTREAM_ADMIN_TOKEN_FILE", secret.path());
-    let edge = edge.env("HANG", &marker).env("LD_PRELOAD", hanging_disk(folder.path()));
-    let edge = edge.impatient().start().await;
+    let edge = edge.env("HANG", &marker).env("LD_PRELOAD", build_hanging_disk_library(folder.path()));
+    let edge = edge.with_short_intervals().start().await;
     fs::write(&marker, "").unwrap();
     secret.replace(WRONG);
-    until_logged(&edge, "The admin token was replaced by its file").await;
-    until_logged(&edge, "Upstream refuses the admin token").await;
-    until_operator(&edge, WRONG, StatusCode::UNAUTHORIZED, SOON).await;
+    wait_until_logged(&edge, "The admin token was replaced by its file").await;
+    wait_until_logged(&edge, "Upstream refuses the admin token").await;
+    wait_for_status_page(&edge, WRONG, StatusCode::UNAUTHORIZED, TIMEOUT).await;
     assert!(!edge.log().contains("Saving flags or credentials failed"), "{}", edge.log());
-    until_logged(&edge, "Saving flags or credentials failed").await;
+    wait_until_logged(&edge, "Saving flags or credentials failed").await;
 }
 
 #[tokio::test]
@@ -360,26 +360,26 @@ async fn sighup_replaces_the_tokens_that_fetch_flags() {
     let file = folder.path().join("tokens");
     fs::write(&file, format!("{first}\n")).unwrap();
     let edge = Parapet::edge(&upstream.admin_url()).env("TOKENS_FILE", &file);
-    let edge = edge.impatient().start().await;
+    let edge = edge.with_short_intervals().start().await;
     fs::write(&file, format!("{second}\r\n")).unwrap();
-    edge.hang_up();
-    until_logged(&edge, "Reloaded").await;
+    edge.send_sighup();
+    wait_until_logged(&edge, "Reloaded").await;
     // The first one is now like any other token that SDKs present.
-    until_features(&edge, &first, StatusCode::OK).await;
+    wait_for_features_status(&edge, &first, StatusCode::OK).await;
     // Upstream no longer accepts it; the second one continues to fetch.
     let listed =
-        as_admin(&upstream, ADMIN, Method::GET, "/api/admin/api-tokens/first", &json!({})).await;
+        admin_request(&upstream, ADMIN, Method::GET, "/api/admin/api-tokens/first", &json!({})).await;
     let id = listed["tokens"][0]["secret"].as_str().unwrap();
-    as_admin(&upstream, ADMIN, Method::DELETE, &format!("/api/admin/api-tokens/{id}"), &json!({}))
+    admin_request(&upstream, ADMIN, Method::DELETE, &format!("/api/admin/api-tokens/{id}"), &json!({}))
         .await;
     fs::write(folder.path().join("flags.json"), FLAGS.replace("first", "renamed")).unwrap();
-    until("the edge serves what has changed since", SOON, async || {
+    wait_until("the edge serves what has changed since", TIMEOUT, async || {
         let (_, flags) = edge.get("/api/client/features", &second).await;
         (flags["features"][0]["name"] == "renamed").then_some(())
     })
     .await;
     let tokens = create_backend_token(&upstream, ADMIN, "third").await;
-    until_features(&edge, &tokens, StatusCode::OK).await;
+    wait_for_features_status(&edge, &tokens, StatusCode::OK).await;
 }
 
 #[tokio::test]
@@ -388,7 +388,7 @@ async fn sighup_replaces_offline_tokens_and_ignores_invalid_configuration() {
     const SECOND: &str = "*:development.second-of-an-offline-reload-012345678";
     const ELSEWHERE: &str = "*:elsewhere.third-of-an-offline-reload-0123456789ab";
     for token in [FIRST, SECOND, ELSEWHERE] {
-        secrets::remember(token);
+        secrets::register(token);
     }
     let folder = tempfile::tempdir().unwrap();
     let (flags, tokens) = (folder.path().join("flags.json"), folder.path().join("tokens"));
@@ -402,32 +402,32 @@ async fn sighup_replaces_offline_tokens_and_ignores_invalid_configuration() {
         .env("CLIENT_TOKENS_FILE", &tokens)
         .start()
         .await;
-    assert_eq!(features(&parapet, FIRST).await, StatusCode::OK);
-    assert_eq!(features(&parapet, SECOND).await, StatusCode::UNAUTHORIZED);
+    assert_eq!(features_status(&parapet, FIRST).await, StatusCode::OK);
+    assert_eq!(features_status(&parapet, SECOND).await, StatusCode::UNAUTHORIZED);
 
     fs::write(&tokens, format!("\u{feff}{SECOND},\n  {ELSEWHERE}\n\n")).unwrap();
-    parapet.hang_up();
-    until_features(&parapet, SECOND, StatusCode::OK).await;
-    until_features(&parapet, ELSEWHERE, StatusCode::OK).await;
-    assert_eq!(features(&parapet, FIRST).await, StatusCode::UNAUTHORIZED);
-    until_logged(&parapet, "Reloaded").await;
+    parapet.send_sighup();
+    wait_for_features_status(&parapet, SECOND, StatusCode::OK).await;
+    wait_for_features_status(&parapet, ELSEWHERE, StatusCode::OK).await;
+    assert_eq!(features_status(&parapet, FIRST).await, StatusCode::UNAUTHORIZED);
+    wait_until_logged(&parapet, "Reloaded").await;
 
     fs::write(&config, "log = \"loud\"\nmax_stream = 1\n").unwrap();
     fs::write(&tokens, FIRST).unwrap();
-    parapet.hang_up();
-    until_logged(&parapet, "Reload rejected").await;
+    parapet.send_sighup();
+    wait_until_logged(&parapet, "Reload rejected").await;
     let log = parapet.log();
     let line = log.lines().find(|line| line.contains("Reload rejected")).unwrap();
     assert!(line.contains("max_stream") && line.contains("parapet.toml:1"), "{line}");
-    assert_eq!(features(&parapet, SECOND).await, StatusCode::OK);
-    assert_eq!(features(&parapet, FIRST).await, StatusCode::UNAUTHORIZED);
+    assert_eq!(features_status(&parapet, SECOND).await, StatusCode::OK);
+    assert_eq!(features_status(&parapet, FIRST).await, StatusCode::UNAUTHORIZED);
 
     fs::write(&config, "log = \"info,parapet=debug\"\n").unwrap();
     fs::write(&tokens, format!("{SECOND}\n{ELSEWHERE}\n")).unwrap();
-    parapet.hang_up();
-    until_logged(&parapet, "Reloaded: log").await;
-    parapet.hang_up();
-    until_logged(&parapet, "nothing has changed").await;
+    parapet.send_sighup();
+    wait_until_logged(&parapet, "Reloaded: log").await;
+    parapet.send_sighup();
+    wait_until_logged(&parapet, "nothing has changed").await;
     assert!(is_ready(&parapet).await);
     assert!(parapet.terminate().await.success());
 }
@@ -435,7 +435,7 @@ async fn sighup_replaces_offline_tokens_and_ignores_invalid_configuration() {
 #[tokio::test]
 async fn offline_is_ready_once_sighup_loads_its_first_tokens() {
     const TOKEN: &str = "*:development.only-one-of-an-offline-reload-0123456789";
-    secrets::remember(TOKEN);
+    secrets::register(TOKEN);
     let folder = tempfile::tempdir().unwrap();
     let (flags, config) = (folder.path().join("flags.json"), folder.path().join("parapet.toml"));
     fs::write(&flags, FLAGS).unwrap();
@@ -444,8 +444,8 @@ async fn offline_is_ready_once_sighup_loads_its_first_tokens() {
     let parapet = setup.flag("--config", &config).start_listening().await;
     assert!(!is_ready(&parapet).await);
     fs::write(&config, format!("client_tokens = [\"{TOKEN}\"]\n")).unwrap();
-    parapet.hang_up();
-    until_features(&parapet, TOKEN, StatusCode::OK).await;
+    parapet.send_sighup();
+    wait_for_features_status(&parapet, TOKEN, StatusCode::OK).await;
     parapet.wait_until_ready().await;
 }
 
@@ -461,11 +461,11 @@ async fn sighup_rereads_flags_of_a_standalone_and_closes_nothing() {
     let flags = folder.path().join("flags.json");
     let token = create_backend_token(&parapet, ADMIN, "one").await;
     fs::write(&flags, "{").unwrap();
-    parapet.hang_up();
-    until_logged(&parapet, "Reloaded").await;
+    parapet.send_sighup();
+    wait_until_logged(&parapet, "Reloaded").await;
     fs::write(&flags, FLAGS.replace("first", "second")).unwrap();
-    parapet.hang_up();
-    until("the flags are read", SOON, async || {
+    parapet.send_sighup();
+    wait_until("the flags are read", TIMEOUT, async || {
         let (_, flags) = parapet.get("/api/client/features", &token).await;
         (flags["features"][0]["name"] == "second").then_some(())
     })

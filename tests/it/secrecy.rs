@@ -7,24 +7,24 @@ use std::sync::Arc;
 
 use reqwest::{Method, StatusCode};
 
-use crate::rig::{Kind, Parapet, Sdk, Unleash, http, secrets};
+use crate::rig::{TokenKind, Parapet, Sdk, Unleash, http, secrets};
 
-const HERE: &str = "development";
+const ENVIRONMENT: &str = "development";
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
 async fn no_token_appears_in_errors_logs_files_or_pages() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
-        let backend = unleash.create_token(Kind::Backend, HERE, &["*"], "secrecy").await;
-        let frontend = unleash.create_token(Kind::Frontend, HERE, &["*"], "secrecy").await;
-        let unknown = format!("*:{HERE}.secrecy-0f1e2d3c4b5a69788796a5b4c3d2e1f0");
+        let backend = unleash.create_token(TokenKind::Backend, ENVIRONMENT, &["*"], "secrecy").await;
+        let frontend = unleash.create_token(TokenKind::Frontend, ENVIRONMENT, &["*"], "secrecy").await;
+        let unknown = format!("*:{ENVIRONMENT}.secrecy-0f1e2d3c4b5a69788796a5b4c3d2e1f0");
         let malformed = "secrecy-without-a-dot-0f1e2d3c4b5a6978";
-        secrets::remember(&unknown);
-        secrets::remember(malformed);
-        let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).impatient();
+        secrets::register(&unknown);
+        secrets::register(malformed);
+        let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).with_short_intervals();
         let edge = edge.flag("--fleet-name", "secrecy").flag("--log", "debug,parapet=trace");
         let parapet = edge.start().await;
-        unleash.remember_tokens_named("parapet-secrecy").await;
+        unleash.register_tokens_named("parapet-secrecy").await;
         Sdk::node(&parapet.url(), &backend, "secrecy-node").await.close().await;
         Sdk::frontend(&parapet.url(), &frontend, "secrecy-browser").await.close().await;
 
@@ -50,7 +50,7 @@ async fn no_token_appears_in_errors_logs_files_or_pages() {
                     let answer = request.header("Authorization", token).send().await.unwrap();
                     let (status, headers) = (answer.status(), format!("{:?}", answer.headers()));
                     let body = answer.text().await.unwrap();
-                    let leaks = secrets::leaks(format!("{headers}\n{body}").as_bytes());
+                    let leaks = secrets::leaked_secrets(format!("{headers}\n{body}").as_bytes());
                     assert!(leaks.is_empty(), "{method} {path}: {status} {headers} {body}");
                     errors += u32::from(status.is_client_error());
                 }

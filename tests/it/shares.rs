@@ -10,14 +10,14 @@ use sqlx::{AnyConnection, AssertSqlSafe, Connection as _};
 use tempfile::NamedTempFile;
 use tokio::task::JoinSet;
 
-use crate::rig::{Parapet, Setup, until};
+use crate::rig::{Parapet, Setup, wait_until};
 
 /// The frontend token for project `web`, which all browsers have.
-const PUBLIC: &str = "web:development.shares-public-0123456789";
+const FRONTEND_TOKEN: &str = "web:development.shares-public-0123456789";
 /// Server tokens for the projects `shop` and `stock`.
-const SHOP: &str = "shop:development.shares-shop-0123456789";
-const STOCK: &str = "stock:development.shares-stock-0123456789";
-const ADMIN: &str = "*:*.shares-admin-0123456789";
+const SHOP_TOKEN: &str = "shop:development.shares-shop-0123456789";
+const STOCK_TOKEN: &str = "stock:development.shares-stock-0123456789";
+const ADMIN_TOKEN: &str = "*:*.shares-admin-0123456789";
 
 const FLAGS: &str = r#"{"features":[
     {"name":"web.banner","project":"web","enabled":true},
@@ -28,10 +28,10 @@ const FRONTEND_REGISTER: &str = "/api/frontend/client/register";
 const FRONTEND_METRICS: &str = "/api/frontend/client/metrics";
 const REGISTER: &str = "/api/client/register";
 const METRICS: &str = "/api/client/metrics";
-const EDGE: &str = "/api/client/metrics/edge";
+const EDGE_METRICS: &str = "/api/client/metrics/edge";
 
 /// The number of concurrent requests.
-const TOGETHER: usize = 8;
+const CONCURRENT_REQUESTS: usize = 8;
 
 const MIB: u64 = 1024;
 
@@ -45,16 +45,16 @@ fn flags() -> NamedTempFile {
 fn offline(flags: &NamedTempFile) -> Setup {
     Parapet::mode("offline")
         .flag("--bootstrap-file", flags.path())
-        .flag("--frontend-tokens", PUBLIC)
-        .flag("--client-tokens", format!("{SHOP},{STOCK}"))
+        .flag("--frontend-tokens", FRONTEND_TOKEN)
+        .flag("--client-tokens", format!("{SHOP_TOKEN},{STOCK_TOKEN}"))
 }
 
 fn standalone(flags: &NamedTempFile) -> Setup {
     Parapet::mode("standalone")
         .flag("--flags", flags.path())
-        .env("INIT_ADMIN_API_TOKENS", ADMIN)
-        .env("INIT_FRONTEND_API_TOKENS", PUBLIC)
-        .env("INIT_CLIENT_API_TOKENS", format!("{SHOP},{STOCK}"))
+        .env("INIT_ADMIN_API_TOKENS", ADMIN_TOKEN)
+        .env("INIT_FRONTEND_API_TOKENS", FRONTEND_TOKEN)
+        .env("INIT_CLIENT_API_TOKENS", format!("{SHOP_TOKEN},{STOCK_TOKEN}"))
 }
 
 /// A client of an attacker or a neighbour, which keeps its connections alive.
@@ -79,7 +79,7 @@ async fn post(
 
 /// Posts `count` bodies, some concurrently. Returns the number of accepted ones, and of those rejected
 /// at the limit.
-async fn flood(
+async fn post_many(
     parapet: &Parapet,
     path: &str,
     token: &'static str,
@@ -98,7 +98,7 @@ async fn flood(
     };
     let mut under_way = JoinSet::new();
     for nth in 0..count {
-        if under_way.len() == TOGETHER {
+        if under_way.len() == CONCURRENT_REQUESTS {
             count_one(under_way.join_next().await.unwrap().unwrap());
         }
         let (client, url, body) = (client.clone(), url.clone(), body(nth));
@@ -122,23 +122,23 @@ async fn registrations_use_bounded_memory_and_neighbours_are_still_accepted() {
     let flags = flags();
     let parapet = offline(&flags).start().await;
     let one = |nth: usize| large_registration(COUNT + nth);
-    assert_eq!(flood(&parapet, FRONTEND_REGISTER, PUBLIC, 1, one).await, (1, 0));
+    assert_eq!(post_many(&parapet, FRONTEND_REGISTER, FRONTEND_TOKEN, 1, one).await, (1, 0));
 
     // 100 MiB of strategies, which frontend SDKs do not have.
     let before = parapet.proc_status("VmRSS");
-    let accepted = flood(&parapet, FRONTEND_REGISTER, PUBLIC, COUNT, large_registration).await;
+    let accepted = post_many(&parapet, FRONTEND_REGISTER, FRONTEND_TOKEN, COUNT, large_registration).await;
     assert_eq!(accepted, (COUNT, 0));
     let grown = parapet.proc_status("VmHWM").saturating_sub(before);
     assert!(grown < 32 * MIB, "{grown} KiB");
 
     // The same number from a server SDK, which has them.
-    let (accepted, refused) = flood(&parapet, REGISTER, SHOP, COUNT, large_registration).await;
+    let (accepted, refused) = post_many(&parapet, REGISTER, SHOP_TOKEN, COUNT, large_registration).await;
     assert!(accepted > 100 && refused > COUNT / 2, "{accepted} accepted, {refused} refused");
     let grown = parapet.proc_status("VmHWM").saturating_sub(before);
     assert!(grown < 64 * MIB, "{grown} KiB");
 
-    assert_eq!(flood(&parapet, REGISTER, STOCK, 10, large_registration).await, (10, 0));
-    assert_eq!(flood(&parapet, REGISTER, SHOP, 1, |_| large_registration(0)).await.0, 1);
+    assert_eq!(post_many(&parapet, REGISTER, STOCK_TOKEN, 10, large_registration).await, (10, 0));
+    assert_eq!(post_many(&parapet, REGISTER, SHOP_TOKEN, 1, |_| large_registration(0)).await.0, 1);
 }
 
 #[tokio::test]
@@ -147,17 +147,17 @@ async fn edges_of_one_token_do_not_displace_edges_of_another() {
     let parapet = standalone(&flags).start().await;
     let edge =
         |nth: usize| json!({ "identifier": format!("edge-{nth}"), "traffic": {} }).to_string();
-    let (accepted, refused) = flood(&parapet, EDGE, SHOP, 1200, edge).await;
+    let (accepted, refused) = post_many(&parapet, EDGE_METRICS, SHOP_TOKEN, 1200, edge).await;
     assert!(accepted > 500 && refused > 0, "{accepted} accepted, {refused} refused");
     // Edges of another token, under names that exist already, and the known ones.
-    assert_eq!(flood(&parapet, EDGE, STOCK, 10, edge).await, (10, 0));
-    assert_eq!(flood(&parapet, EDGE, SHOP, 10, edge).await, (10, 0));
+    assert_eq!(post_many(&parapet, EDGE_METRICS, STOCK_TOKEN, 10, edge).await, (10, 0));
+    assert_eq!(post_many(&parapet, EDGE_METRICS, SHOP_TOKEN, 10, edge).await, (10, 0));
     let instances = parapet.admin_get("/internal-backstage/instancedata").await.1;
     assert_eq!(instances["connected_instances"].as_array().unwrap().len(), accepted + 10);
 }
 
 /// A report by an application about evaluations some time ago: name and count of each flag.
-fn report<'a>(
+fn usage_report<'a>(
     app: &str,
     ago: SignedDuration,
     counts: impl IntoIterator<Item = (&'a str, u64)>,
@@ -171,14 +171,14 @@ fn report<'a>(
 }
 
 /// A report about flags that do not exist, and about some that do.
-fn made_up(wave: usize, count: usize, known: &[(&str, u64)]) -> String {
+fn made_up_report(wave: usize, count: usize, known: &[(&str, u64)]) -> String {
     let names: Vec<_> = (0..count).map(|nth| format!("made-up-{wave}-{nth}")).collect();
     let counts = names.iter().map(|name| (name.as_str(), 1)).chain(known.iter().copied());
-    report("flood", SignedDuration::ZERO, counts)
+    usage_report("flood", SignedDuration::ZERO, counts)
 }
 
 /// The stored number of `yes` for a flag, from the admin API.
-async fn stored(parapet: &Parapet, flag: &str) -> u64 {
+async fn stored_usage(parapet: &Parapet, flag: &str) -> u64 {
     let path = format!("/api/admin/client-metrics/features/{flag}/raw");
     let (_, body) = parapet.admin_get(&path).await;
     let hours = body["data"].as_array().cloned().unwrap_or_default();
@@ -186,7 +186,7 @@ async fn stored(parapet: &Parapet, flag: &str) -> u64 {
 }
 
 /// The number that a query on a standalone's database returns.
-async fn count(parapet: &Parapet, query: &str) -> i64 {
+async fn query_count(parapet: &Parapet, query: &str) -> i64 {
     sqlx::any::install_default_drivers();
     let url = format!("sqlite:{}", parapet.data_dir().join("parapet.db").display());
     let mut database = AnyConnection::connect(&url).await.unwrap();
@@ -210,44 +210,44 @@ async fn made_up_flags_of_one_token_do_not_displace_other_tokens_or_existing_fla
 
     // Nothing of a rejected report is counted; only reports without a known flag are rejected.
     for wave in 0..2 {
-        assert_eq!(post(FRONTEND_METRICS, PUBLIC, made_up(wave, LARGE, &[])).await, refused);
+        assert_eq!(post(FRONTEND_METRICS, FRONTEND_TOKEN, made_up_report(wave, LARGE, &[])).await, refused);
     }
     let mut taken = 0;
-    while post(FRONTEND_METRICS, PUBLIC, made_up(taken, SMALL, &[])).await == accepted {
+    while post(FRONTEND_METRICS, FRONTEND_TOKEN, made_up_report(taken, SMALL, &[])).await == accepted {
         taken += 1;
         assert!(taken < 100);
     }
     assert!(taken >= 2, "{taken}");
-    let known = report("web", now, [("web.banner", 7)]);
-    assert_eq!(post(FRONTEND_METRICS, PUBLIC, known).await, accepted);
+    let known = usage_report("web", now, [("web.banner", 7)]);
+    assert_eq!(post(FRONTEND_METRICS, FRONTEND_TOKEN, known).await, accepted);
     // A flag that the file does not contain yet is reported together with one that it contains.
-    let newer = report("web", now, [("web.banner", 11), ("web.new", 13)]);
+    let newer = usage_report("web", now, [("web.banner", 11), ("web.new", 13)]);
     for _ in 0..2 {
-        let flood = made_up(taken, LARGE, &[("web.banner", 100)]);
-        assert_eq!(post(FRONTEND_METRICS, PUBLIC, flood).await, accepted);
-        assert_eq!(post(FRONTEND_METRICS, PUBLIC, newer.clone()).await, accepted);
+        let flood = made_up_report(taken, LARGE, &[("web.banner", 100)]);
+        assert_eq!(post(FRONTEND_METRICS, FRONTEND_TOKEN, flood).await, accepted);
+        assert_eq!(post(FRONTEND_METRICS, FRONTEND_TOKEN, newer.clone()).await, accepted);
     }
     // Counters that exist already need no additional memory.
-    let again = made_up(0, SMALL, &[("web.banner", 5)]);
-    assert_eq!(post(FRONTEND_METRICS, PUBLIC, again).await, accepted);
+    let again = made_up_report(0, SMALL, &[("web.banner", 5)]);
+    assert_eq!(post(FRONTEND_METRICS, FRONTEND_TOKEN, again).await, accepted);
     // Usage of another project: one of its flags, and one that is newer than the file.
-    let shop = report("shop", now, [("shop.cart", 1000), ("shop.new", 3)]);
-    assert_eq!(post(METRICS, SHOP, shop).await, accepted);
+    let shop = usage_report("shop", now, [("shop.cart", 1000), ("shop.new", 3)]);
+    assert_eq!(post(METRICS, SHOP_TOKEN, shop).await, accepted);
     let page = parapet.metrics().await;
     assert!(page.contains(r#"parapet_usage_reports_refused_total{endpoint="metrics"}"#), "{page}");
 
     assert!(parapet.terminate().await.success());
     parapet.restart();
     parapet.wait_until_ready().await;
-    assert_eq!(stored(&parapet, "shop.cart").await, 1000);
-    assert_eq!(stored(&parapet, "shop.new").await, 3);
-    assert_eq!(stored(&parapet, "web.banner").await, 7 + 5 + 2 * (100 + 11));
+    assert_eq!(stored_usage(&parapet, "shop.cart").await, 1000);
+    assert_eq!(stored_usage(&parapet, "shop.new").await, 3);
+    assert_eq!(stored_usage(&parapet, "web.banner").await, 7 + 5 + 2 * (100 + 11));
     // All acknowledged usage is stored, though some of it under a merged name.
     let made_up = SMALL * (taken + 1) + 2 * LARGE;
-    let unknown = count(&parapet, "SELECT SUM(yes) FROM flag_usage WHERE known = 0").await;
+    let unknown = query_count(&parapet, "SELECT SUM(yes) FROM flag_usage WHERE known = 0").await;
     assert_eq!(usize::try_from(unknown).unwrap(), made_up + 2 * 13 + 3);
-    assert!(stored(&parapet, "parapet-merged").await > 100_000);
-    let rows = count(&parapet, "SELECT COUNT(*) FROM flag_usage").await;
+    assert!(stored_usage(&parapet, "parapet-merged").await > 100_000);
+    let rows = query_count(&parapet, "SELECT COUNT(*) FROM flag_usage").await;
     assert!(rows < 4000, "{rows}");
 }
 
@@ -262,26 +262,26 @@ async fn waves_of_made_up_flags_leave_few_rows_and_all_genuine_usage() {
         post(&client, parapet.url() + path, token, body).await.0
     };
     for ago in 0..HOURS {
-        let body = report("shop", SignedDuration::from_hours(ago), [("shop.cart", 1)]);
-        assert_eq!(post(METRICS, SHOP, body).await, StatusCode::ACCEPTED);
+        let body = usage_report("shop", SignedDuration::from_hours(ago), [("shop.cart", 1)]);
+        assert_eq!(post(METRICS, SHOP_TOKEN, body).await, StatusCode::ACCEPTED);
     }
     // Each wave has the hour of the newest genuine usage, and most waves exceed the limit.
     let unknown = "SELECT COUNT(*) FROM flag_usage WHERE known = 0";
     let mut wave = 0;
-    until("more made-up flags are stored than the limit", Duration::from_mins(2), async || {
-        let status = post(FRONTEND_METRICS, PUBLIC, made_up(wave, WAVE, &[])).await;
+    wait_until("more made-up flags are stored than the limit", Duration::from_mins(2), async || {
+        let status = post(FRONTEND_METRICS, FRONTEND_TOKEN, made_up_report(wave, WAVE, &[])).await;
         assert!(status == StatusCode::ACCEPTED || status == StatusCode::TOO_MANY_REQUESTS);
         wave += 1;
-        (count(&parapet, unknown).await > 10_000).then_some(())
+        (query_count(&parapet, unknown).await > 10_000).then_some(())
     })
     .await;
     assert!(parapet.terminate().await.success());
     // Deletion starts at once.
     parapet.restart();
     parapet.wait_until_ready().await;
-    until("most made-up flags are forgotten", Duration::from_mins(1), async || {
-        (count(&parapet, unknown).await <= 10_000).then_some(())
+    wait_until("most made-up flags are forgotten", Duration::from_mins(1), async || {
+        (query_count(&parapet, unknown).await <= 10_000).then_some(())
     })
     .await;
-    assert_eq!(stored(&parapet, "shop.cart").await, u64::try_from(HOURS).unwrap());
+    assert_eq!(stored_usage(&parapet, "shop.cart").await, u64::try_from(HOURS).unwrap());
 }

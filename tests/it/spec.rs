@@ -11,9 +11,9 @@ use parapet::wire::{delta, features::Document};
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 
-use crate::local::{Answer, FRONTEND, Local, answer};
+use crate::local::{FullResponse, FRONTEND, InProcessParapet, send};
 
-fn read(file: &str) -> Value {
+fn read_specification(file: &str) -> Value {
     let specifications = "tests/node_modules/@unleash/client-specification/specifications";
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(specifications).join(file);
     let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
@@ -21,7 +21,7 @@ fn read(file: &str) -> Value {
 }
 
 /// Applies delta events, and returns the resulting state as a server would have sent it.
-fn apply(state: &Value) -> Value {
+fn apply_events(state: &Value) -> Value {
     let events = delta::parse(state.to_string().as_bytes()).unwrap();
     let state = delta::apply(&Document::default(), events.iter().map(|event| &event.change));
     let json = |raw: &str| serde_json::from_str::<Value>(raw).unwrap();
@@ -72,48 +72,48 @@ fn evaluate(engine: &Engine, test: &Value) -> (bool, Value) {
 }
 
 /// A file of the specification.
-struct File {
+struct SpecFile {
     name: String,
     /// The state that a server would have sent.
     state: Value,
     /// Its tests, each with whether it checks the flag or the variant.
-    tests: Vec<(Expected, Value)>,
+    tests: Vec<(Expectation, Value)>,
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Expected {
+enum Expectation {
     Enabled,
     Variant,
 }
 
-fn files() -> Vec<File> {
-    let names = read("index.json");
-    names.as_array().unwrap().iter().map(|name| file(name.as_str().unwrap())).collect()
+fn spec_files() -> Vec<SpecFile> {
+    let names = read_specification("index.json");
+    names.as_array().unwrap().iter().map(|name| spec_file(name.as_str().unwrap())).collect()
 }
 
-fn file(name: &str) -> File {
-    let specification = read(name);
+fn spec_file(name: &str) -> SpecFile {
+    let specification = read_specification(name);
     let state = match &specification["state"] {
-        state if state["events"].is_array() => apply(state),
+        state if state["events"].is_array() => apply_events(state),
         state => state.clone(),
     };
     let tests = |kind: &str, expected| {
         let tests = specification[kind].as_array().cloned().unwrap_or_default();
         tests.into_iter().map(move |test| (expected, test))
     };
-    let all = tests("tests", Expected::Enabled).chain(tests("variantTests", Expected::Variant));
-    File { name: name.to_owned(), state, tests: all.collect() }
+    let all = tests("tests", Expectation::Enabled).chain(tests("variantTests", Expectation::Variant));
+    SpecFile { name: name.to_owned(), state, tests: all.collect() }
 }
 
 /// Counts of passed tests, and descriptions of failures.
 #[derive(Default)]
-struct Score {
+struct Results {
     passed: usize,
     failures: Vec<String>,
 }
 
-impl Score {
-    fn check(&mut self, file: &File, test: &Value, answer: &Value, how: &str) {
+impl Results {
+    fn check(&mut self, file: &SpecFile, test: &Value, answer: &Value, how: &str) {
         if *answer == test["expectedResult"] {
             self.passed += 1;
         } else {
@@ -124,7 +124,7 @@ impl Score {
 
     /// Version 6.1.0 has 279 tests.
     #[track_caller]
-    fn assert_perfect(&self, times: usize) {
+    fn assert_all_passed(&self, times: usize) {
         assert!(self.failures.is_empty(), "{}", self.failures.join("\n"));
         assert!(self.passed >= 279 * times, "only {} tests were found", self.passed);
     }
@@ -133,20 +133,20 @@ impl Score {
 #[test]
 #[ignore = "needs the npm packages of tests/, see tests/run"]
 fn official_specification_passes_completely() {
-    let mut score = Score::default();
-    for file in files() {
+    let mut score = Results::default();
+    for file in spec_files() {
         let document = Document::parse(file.state.to_string().as_bytes()).unwrap();
         let (engine, _) = Engine::compile(&document);
         for (expected, test) in &file.tests {
             let (on, variant) = evaluate(&engine, test);
             let answer = match expected {
-                Expected::Enabled => on.into(),
-                Expected::Variant => variant,
+                Expectation::Enabled => on.into(),
+                Expectation::Variant => variant,
             };
             score.check(&file, test, &answer, "");
         }
     }
-    score.assert_perfect(1);
+    score.assert_all_passed(1);
 }
 
 /// A context as frontend SDKs encode it in a query. Values that are not texts, like properties that are
@@ -162,7 +162,7 @@ fn query(context: &Value) -> String {
 }
 
 /// The response about the flag of a test; a missing flag is off.
-fn answered(expected: Expected, test: &Value, answer: &Answer) -> Value {
+fn response_for(expected: Expectation, test: &Value, answer: &FullResponse) -> Value {
     assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
     let toggles = answer.json();
     let toggle = toggles["toggles"]
@@ -171,16 +171,16 @@ fn answered(expected: Expected, test: &Value, answer: &Answer) -> Value {
         .iter()
         .find(|toggle| toggle["name"] == test["toggleName"]);
     match (expected, toggle) {
-        (Expected::Enabled, Some(toggle)) => toggle["enabled"].clone(),
-        (Expected::Variant, Some(toggle)) => {
+        (Expectation::Enabled, Some(toggle)) => toggle["enabled"].clone(),
+        (Expectation::Variant, Some(toggle)) => {
             let mut variant = toggle["variant"].clone();
             // The newer spelling, which the specification does not have, has the same value.
             let newer = variant.as_object_mut().and_then(|it| it.remove("featureEnabled"));
             assert_eq!(newer.as_ref(), variant.get("feature_enabled"));
             variant
         }
-        (Expected::Enabled, None) => false.into(),
-        (Expected::Variant, None) => {
+        (Expectation::Enabled, None) => false.into(),
+        (Expectation::Variant, None) => {
             json!({ "name": "disabled", "enabled": false, "feature_enabled": false })
         }
     }
@@ -188,40 +188,40 @@ fn answered(expected: Expected, test: &Value, answer: &Answer) -> Value {
 
 /// The client's address, as a trusted proxy reports it. The server completes a context without an
 /// address, but one test expects no match in that case, with flags for the loopback address.
-const ELSEWHERE: &str = "203.0.113.7";
+const CLIENT_ADDRESS: &str = "203.0.113.7";
 
 /// The one test that only SDKs can pass: without a session, a rollout of 100 % by session is off. A
 /// frontend request without a session gets one, as from Unleash's frontend API.
-const WITHOUT_SESSION: &str = "Feature.A4 should be disabled when no user on context";
+const SESSIONLESS_TEST: &str = "Feature.A4 should be disabled when no user on context";
 
 #[tokio::test]
 #[ignore = "needs the npm packages of tests/, see tests/run"]
 async fn official_specification_passes_over_http_except_sessionless_test() {
-    let mut score = Score::default();
-    for mut file in files() {
+    let mut score = Results::default();
+    for mut file in spec_files() {
         for (_, test) in &mut file.tests {
-            if test["description"] == WITHOUT_SESSION {
+            if test["description"] == SESSIONLESS_TEST {
                 assert_eq!(test["expectedResult"], false);
                 test["expectedResult"] = true.into();
             }
         }
-        let parapet = Local::offline_with(&file.state.to_string(), &["--trust-proxy"]).await;
+        let parapet = InProcessParapet::offline_with(&file.state.to_string(), &["--trust-proxy"]).await;
         for (expected, test) in &file.tests {
             let context = &test["context"];
             let path = format!("/api/frontend/all?{}", query(context));
             let get = parapet.request(Method::GET, &path).header("authorization", FRONTEND);
             let post = |body: &Value| {
-                parapet.json("/api/frontend/all", body).header("authorization", FRONTEND)
+                parapet.json_request("/api/frontend/all", body).header("authorization", FRONTEND)
             };
             let [flat, wrapped] = [post(context), post(&json!({ "context": context }))];
             let elsewhere =
-                |request: RequestBuilder| answer(request.header("x-forwarded-for", ELSEWHERE));
+                |request: RequestBuilder| send(request.header("x-forwarded-for", CLIENT_ADDRESS));
             let (get, flat, wrapped) =
                 tokio::join!(elsewhere(get), elsewhere(flat), elsewhere(wrapped));
             for (how, reply) in [(" by GET", get), (" flat", flat), (" wrapped", wrapped)] {
-                score.check(&file, test, &answered(*expected, test, &reply), how);
+                score.check(&file, test, &response_for(*expected, test, &reply), how);
             }
         }
     }
-    score.assert_perfect(3);
+    score.assert_all_passed(3);
 }

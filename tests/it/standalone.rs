@@ -7,20 +7,20 @@ use reqwest::StatusCode;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use crate::rig::{Parapet, http, until};
+use crate::rig::{Parapet, http, wait_until};
 
 const FLAGS: &str =
     r#"{"features":[{"name":"first","enabled":true,"strategies":[{"name":"default"}]}]}"#;
 
 /// A directory with a flag file that the test can edit.
-struct Home {
+struct FlagsDirectory {
     folder: tempfile::TempDir,
 }
 
-impl Home {
+impl FlagsDirectory {
     fn new() -> Self {
         let home = Self { folder: tempfile::tempdir().unwrap() };
-        home.edit(FLAGS);
+        home.write_flags(FLAGS);
         home
     }
 
@@ -28,7 +28,7 @@ impl Home {
         self.folder.path().join("flags.json")
     }
 
-    fn edit(&self, flags: &str) {
+    fn write_flags(&self, flags: &str) {
         std::fs::write(self.flags(), flags).unwrap();
     }
 
@@ -39,13 +39,13 @@ impl Home {
 }
 
 /// The file that the first start wrote for its owner.
-fn first_start(parapet: &Parapet) -> std::path::PathBuf {
+fn first_start_file(parapet: &Parapet) -> std::path::PathBuf {
     parapet.data_dir().join("first-start.txt")
 }
 
 /// The log once it contains `starts` starts; output from before an instance is ready may be read later.
-async fn log_of_starts(parapet: &Parapet, starts: usize) -> String {
-    until("the start is logged", Duration::from_secs(30), async || {
+async fn log_after_starts(parapet: &Parapet, starts: usize) -> String {
+    wait_until("the start is logged", Duration::from_secs(30), async || {
         let log = parapet.log();
         (log.matches("Parapet listens").count() == starts).then_some(log)
     })
@@ -68,9 +68,9 @@ fn first_tokens(log: &str) -> [String; 3] {
 
 #[tokio::test]
 async fn first_start_writes_secrets_and_working_commands_to_a_file_and_logs_its_path() {
-    let home = Home::new();
+    let home = FlagsDirectory::new();
     let parapet = home.start(&[("LOG_FORMAT", "json")]).await;
-    let file = first_start(&parapet);
+    let file = first_start_file(&parapet);
     let text = std::fs::read_to_string(&file).unwrap();
     let mode = std::os::unix::fs::PermissionsExt::mode(&file.metadata().unwrap().permissions());
     assert_eq!(mode & 0o777, 0o600);
@@ -101,7 +101,7 @@ async fn first_start_writes_secrets_and_working_commands_to_a_file_and_logs_its_
     let sign_in = sign_in.header("content-type", "application/json").body(body.to_string());
     assert_eq!(sign_in.send().await.unwrap().status(), StatusCode::OK);
 
-    let log = log_of_starts(&parapet, 1).await;
+    let log = log_after_starts(&parapet, 1).await;
     let lines: Vec<serde_json::Value> =
         log.lines().map(|line| serde_json::from_str(line).expect(line)).collect();
     let naming = lines.iter().filter(|line| line["file"] == file.to_str().unwrap());
@@ -112,7 +112,7 @@ async fn first_start_writes_secrets_and_working_commands_to_a_file_and_logs_its_
         let secret = token.split_once('.').unwrap().1;
         assert_eq!(text.matches(secret).count(), 2, "once, and once in its command");
         assert!(!log.contains(secret), "{log}");
-        assert!(stored(&parapet).iter().all(|bytes| !contains(bytes, secret)));
+        assert!(stored_bytes(&parapet).iter().all(|bytes| !contains(bytes, secret)));
     }
     assert!(parapet.terminate().await.success());
     parapet.restart();
@@ -123,19 +123,19 @@ async fn first_start_writes_secrets_and_working_commands_to_a_file_and_logs_its_
 
 #[tokio::test]
 async fn password_set_after_the_first_start_is_reported_as_ignored() {
-    let home = Home::new();
+    let home = FlagsDirectory::new();
     let mut parapet = home.start(&[]).await;
     assert!(parapet.terminate().await.success());
-    parapet.restart_with("UNLEASH_DEFAULT_ADMIN_PASSWORD", "a later password");
+    parapet.restart_with_env("UNLEASH_DEFAULT_ADMIN_PASSWORD", "a later password");
     parapet.wait_until_ready().await;
-    let log = log_of_starts(&parapet, 2).await;
+    let log = log_after_starts(&parapet, 2).await;
     assert!(log.contains("UNLEASH_DEFAULT_ADMIN_PASSWORD has changed"), "{log}");
 }
 
 /// Killed when dropped.
-struct Child(std::process::Child);
+struct ChildProcess(std::process::Child);
 
-impl Drop for Child {
+impl Drop for ChildProcess {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -150,11 +150,11 @@ fn first_start_shows_secrets_on_a_terminal() {
     rustix::pty::unlockpt(&terminal).unwrap();
     let name = rustix::pty::ptsname(&terminal, Vec::new()).unwrap();
     let screen = std::fs::OpenOptions::new().write(true).open(name.to_str().unwrap()).unwrap();
-    let home = Home::new();
+    let home = FlagsDirectory::new();
     let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
     command.args(["--flags=flags.json", "--port=0", "--admin-port=0", "--interface=127.0.0.1"]);
     command.env_clear().current_dir(home.folder.path()).stdout(screen);
-    let parapet = Child(command.spawn().unwrap());
+    let parapet = ChildProcess(command.spawn().unwrap());
     drop(command);
     let (mut terminal, mut shown) = (std::fs::File::from(terminal), Vec::new());
     let mut chunk = [0; 4096];
@@ -178,14 +178,14 @@ async fn first_start_without_flags_writes_an_example_and_later_starts_require_fl
         let line = log.lines().find(|line| line.contains("an example of them is written"));
         line.map(|line| assert!(line.contains("config/flags.json"), "{line}"))
     };
-    until("it is reported", Duration::from_secs(10), printed).await;
+    wait_until("it is reported", Duration::from_secs(10), printed).await;
     let (_, flags) = parapet.get("/api/client/features", token).await;
     assert!(flags.to_string().contains("demo.on-for-all"), "{flags}");
 
     assert!(parapet.terminate().await.success());
     std::fs::remove_file(&file).unwrap();
     parapet.restart();
-    let ended = until("it ends", Duration::from_secs(30), async || parapet.ended()).await;
+    let ended = wait_until("it ends", Duration::from_secs(30), async || parapet.exit_status()).await;
     assert_eq!(ended.code(), Some(64), "{}", parapet.log());
     assert!(!file.exists() && parapet.log().contains("config/flags.json does not exist"));
 }
@@ -195,7 +195,7 @@ async fn changed_first_start_settings_are_reported_as_ignored() {
     const ADMIN: &str = "*:*.the-first-admin-0123456789abcdef";
     const FIRST: &str = "*:development.the-first-reader-0123456789abcdef";
     const SECOND: &str = "*:development.the-second-reader-0123456789abcdef";
-    let home = Home::new();
+    let home = FlagsDirectory::new();
     let variables = [
         ("INIT_ADMIN_API_TOKENS", ADMIN),
         ("INIT_BACKEND_API_TOKENS", FIRST),
@@ -209,25 +209,25 @@ async fn changed_first_start_settings_are_reported_as_ignored() {
     assert!(parapet.terminate().await.success());
     parapet.restart();
     parapet.wait_until_ready().await;
-    let log = log_of_starts(&parapet, 2).await;
+    let log = log_after_starts(&parapet, 2).await;
     assert!(!log.contains("ignored"), "{log}");
     assert_eq!(parapet.get("/api/client/features", FIRST).await.0, StatusCode::UNAUTHORIZED);
 
     assert!(parapet.terminate().await.success());
-    parapet.restart_with("INIT_BACKEND_API_TOKENS", format!("{FIRST},{SECOND}"));
+    parapet.restart_with_env("INIT_BACKEND_API_TOKENS", format!("{FIRST},{SECOND}"));
     parapet.wait_until_ready().await;
-    let log = log_of_starts(&parapet, 3).await;
+    let log = log_after_starts(&parapet, 3).await;
     assert_eq!(log.matches("ignored").count(), 1, "{log}");
     assert!(log.contains("INIT_*_API_TOKENS have changed"), "{log}");
     assert_eq!(parapet.get("/api/client/features", SECOND).await.0, StatusCode::UNAUTHORIZED);
 
     assert!(parapet.terminate().await.success());
-    parapet.restart_with("INIT_BACKEND_API_TOKENS", FIRST);
+    parapet.restart_with_env("INIT_BACKEND_API_TOKENS", FIRST);
     parapet.wait_until_ready().await;
     assert!(parapet.terminate().await.success());
-    parapet.restart_with("UNLEASH_DEFAULT_ADMIN_PASSWORD", "another password");
+    parapet.restart_with_env("UNLEASH_DEFAULT_ADMIN_PASSWORD", "another password");
     parapet.wait_until_ready().await;
-    let log = log_of_starts(&parapet, 5).await;
+    let log = log_after_starts(&parapet, 5).await;
     assert_eq!(log.matches("ignored").count(), 2, "{log}");
     assert!(log.contains("UNLEASH_DEFAULT_ADMIN_PASSWORD has changed"), "{log}");
     assert!(!log.contains("another password") && !log.contains("first password"), "{log}");
@@ -235,25 +235,25 @@ async fn changed_first_start_settings_are_reported_as_ignored() {
 
 #[tokio::test]
 async fn token_of_environment_without_flags_is_reported() {
-    let home = Home::new();
+    let home = FlagsDirectory::new();
     let folder = home.folder.path().join("flags");
     std::fs::create_dir(&folder).unwrap();
     std::fs::copy(home.flags(), folder.join("production.json")).unwrap();
     let parapet = Parapet::mode("standalone").flag("--flags", &folder).start().await;
     let printed = "Tokens exist for an environment that no file has flags of";
-    until("the log reports it", Duration::from_secs(10), async || {
+    wait_until("the log reports it", Duration::from_secs(10), async || {
         parapet.log().contains(printed).then_some(())
     })
     .await;
     let [client, frontend, _] =
-        first_tokens(&std::fs::read_to_string(first_start(&parapet)).unwrap());
+        first_tokens(&std::fs::read_to_string(first_start_file(&parapet)).unwrap());
     for (path, token) in [("/api/client/features", &client), ("/api/frontend", &frontend)] {
         let (status, answer) = parapet.get(path, token).await;
         assert_eq!(status, StatusCode::FORBIDDEN);
         assert!(answer["message"].as_str().unwrap().contains("does not serve the environment"));
     }
     std::fs::copy(home.flags(), folder.join("development.json")).unwrap();
-    until("the new file is served", Duration::from_secs(10), async || {
+    wait_until("the new file is served", Duration::from_secs(10), async || {
         let (status, _) = parapet.get("/api/client/features", &client).await;
         (status == StatusCode::OK).then_some(())
     })
@@ -265,7 +265,7 @@ fn contains(bytes: &[u8], text: &str) -> bool {
 }
 
 /// The contents of all files in the data directory.
-fn stored(parapet: &Parapet) -> Vec<Vec<u8>> {
+fn stored_bytes(parapet: &Parapet) -> Vec<Vec<u8>> {
     let mut files = Vec::new();
     let mut folders = vec![parapet.data_dir()];
     while let Some(folder) = folders.pop() {
@@ -288,7 +288,7 @@ async fn configured_initial_tokens_are_created_and_never_printed() {
     const BACKEND: &str = "*:production.seeded-backend-0123456789abcdef";
     const OLD_NAME: &str = "*:development.seeded-client-0123456789abcdef";
     const FRONTEND: &str = "*:production.seeded-frontend-0123456789abcdef";
-    let home = Home::new();
+    let home = FlagsDirectory::new();
     let parapet = home
         .start(&[
             ("INIT_ADMIN_API_TOKENS", ADMIN),
@@ -306,51 +306,51 @@ async fn configured_initial_tokens_are_created_and_never_printed() {
     assert_eq!(status.send().await.unwrap().status(), StatusCode::OK);
     let log = parapet.log();
     assert!(!log.contains("seeded") && curl_lines(&log).is_empty(), "{log}");
-    assert!(stored(&parapet).iter().all(|bytes| !contains(bytes, "seeded-")));
+    assert!(stored_bytes(&parapet).iter().all(|bytes| !contains(bytes, "seeded-")));
 }
 
 #[tokio::test]
 async fn edited_flag_file_is_served_and_invalid_edit_is_ignored() {
     let token = "*:development.reader-of-an-edited-file-0123456789";
-    let home = Home::new();
+    let home = FlagsDirectory::new();
     let parapet = home.start(&[("INIT_BACKEND_API_TOKENS", token)]).await;
     let served = async || parapet.get("/api/client/features", token).await.1.to_string();
     let limit = Duration::from_secs(20);
-    home.edit(&FLAGS.replace("first", "second"));
+    home.write_flags(&FLAGS.replace("first", "second"));
     let shows = async |name: &'static str| {
-        until("the edit is served", limit, async || served().await.contains(name).then_some(()))
+        wait_until("the edit is served", limit, async || served().await.contains(name).then_some(()))
             .await;
     };
     shows("second").await;
-    home.edit("{ this is no flag file");
+    home.write_flags("{ this is no flag file");
     let printed = async || parapet.log().contains("Reloading flags failed").then_some(());
-    until("the invalid edit is reported", limit, printed).await;
+    wait_until("the invalid edit is reported", limit, printed).await;
     assert!(served().await.contains("second"));
     std::fs::remove_file(home.flags()).unwrap();
     let printed =
         async || (parapet.log().matches("Reloading flags failed").count() > 1).then_some(());
-    until("the missing file is reported", limit, printed).await;
+    wait_until("the missing file is reported", limit, printed).await;
     assert!(served().await.contains("second"));
-    home.edit(&FLAGS.replace("first", "third"));
+    home.write_flags(&FLAGS.replace("first", "third"));
     shows("third").await;
 }
 
 #[tokio::test]
 async fn probe_commands_query_a_running_instance() {
-    let home = Home::new();
+    let home = FlagsDirectory::new();
     let parapet = home.start(&[]).await;
     for probe in ["health", "ready"] {
-        for place in [["--edge-url".to_owned(), parapet.url()], port_of(&parapet)] {
-            let output = run(&[&[probe], &place.each_ref().map(String::as_str)[..]].concat(), &[]);
+        for place in [["--edge-url".to_owned(), parapet.url()], port_args(&parapet)] {
+            let output = run_parapet(&[&[probe], &place.each_ref().map(String::as_str)[..]].concat(), &[]);
             assert_eq!(output.status.code(), Some(0), "{probe} {place:?}: {output:?}");
         }
     }
     let url = parapet.url();
     parapet.kill();
-    assert_eq!(run(&["health", "--edge-url", &url], &[]).status.code(), Some(1));
+    assert_eq!(run_parapet(&["health", "--edge-url", &url], &[]).status.code(), Some(1));
 }
 
-fn port_of(parapet: &Parapet) -> [String; 2] {
+fn port_args(parapet: &Parapet) -> [String; 2] {
     let url = parapet.url();
     ["--port".to_owned(), url.rsplit_once(':').unwrap().1.to_owned()]
 }
@@ -358,12 +358,12 @@ fn port_of(parapet: &Parapet) -> [String; 2] {
 #[tokio::test]
 async fn terminated_instance_is_not_ready_first_and_serves_until_it_ends() {
     let token = "*:development.reader-of-an-ending-one-0123456789";
-    let home = Home::new();
+    let home = FlagsDirectory::new();
     let setup = Parapet::mode("standalone").flag("--flags", home.flags());
     let setup = setup.flag("--drain-delay-seconds", "3").env("INIT_BACKEND_API_TOKENS", token);
     let parapet = setup.start().await;
     let while_draining = async {
-        until("it is not ready", Duration::from_secs(20), async || {
+        wait_until("it is not ready", Duration::from_secs(20), async || {
             let (status, printed) = parapet.get("/internal-backstage/ready", "").await;
             assert!(printed["status"] == "READY" || status == StatusCode::SERVICE_UNAVAILABLE);
             (printed["status"] == "DRAINING").then_some(())
@@ -379,7 +379,7 @@ async fn terminated_instance_is_not_ready_first_and_serves_until_it_ends() {
 #[test]
 fn unusable_data_directory_exits_1() {
     let output =
-        run(&["--flags=flags.json", "--port=0", "--admin-port=0", "--data-dir=flags.json"], &[]);
+        run_parapet(&["--flags=flags.json", "--port=0", "--admin-port=0", "--data-dir=flags.json"], &[]);
     let printed = String::from_utf8(output.stderr).unwrap();
     assert_eq!((output.status.code(), printed.lines().count()), (Some(1), 1), "{printed}");
     assert!(printed.contains("flags.json"), "{printed}");
@@ -390,7 +390,7 @@ fn unreachable_database_is_reported_with_the_reason() {
     let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("postgres://u:a-password@{}/db", nobody.local_addr().unwrap());
     drop(nobody);
-    let output = run(&["--flags=flags.json", "--database-url", &url], &[]);
+    let output = run_parapet(&["--flags=flags.json", "--database-url", &url], &[]);
     let printed = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{printed}");
     assert!(printed.contains("cannot be reached") && printed.contains("refused"), "{printed}");
@@ -398,8 +398,8 @@ fn unreachable_database_is_reported_with_the_reason() {
 }
 
 /// Runs the binary in a directory with a flag file.
-fn run(args: &[&str], variables: &[(&str, &str)]) -> std::process::Output {
-    let home = Home::new();
+fn run_parapet(args: &[&str], variables: &[(&str, &str)]) -> std::process::Output {
+    let home = FlagsDirectory::new();
     let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
     command.args(args).env_clear().envs(variables.iter().copied());
     command.current_dir(home.folder.path()).output().unwrap()
@@ -411,7 +411,7 @@ fn port_in_use_is_reported_and_exits_64() {
     let port = taken.local_addr().unwrap().port().to_string();
     for (ours, other) in [("--port", "--admin-port"), ("--admin-port", "--port")] {
         let args = ["--flags=flags.json", "--interface=127.0.0.1", other, "0", ours, &port];
-        let output = run(&args, &[]);
+        let output = run_parapet(&args, &[]);
         let printed = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(64), "{printed}");
         assert_eq!(printed.lines().count(), 1, "{printed}");
@@ -426,8 +426,8 @@ fn port_in_use_is_reported_and_exits_64() {
 
 #[test]
 fn unreadable_flags_exit_1() {
-    let home = Home::new();
-    home.edit("{ this is no flag file");
+    let home = FlagsDirectory::new();
+    home.write_flags("{ this is no flag file");
     let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
     let flags = home.flags();
     command.arg("--flags").arg(flags).args(["--port=0", "--admin-port=0"]).env_clear();
@@ -440,7 +440,7 @@ fn unreadable_flags_exit_1() {
 #[test]
 fn all_configuration_errors_are_reported_at_once_without_secrets_and_exit_64() {
     let check = |args: &[&str], variables: &[(&str, &str)], mistakes: &[&str]| {
-        let output = run(args, variables);
+        let output = run_parapet(args, variables);
         let printed = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(64), "{args:?}: {printed}");
         assert!(!printed.contains("s3cret"), "{printed}");
@@ -464,12 +464,12 @@ fn all_configuration_errors_are_reported_at_once_without_secrets_and_exit_64() {
 }
 
 /// A connection that sends identical bytes each time.
-struct Poll {
+struct RepeatedRequest {
     stream: TcpStream,
     request: String,
 }
 
-impl Poll {
+impl RepeatedRequest {
     async fn connect(parapet: &Parapet, path: &str, token: &str, more: &str) -> Self {
         let address = parapet.url().replace("http://", "");
         let stream = TcpStream::connect(&address).await.unwrap();
@@ -480,7 +480,7 @@ impl Poll {
     }
 
     /// Sends the request and returns the response as received.
-    async fn ask(&mut self) -> String {
+    async fn send(&mut self) -> String {
         self.stream.write_all(self.request.as_bytes()).await.unwrap();
         let mut answer = Vec::new();
         loop {
@@ -496,7 +496,7 @@ impl Poll {
 }
 
 /// The response without its date header, which must exist.
-fn undated(answer: &str) -> String {
+fn without_date(answer: &str) -> String {
     let (before, rest) = answer.split_once("\r\ndate: ").unwrap_or_else(|| panic!("{answer}"));
     let (date, after) = rest.split_once("\r\n").unwrap();
     assert!(date.len() == 29 && date.ends_with(" GMT"), "{answer}");
@@ -510,10 +510,10 @@ fn etag(answer: &str) -> &str {
 #[tokio::test]
 async fn identical_polls_follow_every_change_and_are_all_counted() {
     const POLLS: u32 = 20;
-    let home = Home::new();
+    let home = FlagsDirectory::new();
     let parapet = home.start(&[]).await;
     let [client, frontend, admin] =
-        first_tokens(&std::fs::read_to_string(first_start(&parapet)).unwrap());
+        first_tokens(&std::fs::read_to_string(first_start_file(&parapet)).unwrap());
     let paths = [("/api/client/features", &client), ("/api/frontend", &frontend)];
     let known = "parapet_token_verdicts_total{verdict=\"known\"}";
     let sample = async |sample: &str| format!("{}", parapet.metric(sample).await.unwrap_or(0.0));
@@ -526,16 +526,16 @@ async fn identical_polls_follow_every_change_and_are_all_counted() {
     let mut polls = Vec::new();
     assert_eq!(sample(known).await, "0");
     for (path, token) in paths {
-        let mut whole = Poll::connect(&parapet, path, token, "").await;
-        let first = undated(&whole.ask().await);
+        let mut whole = RepeatedRequest::connect(&parapet, path, token, "").await;
+        let first = without_date(&whole.send().await);
         assert!(first.starts_with("HTTP/1.1 200 OK\r\n") && first.contains("\"first\""), "{first}");
         let condition = format!("if-none-match: {}\r\n", etag(&first));
-        let mut condition = Poll::connect(&parapet, path, token, &condition).await;
-        let unchanged = undated(&condition.ask().await);
+        let mut condition = RepeatedRequest::connect(&parapet, path, token, &condition).await;
+        let unchanged = without_date(&condition.send().await);
         assert!(unchanged.starts_with("HTTP/1.1 304 Not Modified\r\n"), "{unchanged}");
         for _ in 1..POLLS {
-            assert_eq!(undated(&whole.ask().await), first);
-            assert_eq!(undated(&condition.ask().await), unchanged);
+            assert_eq!(without_date(&whole.send().await), first);
+            assert_eq!(without_date(&condition.send().await), unchanged);
         }
         assert_eq!(counted(path, 200).await, POLLS.to_string());
         assert_eq!(counted(path, 304).await, POLLS.to_string());
@@ -543,10 +543,10 @@ async fn identical_polls_follow_every_change_and_are_all_counted() {
     }
     assert_eq!(sample(known).await, (4 * POLLS).to_string());
 
-    home.edit(&FLAGS.replace("first", "second"));
+    home.write_flags(&FLAGS.replace("first", "second"));
     for poll in &mut polls {
-        until("the new flags are served", Duration::from_secs(10), async || {
-            poll.ask().await.contains("\"second\"").then_some(())
+        wait_until("the new flags are served", Duration::from_secs(10), async || {
+            poll.send().await.contains("\"second\"").then_some(())
         })
         .await;
     }
@@ -557,11 +557,11 @@ async fn identical_polls_follow_every_change_and_are_all_counted() {
         let (refused, served): (Vec<_>, Vec<_>) =
             polls.iter_mut().partition(|poll| poll.request.contains(token.as_str()));
         for poll in refused {
-            let answer = poll.ask().await;
+            let answer = poll.send().await;
             assert!(answer.starts_with("HTTP/1.1 401 "), "{path}: {answer}");
         }
         for poll in served.into_iter().filter(|poll| poll.request.contains(frontend.as_str())) {
-            assert!(poll.ask().await.starts_with("HTTP/1.1 200 "));
+            assert!(poll.send().await.starts_with("HTTP/1.1 200 "));
         }
     }
 }

@@ -24,9 +24,9 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use self::authority::{Authority, Files};
+use self::authority::{TestAuthority, CertificateFiles};
 use crate::local::CLIENT;
-use crate::rig::{Parapet, Setup, http, until};
+use crate::rig::{Parapet, Setup, http, wait_until};
 
 const FLAGS: &str =
     r#"{"features":[{"name":"a","enabled":true,"strategies":[{"name":"default"}]}]}"#;
@@ -34,19 +34,19 @@ const FLAGS: &str =
 const FEATURES: &str = "/api/client/features";
 
 /// Far above the time of anything here.
-const SOON: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Opens the admin listeners in these tests.
 const ADMIN: &str = "*:*.admin-of-the-tls-tests-0123456789";
 
 /// `parapet offline` with the flag `a`, with TLS for SDKs by Unleash Edge's environment variables.
-fn offline(authority: &Authority, files: &[Files]) -> Setup {
+fn offline(authority: &TestAuthority, files: &[CertificateFiles]) -> Setup {
     let setup = Parapet::mode("offline").flag("-b", authority.write("flags.json", FLAGS));
     let setup = setup.env("CLIENT_TOKENS", CLIENT).env("INIT_ADMIN_API_TOKENS", ADMIN);
     with_tls(setup, files)
 }
 
-fn with_tls(setup: Setup, files: &[Files]) -> Setup {
+fn with_tls(setup: Setup, files: &[CertificateFiles]) -> Setup {
     let list = |index: usize| {
         let mut list = OsString::new();
         for (n, files) in files.iter().enumerate() {
@@ -60,18 +60,18 @@ fn with_tls(setup: Setup, files: &[Files]) -> Setup {
 }
 
 /// An instance with TLS on its data listener.
-struct Encrypted {
+struct TlsParapet {
     parapet: Parapet,
     address: SocketAddr,
 }
 
-impl Encrypted {
+impl TlsParapet {
     /// Starts it, and waits until it listens.
     async fn start(setup: Setup) -> Self {
         let parapet = setup.spawn();
-        let address = until("its address is in the log", Duration::from_mins(1), async || {
+        let address = wait_until("its address is in the log", Duration::from_mins(1), async || {
             let log = parapet.log();
-            assert!(parapet.ended().is_none(), "it ended:\n{log}");
+            assert!(parapet.exit_status().is_none(), "it ended:\n{log}");
             let line = log.lines().find(|line| line.contains("Parapet listens"))?;
             let address = line.split_whitespace().find_map(|word| word.strip_prefix("data="))?;
             Some(address.parse().unwrap())
@@ -88,12 +88,12 @@ impl Encrypted {
     /// A sample from the metrics page, 0 if it is missing. Read from the admin listener, without TLS.
     async fn metric(&self, sample: &str) -> u64 {
         let page = http().get(self.parapet.admin_url() + "/metrics").send().await.unwrap();
-        number(&page.text().await.unwrap(), sample)
+        sample_value(&page.text().await.unwrap(), sample)
     }
 
     /// Waits until a sample has this value, which it must not exceed.
-    async fn until_metric(&self, sample: &str, expected: u64) {
-        until(&format!("{sample} is {expected}"), SOON, async || {
+    async fn wait_for_metric(&self, sample: &str, expected: u64) {
+        wait_until(&format!("{sample} is {expected}"), TIMEOUT, async || {
             let found = self.metric(sample).await;
             assert!(found <= expected, "{sample} is {found}");
             (found == expected).then_some(())
@@ -112,9 +112,9 @@ impl Encrypted {
     }
 
     /// The certificate that a new client gets for this server name.
-    async fn presented(
+    async fn presented_certificate(
         &self,
-        authority: &Authority,
+        authority: &TestAuthority,
         name: &'static str,
     ) -> CertificateDer<'static> {
         let stream = self.connect(authority.client_config(), name).await.unwrap();
@@ -122,20 +122,20 @@ impl Encrypted {
     }
 }
 
-fn number<T: FromStr<Err: Debug> + Default>(page: &str, sample: &str) -> T {
+fn sample_value<T: FromStr<Err: Debug> + Default>(page: &str, sample: &str) -> T {
     let found = page.lines().find_map(|line| line.strip_prefix(sample)?.strip_prefix(' '));
     found.map_or_else(T::default, |number| number.parse().unwrap())
 }
 
 /// The sample that counts handshakes of the data listener with this version and outcome.
-fn handshakes(version: &str, outcome: &str) -> String {
+fn handshake_sample(version: &str, outcome: &str) -> String {
     format!(
         "parapet_tls_handshakes_total{{listener=\"data\",version=\"{version}\",outcome=\"{outcome}\"}}"
     )
 }
 
 /// The status of the response to this client.
-async fn features(client: &reqwest::Client, url: &str) -> reqwest::Result<StatusCode> {
+async fn features_status(client: &reqwest::Client, url: &str) -> reqwest::Result<StatusCode> {
     let answer = client.get(url).header("authorization", CLIENT).send().await?;
     let status = answer.status();
     answer.bytes().await?;
@@ -152,12 +152,12 @@ fn run_parapet(args: &[&str], variables: &[(&str, OsString)]) -> Output {
 
 #[tokio::test]
 async fn unencrypted_requests_are_redirected_and_nothing_else_listens_there() {
-    let authority = Authority::new();
-    let client = authority.http().build().unwrap();
-    let files = || [authority.for_loopback("tls")];
+    let authority = TestAuthority::new();
+    let client = authority.http_client().build().unwrap();
+    let files = || [authority.loopback_files("tls")];
     let setup = offline(&authority, &files()).env("REDIRECT_HTTP_TO_HTTPS", "true");
-    let parapet = Encrypted::start(setup).await;
-    assert_eq!(features(&client, &parapet.url(FEATURES)).await.unwrap(), StatusCode::OK);
+    let parapet = TlsParapet::start(setup).await;
+    assert_eq!(features_status(&client, &parapet.url(FEATURES)).await.unwrap(), StatusCode::OK);
     let plain = http().post(parapet.parapet.url() + "/edge/validate?a=b").body("{}");
     let answer = plain.send().await.unwrap();
     assert_eq!(answer.status(), StatusCode::PERMANENT_REDIRECT);
@@ -168,23 +168,23 @@ async fn unencrypted_requests_are_redirected_and_nothing_else_listens_there() {
     let mut answer = Vec::new();
     let _ = stream.read_to_end(&mut answer).await;
     assert!(!answer.starts_with(b"HTTP"), "{answer:?}");
-    parapet.until_metric(&handshakes("none", "failed"), 1).await;
+    parapet.wait_for_metric(&handshake_sample("none", "failed"), 1).await;
 
-    let parapet = Encrypted::start(offline(&authority, &files())).await;
-    assert_eq!(features(&client, &parapet.url(FEATURES)).await.unwrap(), StatusCode::OK);
+    let parapet = TlsParapet::start(offline(&authority, &files())).await;
+    assert_eq!(features_status(&client, &parapet.url(FEATURES)).await.unwrap(), StatusCode::OK);
     assert!(http().get(parapet.parapet.url()).send().await.unwrap_err().is_connect());
 }
 
 #[tokio::test]
 async fn server_name_selects_the_certificate() {
-    let authority = Authority::new();
+    let authority = TestAuthority::new();
     let issued = [&["localhost", "127.0.0.1", "other.test"][..], &["b.test"], &["*.c.test"]];
     let issued = issued.map(|names| authority.server(names));
     let files = ["a", "b", "c"].into_iter().zip(&issued);
-    let files: Vec<_> = files.map(|(name, issued)| issued.write(&authority, name)).collect();
-    let parapet = Encrypted::start(offline(&authority, &files)).await;
+    let files: Vec<_> = files.map(|(name, issued)| issued.write_files(&authority, name)).collect();
+    let parapet = TlsParapet::start(offline(&authority, &files)).await;
     for (name, index) in [("b.test", 1), ("x.c.test", 2), ("other.test", 0), ("127.0.0.1", 0)] {
-        assert_eq!(parapet.presented(&authority, name).await, *issued[index].der(), "{name}");
+        assert_eq!(parapet.presented_certificate(&authority, name).await, *issued[index].der(), "{name}");
     }
     // An unknown name gets the first certificate, which the client rejects.
     let refused = parapet.connect(authority.client_config(), "nobody.test").await.unwrap_err();
@@ -193,8 +193,8 @@ async fn server_name_selects_the_certificate() {
 
 #[tokio::test]
 async fn probe_commands_work_over_tls() {
-    let (authority, stranger) = (Authority::new(), Authority::new());
-    let files = authority.for_loopback("tls");
+    let (authority, stranger) = (TestAuthority::new(), TestAuthority::new());
+    let files = authority.loopback_files("tls");
     let settings = |port: u16| {
         [
             ("TLS_ENABLE", "true".into()),
@@ -204,7 +204,7 @@ async fn probe_commands_work_over_tls() {
             ("INTERFACE", "127.0.0.1".into()),
         ]
     };
-    let parapet = Encrypted::start(offline(&authority, std::slice::from_ref(&files))).await;
+    let parapet = TlsParapet::start(offline(&authority, std::slice::from_ref(&files))).await;
     let settings = settings(parapet.address.port());
     let check = |args: &[&str], code: i32| {
         let output = run_parapet(args, &settings);
@@ -224,7 +224,7 @@ async fn probe_commands_work_over_tls() {
 }
 
 /// The first message of a client.
-fn client_hello(authority: &Authority) -> Vec<u8> {
+fn client_hello(authority: &TestAuthority) -> Vec<u8> {
     let name = "localhost".try_into().unwrap();
     let mut client = ClientConnection::new(Arc::new(authority.client_config()), name).unwrap();
     let mut hello = Vec::new();
@@ -234,7 +234,7 @@ fn client_hello(authority: &Authority) -> Vec<u8> {
 
 /// Opens `each` connections that send half of their first message, and as many that send all of it, and
 /// then nothing.
-async fn stall(authority: &Authority, parapet: &Encrypted, each: usize) -> Vec<TcpStream> {
+async fn stall_handshakes(authority: &TestAuthority, parapet: &TlsParapet, each: usize) -> Vec<TcpStream> {
     let hello = client_hello(authority);
     let mut stalled = Vec::new();
     for sent in [&hello[..hello.len() / 2], &hello] {
@@ -249,50 +249,50 @@ async fn stall(authority: &Authority, parapet: &Encrypted, each: usize) -> Vec<T
 
 #[tokio::test]
 async fn stalled_handshakes_do_not_delay_other_clients() {
-    let authority = Authority::new();
-    let setup = offline(&authority, &[authority.for_loopback("tls")]);
+    let authority = TestAuthority::new();
+    let setup = offline(&authority, &[authority.loopback_files("tls")]);
     let setup = setup.flag("--tls-max-handshakes", "1");
-    let parapet = Encrypted::start(setup.flag("--tls-handshake-timeout-seconds", "3600")).await;
-    let stalled = stall(&authority, &parapet, 150).await;
+    let parapet = TlsParapet::start(setup.flag("--tls-handshake-timeout-seconds", "3600")).await;
+    let stalled = stall_handshakes(&authority, &parapet, 150).await;
     let mut others = JoinSet::new();
     for _ in 0..4 {
-        let (client, url) = (authority.http().build().unwrap(), parapet.url(FEATURES));
+        let (client, url) = (authority.http_client().build().unwrap(), parapet.url(FEATURES));
         others.spawn(async move {
             for _ in 0..5 {
-                assert_eq!(features(&client, &url).await.unwrap(), StatusCode::OK);
+                assert_eq!(features_status(&client, &url).await.unwrap(), StatusCode::OK);
             }
         });
     }
     others.join_all().await;
-    assert!(parapet.metric(&handshakes("none", "closed")).await == 0, "they are under way");
+    assert!(parapet.metric(&handshake_sample("none", "closed")).await == 0, "they are under way");
     drop(stalled);
-    parapet.until_metric(&handshakes("none", "closed"), 300).await;
+    parapet.wait_for_metric(&handshake_sample("none", "closed"), 300).await;
 }
 
 #[tokio::test]
 async fn stalled_handshake_ends_at_its_deadline() {
-    let authority = Authority::new();
-    let setup = offline(&authority, &[authority.for_loopback("tls")]);
-    let parapet = Encrypted::start(setup.flag("--tls-handshake-timeout-seconds", "1")).await;
-    for mut stream in stall(&authority, &parapet, 3).await {
+    let authority = TestAuthority::new();
+    let setup = offline(&authority, &[authority.loopback_files("tls")]);
+    let parapet = TlsParapet::start(setup.flag("--tls-handshake-timeout-seconds", "1")).await;
+    for mut stream in stall_handshakes(&authority, &parapet, 3).await {
         let mut rest = Vec::new();
         let _ = stream.read_to_end(&mut rest).await;
     }
-    parapet.until_metric(&handshakes("none", "timed_out"), 6).await;
+    parapet.wait_for_metric(&handshake_sample("none", "timed_out"), 6).await;
 }
 
 #[tokio::test]
 async fn handshakes_and_expiry_appear_in_metrics_status_and_log() {
-    let authority = Authority::new();
+    let authority = TestAuthority::new();
     let names = &["localhost", "127.0.0.1"][..];
-    let soon = authority.server_for_days(names, 10).write(&authority, "soon");
-    let late = authority.server_for_days(names, 90).write(&authority, "late");
-    let past = authority.server_for_days(names, -1).write(&authority, "past");
+    let soon = authority.server_for_days(names, 10).write_files(&authority, "soon");
+    let late = authority.server_for_days(names, 90).write_files(&authority, "late");
+    let past = authority.server_for_days(names, -1).write_files(&authority, "past");
     let [soon_file, past_file] = [&soon, &past].map(|it| it.certificate.display().to_string());
     let setup = offline(&authority, &[soon, late]);
     let setup =
         setup.flag("--admin-tls-cert", &past.certificate).flag("--admin-tls-key", &past.key);
-    let parapet = Encrypted::start(setup).await;
+    let parapet = TlsParapet::start(setup).await;
     let log = parapet.parapet.log();
     let warnings: Vec<_> = log.lines().filter(|line| line.contains(" WARN ")).collect();
     for expected in [
@@ -304,9 +304,9 @@ async fn handshakes_and_expiry_appear_in_metrics_status_and_log() {
     assert!(!log.contains("late.crt"), "{log}");
 
     // Each connection is new; the second one resumes the first one's session.
-    let client = authority.http().build().unwrap();
+    let client = authority.http_client().build().unwrap();
     for _ in 0..2 {
-        features(&client, &parapet.url(FEATURES)).await.unwrap();
+        features_status(&client, &parapet.url(FEATURES)).await.unwrap();
     }
     let expired = reqwest::Client::builder().tls_danger_accept_invalid_certs(true).no_proxy();
     let expired = expired.build().unwrap();
@@ -315,11 +315,11 @@ async fn handshakes_and_expiry_appear_in_metrics_status_and_log() {
     assert!(strict.is_err(), "it has expired");
     let page = expired.get(format!("{url}/metrics")).send().await.unwrap().text().await.unwrap();
     for outcome in ["full", "resumed"] {
-        assert_eq!(number::<u64>(&page, &handshakes("1.3", outcome)), 1, "{page}");
+        assert_eq!(sample_value::<u64>(&page, &handshake_sample("1.3", outcome)), 1, "{page}");
     }
     let expiry = |listener: &str, file: &str| {
         let name = "parapet_tls_certificate_expiry_seconds";
-        number::<f64>(&page, &format!("{name}{{listener=\"{listener}\",certificate=\"{file}\"}}"))
+        sample_value::<f64>(&page, &format!("{name}{{listener=\"{listener}\",certificate=\"{file}\"}}"))
     };
     let day = 86_400.0;
     assert!((9.0 * day..=10.0 * day).contains(&expiry("data", &soon_file)), "{page}");
@@ -339,7 +339,7 @@ async fn handshakes_and_expiry_appear_in_metrics_status_and_log() {
 }
 
 /// The configuration errors of a start, one per line.
-fn mistakes(args: &[&str], variables: &[(&str, OsString)]) -> Vec<String> {
+fn configuration_errors(args: &[&str], variables: &[(&str, OsString)]) -> Vec<String> {
     let output = run_parapet(args, variables);
     let printed = String::from_utf8(output.stderr).unwrap();
     assert_eq!((output.status.code(), &*output.stdout), (Some(64), &b""[..]), "{printed}");
@@ -348,8 +348,8 @@ fn mistakes(args: &[&str], variables: &[(&str, OsString)]) -> Vec<String> {
 
 #[test]
 fn every_unusable_file_is_a_separate_error() {
-    let authority = Authority::new();
-    let [one, other] = ["one", "other"].map(|name| authority.for_loopback(name));
+    let authority = TestAuthority::new();
+    let [one, other] = ["one", "other"].map(|name| authority.loopback_files(name));
     let damaged = authority.write("damaged.crt", "-----BEGIN CERTIFICATE-----\n!\n");
     let folder = authority.path("");
     let list = |paths: &[&std::path::Path]| {
@@ -376,7 +376,7 @@ fn every_unusable_file_is_a_separate_error() {
         ),
     ];
     for args in [&["offline"][..], &["offline", "--check-config"]] {
-        let printed = mistakes(args, &variables);
+        let printed = configuration_errors(args, &variables);
         for expected in &expected {
             assert!(printed.iter().any(|line| line.contains(expected)), "{expected}: {printed:#?}");
         }
@@ -387,15 +387,15 @@ fn every_unusable_file_is_a_separate_error() {
     variables[4].1 = list(&[&one.key]);
     variables[5] = ("ADMIN_TLS_CERT", one.certificate.clone().into());
     variables.push(("ADMIN_TLS_KEY", one.key.into()));
-    let printed = mistakes(&["offline"], &variables);
+    let printed = configuration_errors(&["offline"], &variables);
     let expected = format!("TLS_SERVER_CERT: cannot read {}: Is a directory", folder.display());
     assert!(printed.len() == 1 && printed[0].starts_with(&expected), "{printed:#?}");
 }
 
 #[tokio::test]
 async fn every_port_in_use_is_a_separate_error() {
-    let authority = Authority::new();
-    let files = authority.for_loopback("tls");
+    let authority = TestAuthority::new();
+    let files = authority.loopback_files("tls");
     let mut taken = Vec::new();
     for _ in 0..3 {
         taken.push(TcpListener::bind("127.0.0.1:0").await.unwrap());
@@ -414,7 +414,7 @@ async fn every_port_in_use_is_a_separate_error() {
         ("PORT", plain.to_string().into()),
         ("ADMIN_PORT", admin.to_string().into()),
     ];
-    let printed = mistakes(&["offline"], &variables);
+    let printed = configuration_errors(&["offline"], &variables);
     let expected = [
         ("--interface and --tls-server-port", encrypted),
         ("--interface and --port", plain),

@@ -204,7 +204,7 @@ fn dependency() -> impl Strategy<Value = Value> {
 }
 
 /// Whether a flag is enabled, its strategies, variants and dependencies.
-type Parts = (bool, Vec<Value>, Vec<Value>, Vec<Value>);
+type FlagParts = (bool, Vec<Value>, Vec<Value>, Vec<Value>);
 
 fn document() -> impl Strategy<Value = Value> {
     let strategies = proptest::collection::vec(strategy(), 0..4);
@@ -212,7 +212,7 @@ fn document() -> impl Strategy<Value = Value> {
     let flag = (prop::bool::weighted(0.9), strategies, flag_variants(), dependencies);
     let flags = proptest::collection::vec(flag, 2..6);
     (flags, constraints(), constraints()).prop_map(|(flags, first, second)| {
-        let feature = |(index, parts): (usize, Parts)| {
+        let feature = |(index, parts): (usize, FlagParts)| {
             let (enabled, mut strategies, mut variants, mut dependencies) = parts;
             if index == 0 {
                 dependencies.clear();
@@ -267,7 +267,7 @@ fn context() -> impl Strategy<Value = unleash_yggdrasil::Context> {
         })
 }
 
-fn check(document: &Value, context: &unleash_yggdrasil::Context) -> Result<(), TestCaseError> {
+fn assert_same_results(document: &Value, context: &unleash_yggdrasil::Context) -> Result<(), TestCaseError> {
     let peer = EngineState::default();
     let warnings = peer
         .take_state(UpdateMessage::FullResponse(serde_json::from_value(document.clone()).unwrap()));
@@ -339,7 +339,7 @@ proptest! {
     #[test]
     fn engine_evaluates_like_yggdrasil(document in document(), contexts in proptest::collection::vec(context(), 8)) {
         for context in &contexts {
-            check(&document, context)?;
+            assert_same_results(&document, context)?;
         }
     }
 }

@@ -10,14 +10,14 @@ use std::time::Duration;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use super::{Kept, OWNER, PASSWORD, Place, Session, features, sign_in};
-use crate::rig::{Parapet, http, secrets, until};
+use super::{DatabaseKind, OWNER, PASSWORD, Installation, Session, features_status, sign_in};
+use crate::rig::{Parapet, http, secrets, wait_until};
 
 /// The number of tokens that are created while a backup is written.
-const WRITES: usize = 30;
+const TOKENS_DURING_BACKUP: usize = 30;
 
 /// Runs a command on the database of `place`, whose instance is `parapet`.
-async fn command(place: &Place, parapet: &Parapet, args: &[&str]) -> Output {
+async fn run_command(place: &Installation, parapet: &Parapet, args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
     command.args(args).env_clear();
     match &place.database {
@@ -28,7 +28,7 @@ async fn command(place: &Place, parapet: &Parapet, args: &[&str]) -> Output {
 }
 
 #[track_caller]
-fn assert_done(output: &Output, expect: &str) {
+fn assert_succeeded(output: &Output, expect: &str) {
     let printed = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && printed.starts_with(expect), "{output:?}");
 }
@@ -41,7 +41,7 @@ fn assert_refused(output: &Output, expect: &str) {
 }
 
 /// The stored data as the API shows it, without what signing in changes.
-async fn contents(session: &Session) -> [Value; 5] {
+async fn api_contents(session: &Session) -> [Value; 5] {
     let mut accounts = session.get("/api/admin/user-admin").await;
     for account in accounts["users"].as_array_mut().unwrap() {
         account["seenAt"].take();
@@ -66,7 +66,7 @@ async fn report_usage(parapet: &Parapet, owner: &Session, token: &str) {
     let post = http().post(parapet.url() + "/api/client/metrics").header("authorization", token);
     let post = post.header("content-type", "application/json").body(report.to_string());
     assert_eq!(post.send().await.unwrap().status(), StatusCode::ACCEPTED);
-    until("the usage is stored", Duration::from_secs(30), async || {
+    wait_until("the usage is stored", Duration::from_secs(30), async || {
         let usage = owner.get("/api/admin/client-metrics/features/first/raw").await;
         usage["data"].as_array().filter(|hours| !hours.is_empty()).map(drop)
     })
@@ -74,18 +74,18 @@ async fn report_usage(parapet: &Parapet, owner: &Session, token: &str) {
 }
 
 /// Creates tokens, one after the other.
-async fn write(owner: &Session) {
-    for number in 0..WRITES {
+async fn create_tokens(owner: &Session) {
+    for number in 0..TOKENS_DURING_BACKUP {
         let (status, answer) = owner.create_token("client", &format!("write-{number:02}")).await;
         assert_eq!(status, StatusCode::CREATED, "{answer}");
     }
 }
 
-async fn contents_move(from: Kept, to: Kept) {
+async fn backup_is_restored(from: DatabaseKind, to: DatabaseKind) {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("parapet.backup");
     let path = file.to_str().unwrap();
-    let place = Place::new(from).await;
+    let place = Installation::new(from).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     let (_, made) = owner.create_token("client", "checkout").await;
@@ -99,13 +99,13 @@ async fn contents_move(from: Kept, to: Kept) {
 
     // A backup is a consistent snapshot, even during writes.
     let args = ["backup", path];
-    let ((), early) = tokio::join!(write(&owner), command(&place, &parapet, &args));
-    assert_done(&early, "wrote ");
+    let ((), early) = tokio::join!(create_tokens(&owner), run_command(&place, &parapet, &args));
+    assert_succeeded(&early, "wrote ");
     assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600);
     let text = decompress(&file);
     secrets::assert_none_in("the backup", &[("it".to_owned(), text.clone().into_bytes())]);
     assert!(text.contains("checkout") && text.contains("$argon2id$"), "it is readable");
-    let names: BTreeSet<String> = (0..WRITES).map(|it| format!("write-{it:02}")).collect();
+    let names: BTreeSet<String> = (0..TOKENS_DURING_BACKUP).map(|it| format!("write-{it:02}")).collect();
     let in_rows = |row: &Value, name: &str| row["row"].as_array().unwrap().contains(&name.into());
     let rows: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let rows: Vec<_> = rows.iter().filter(|line| line["row"].is_array()).collect();
@@ -116,30 +116,30 @@ async fn contents_move(from: Kept, to: Kept) {
     // Three tokens of the first start, one of this test, and each that was written.
     assert_eq!(created, 4 + kept, "tokens and their events belong together");
 
-    assert_refused(&command(&place, &parapet, &["backup", path]).await, "--force");
-    let before = contents(&owner).await;
-    assert_done(&command(&place, &parapet, &["backup", path, "--force"]).await, "wrote ");
+    assert_refused(&run_command(&place, &parapet, &["backup", path]).await, "--force");
+    let before = api_contents(&owner).await;
+    assert_succeeded(&run_command(&place, &parapet, &["backup", path, "--force"]).await, "wrote ");
 
     // A database with contents is overwritten only on request, and never by a damaged backup.
-    let other = Place::new(to).await;
+    let other = Installation::new(to).await;
     let restored = other.start().await;
     assert!(restored.terminate().await.success());
-    assert_refused(&command(&other, &restored, &["restore", path]).await, "is not empty");
+    assert_refused(&run_command(&other, &restored, &["restore", path]).await, "is not empty");
     let mut bytes = std::fs::read(&file).unwrap();
     let damaged = folder.path().join("damaged.backup");
     std::fs::write(&damaged, &bytes[..bytes.len() / 2]).unwrap();
     let forced = ["restore", damaged.to_str().unwrap(), "--force"];
-    assert_refused(&command(&other, &restored, &forced).await, "it is truncated");
+    assert_refused(&run_command(&other, &restored, &forced).await, "it is truncated");
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
     std::fs::write(&damaged, &bytes).unwrap();
-    assert_refused(&command(&other, &restored, &forced).await, "is damaged");
-    assert_done(&command(&other, &restored, &["restore", path, "--force"]).await, "restored ");
+    assert_refused(&run_command(&other, &restored, &forced).await, "is damaged");
+    assert_succeeded(&run_command(&other, &restored, &["restore", path, "--force"]).await, "restored ");
     restored.restart();
     restored.wait_until_ready().await;
     let owner = sign_in(&restored, OWNER, PASSWORD).await.unwrap();
-    assert_eq!(contents(&owner).await, before);
-    assert_eq!(features(&restored, &secret).await, StatusCode::OK);
+    assert_eq!(api_contents(&owner).await, before);
+    assert_eq!(features_status(&restored, &secret).await, StatusCode::OK);
     // Ids are never reused, because the audit log names accounts by them.
     assert!(owner.create_account("later", 3).await > gone);
 
@@ -147,7 +147,7 @@ async fn contents_move(from: Kept, to: Kept) {
     let fresh = folder.path().join("new/data");
     let mut shell = Command::new(env!("CARGO_BIN_EXE_parapet"));
     shell.args(["restore", path, "--data-dir"]).arg(&fresh).env_clear();
-    assert_done(&shell.output().unwrap(), "restored ");
+    assert_succeeded(&shell.output().unwrap(), "restored ");
     let mut shell = Command::new(env!("CARGO_BIN_EXE_parapet"));
     shell.args(["token", "list", "--name", "checkout", "--data-dir"]).arg(&fresh).env_clear();
     let listed = shell.output().unwrap();
@@ -163,17 +163,17 @@ fn decompress(file: &Path) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn backup_of_sqlite_is_restored_into_sqlite() {
-    contents_move(Kept::Sqlite, Kept::Sqlite).await;
+    backup_is_restored(DatabaseKind::Sqlite, DatabaseKind::Sqlite).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
 async fn backup_of_sqlite_is_restored_into_postgresql() {
-    contents_move(Kept::Sqlite, Kept::Postgres).await;
+    backup_is_restored(DatabaseKind::Sqlite, DatabaseKind::Postgres).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
 async fn backup_of_postgresql_is_restored_into_sqlite() {
-    contents_move(Kept::Postgres, Kept::Sqlite).await;
+    backup_is_restored(DatabaseKind::Postgres, DatabaseKind::Sqlite).await;
 }

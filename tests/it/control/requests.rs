@@ -6,14 +6,14 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use super::{Kept, OTHER, OWNER, PASSWORD, Place, Session, identifier, sign_in};
-use crate::rig::{http, secrets, until};
+use super::{DatabaseKind, NEW_PASSWORD, OWNER, PASSWORD, Installation, Session, identifier, sign_in};
+use crate::rig::{http, secrets, wait_until};
 
-const TOKENS: &str = "/api/admin/api-tokens";
-const ACCOUNTS: &str = "/api/admin/user-admin";
+const TOKENS_PATH: &str = "/api/admin/api-tokens";
+const ACCOUNTS_PATH: &str = "/api/admin/user-admin";
 
 /// The fields that a response reports as invalid.
-fn named(answer: &Value) -> Vec<&str> {
+fn invalid_fields(answer: &Value) -> Vec<&str> {
     let details = answer["details"].as_array().map(Vec::as_slice).unwrap_or_default();
     details.iter().filter_map(|detail| detail["path"].as_str()).collect()
 }
@@ -27,7 +27,7 @@ async fn events(session: &Session, kind: &str) -> Vec<Value> {
 
 #[tokio::test]
 async fn invalid_fields_are_named_in_the_response() {
-    let place = Place::new(Kept::Sqlite).await;
+    let place = Installation::new(DatabaseKind::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     owner.create_account("ann", 3).await;
@@ -35,10 +35,10 @@ async fn invalid_fields_are_named_in_the_response() {
         let (status, answer) = owner.call(method.clone(), path, &body).await;
         assert_eq!(status, StatusCode::BAD_REQUEST, "{method} {path} {body}: {answer}");
         assert_eq!(answer["name"], "BadDataError");
-        assert_eq!(named(&answer), expect, "{method} {path} {body}: {answer}");
+        assert_eq!(invalid_fields(&answer), expect, "{method} {path} {body}: {answer}");
     };
     let token =
-        async |body: Value, expect: &[&str]| check(Method::POST, TOKENS, body, expect).await;
+        async |body: Value, expect: &[&str]| check(Method::POST, TOKENS_PATH, body, expect).await;
     let all = ["tokenName", "type", "expiresAt", "environment", "projects"];
     token(json!({}), &all[..2]).await;
     token(
@@ -65,23 +65,23 @@ async fn invalid_fields_are_named_in_the_response() {
     let of_project = "/api/admin/projects/web/api-tokens";
     let admin = json!({ "tokenName": "x", "type": "admin" });
     check(Method::POST, of_project, admin, &["type"]).await;
-    check(Method::PUT, &format!("{TOKENS}/x"), json!({}), &["expiresAt"]).await;
-    check(Method::PUT, &format!("{TOKENS}/x"), json!({ "expiresAt": "soon" }), &["expiresAt"])
+    check(Method::PUT, &format!("{TOKENS_PATH}/x"), json!({}), &["expiresAt"]).await;
+    check(Method::PUT, &format!("{TOKENS_PATH}/x"), json!({ "expiresAt": "soon" }), &["expiresAt"])
         .await;
 
     let account =
         json!({ "username": "a b", "email": "nowhere", "rootRole": 9, "password": "short" });
     let all = ["username", "email", "rootRole", "password"];
-    check(Method::POST, ACCOUNTS, account, &all).await;
-    check(Method::POST, ACCOUNTS, json!({}), &["rootRole", "password", "username"]).await;
+    check(Method::POST, ACCOUNTS_PATH, account, &all).await;
+    check(Method::POST, ACCOUNTS_PATH, json!({}), &["rootRole", "password", "username"]).await;
     let taken = json!({ "username": "ANN", "rootRole": 3, "password": PASSWORD });
-    check(Method::POST, ACCOUNTS, taken, &["username"]).await;
+    check(Method::POST, ACCOUNTS_PATH, taken, &["username"]).await;
     let change = json!({ "name": 7, "email": "x@", "rootRole": "King", "password": "short" });
     let all = ["name", "email", "rootRole", "password"];
-    check(Method::PUT, &format!("{ACCOUNTS}/2"), change, &all).await;
+    check(Method::PUT, &format!("{ACCOUNTS_PATH}/2"), change, &all).await;
     let grants = json!({ "permissions": ["ADMIN"] });
-    check(Method::PUT, &format!("{ACCOUNTS}/2/permissions"), grants, &["permissions"]).await;
-    let reset = format!("{ACCOUNTS}/2/change-password");
+    check(Method::PUT, &format!("{ACCOUNTS_PATH}/2/permissions"), grants, &["permissions"]).await;
+    let reset = format!("{ACCOUNTS_PATH}/2/change-password");
     check(Method::POST, &reset, json!({ "password": "short" }), &["password"]).await;
     check(Method::POST, "/auth/simple/login", json!({}), &["username", "password"]).await;
     let query = "/api/admin/events?type=nothing&createdBy=%00&from=soon&to=later&limit=0&offset=x";
@@ -100,24 +100,24 @@ async fn invalid_fields_are_named_in_the_response() {
         ("type", json!("BACKEND")),
         ("project", json!("web")),
     ] {
-        let (status, made) = owner.call(Method::POST, TOKENS, &client(name, value)).await;
+        let (status, made) = owner.call(Method::POST, TOKENS_PATH, &client(name, value)).await;
         assert_eq!((status, &made["type"]), (StatusCode::CREATED, &json!("backend")), "{made}");
-        secrets::remember(made["secret"].as_str().unwrap());
+        secrets::register(made["secret"].as_str().unwrap());
     }
     let old = json!({ "username": "of old", "type": "frontend" });
-    let (status, made) = owner.call(Method::POST, TOKENS, &old).await;
+    let (status, made) = owner.call(Method::POST, TOKENS_PATH, &old).await;
     assert_eq!((status, &made["tokenName"]), (StatusCode::CREATED, &json!("of old")), "{made}");
-    secrets::remember(made["secret"].as_str().unwrap());
+    secrets::register(made["secret"].as_str().unwrap());
 }
 
 #[tokio::test]
 async fn body_must_be_a_json_object() {
-    let place = Place::new(Kept::Sqlite).await;
+    let place = Installation::new(DatabaseKind::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     let before = owner.token_names().await;
     let send = async |body: &str, content_type: &str| {
-        let request = http().post(parapet.admin_url() + TOKENS).body(body.to_owned());
+        let request = http().post(parapet.admin_url() + TOKENS_PATH).body(body.to_owned());
         let request = request.header("cookie", &owner.cookies).header("origin", &owner.url);
         let answer = request.header("content-type", content_type).send().await.unwrap();
         let (status, body) = (answer.status().as_u16(), answer.bytes().await.unwrap());
@@ -144,7 +144,7 @@ async fn body_must_be_a_json_object() {
 /// A request never creates more than it names.
 #[tokio::test]
 async fn admin_token_request_with_environment_or_project_is_rejected() {
-    let place = Place::new(Kept::Sqlite).await;
+    let place = Installation::new(DatabaseKind::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     let before = owner.token_names().await;
@@ -155,13 +155,13 @@ async fn admin_token_request_with_environment_or_project_is_rejected() {
     ] {
         let mut body = json!({ "tokenName": "robot", "type": "admin" });
         body[member] = value;
-        let (status, answer) = owner.call(Method::POST, TOKENS, &body).await;
+        let (status, answer) = owner.call(Method::POST, TOKENS_PATH, &body).await;
         assert_eq!(status, StatusCode::BAD_REQUEST, "{answer}");
-        assert_eq!(named(&answer), [member]);
+        assert_eq!(invalid_fields(&answer), [member]);
     }
     for (option, value) in [("--environment", "development"), ("--project", "web")] {
         let create = ["token", "create", "--name", "robot", "--type", "admin", option, value];
-        let reported = super::shell(&parapet, &create, "").unwrap_err();
+        let reported = super::run_on_database(&parapet, &create, "").unwrap_err();
         assert!(reported.starts_with(&format!("{option}: does not apply")), "{reported}");
     }
     assert_eq!(owner.token_names().await, before);
@@ -170,16 +170,16 @@ async fn admin_token_request_with_environment_or_project_is_rejected() {
 
 #[tokio::test]
 async fn unauthorized_request_is_denied_before_validation_and_recorded() {
-    let place = Place::new(Kept::Sqlite).await;
+    let place = Installation::new(DatabaseKind::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     owner.create_account("vera", 3).await;
     let vera = sign_in(&parapet, "vera", PASSWORD).await.unwrap();
     let nonsense = json!({ "rootRole": "King" });
-    let account = format!("{ACCOUNTS}/1");
+    let account = format!("{ACCOUNTS_PATH}/1");
     let refused = [
-        (Method::GET, ACCOUNTS, Value::Null),
-        (Method::POST, ACCOUNTS, nonsense.clone()),
+        (Method::GET, ACCOUNTS_PATH, Value::Null),
+        (Method::POST, ACCOUNTS_PATH, nonsense.clone()),
         (Method::GET, &account, Value::Null),
         (Method::PUT, &account, nonsense.clone()),
         (Method::DELETE, &account, Value::Null),
@@ -198,7 +198,7 @@ async fn unauthorized_request_is_denied_before_validation_and_recorded() {
         (json!({ "type": "frontend" }), "CREATE_FRONTEND_API_TOKEN"),
         (json!({ "type": "admin", "environment": 7 }), "ADMIN"),
     ] {
-        let (status, answer) = vera.call(Method::POST, TOKENS, &body).await;
+        let (status, answer) = vera.call(Method::POST, TOKENS_PATH, &body).await;
         assert_eq!(status, StatusCode::FORBIDDEN, "{answer}");
         assert_eq!(answer["permissions"], json!([missing]));
     }
@@ -211,17 +211,17 @@ async fn unauthorized_request_is_denied_before_validation_and_recorded() {
     assert_eq!(of("GET /api/admin/events"), 1, "{reported:?}");
     assert_eq!(of("create an API token"), 3);
     // A viewer may see her own account.
-    assert_eq!(vera.get(&format!("{ACCOUNTS}/2")).await["username"], "vera");
+    assert_eq!(vera.get(&format!("{ACCOUNTS_PATH}/2")).await["username"], "vera");
 }
 
 #[tokio::test]
 async fn account_is_updated_with_or_without_password() {
-    secrets::remember(OTHER);
-    let place = Place::new(Kept::Sqlite).await;
+    secrets::register(NEW_PASSWORD);
+    let place = Installation::new(DatabaseKind::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     let id = owner.create_account("ann", 3).await;
-    let path = format!("{ACCOUNTS}/{id}");
+    let path = format!("{ACCOUNTS_PATH}/{id}");
     let put = async |body: Value| {
         let (status, answer) = owner.call(Method::PUT, &path, &body).await;
         assert_eq!(status, StatusCode::OK, "{body}: {answer}");
@@ -239,11 +239,11 @@ async fn account_is_updated_with_or_without_password() {
     assert_eq!(changes[0]["preData"]["email"], "ann@example.org");
     assert_eq!(ann.get("/api/admin/user").await["user"]["rootRole"], 2);
 
-    put(json!({ "password": OTHER })).await;
+    put(json!({ "password": NEW_PASSWORD })).await;
     let status = ann.call(Method::GET, "/api/admin/user", &Value::Null).await.0;
     assert_eq!(status, StatusCode::UNAUTHORIZED, "a new password ends sessions");
     assert!(sign_in(&parapet, "ann", PASSWORD).await.is_err());
-    assert!(sign_in(&parapet, "ann", OTHER).await.is_ok());
+    assert!(sign_in(&parapet, "ann", NEW_PASSWORD).await.is_ok());
     let changed = events(&owner, "user-password-changed").await;
     assert_eq!((changed.len(), &changed[0]["createdBy"]), (1, &json!(OWNER)));
     assert_eq!(changed[0]["data"]["username"], "ann");
@@ -255,7 +255,7 @@ async fn account_is_updated_with_or_without_password() {
 /// are the same for all users and are revalidated.
 #[tokio::test]
 async fn responses_to_operators_are_neither_cached_nor_sniffed() {
-    let place = Place::new(Kept::Sqlite).await;
+    let place = Installation::new(DatabaseKind::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     let (get, post, put) = (Method::GET, Method::POST, Method::PUT);
@@ -295,7 +295,7 @@ async fn responses_to_operators_are_neither_cached_nor_sniffed() {
 #[tokio::test]
 async fn session_cookie_over_tls_is_bound_to_its_host() {
     const ENCRYPTED: (&str, &str) = ("x-forwarded-proto", "https");
-    let place = Place::new(Kept::Sqlite).await;
+    let place = Installation::new(DatabaseKind::Sqlite).await;
     let parapet = place.start().await;
     let url = parapet.admin_url();
     let body = json!({ "username": OWNER, "password": PASSWORD }).to_string();
@@ -311,7 +311,7 @@ async fn session_cookie_over_tls_is_bound_to_its_host() {
     }
     assert!(!cookie.contains("Domain"), "{cookie}");
     let value = cookie.split_once('=').unwrap().1.split(';').next().unwrap();
-    secrets::remember(value);
+    secrets::register(value);
     let (bound, planted) =
         (format!("__Host-parapet-session={value}"), format!("parapet-session={value}"));
     let me = async |cookie: &str, headers: &[(&str, &str)]| {
@@ -337,7 +337,7 @@ async fn session_cookie_over_tls_is_bound_to_its_host() {
 /// The instance itself uses no TLS; a proxy in front of it reports the browser's scheme.
 #[tokio::test]
 async fn cookies_are_secure_when_the_browser_uses_https() {
-    let place = Place::new(Kept::Sqlite).await;
+    let place = Installation::new(DatabaseKind::Sqlite).await;
     let parapet = place.start().await;
     let is_secure = async |headers: &[(&str, &str)]| {
         let body = json!({ "username": OWNER, "password": PASSWORD }).to_string();
@@ -365,7 +365,7 @@ async fn cookies_are_secure_when_the_browser_uses_https() {
 
 #[tokio::test]
 async fn events_record_the_address_from_trusted_proxies() {
-    let place = Place::new(Kept::Sqlite).await;
+    let place = Installation::new(DatabaseKind::Sqlite).await;
     for (arguments, expect) in [
         (&[][..], "127.0.0.1"),
         (&["--trust-proxy"], "127.0.0.1"),
@@ -380,9 +380,9 @@ async fn events_record_the_address_from_trusted_proxies() {
             ("x-forwarded-for", "192.0.2.7"),
         ];
         let token = json!({ "tokenName": "x", "type": "client" });
-        let (status, made) = owner.call_as(Method::POST, TOKENS, &token, &behind).await;
+        let (status, made) = owner.call_as(Method::POST, TOKENS_PATH, &token, &behind).await;
         assert_eq!(status, StatusCode::CREATED, "{made}");
-        secrets::remember(made["secret"].as_str().unwrap());
+        secrets::register(made["secret"].as_str().unwrap());
         let created = events(&owner, "api-token-created").await;
         assert_eq!(created[0]["ip"], expect, "{arguments:?}");
     }
@@ -391,7 +391,7 @@ async fn events_record_the_address_from_trusted_proxies() {
 /// A client that claims another address with each guess is throttled like any other.
 #[tokio::test]
 async fn forged_addresses_do_not_evade_sign_in_throttling() {
-    let place = Place::new(Kept::Sqlite).await;
+    let place = Installation::new(DatabaseKind::Sqlite).await;
     for (arguments, behind) in [
         (&[][..], ""),
         (&["--trust-proxy"], ""),
@@ -418,8 +418,8 @@ async fn forged_addresses_do_not_evade_sign_in_throttling() {
 }
 
 /// Names that nothing can have do not reach the database: PostgreSQL refuses to compare them.
-async fn odd_names(kept: Kept) {
-    let place = Place::new(kept).await;
+async fn unusable_names(kept: DatabaseKind) {
+    let place = Installation::new(kept).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     let check = async |method: Method, path: &str, expect: u16| {
@@ -446,23 +446,23 @@ async fn odd_names(kept: Kept) {
 
 #[tokio::test]
 async fn unusable_names_cause_no_server_error_on_sqlite() {
-    odd_names(Kept::Sqlite).await;
+    unusable_names(DatabaseKind::Sqlite).await;
 }
 
 #[tokio::test]
 #[ignore = "needs PostgreSQL"]
 async fn unusable_names_cause_no_server_error_on_postgresql() {
-    odd_names(Kept::Postgres).await;
+    unusable_names(DatabaseKind::Postgres).await;
 }
 
 /// A request that a client sends in two parts: the beginning of its body, and the rest.
-struct Slow {
+struct SlowRequest {
     connection: tokio::net::TcpStream,
     rest: Vec<u8>,
 }
 
-impl Slow {
-    async fn begin(session: &Session, path: &str, body: &Value) -> Self {
+impl SlowRequest {
+    async fn send_first_part(session: &Session, path: &str, body: &Value) -> Self {
         let host = session.url.strip_prefix("http://").unwrap();
         let (cookies, body) = (&session.cookies, body.to_string());
         let request = format!(
@@ -478,7 +478,7 @@ impl Slow {
     }
 
     /// Sends the rest and returns the status of the response.
-    async fn end(mut self) -> String {
+    async fn finish(mut self) -> String {
         self.connection.write_all(&self.rest).await.unwrap();
         let mut answer = String::new();
         self.connection.read_to_string(&mut answer).await.unwrap();
@@ -488,30 +488,30 @@ impl Slow {
 
 #[tokio::test]
 async fn request_of_account_deleted_before_its_body_arrives_is_rejected() {
-    let place = Place::new(Kept::Sqlite).await;
+    let place = Installation::new(DatabaseKind::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     let id = owner.create_account("leaver", 1).await;
     let leaver = sign_in(&parapet, "leaver", PASSWORD).await.unwrap();
     let account = json!({ "username": "mallory", "rootRole": 1, "password": PASSWORD });
     let others = json!({ "username": "successor", "rootRole": 1, "password": PASSWORD });
-    let slow = Slow::begin(&leaver, ACCOUNTS, &account).await;
-    let in_time = Slow::begin(&leaver, ACCOUNTS, &others).await;
-    assert_eq!(in_time.end().await, "201");
-    let (status, _) = owner.call(Method::DELETE, &format!("{ACCOUNTS}/{id}"), &Value::Null).await;
+    let slow = SlowRequest::send_first_part(&leaver, ACCOUNTS_PATH, &account).await;
+    let in_time = SlowRequest::send_first_part(&leaver, ACCOUNTS_PATH, &others).await;
+    assert_eq!(in_time.finish().await, "201");
+    let (status, _) = owner.call(Method::DELETE, &format!("{ACCOUNTS_PATH}/{id}"), &Value::Null).await;
     assert_eq!(status, StatusCode::OK);
-    assert_eq!(slow.end().await, "401");
-    let reported = owner.get(ACCOUNTS).await.to_string();
+    assert_eq!(slow.finish().await, "401");
+    let reported = owner.get(ACCOUNTS_PATH).await.to_string();
     assert!(reported.contains("successor") && !reported.contains("mallory"), "{reported}");
 }
 
 #[tokio::test]
 async fn session_cookie_is_accepted_beside_basic_credentials_of_a_proxy() {
-    let place = Place::new(Kept::Sqlite).await;
+    let place = Installation::new(DatabaseKind::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     let ask = async |origin: Option<&str>| {
-        let request = http().post(parapet.admin_url() + TOKENS).header("cookie", &owner.cookies);
+        let request = http().post(parapet.admin_url() + TOKENS_PATH).header("cookie", &owner.cookies);
         let request = request.header("authorization", "Basic cHJveHk6cHJveHk=");
         let request = request.header("content-type", "application/json").body("{}");
         let request = origin.into_iter().fold(request, |it, origin| it.header("origin", origin));
@@ -526,26 +526,26 @@ async fn session_cookie_is_accepted_beside_basic_credentials_of_a_proxy() {
 
 #[tokio::test]
 async fn denied_operations_are_recorded_with_reason_and_object() {
-    secrets::remember(OTHER);
-    let place = Place::new(Kept::Sqlite).await;
+    secrets::register(NEW_PASSWORD);
+    let place = Installation::new(DatabaseKind::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     owner.create_account("vera", 3).await;
     let vera = sign_in(&parapet, "vera", PASSWORD).await.unwrap();
     let client = json!({ "tokenName": "ours", "type": "client" });
-    let (_, made) = owner.call(Method::POST, TOKENS, &client).await;
+    let (_, made) = owner.call(Method::POST, TOKENS_PATH, &client).await;
     let secret = made["secret"].as_str().unwrap();
-    secrets::remember(secret);
+    secrets::register(secret);
     let id = identifier(&owner, "ours").await;
 
     let own = "/api/admin/user/change-password";
-    let guess = json!({ "oldPassword": "a wrong guess", "password": OTHER });
+    let guess = json!({ "oldPassword": "a wrong guess", "password": NEW_PASSWORD });
     let denied = [
-        (&owner, Method::DELETE, format!("{ACCOUNTS}/1"), Value::Null),
-        (&owner, Method::PUT, format!("{ACCOUNTS}/1"), json!({ "rootRole": 3 })),
+        (&owner, Method::DELETE, format!("{ACCOUNTS_PATH}/1"), Value::Null),
+        (&owner, Method::PUT, format!("{ACCOUNTS_PATH}/1"), json!({ "rootRole": 3 })),
         (&vera, Method::POST, own.to_owned(), guess),
-        (&vera, Method::DELETE, format!("{TOKENS}/{secret}"), Value::Null),
-        (&vera, Method::DELETE, format!("{ACCOUNTS}/1"), Value::Null),
+        (&vera, Method::DELETE, format!("{TOKENS_PATH}/{secret}"), Value::Null),
+        (&vera, Method::DELETE, format!("{ACCOUNTS_PATH}/1"), Value::Null),
     ];
     for (session, method, path, body) in denied {
         let (status, answer) = session.call(method, &path, &body).await;
@@ -572,13 +572,13 @@ async fn denied_operations_are_recorded_with_reason_and_object() {
 
 #[tokio::test]
 async fn background_requests_do_not_extend_a_session() {
-    let place = Place::new(Kept::Sqlite).await;
+    let place = Installation::new(DatabaseKind::Sqlite).await;
     let parapet = place.start_with(&["--session-idle-seconds", "2"]).await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     let by_itself = [("cookie", owner.cookies.as_str()), ("parapet-background", "1")];
     let ask = async || owner.call_as(Method::GET, "/status", &Value::Null, &by_itself).await.0;
     assert_eq!(ask().await, StatusCode::OK);
-    until("the session has ended", Duration::from_mins(1), async || {
+    wait_until("the session has ended", Duration::from_mins(1), async || {
         (ask().await == StatusCode::UNAUTHORIZED).then_some(())
     })
     .await;

@@ -8,11 +8,11 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use sqlx::{Connection as _, Executor as _, PgConnection};
 
-use super::{FLAGS, Kept, OTHER, OWNER, PASSWORD, Place, Session, features, sign_in};
-use crate::rig::{Moment, Parapet, Postgres, PostgresProxy, http, secrets, until};
+use super::{FLAGS, DatabaseKind, NEW_PASSWORD, OWNER, PASSWORD, Installation, Session, features_status, sign_in};
+use crate::rig::{SilencePoint, Parapet, Postgres, PostgresProxy, http, secrets, wait_until};
 
 /// Two instances on one database.
-struct Pair {
+struct InstancePair {
     one: Parapet,
     two: Parapet,
     proxy_of_one: PostgresProxy,
@@ -21,10 +21,10 @@ struct Pair {
     owner: Session,
     /// The database URL, without the proxies.
     url: String,
-    _places: [Place; 2],
+    _places: [Installation; 2],
 }
 
-impl Pair {
+impl InstancePair {
     async fn start() -> Self {
         Self::start_with(&[]).await
     }
@@ -37,7 +37,7 @@ impl Pair {
         let url = format!("postgres://postgres@127.0.0.1:{}/{name}", postgres.port());
         let proxy_of_one = PostgresProxy::start(postgres.port()).await;
         let proxy_of_two = PostgresProxy::start(postgres.port()).await;
-        let places = [place_behind(&proxy_of_one, &name), place_behind(&proxy_of_two, &name)];
+        let places = [installation_behind(&proxy_of_one, &name), installation_behind(&proxy_of_two, &name)];
         let one = places[0].start_with(&[&room, arguments].concat()).await;
         let two = places[1].start_with(&room).await;
         let Session { cookies, .. } = sign_in(&two, OWNER, PASSWORD).await.unwrap();
@@ -52,26 +52,26 @@ impl Pair {
 
     /// A token that both instances accept.
     async fn token(&self, name: &str) -> String {
-        let secret = created(&self.owner, name).await;
-        until("the token is known", Duration::from_secs(10), async || {
-            (features(&self.two, &secret).await == StatusCode::OK).then_some(())
+        let secret = create_token(&self.owner, name).await;
+        wait_until("the token is known", Duration::from_secs(10), async || {
+            (features_status(&self.two, &secret).await == StatusCode::OK).then_some(())
         })
         .await;
         secret
     }
 }
 
-fn place_behind(proxy: &PostgresProxy, database: &str) -> Place {
-    secrets::remember(PASSWORD);
+fn installation_behind(proxy: &PostgresProxy, database: &str) -> Installation {
+    secrets::register(PASSWORD);
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("flags.json"), FLAGS).unwrap();
     let port = proxy.port();
     let url = format!("postgres://postgres@127.0.0.1:{port}/{database}?sslmode=disable");
-    Place { folder, database: Some(url) }
+    Installation { folder, database: Some(url) }
 }
 
 /// Creates a token and returns its secret.
-async fn created(session: &Session, name: &str) -> String {
+async fn create_token(session: &Session, name: &str) -> String {
     let (status, made) = session.create_token("client", name).await;
     assert_eq!(status, StatusCode::CREATED, "{made}");
     made["secret"].as_str().unwrap().to_owned()
@@ -83,22 +83,22 @@ async fn delete(session: &Session, secret: &str) -> StatusCode {
 }
 
 /// Waits until `parapet` rejects a token.
-async fn until_refused(parapet: &Parapet, secret: &str, limit: Duration) {
-    until("the revocation takes effect", limit, async || {
-        (features(parapet, secret).await == StatusCode::UNAUTHORIZED).then_some(())
+async fn wait_until_rejected(parapet: &Parapet, secret: &str, limit: Duration) {
+    wait_until("the revocation takes effect", limit, async || {
+        (features_status(parapet, secret).await == StatusCode::UNAUTHORIZED).then_some(())
     })
     .await;
 }
 
 /// Waits until a token can be created.
-async fn until_created(session: &Session, limit: Duration) {
-    until("a token is made", limit, async || {
+async fn wait_until_token_created(session: &Session, limit: Duration) {
+    wait_until("a token is made", limit, async || {
         (session.create_token("client", "after").await.0 == StatusCode::CREATED).then_some(())
     })
     .await;
 }
 
-async fn status(session: &Session) -> Value {
+async fn database_status(session: &Session) -> Value {
     session.get("/status").await["database"].clone()
 }
 
@@ -106,29 +106,29 @@ async fn status(session: &Session) -> Value {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
 async fn revocation_takes_effect_when_the_token_query_gets_no_response() {
-    let pair = Pair::start().await;
+    let pair = InstancePair::start().await;
     let secret = pair.token("revoked").await;
     // An admin token needs no database query, unlike a session.
     let (_, admin) = pair.owner.create_token("admin", "watch").await;
     let admin = admin["secret"].as_str().unwrap();
-    until("the admin token is known", Duration::from_secs(10), async || {
+    wait_until("the admin token is known", Duration::from_secs(10), async || {
         (pair.two.admin_get_as("/status", admin).await.0 == StatusCode::OK).then_some(())
     })
     .await;
 
-    pair.proxy_of_two.trap(Moment::Before("SELECT * FROM tokens"));
-    created(&pair.owner, "cause").await;
-    pair.proxy_of_two.wait_until_caught(1).await;
+    pair.proxy_of_two.silence_next_at(SilencePoint::BeforeStatement("SELECT * FROM tokens"));
+    create_token(&pair.owner, "cause").await;
+    pair.proxy_of_two.wait_until_silenced(1).await;
     assert_eq!(delete(&pair.owner, &secret).await, StatusCode::OK);
     // Meanwhile it reports the age of its data.
-    until("the age of the registry's data is reported", Duration::from_secs(10), async || {
+    wait_until("the age of the registry's data is reported", Duration::from_secs(10), async || {
         let (_, reported) = pair.two.admin_get_as("/status", admin).await;
         let age = pair.two.metric("parapet_registry_age_seconds").await?;
         (age > 2.0 && reported["database"]["registryAgeSeconds"].as_u64()? >= 2).then_some(())
     })
     .await;
-    until_refused(&pair.two, &secret, Duration::from_secs(10)).await;
-    until_created(&pair.owner_of_two(), Duration::from_secs(10)).await;
+    wait_until_rejected(&pair.two, &secret, Duration::from_secs(10)).await;
+    wait_until_token_created(&pair.owner_of_two(), Duration::from_secs(10)).await;
     assert!(pair.two.log().contains("no response within"), "{}", pair.two.log());
 }
 
@@ -137,18 +137,18 @@ async fn revocation_takes_effect_when_the_token_query_gets_no_response() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
 async fn instance_lost_during_commit_blocks_others_for_seconds_only() {
-    let pair = Pair::start().await;
+    let pair = InstancePair::start().await;
     pair.token("first").await;
-    pair.proxy_of_one.trap(Moment::Before("COMMIT"));
+    pair.proxy_of_one.silence_next_at(SilencePoint::BeforeStatement("COMMIT"));
     let made = pair.owner.create_token("client", "never");
     let vanish = async {
-        pair.proxy_of_one.wait_until_caught(1).await;
-        pair.proxy_of_one.silence("");
+        pair.proxy_of_one.wait_until_silenced(1).await;
+        pair.proxy_of_one.silence_connections("");
     };
     let ((status, _), ()) = tokio::join!(made, vanish);
     assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
     pair.one.kill();
-    until_created(&pair.owner_of_two(), Duration::from_secs(15)).await;
+    wait_until_token_created(&pair.owner_of_two(), Duration::from_secs(15)).await;
     pair.one.restart();
     pair.one.wait_until_ready().await;
     let names = pair.owner.token_names().await;
@@ -159,15 +159,15 @@ async fn instance_lost_during_commit_blocks_others_for_seconds_only() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
 async fn silent_listening_connection_is_replaced() {
-    let pair = Pair::start().await;
+    let pair = InstancePair::start().await;
     pair.token("first").await;
-    let before = pair.proxy_of_two.count_of("LISTEN");
-    pair.proxy_of_two.silence("LISTEN");
-    pair.proxy_of_two.wait_until_said("LISTEN", before + 1).await;
+    let before = pair.proxy_of_two.connection_count("LISTEN");
+    pair.proxy_of_two.silence_connections("LISTEN");
+    pair.proxy_of_two.wait_until_statement_seen("LISTEN", before + 1).await;
     for number in 0..5 {
         let secret = pair.token(&format!("number {number}")).await;
         assert_eq!(delete(&pair.owner, &secret).await, StatusCode::OK);
-        until_refused(&pair.two, &secret, Duration::from_secs(2)).await;
+        wait_until_rejected(&pair.two, &secret, Duration::from_secs(2)).await;
     }
 }
 
@@ -176,10 +176,10 @@ async fn silent_listening_connection_is_replaced() {
 #[ignore = "needs PostgreSQL"]
 async fn requests_waiting_for_locked_table_get_a_response() {
     // Shorter than the database's lock timeout.
-    let pair = Pair::start_with(&["--edge-request-timeout", "2"]).await;
-    let secret = created(&pair.owner_of_two(), "first").await;
-    until("the token is known", Duration::from_secs(10), async || {
-        (features(&pair.one, &secret).await == StatusCode::OK).then_some(())
+    let pair = InstancePair::start_with(&["--edge-request-timeout", "2"]).await;
+    let secret = create_token(&pair.owner_of_two(), "first").await;
+    wait_until("the token is known", Duration::from_secs(10), async || {
+        (features_status(&pair.one, &secret).await == StatusCode::OK).then_some(())
     })
     .await;
     let mut holder = PgConnection::connect(&pair.url).await.unwrap();
@@ -189,7 +189,7 @@ async fn requests_waiting_for_locked_table_get_a_response() {
     let token = json!({ "tokenName": "it", "type": "client", "environment": "development" });
     let attempt = json!({ "username": OWNER, "password": PASSWORD });
     let (there, user) = (format!("/api/admin/api-tokens/{secret}"), "/api/admin/user-admin");
-    let account = json!({ "username": "ann", "rootRole": 1, "password": OTHER });
+    let account = json!({ "username": "ann", "rootRole": 1, "password": NEW_PASSWORD });
     for (method, path, body) in [
         (Method::POST, "/api/admin/api-tokens", &token),
         (Method::DELETE, &*there, &Value::Null),
@@ -209,16 +209,16 @@ async fn requests_waiting_for_locked_table_get_a_response() {
     let (status, answer) = pair.owner_of_two().call(Method::POST, user, &account).await;
     assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{answer}");
     assert!(answer.to_string().contains("is busy"), "the response has the reason: {answer}");
-    assert_eq!(features(&pair.one, &secret).await, StatusCode::OK, "flags need no database");
+    assert_eq!(features_status(&pair.one, &secret).await, StatusCode::OK, "flags need no database");
     holder.execute("ROLLBACK").await.unwrap();
-    until_created(&pair.owner, Duration::from_secs(15)).await;
+    wait_until_token_created(&pair.owner, Duration::from_secs(15)).await;
 }
 
-async fn report(parapet: &Parapet, secret: &str, times: u64) {
-    report_as(parapet, secret, "shop", times).await;
+async fn post_usage(parapet: &Parapet, secret: &str, times: u64) {
+    post_usage_as(parapet, secret, "shop", times).await;
 }
 
-async fn report_as(parapet: &Parapet, secret: &str, app: &str, times: u64) {
+async fn post_usage_as(parapet: &Parapet, secret: &str, app: &str, times: u64) {
     let now = jiff::Timestamp::now().to_string();
     let toggles = json!({ "first": { "yes": times, "no": 0 } });
     let bucket = json!({ "start": now, "stop": now, "toggles": toggles });
@@ -228,8 +228,8 @@ async fn report_as(parapet: &Parapet, secret: &str, app: &str, times: u64) {
     assert_eq!(post.send().await.unwrap().status(), StatusCode::ACCEPTED);
 }
 
-async fn until_counted(session: &Session, times: u64, limit: Duration) {
-    until(&format!("{times} uses are stored"), limit, async || {
+async fn wait_until_counted(session: &Session, times: u64, limit: Duration) {
+    wait_until(&format!("{times} uses are stored"), limit, async || {
         let usage = session.get("/api/admin/client-metrics/features/first/raw").await;
         let hours = usage["data"].as_array().unwrap().iter();
         let sum = hours.map(|hour| hour["yes"].as_u64().unwrap()).sum::<u64>();
@@ -242,20 +242,20 @@ async fn until_counted(session: &Session, times: u64, limit: Duration) {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
 async fn usage_is_stored_on_all_instances_after_one_connection_went_silent() {
-    let pair = Pair::start().await;
+    let pair = InstancePair::start().await;
     let secret = pair.token("first").await;
-    pair.proxy_of_two.trap(Moment::Before("INSERT INTO flag_usage"));
-    report(&pair.two, &secret, 1).await;
-    pair.proxy_of_two.wait_until_caught(1).await;
-    report(&pair.one, &secret, 10).await;
-    until("the log reports that usage waits", Duration::from_secs(15), async || {
+    pair.proxy_of_two.silence_next_at(SilencePoint::BeforeStatement("INSERT INTO flag_usage"));
+    post_usage(&pair.two, &secret, 1).await;
+    pair.proxy_of_two.wait_until_silenced(1).await;
+    post_usage(&pair.one, &secret, 10).await;
+    wait_until("the log reports that usage waits", Duration::from_secs(15), async || {
         (pair.two.metric("parapet_usage_storing").await? == 0.0).then_some(())
     })
     .await;
     assert!(pair.two.log().contains("Usage could not be stored"), "{}", pair.two.log());
-    until_counted(&pair.owner, 11, Duration::from_secs(30)).await;
-    until("the log reports that usage is stored", Duration::from_secs(15), async || {
-        (status(&pair.owner_of_two()).await["usageWaitsSince"].is_null()).then_some(())
+    wait_until_counted(&pair.owner, 11, Duration::from_secs(30)).await;
+    wait_until("the log reports that usage is stored", Duration::from_secs(15), async || {
+        (database_status(&pair.owner_of_two()).await["usageWaitsSince"].is_null()).then_some(())
     })
     .await;
     assert!(pair.two.log().contains("Usage is stored again"), "{}", pair.two.log());
@@ -265,7 +265,7 @@ async fn usage_is_stored_on_all_instances_after_one_connection_went_silent() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
 async fn unavailable_database_is_reported_at_once_with_reason() {
-    let pair = Pair::start().await;
+    let pair = InstancePair::start().await;
     let secret = pair.token("first").await;
     let (_, admin) = pair.owner.create_token("admin", "watch").await;
     let admin = admin["secret"].as_str().unwrap();
@@ -294,15 +294,15 @@ async fn unavailable_database_is_reported_at_once_with_reason() {
     assert_eq!((status, ready["status"].as_str()), (StatusCode::OK, Some("READY")), "{ready}");
     assert!(ready["warning"].as_str().unwrap().contains("database"), "{ready}");
     assert_eq!(pair.one.metric("parapet_database_reachable").await, Some(0.0));
-    assert_eq!(features(&pair.one, &secret).await, StatusCode::OK, "flags need no database");
-    until("the reason is logged", Duration::from_secs(10), async || {
+    assert_eq!(features_status(&pair.one, &secret).await, StatusCode::OK, "flags need no database");
+    wait_until("the reason is logged", Duration::from_secs(10), async || {
         pair.one.log()[before..].contains("refused").then_some(())
     })
     .await;
 
     pair.proxy_of_one.restore().await;
-    until_created(&pair.owner, Duration::from_secs(10)).await;
-    let log = until("that it is back is logged", Duration::from_secs(10), async || {
+    wait_until_token_created(&pair.owner, Duration::from_secs(10)).await;
+    let log = wait_until("that it is back is logged", Duration::from_secs(10), async || {
         let log = pair.one.log().split_off(before);
         log.contains("is back").then_some(log)
     })
@@ -318,10 +318,10 @@ async fn unavailable_database_is_reported_at_once_with_reason() {
 #[cfg(unix)]
 #[tokio::test]
 async fn deleted_database_file_accepts_no_changes() {
-    let place = Place::new(Kept::Sqlite).await;
+    let place = Installation::new(DatabaseKind::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
-    let secret = created(&owner, "first").await;
+    let secret = create_token(&owner, "first").await;
     let (_, admin) = owner.create_token("admin", "watch").await;
     let admin = [("authorization", admin["secret"].as_str().unwrap())];
     let file = parapet.data_dir().join("parapet.db");
@@ -334,7 +334,7 @@ async fn deleted_database_file_accepts_no_changes() {
     assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{reported}");
     assert!(reported.to_string().contains("deleted or replaced"), "{reported}");
     assert!(parapet.log().contains("parapet.db was deleted or replaced"), "{}", parapet.log());
-    assert_eq!(features(&parapet, &secret).await, StatusCode::OK, "flags need no database");
+    assert_eq!(features_status(&parapet, &secret).await, StatusCode::OK, "flags need no database");
     std::fs::write(&file, "").unwrap();
     assert_eq!(make().await.0, StatusCode::SERVICE_UNAVAILABLE, "another file is not that one");
     std::fs::rename(&aside, &file).unwrap();
@@ -344,8 +344,8 @@ async fn deleted_database_file_accepts_no_changes() {
     assert!(parapet.terminate().await.success());
     parapet.restart();
     parapet.wait_until_ready().await;
-    assert_eq!(features(&parapet, &secret).await, StatusCode::OK);
-    assert_eq!(features(&parapet, made["secret"].as_str().unwrap()).await, StatusCode::OK);
+    assert_eq!(features_status(&parapet, &secret).await, StatusCode::OK);
+    assert_eq!(features_status(&parapet, made["secret"].as_str().unwrap()).await, StatusCode::OK);
 }
 
 /// The local copy of the tokens serves SDKs only.
@@ -355,13 +355,13 @@ async fn start_without_database_accepts_cached_tokens() {
     let postgres = Postgres::shared().await;
     let name = postgres.create_database().await;
     let proxy = PostgresProxy::start(postgres.port()).await;
-    let place = place_behind(&proxy, &name);
+    let place = installation_behind(&proxy, &name);
     let mut parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
-    let (kept, revoked) = (created(&owner, "kept").await, created(&owner, "revoked").await);
+    let (kept, revoked) = (create_token(&owner, "kept").await, create_token(&owner, "revoked").await);
     assert_eq!(delete(&owner, &revoked).await, StatusCode::OK);
-    created(&owner, "the last one").await;
-    parapet.wait_until_kept("the last one").await;
+    create_token(&owner, "the last one").await;
+    parapet.wait_until_stored("the last one").await;
     assert!(parapet.terminate().await.success());
     let copy = parapet.data_dir().join("registry.parapet");
     #[cfg(unix)]
@@ -375,40 +375,40 @@ async fn start_without_database_accepts_cached_tokens() {
     proxy.refuse().await;
     parapet.restart();
     parapet.wait_until_ready().await;
-    assert_eq!(features(&parapet, &kept).await, StatusCode::OK);
-    assert_eq!(features(&parapet, &revoked).await, StatusCode::UNAUTHORIZED);
+    assert_eq!(features_status(&parapet, &kept).await, StatusCode::OK);
+    assert_eq!(features_status(&parapet, &revoked).await, StatusCode::UNAUTHORIZED);
     let refused = sign_in(&parapet, OWNER, PASSWORD).await.err();
     assert_eq!(refused, Some(StatusCode::SERVICE_UNAVAILABLE));
     assert!(parapet.log().contains("serving with a saved copy of the tokens"), "{}", parapet.log());
 
     proxy.restore().await;
-    until("an account signs in", Duration::from_secs(15), async || {
+    wait_until("an account signs in", Duration::from_secs(15), async || {
         sign_in(&parapet, OWNER, PASSWORD).await.ok()
     })
     .await;
-    let after = created(&owner, "after").await;
-    assert_eq!(features(&parapet, &after).await, StatusCode::OK);
+    let after = create_token(&owner, "after").await;
+    assert_eq!(features_status(&parapet, &after).await, StatusCode::OK);
 
     // A copy of another database does not count.
     assert!(parapet.terminate().await.success());
     proxy.refuse().await;
     let other = format!("postgres://postgres@127.0.0.1:{}/another", proxy.port());
-    parapet.restart_with("DATABASE_URL", other);
-    let ended = until("the start fails", Duration::from_secs(30), async || parapet.ended()).await;
+    parapet.restart_with_env("DATABASE_URL", other);
+    let ended = wait_until("the start fails", Duration::from_secs(30), async || parapet.exit_status()).await;
     assert!(!ended.success());
 }
 
 /// An instance on the database behind `proxy` whose first start generates a password. It may fail before
 /// that.
-fn first_start_behind(proxy: &PostgresProxy, place: &Place, database: &str) -> Parapet {
+fn first_start_behind(proxy: &PostgresProxy, place: &Installation, database: &str) -> Parapet {
     let url = format!("postgres://postgres@127.0.0.1:{}/{database}?sslmode=disable", proxy.port());
     let flags = place.folder.path().join("flags.json");
     Parapet::mode("standalone").flag("--flags", flags).env("DATABASE_URL", url).spawn()
 }
 
 /// Waits until a start has failed, and deletes its remaining data.
-async fn until_failed(parapet: &Parapet, limit: Duration) {
-    let ended = until("the start fails", limit, async || parapet.ended()).await;
+async fn wait_until_exited(parapet: &Parapet, limit: Duration) {
+    let ended = wait_until("the start fails", limit, async || parapet.exit_status()).await;
     assert!(!ended.success());
     parapet.kill();
 }
@@ -420,11 +420,11 @@ async fn first_start_that_fails_after_creating_account_has_shown_the_password() 
     let postgres = Postgres::shared().await;
     let name = postgres.create_database().await;
     let proxy = PostgresProxy::start(postgres.port()).await;
-    let place = place_behind(&proxy, &name);
-    proxy.trap(Moment::Before("SELECT * FROM tokens"));
+    let place = installation_behind(&proxy, &name);
+    proxy.silence_next_at(SilencePoint::BeforeStatement("SELECT * FROM tokens"));
     let parapet = first_start_behind(&proxy, &place, &name);
-    proxy.wait_until_caught(1).await;
-    until_failed(&parapet, Duration::from_secs(30)).await;
+    proxy.wait_until_silenced(1).await;
+    wait_until_exited(&parapet, Duration::from_secs(30)).await;
 
     let file = parapet.data_dir().join("first-start.txt");
     let text = std::fs::read_to_string(&file).expect("the first start's secrets are in a file");
@@ -432,14 +432,14 @@ async fn first_start_that_fails_after_creating_account_has_shown_the_password() 
     let word_after = |name: &str| {
         let line = text.lines().find_map(|line| line.trim().strip_prefix(name));
         let word = line.unwrap().split_whitespace().next().unwrap().to_owned();
-        secrets::remember(&word);
+        secrets::register(&word);
         word
     };
     let (password, client) = (word_after("password "), word_after("client "));
     parapet.restart();
     parapet.wait_until_ready().await;
     assert!(sign_in(&parapet, OWNER, &password).await.is_ok());
-    assert_eq!(features(&parapet, &client).await, StatusCode::OK);
+    assert_eq!(features_status(&parapet, &client).await, StatusCode::OK);
     assert!(!file.exists(), "nothing is made a second time");
 }
 
@@ -450,14 +450,14 @@ async fn start_fails_within_seconds_when_migration_gets_no_response() {
     let postgres = Postgres::shared().await;
     let proxy = PostgresProxy::start(postgres.port()).await;
     let statement = "CREATE TABLE accounts";
-    for (count, moment) in [Moment::Before(statement), Moment::After(statement)].iter().enumerate()
+    for (count, moment) in [SilencePoint::BeforeStatement(statement), SilencePoint::AfterStatement(statement)].iter().enumerate()
     {
         let name = postgres.create_database().await;
-        let place = place_behind(&proxy, &name);
-        proxy.trap(*moment);
+        let place = installation_behind(&proxy, &name);
+        proxy.silence_next_at(*moment);
         let parapet = first_start_behind(&proxy, &place, &name);
-        proxy.wait_until_caught(count + 1).await;
-        until_failed(&parapet, Duration::from_secs(30)).await;
+        proxy.wait_until_silenced(count + 1).await;
+        wait_until_exited(&parapet, Duration::from_secs(30)).await;
         assert!(parapet.log().contains("no response within"), "{moment:?}: {}", parapet.log());
         parapet.restart();
         parapet.wait_until_ready().await;
@@ -473,7 +473,7 @@ async fn start_waits_for_slow_migration_of_another_instance() {
     let postgres = Postgres::shared().await;
     let name = postgres.create_database().await;
     let proxy = PostgresProxy::start(postgres.port()).await;
-    let place = place_behind(&proxy, &name);
+    let place = installation_behind(&proxy, &name);
     let url = format!("postgres://postgres@127.0.0.1:{}/{name}", postgres.port());
     let mut other = PgConnection::connect(&url).await.unwrap();
     other.execute("BEGIN").await.unwrap();
@@ -481,9 +481,9 @@ async fn start_waits_for_slow_migration_of_another_instance() {
     lock.execute(&mut other).await.unwrap();
 
     let parapet = first_start_behind(&proxy, &place, &name);
-    until("the server was checked twice", Duration::from_secs(30), async || {
-        assert!(parapet.ended().is_none(), "{}", parapet.log());
-        (proxy.count_of("pg_stat_activity") >= 2).then_some(())
+    wait_until("the server was checked twice", Duration::from_secs(30), async || {
+        assert!(parapet.exit_status().is_none(), "{}", parapet.log());
+        (proxy.connection_count("pg_stat_activity") >= 2).then_some(())
     })
     .await;
     other.execute("ROLLBACK").await.unwrap();
@@ -500,7 +500,7 @@ async fn writable_server_is_selected_among_several() {
     standby.execute("postgres", "alter system set default_transaction_read_only = on").await;
     standby.execute("postgres", "select pg_reload_conf()").await;
     let url = format!("postgres://postgres@127.0.0.1:{}/{name}", standby.port());
-    until("the standby is read-only", Duration::from_secs(10), async || {
+    wait_until("the standby is read-only", Duration::from_secs(10), async || {
         let mut connection = PgConnection::connect(&url).await.unwrap();
         let make = connection.execute("CREATE TABLE may_not_be (id INT)").await;
         make.is_err().then_some(())
@@ -510,28 +510,28 @@ async fn writable_server_is_selected_among_several() {
     let first = PostgresProxy::start(writable.port()).await;
     let second = PostgresProxy::start(writable.port()).await;
     let hosts = [standby.port(), first.port(), second.port()].map(|it| format!("127.0.0.1:{it}"));
-    let mut place = place_behind(&first, &name);
+    let mut place = installation_behind(&first, &name);
     let access = "target_session_attrs=read-write&sslmode=disable";
     place.database = Some(format!("postgres://postgres@{}/{name}?{access}", hosts.join(",")));
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
-    created(&owner, "at the first").await;
-    let shown = status(&owner).await["location"].clone();
+    create_token(&owner, "at the first").await;
+    let shown = database_status(&owner).await["location"].clone();
     assert_eq!(shown, format!("postgres://{}/{name}", hosts.join(",")));
 
     first.refuse().await;
-    until_created(&owner, Duration::from_secs(15)).await;
-    second.wait_until_said("LISTEN", 1).await;
+    wait_until_token_created(&owner, Duration::from_secs(15)).await;
+    second.wait_until_statement_seen("LISTEN", 1).await;
     first.restore().await;
     second.refuse().await;
-    until_created(&owner, Duration::from_secs(15)).await;
+    wait_until_token_created(&owner, Duration::from_secs(15)).await;
 }
 
 /// Pseudo-random numbers from a seed.
-struct Dice(u64);
+struct SeededRandom(u64);
 
-impl Dice {
-    fn roll(&mut self, sides: u64) -> u64 {
+impl SeededRandom {
+    fn below(&mut self, sides: u64) -> u64 {
         self.0 =
             self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % sides
@@ -540,18 +540,18 @@ impl Dice {
 
 /// The responses to a writer.
 #[derive(Default)]
-struct Told {
+struct WriterLog {
     /// Tokens that were created: their names and secrets.
-    made: Vec<(String, String)>,
+    created: Vec<(String, String)>,
     /// Secrets of tokens that were deleted.
     deleted: Vec<String>,
     /// Names of tokens whose outcome is unknown.
-    unsure: Vec<String>,
+    uncertain: Vec<String>,
 }
 
 /// Creates and deletes tokens until `end`.
-async fn write(parapet: &Parapet, session: &Session, name: &str, end: Instant) -> Told {
-    let mut reported = Told::default();
+async fn write_until(parapet: &Parapet, session: &Session, name: &str, end: Instant) -> WriterLog {
+    let mut reported = WriterLog::default();
     let mut count = 0;
     while Instant::now() < end {
         count += 1;
@@ -559,25 +559,25 @@ async fn write(parapet: &Parapet, session: &Session, name: &str, end: Instant) -
         let (status, made) = session.create_token("client", &name).await;
         if status != StatusCode::CREATED {
             assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{made}");
-            reported.unsure.push(name);
+            reported.uncertain.push(name);
             // As a client does that retries later.
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         }
         let secret = made["secret"].as_str().unwrap().to_owned();
-        assert_eq!(features(parapet, &secret).await, StatusCode::OK, "what is made is in force");
+        assert_eq!(features_status(parapet, &secret).await, StatusCode::OK, "what is made is in force");
         if count % 2 == 0 {
-            reported.made.push((name, secret));
+            reported.created.push((name, secret));
             continue;
         }
         match delete(session, &secret).await {
             StatusCode::OK => {
-                let status = features(parapet, &secret).await;
+                let status = features_status(parapet, &secret).await;
                 assert_eq!(status, StatusCode::UNAUTHORIZED, "what is deleted is refused");
                 reported.deleted.push(secret);
             }
             // A deletion without a response may have been done.
-            StatusCode::NOT_FOUND | StatusCode::SERVICE_UNAVAILABLE => reported.unsure.push(name),
+            StatusCode::NOT_FOUND | StatusCode::SERVICE_UNAVAILABLE => reported.uncertain.push(name),
             other => panic!("{other}"),
         }
     }
@@ -590,7 +590,7 @@ async fn use_flag(parapet: &Parapet, secret: &str, name: &str, end: Instant) -> 
     let mut acknowledged = Vec::new();
     while Instant::now() < end {
         let app = format!("{name} {}", acknowledged.len());
-        report_as(parapet, secret, &app, 1).await;
+        post_usage_as(parapet, secret, &app, 1).await;
         acknowledged.push(app);
         tokio::time::sleep(Duration::from_millis(30)).await;
     }
@@ -598,7 +598,7 @@ async fn use_flag(parapet: &Parapet, secret: &str, name: &str, end: Instant) -> 
 }
 
 /// The number of uses of the flag by application.
-async fn uses(session: &Session) -> BTreeMap<String, u64> {
+async fn usage_by_application(session: &Session) -> BTreeMap<String, u64> {
     let usage = session.get("/api/admin/client-metrics/features/first/raw").await;
     let mut uses = BTreeMap::new();
     for hour in usage["data"].as_array().unwrap() {
@@ -609,7 +609,7 @@ async fn uses(session: &Session) -> BTreeMap<String, u64> {
 }
 
 /// Injects one fault after the other until `end`.
-async fn harm(proxies: &[PostgresProxy], dice: &mut Dice, end: Instant) {
+async fn inject_faults(proxies: &[PostgresProxy], dice: &mut SeededRandom, end: Instant) {
     let moments = [
         "COMMIT",
         "SELECT * FROM tokens",
@@ -620,20 +620,20 @@ async fn harm(proxies: &[PostgresProxy], dice: &mut Dice, end: Instant) {
         "INSERT INTO flag_usage",
     ];
     while Instant::now() < end {
-        let proxy = &proxies[usize::try_from(dice.roll(2)).unwrap()];
-        let moment = moments[usize::try_from(dice.roll(7)).unwrap()];
-        match dice.roll(5) {
-            0 => proxy.trap(Moment::Before(moment)),
-            1 => proxy.trap(Moment::After(moment)),
-            2 => proxy.silence(""),
-            3 => proxy.silence("LISTEN"),
+        let proxy = &proxies[usize::try_from(dice.below(2)).unwrap()];
+        let moment = moments[usize::try_from(dice.below(7)).unwrap()];
+        match dice.below(5) {
+            0 => proxy.silence_next_at(SilencePoint::BeforeStatement(moment)),
+            1 => proxy.silence_next_at(SilencePoint::AfterStatement(moment)),
+            2 => proxy.silence_connections(""),
+            3 => proxy.silence_connections("LISTEN"),
             _ => {
                 proxy.refuse().await;
-                tokio::time::sleep(Duration::from_millis(dice.roll(2000))).await;
+                tokio::time::sleep(Duration::from_millis(dice.below(2000))).await;
                 proxy.restore().await;
             }
         }
-        tokio::time::sleep(Duration::from_millis(4000 + dice.roll(5000))).await;
+        tokio::time::sleep(Duration::from_millis(4000 + dice.below(5000))).await;
     }
     for proxy in proxies {
         proxy.restore().await;
@@ -644,26 +644,26 @@ async fn harm(proxies: &[PostgresProxy], dice: &mut Dice, end: Instant) {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs PostgreSQL"]
 async fn random_silence_loses_no_acknowledged_write_and_instances_agree() {
-    let pair = Pair::start().await;
+    let pair = InstancePair::start().await;
     let seed = u64::from(std::process::id());
     println!("seed {seed}");
     let end = Instant::now() + Duration::from_mins(1);
     let proxies = [pair.proxy_of_one.clone(), pair.proxy_of_two.clone()];
     let (owner, owner_of_two) = (&pair.owner, pair.owner_of_two());
     let user = pair.token("user").await;
-    let mut dice = Dice(seed);
+    let mut dice = SeededRandom(seed);
     let (of_one, of_two, more, used_at_one, used_at_two, ()) = tokio::join!(
-        write(&pair.one, owner, "one", end),
-        write(&pair.two, &owner_of_two, "two", end),
-        write(&pair.one, owner, "more", end),
+        write_until(&pair.one, owner, "one", end),
+        write_until(&pair.two, &owner_of_two, "two", end),
+        write_until(&pair.one, owner, "more", end),
         use_flag(&pair.one, &user, "one", end),
         use_flag(&pair.two, &user, "two", end),
-        harm(&proxies, &mut dice, end),
+        inject_faults(&proxies, &mut dice, end),
     );
-    until_created(owner, Duration::from_secs(20)).await;
-    until_created(&owner_of_two, Duration::from_secs(20)).await;
+    wait_until_token_created(owner, Duration::from_secs(20)).await;
+    wait_until_token_created(&owner_of_two, Duration::from_secs(20)).await;
     let reported = [of_one, of_two, more];
-    let made: usize = reported.iter().map(|reported| reported.made.len()).sum();
+    let made: usize = reported.iter().map(|reported| reported.created.len()).sum();
     let deleted: usize = reported.iter().map(|reported| reported.deleted.len()).sum();
     println!("made {made}, deleted {deleted}");
     assert!(made > 20 && deleted > 20, "there was some success: {made}, {deleted}");
@@ -672,28 +672,28 @@ async fn random_silence_loses_no_acknowledged_write_and_instances_agree() {
         names.sort();
         names
     };
-    let at_one = until("both have the same tokens", Duration::from_secs(20), async || {
+    let at_one = wait_until("both have the same tokens", Duration::from_secs(20), async || {
         let at_one = names(owner.token_names().await);
         (at_one == names(owner_of_two.token_names().await)).then_some(at_one)
     })
     .await;
     for parapet in [&pair.one, &pair.two] {
         for reported in &reported {
-            for (name, secret) in &reported.made {
-                assert_eq!(features(parapet, secret).await, StatusCode::OK, "{name}, seed {seed}");
+            for (name, secret) in &reported.created {
+                assert_eq!(features_status(parapet, secret).await, StatusCode::OK, "{name}, seed {seed}");
             }
             for secret in &reported.deleted {
-                let status = features(parapet, secret).await;
+                let status = features_status(parapet, secret).await;
                 assert_eq!(status, StatusCode::UNAUTHORIZED, "seed {seed}");
             }
         }
     }
     for reported in &reported {
-        for (name, _) in &reported.made {
+        for (name, _) in &reported.created {
             let count = at_one.iter().filter(|it| *it == name).count();
             assert_eq!(count, 1, "{name}, seed {seed}");
         }
-        for name in &reported.unsure {
+        for name in &reported.uncertain {
             let count = at_one.iter().filter(|it| *it == name).count();
             assert!(count <= 1, "{name}: {count}, seed {seed}");
         }
@@ -701,12 +701,12 @@ async fn random_silence_loses_no_acknowledged_write_and_instances_agree() {
     // Batches are stored again until the database acknowledges them, and are still counted once.
     let used: Vec<String> = [used_at_one, used_at_two].concat();
     assert!(used.len() > 200, "flags were used: {}", used.len());
-    let stored = until("all usage is stored", Duration::from_mins(2), async || {
-        let stored = uses(owner).await;
+    let stored = wait_until("all usage is stored", Duration::from_mins(2), async || {
+        let stored = usage_by_application(owner).await;
         (stored.len() >= used.len()).then_some(stored)
     })
     .await;
     let once: BTreeMap<_, _> = used.into_iter().map(|app| (app, 1)).collect();
     assert_eq!(stored, once, "seed {seed}");
-    assert_eq!(uses(&owner_of_two).await, once, "seed {seed}");
+    assert_eq!(usage_by_application(&owner_of_two).await, once, "seed {seed}");
 }

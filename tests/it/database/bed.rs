@@ -59,10 +59,10 @@ impl TestDatabase {
     }
 
     pub(super) async fn open(&self) -> ControlPlane {
-        self.open_as(self.config()).await.0
+        self.open_with(self.config()).await.0
     }
 
-    pub(super) async fn open_as(&self, config: Config) -> (ControlPlane, BootstrapReport) {
+    pub(super) async fn open_with(&self, config: Config) -> (ControlPlane, BootstrapReport) {
         ControlPlane::open(config, None, |_| ()).await.unwrap()
     }
 
@@ -157,15 +157,15 @@ impl RunningInstance {
         Self { auth, _running: running }
     }
 
-    pub(super) async fn admits(&self, token: &Token) -> bool {
+    pub(super) async fn accepts(&self, token: &Token) -> bool {
         self.auth.authenticate(token.expose()).await.is_ok()
     }
 
     /// Waits until `token` is accepted or rejected, for at most one second, which is the promised limit.
     pub(super) async fn wait_until(&self, token: &Token, admitted: bool) {
         let what = format!("{token:?} is {}", if admitted { "admitted" } else { "refused" });
-        let poll = async || (self.admits(token).await == admitted).then_some(());
-        crate::rig::until(&what, Duration::from_secs(1), poll).await;
+        let poll = async || (self.accepts(token).await == admitted).then_some(());
+        crate::rig::wait_until(&what, Duration::from_secs(1), poll).await;
     }
 }
 
@@ -174,30 +174,30 @@ pub(super) fn password(text: &str) -> Password {
 }
 
 /// An attempt to sign in, from a fixed address.
-pub(super) fn attempt<'a>(username: &'a str, password: &'a Password) -> SignInAttempt<'a> {
+pub(super) fn sign_in_attempt<'a>(username: &'a str, password: &'a Password) -> SignInAttempt<'a> {
     SignInAttempt { username, password, address: [192, 0, 2, 1].into(), device: None }
 }
 
 /// The first account, signed in.
-pub(super) async fn admin(control: &ControlPlane) -> SignedIn {
-    control.sign_in(attempt("admin", &password(PASSWORD))).await.unwrap()
+pub(super) async fn sign_in_first_admin(control: &ControlPlane) -> SignedIn {
+    control.sign_in(sign_in_attempt("admin", &password(PASSWORD))).await.unwrap()
 }
 
 /// The account of a session, as the actor of a change.
-pub(super) async fn actor_in(control: &ControlPlane, session: &CookieSecret) -> Actor {
+pub(super) async fn actor_of_session(control: &ControlPlane, session: &CookieSecret) -> Actor {
     let address = [192, 0, 2, 1].into();
     let session = control.session(session.expose(), address, Activity::Interactive).await.unwrap().unwrap();
     Actor { operator: session.operator(), address: Some(address) }
 }
 
 /// Signs in with this name and password, and returns the account as the actor of a change.
-pub(super) async fn actor(control: &ControlPlane, username: &str, password: &Password) -> Actor {
-    let signed_in = control.sign_in(attempt(username, password)).await.unwrap();
-    actor_in(control, &signed_in.session).await
+pub(super) async fn sign_in_actor(control: &ControlPlane, username: &str, password: &Password) -> Actor {
+    let signed_in = control.sign_in(sign_in_attempt(username, password)).await.unwrap();
+    actor_of_session(control, &signed_in.session).await
 }
 
 /// The kinds of all events, oldest first.
-pub(super) async fn kinds(control: &ControlPlane) -> Vec<String> {
+pub(super) async fn event_kinds(control: &ControlPlane) -> Vec<String> {
     let query = EventQuery { limit: 1000, ..EventQuery::default() };
     let page = control.events(&SHELL.operator, &query).await.unwrap();
     page.events.into_iter().rev().map(|event| event.kind).collect()

@@ -16,8 +16,8 @@ use parapet::wire::features::Document;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
 
-use super::bed::{RunningInstance, SHELL, TestDatabase, actor, actor_in, admin, attempt, password};
-use crate::rig::until;
+use super::bed::{RunningInstance, SHELL, TestDatabase, sign_in_actor, actor_of_session, sign_in_first_admin, sign_in_attempt, password};
+use crate::rig::wait_until;
 
 super::on_both!(
     events_record_actor_action_time_and_address,
@@ -50,7 +50,7 @@ async fn events_record_actor_action_time_and_address(db: TestDatabase) {
     // Times have milliseconds: the following events are later than those written when the database was
     // opened.
     let opened = ask(&all).await.events[0].created_at;
-    let since = until("the clock advances", Duration::from_secs(10), async || {
+    let since = wait_until("the clock advances", Duration::from_secs(10), async || {
         Some(Timestamp::now()).filter(|now| now.as_millisecond() > opened.as_millisecond())
     })
     .await;
@@ -101,29 +101,29 @@ async fn events_record_actor_action_time_and_address(db: TestDatabase) {
         password: hers.clone(),
     };
     control.create_account(&SHELL, eve).await.unwrap();
-    let editor = actor(&control, "eve", &hers).await;
+    let editor = sign_in_actor(&control, "eve", &hers).await;
     assert!(control.events(&editor.operator, &all).await.is_err());
 }
 
 /// Delivers a usage report to the registry and returns the outcome.
-async fn deliver(control: &ControlPlane, body: &Value) -> DeliveryOutcome {
+async fn deliver_usage(control: &ControlPlane, body: &Value) -> DeliveryOutcome {
     let batch = BatchId::parse(&format!("{:032x}", rand::random::<u128>())).unwrap();
-    deliver_as(control, batch, body).await
+    deliver_usage_batch(control, batch, body).await
 }
 
 /// Delivers it with a batch id.
-async fn deliver_as(control: &ControlPlane, batch: BatchId, body: &Value) -> DeliveryOutcome {
+async fn deliver_usage_batch(control: &ControlPlane, batch: BatchId, body: &Value) -> DeliveryOutcome {
     let (deliver, mut deliveries) = mpsc::channel(1);
     let (done, taken) = oneshot::channel();
     let body = Bytes::from(body.to_string());
     deliver.send(RegistryDelivery { id: batch, body, reply: done }).await.unwrap();
     drop(deliver);
-    control.store_usage(&configured(), &mut deliveries).await;
+    control.store_usage(&configured_flags(), &mut deliveries).await;
     taken.await.unwrap()
 }
 
 /// The flag `blue` of `dev`, with the variants `a` and `b`.
-fn configured() -> Snapshots {
+fn configured_flags() -> Snapshots {
     let document = json!({ "features": [{ "name": "blue", "enabled": true,
         "variants": [{ "name": "a", "weight": 500 }, { "name": "b", "weight": 500 }] }] });
     let document = Document::parse(document.to_string().as_bytes()).unwrap();
@@ -133,7 +133,7 @@ fn configured() -> Snapshots {
     snapshots
 }
 
-fn report(hour: &str, yes: u64, variants: &Value) -> Value {
+fn usage_report(hour: &str, yes: u64, variants: &Value) -> Value {
     json!({
         "applications": [{
             "appName": "shop", "instanceId": "shop-1", "environment": "dev", "interval": 15,
@@ -150,11 +150,11 @@ fn report(hour: &str, yes: u64, variants: &Value) -> Value {
 async fn usage_is_merged_by_hour_and_listed(db: TestDatabase) {
     let control = db.open().await;
     let noon = "2026-05-05T12:20:00Z";
-    assert_eq!(deliver(&control, &report(noon, 2, &json!({ "a": 2 }))).await, DeliveryOutcome::Stored);
-    let later = report("2026-05-05T12:59:59Z", 3, &json!({ "a": 1, "b": 2 }));
-    assert_eq!(deliver(&control, &later).await, DeliveryOutcome::Stored);
-    let next = report("2026-05-05T13:00:00Z", 0, &json!({}));
-    assert_eq!(deliver(&control, &next).await, DeliveryOutcome::Stored);
+    assert_eq!(deliver_usage(&control, &usage_report(noon, 2, &json!({ "a": 2 }))).await, DeliveryOutcome::Stored);
+    let later = usage_report("2026-05-05T12:59:59Z", 3, &json!({ "a": 1, "b": 2 }));
+    assert_eq!(deliver_usage(&control, &later).await, DeliveryOutcome::Stored);
+    let next = usage_report("2026-05-05T13:00:00Z", 0, &json!({}));
+    assert_eq!(deliver_usage(&control, &next).await, DeliveryOutcome::Stored);
 
     let since: Timestamp = "2026-05-05T12:30:00Z".parse().unwrap();
     let hours = control.flag_usage("blue", since).await.unwrap();
@@ -181,17 +181,17 @@ async fn usage_is_merged_by_hour_and_listed(db: TestDatabase) {
 
 async fn usage_that_cannot_be_stored_is_refused(db: TestDatabase) {
     let control = db.open().await;
-    assert_eq!(deliver(&control, &json!("usage")).await, DeliveryOutcome::Rejected);
+    assert_eq!(deliver_usage(&control, &json!("usage")).await, DeliveryOutcome::Rejected);
     // Input that would fail on every retry is corrected: PostgreSQL stores no NUL and no number beyond
     // its range.
     let noon = "2026-05-05T12:00:00Z";
-    let huge = report(noon, u64::MAX, &json!({ "a": u64::MAX, "b\0": 1 }));
-    assert_eq!(deliver(&control, &huge).await, DeliveryOutcome::Stored);
-    assert_eq!(deliver(&control, &huge).await, DeliveryOutcome::Stored);
-    let mut odd = report(noon, 1, &json!({}));
+    let huge = usage_report(noon, u64::MAX, &json!({ "a": u64::MAX, "b\0": 1 }));
+    assert_eq!(deliver_usage(&control, &huge).await, DeliveryOutcome::Stored);
+    assert_eq!(deliver_usage(&control, &huge).await, DeliveryOutcome::Stored);
+    let mut odd = usage_report(noon, 1, &json!({}));
     odd["metrics"][0]["featureName"] = "gr\0een".into();
     odd["metrics"][0]["appName"] = "x".repeat(5000).into();
-    assert_eq!(deliver(&control, &odd).await, DeliveryOutcome::Stored);
+    assert_eq!(deliver_usage(&control, &odd).await, DeliveryOutcome::Stored);
     let hours = control.flag_usage("blue", Timestamp::UNIX_EPOCH).await.unwrap();
     assert!(hours[0].yes >= (1 << 53) - 1, "{hours:?}");
     assert_eq!(control.flag_usage("green", Timestamp::UNIX_EPOCH).await.unwrap()[0].yes, 1);
@@ -203,8 +203,8 @@ async fn old_usage_and_events_are_deleted_after_retention(db: TestDatabase) {
     let old = "INSERT INTO events (kind, created_by, created_at) VALUES ('user-created', 'x', 1)";
     db.execute(old).await;
     // The usage is old, but its application was seen just now.
-    let long_ago = report("2020-01-01T00:00:00Z", 1, &json!({ "a": 1 }));
-    assert_eq!(deliver(&control, &long_ago).await, DeliveryOutcome::Stored);
+    let long_ago = usage_report("2020-01-01T00:00:00Z", 1, &json!({ "a": 1 }));
+    assert_eq!(deliver_usage(&control, &long_ago).await, DeliveryOutcome::Stored);
     let has_old = async |control: &ControlPlane| {
         let query = EventQuery { created_by: Some("x".to_owned()), ..EventQuery::default() };
         control.events(&SHELL.operator, &query).await.unwrap().total == 1
@@ -215,15 +215,15 @@ async fn old_usage_and_events_are_deleted_after_retention(db: TestDatabase) {
     // Events are kept for ever by default.
     let instance = RunningInstance::start(&control);
     let usage_is_gone = async || (!has_usage(&control).await).then_some(());
-    until("old usage is forgotten", Duration::from_secs(10), usage_is_gone).await;
+    wait_until("old usage is forgotten", Duration::from_secs(10), usage_is_gone).await;
     assert!(has_old(&control).await);
     assert_eq!(control.applications().await.unwrap().len(), 1);
     drop(instance);
     let config = Config { event_retention: Some(hour), ..db.config() };
-    let (control, _) = db.open_as(config).await;
+    let (control, _) = db.open_with(config).await;
     let _instance = RunningInstance::start(&control);
     let event_is_gone = async || (!has_old(&control).await).then_some(());
-    until("old events are forgotten", Duration::from_secs(10), event_is_gone).await;
+    wait_until("old events are forgotten", Duration::from_secs(10), event_is_gone).await;
     let all = EventQuery { limit: 1000, ..EventQuery::default() };
     assert!(control.events(&SHELL.operator, &all).await.unwrap().total > 1);
 }
@@ -231,30 +231,30 @@ async fn old_usage_and_events_are_deleted_after_retention(db: TestDatabase) {
 async fn repeated_batch_is_counted_once(db: TestDatabase) {
     let control = db.open().await;
     let id = |text: &str| BatchId::parse(text).unwrap();
-    let body = report("2026-05-05T12:20:00Z", 2, &json!({ "a": 2 }));
+    let body = usage_report("2026-05-05T12:20:00Z", 2, &json!({ "a": 2 }));
     for batch in ["1", "1", "2", "1", "2"] {
-        assert_eq!(deliver_as(&control, id(batch), &body).await, DeliveryOutcome::Stored);
+        assert_eq!(deliver_usage_batch(&control, id(batch), &body).await, DeliveryOutcome::Stored);
     }
     let hours = control.flag_usage("blue", Timestamp::UNIX_EPOCH).await.unwrap();
     assert_eq!((hours[0].yes, hours[0].variants["a"]), (4, 4));
     // A batch that could not be stored is not remembered.
-    assert_eq!(deliver_as(&control, id("3"), &json!("usage")).await, DeliveryOutcome::Rejected);
-    assert_eq!(deliver_as(&control, id("3"), &body).await, DeliveryOutcome::Stored);
+    assert_eq!(deliver_usage_batch(&control, id("3"), &json!("usage")).await, DeliveryOutcome::Rejected);
+    assert_eq!(deliver_usage_batch(&control, id("3"), &body).await, DeliveryOutcome::Stored);
     let hours = control.flag_usage("blue", Timestamp::UNIX_EPOCH).await.unwrap();
     assert_eq!(hours[0].yes, 6);
 }
 
 /// An SQL expression for rows with the numbers 1 to `count`.
-fn rows(count: u32) -> String {
+fn sql_row_numbers(count: u32) -> String {
     format!(
         "WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < {count})"
     )
 }
 
 /// Waits until a running instance has deleted so much that a query counts this many rows.
-async fn until_pruned(db: &TestDatabase, control: &ControlPlane, query: &str, count: i64) {
+async fn wait_until_pruned(db: &TestDatabase, control: &ControlPlane, query: &str, count: i64) {
     let _instance = RunningInstance::start(control);
-    until(&format!("{query} is {count}"), Duration::from_mins(1), async || {
+    wait_until(&format!("{query} is {count}"), Duration::from_mins(1), async || {
         (db.count(query).await == count).then_some(())
     })
     .await;
@@ -270,7 +270,7 @@ async fn unknown_flags_and_variants_are_limited_to_ten_thousand_rows(db: TestDat
     let body = json!({ "applications": [], "metrics": [
         metric("blue", json!({ "a": 1, "disabled": 1, "made-up": 1 })), metric("made-up", json!({})),
     ] });
-    assert_eq!(deliver(&control, &body).await, DeliveryOutcome::Stored);
+    assert_eq!(deliver_usage(&control, &body).await, DeliveryOutcome::Stored);
     assert_eq!(db.count("SELECT COUNT(*) FROM flag_usage WHERE known = 1").await, 1);
     assert_eq!(db.count("SELECT COUNT(*) FROM variant_usage WHERE known = 1").await, 2);
 
@@ -278,13 +278,13 @@ async fn unknown_flags_and_variants_are_limited_to_ten_thousand_rows(db: TestDat
     db.execute(&format!(
         "{} INSERT INTO flag_usage (flag, environment, app_name, hour, yes, no, known) \
          SELECT 'flood ' || n, 'dev', 'shop', {hour}, 1, 0, 0 FROM numbers",
-        rows(30_000)
+        sql_row_numbers(30_000)
     ))
     .await;
     db.execute(&format!(
         "{} INSERT INTO variant_usage (flag, environment, app_name, hour, variant, count, known) \
          SELECT 'blue', 'dev', 'shop', {hour}, 'flood ' || n, 1, 0 FROM numbers",
-        rows(30_000)
+        sql_row_numbers(30_000)
     ))
     .await;
     // A flag that was new and is known by now is not made up.
@@ -294,7 +294,7 @@ async fn unknown_flags_and_variants_are_limited_to_ten_thousand_rows(db: TestDat
     ))
     .await;
     let flags = "SELECT COUNT(*) FROM flag_usage";
-    until_pruned(&db, &control, flags, 10_000 + 1 + 2).await;
+    wait_until_pruned(&db, &control, flags, 10_000 + 1 + 2).await;
     let variants = "SELECT COUNT(*) FROM variant_usage";
     assert_eq!(db.count(variants).await, 10_000 + 2);
     assert_eq!(control.flag_usage("blue", now).await.unwrap()[0].yes, 1);
@@ -318,12 +318,12 @@ async fn rows_beyond_limit_are_deleted_newest_applications_first(db: TestDatabas
             "{} INSERT INTO flag_usage (flag, environment, app_name, hour, yes, no) \
              SELECT '{app} ' || n, 'dev', '{app}', {hour} - CASE WHEN n <= 10 THEN 3600000 ELSE 0 END, \
              1, 0 FROM numbers",
-            rows(count)
+            sql_row_numbers(count)
         ))
         .await;
     }
     let query = "SELECT COUNT(*) FROM flag_usage";
-    until_pruned(&db, &control, query, MOST).await;
+    wait_until_pruned(&db, &control, query, MOST).await;
     let of = async |condition: &str| db.count(&format!("{query} WHERE {condition}")).await;
     assert_eq!(of("app_name = 'shop'").await, 20);
     assert_eq!(of(&format!("app_name = 'flood' AND hour < {hour}")).await, 0);
@@ -337,17 +337,17 @@ async fn long_lived_applications_outlast_made_up_ones(db: TestDatabase) {
         "{} INSERT INTO applications (app_name, created_at, seen_at) \
          SELECT 'app ' || n, CASE WHEN n <= 100 THEN {now} - 9 * {day} ELSE {now} END, \
          CASE WHEN n <= 100 THEN {now} - {day} / 2 ELSE {now} END FROM numbers",
-        rows(6000)
+        sql_row_numbers(6000)
     ))
     .await;
     let query = "SELECT COUNT(*) FROM applications";
-    until_pruned(&db, &control, query, 5000).await;
+    wait_until_pruned(&db, &control, query, 5000).await;
     let old = format!("{query} WHERE created_at < {now}");
     assert_eq!(db.count(&old).await, 100);
 }
 
 async fn no_secret_is_stored(db: TestDatabase) {
-    let (control, opened) = db.open_as(db.config()).await;
+    let (control, opened) = db.open_with(db.config()).await;
     let RegistryBootstrap::Generated(generated) = opened.tokens else { panic!("{opened:?}") };
     let mut secrets = vec![super::bed::PASSWORD.to_owned()];
     let tokens = [&generated.admin, &generated.client, &generated.frontend];
@@ -372,18 +372,18 @@ async fn no_secret_is_stored(db: TestDatabase) {
         password: old.clone(),
     };
     control.create_account(&SHELL, new).await.unwrap();
-    let signed_in = control.sign_in(attempt("ann", &old)).await.unwrap();
-    let ann = actor_in(&control, &signed_in.session).await;
+    let signed_in = control.sign_in(sign_in_attempt("ann", &old)).await.unwrap();
+    let ann = actor_of_session(&control, &signed_in.session).await;
     control.change_own_password(&ann, &old, hers.clone()).await.unwrap();
     secrets.extend([old.expose().to_owned(), hers.expose().to_owned()]);
     secrets.extend([signed_in.session, signed_in.device].map(|it| it.expose().to_owned()));
     // A password in the wrong field, and a wrong password.
     let typed = password("a password typed as a name");
-    let slip = SignInAttempt { username: typed.expose(), ..attempt("", &typed) };
+    let slip = SignInAttempt { username: typed.expose(), ..sign_in_attempt("", &typed) };
     control.sign_in(slip).await.unwrap_err();
-    control.sign_in(attempt("ann", &typed)).await.unwrap_err();
+    control.sign_in(sign_in_attempt("ann", &typed)).await.unwrap_err();
     secrets.push(typed.expose().to_owned());
-    admin(&control).await;
+    sign_in_first_admin(&control).await;
 
     let dump = db.dump().await;
     let keeps = |text: &str| dump.windows(text.len()).any(|part| part == text.as_bytes());
@@ -456,7 +456,7 @@ async fn page_of_long_event_log_is_as_fast_as_of_short_log() {
     let ids = |events: &[Event]| events.iter().map(|event| event.id).collect::<Vec<_>>();
     let last = first.events[2].id;
     assert_eq!(ids(&first.events), [last + 2, last + 1, last]);
-    admin(&control).await;
+    sign_in_first_admin(&control).await;
     assert_eq!(ids(&page(Some(last)).await.events), [last - 1, last - 2, last - 3]);
 }
 
@@ -465,14 +465,14 @@ async fn page_of_long_event_log_is_as_fast_as_of_short_log() {
 async fn sqlite_file_shrinks_after_event_retention() {
     let db = TestDatabase::sqlite();
     let event_retention = Some(Duration::from_hours(24));
-    let (control, _) = db.open_as(Config { event_retention, ..db.config() }).await;
+    let (control, _) = db.open_with(Config { event_retention, ..db.config() }).await;
     add_events(&db, 30_000).await;
     db.execute("PRAGMA wal_checkpoint(TRUNCATE)").await;
     let TestDatabase::Sqlite(directory) = &db else { panic!("it is SQLite") };
     let size = || std::fs::metadata(directory.path().join("control.db")).unwrap().len();
     let large = size();
     let _instance = RunningInstance::start(&control);
-    until("the file is small", Duration::from_mins(1), async || {
+    wait_until("the file is small", Duration::from_mins(1), async || {
         // Committed pages stay in the write-ahead log until the next checkpoint.
         db.execute("PRAGMA wal_checkpoint(PASSIVE)").await;
         (size() < large / 10).then_some(())

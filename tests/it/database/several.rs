@@ -11,8 +11,8 @@ use parapet::control::{
 use parapet::token::{Environment, Projects, Token, TokenKind};
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 
-use super::bed::{RunningInstance, SHELL, TestDatabase, admin};
-use crate::rig::{Postgres, until};
+use super::bed::{RunningInstance, SHELL, TestDatabase, sign_in_first_admin};
+use crate::rig::{Postgres, wait_until};
 
 super::on_both!(
     change_on_one_instance_takes_effect_on_the_other,
@@ -24,7 +24,7 @@ super::on_both!(
     concurrent_writers_wait_for_each_other,
 );
 
-async fn make(control: &ControlPlane) -> (Token, String) {
+async fn create_token(control: &ControlPlane) -> (Token, String) {
     let new = NewToken {
         name: "made".to_owned(),
         kind: TokenKind::Client,
@@ -40,7 +40,7 @@ async fn change_on_one_instance_takes_effect_on_the_other(db: TestDatabase) {
     let (one, other) = (db.open().await, db.open().await);
     let instance = RunningInstance::start(&other);
     for _ in 0..3 {
-        let (secret, id) = make(&one).await;
+        let (secret, id) = create_token(&one).await;
         instance.wait_until(&secret, true).await;
         one.update_token(&SHELL, &id, Some(Timestamp::UNIX_EPOCH)).await.unwrap();
         instance.wait_until(&secret, false).await;
@@ -52,7 +52,7 @@ async fn change_on_one_instance_takes_effect_on_the_other(db: TestDatabase) {
 }
 
 async fn instances_that_start_concurrently_create_one_account_and_one_token_set(db: TestDatabase) {
-    let open = || db.open_as(db.config());
+    let open = || db.open_with(db.config());
     let (one, two, three, four) = tokio::join!(open(), open(), open(), open());
     let opened = [&one.1, &two.1, &three.1, &four.1];
     assert_eq!(opened.iter().filter(|it| it.account.is_some()).count(), 1, "{opened:?}");
@@ -69,7 +69,7 @@ async fn instances_that_start_concurrently_create_one_account_and_one_token_set(
 
 async fn token_use_is_recorded_within_a_minute(db: TestDatabase) {
     let control = db.open().await;
-    let (secret, _) = make(&control).await;
+    let (secret, _) = create_token(&control).await;
     let instance = RunningInstance::start(&control);
     instance.wait_until(&secret, true).await;
     // It is written periodically, independent of this test's clock.
@@ -77,28 +77,28 @@ async fn token_use_is_recorded_within_a_minute(db: TestDatabase) {
         let tokens = db.open().await.tokens(&SHELL.operator);
         tokens.iter().find(|token| token.name == "made").and_then(|token| token.seen_at)
     };
-    until("the token's use is noted", Duration::from_mins(1), seen).await;
+    wait_until("the token's use is noted", Duration::from_mins(1), seen).await;
 }
 
-const SQLITE: &str = include_str!("../../../src/control/migrations/sqlite/0001_initial.sql");
-const POSTGRES: &str = include_str!("../../../src/control/migrations/postgres/0001_initial.sql");
-const CONTENT: &str = include_str!("version_1.sql");
+const SQLITE_VERSION_1: &str = include_str!("../../../src/control/migrations/sqlite/0001_initial.sql");
+const POSTGRES_VERSION_1: &str = include_str!("../../../src/control/migrations/postgres/0001_initial.sql");
+const VERSION_1_CONTENT: &str = include_str!("version_1.sql");
 
 /// Creates a database of the first version, with contents.
-async fn make_first_version(db: &TestDatabase) {
+async fn create_version_1(db: &TestDatabase) {
     let schema = match db {
-        TestDatabase::Sqlite(_) => SQLITE,
-        TestDatabase::Postgres { .. } => POSTGRES,
+        TestDatabase::Sqlite(_) => SQLITE_VERSION_1,
+        TestDatabase::Postgres { .. } => POSTGRES_VERSION_1,
     };
     let schema = sqlx::SqlSafeStr::into_sql_str(schema);
     let first = Migration::new(1, "initial".into(), MigrationType::Simple, schema, false);
     Migrator::with_migrations(vec![first]).run(&mut db.connect().await).await.unwrap();
-    db.execute(CONTENT).await;
+    db.execute(VERSION_1_CONTENT).await;
 }
 
 /// Opens a database that was created by the first version, and checks all of its contents.
-async fn open_first_version(db: &TestDatabase) {
-    let (control, opened) = db.open_as(db.config()).await;
+async fn open_version_1(db: &TestDatabase) {
+    let (control, opened) = db.open_with(db.config()).await;
     assert!(opened.account.is_none() && matches!(opened.tokens, RegistryBootstrap::Existing));
     let tokens = control.tokens(&SHELL.operator);
     assert_eq!(tokens.len(), 1);
@@ -109,8 +109,8 @@ async fn open_first_version(db: &TestDatabase) {
     let accounts = control.accounts(&SHELL.operator).await.unwrap();
     assert_eq!((accounts.len(), accounts[0].username.as_str()), (1, "admin"));
     assert_eq!(accounts[0].permissions.len(), 1);
-    admin(&control).await;
-    let recorded = super::bed::kinds(&control).await;
+    sign_in_first_admin(&control).await;
+    let recorded = super::bed::event_kinds(&control).await;
     assert_eq!(recorded, ["api-token-created", "user-signed-in"]);
     let usage = control.flag_usage("blue", Timestamp::UNIX_EPOCH).await.unwrap();
     assert_eq!((usage.len(), usage[0].yes, usage[0].variants["a"]), (1, 7, 3));
@@ -118,19 +118,19 @@ async fn open_first_version(db: &TestDatabase) {
 }
 
 async fn version_1_database_opens_with_all_contents(db: TestDatabase) {
-    make_first_version(&db).await;
-    open_first_version(&db).await;
+    create_version_1(&db).await;
+    open_version_1(&db).await;
 }
 
 async fn backup_does_not_migrate_version_1_database(db: TestDatabase) {
-    make_first_version(&db).await;
+    create_version_1(&db).await;
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("parapet.backup");
     assert_eq!(backup::save(&db.config().location, &file, false).await.unwrap(), 8);
     assert_eq!(db.count("SELECT MAX(version) FROM _sqlx_migrations").await, 1);
     let restored = TestDatabase::sqlite();
     assert_eq!(backup::restore(&restored.config().location, &file, false).await.unwrap(), 8);
-    open_first_version(&restored).await;
+    open_version_1(&restored).await;
 }
 
 async fn database_of_newer_version_is_not_opened_or_changed(db: TestDatabase) {
@@ -154,12 +154,12 @@ async fn concurrent_writers_wait_for_each_other(db: TestDatabase) {
     let (one, other) = (db.open().await, db.open().await);
     let write = async |control: &ControlPlane| {
         for _ in 0..5 {
-            let (_, id) = make(control).await;
+            let (_, id) = create_token(control).await;
             control.delete_token(&SHELL, &id).await.unwrap();
         }
     };
     tokio::join!(write(&one), write(&other), write(&one), write(&other));
-    assert_eq!(super::bed::kinds(&one).await.len(), 4 + 40);
+    assert_eq!(super::bed::event_kinds(&one).await.len(), 4 + 40);
 }
 
 /// PostgreSQL is unavailable, and the connection that listens for changes breaks.
@@ -171,7 +171,7 @@ async fn tokens_stay_valid_while_database_is_unavailable() {
     let server = Postgres::shared().await;
     let control = db.open().await;
     let instance = RunningInstance::start(&control);
-    let ((kept, _), (ended, id)) = (make(&control).await, make(&control).await);
+    let ((kept, _), (ended, id)) = (create_token(&control).await, create_token(&control).await);
     instance.wait_until(&ended, true).await;
 
     server.execute("postgres", &format!("alter database {name} allow_connections false")).await;
@@ -180,15 +180,15 @@ async fn tokens_stay_valid_while_database_is_unavailable() {
     server.execute("postgres", &cut).await;
     let made = control.delete_token(&SHELL, &id).await;
     assert!(matches!(made, Err(Error::Database(_) | Error::Unreachable(_))), "{made:?}");
-    assert!(instance.admits(&kept).await && instance.admits(&ended).await);
+    assert!(instance.accepts(&kept).await && instance.accepts(&ended).await);
 
     server.execute("postgres", &format!("alter database {name} allow_connections true")).await;
     // Without the instance's knowledge, and perhaps before it listens again.
     db.execute(&format!("DELETE FROM tokens WHERE id = '{id}'")).await;
-    let caught_up = async || (!instance.admits(&ended).await).then_some(());
-    until("what was missed is read", Duration::from_secs(20), caught_up).await;
-    assert!(instance.admits(&kept).await);
-    make(&control).await;
+    let caught_up = async || (!instance.accepts(&ended).await).then_some(());
+    wait_until("what was missed is read", Duration::from_secs(20), caught_up).await;
+    assert!(instance.accepts(&kept).await);
+    create_token(&control).await;
 }
 
 /// Only the connection that listens for changes breaks.
@@ -199,7 +199,7 @@ async fn change_while_listening_connection_is_down_is_picked_up() {
     let TestDatabase::Postgres { name, .. } = &db else { panic!("it is PostgreSQL") };
     let (one, other) = (db.open().await, db.open().await);
     let instance = RunningInstance::start(&other);
-    let (secret, id) = make(&one).await;
+    let (secret, id) = create_token(&one).await;
     instance.wait_until(&secret, true).await;
     let cut = format!(
         "select pg_terminate_backend(pid) from pg_stat_activity \
@@ -207,9 +207,9 @@ async fn change_while_listening_connection_is_down_is_picked_up() {
     );
     Postgres::shared().await.execute("postgres", &cut).await;
     one.delete_token(&SHELL, &id).await.unwrap();
-    let caught_up = async || (!instance.admits(&secret).await).then_some(());
-    until("what was missed is read", Duration::from_secs(10), caught_up).await;
-    let (secret, _) = make(&one).await;
+    let caught_up = async || (!instance.accepts(&secret).await).then_some(());
+    wait_until("what was missed is read", Duration::from_secs(10), caught_up).await;
+    let (secret, _) = create_token(&one).await;
     instance.wait_until(&secret, true).await;
 }
 

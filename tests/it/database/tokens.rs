@@ -9,7 +9,7 @@ use parapet::control::{
 };
 use parapet::token::{Environment, Projects, Token, TokenKind};
 
-use super::bed::{RunningInstance, SHELL, TestDatabase, actor, actor_in, admin, kinds, password};
+use super::bed::{RunningInstance, SHELL, TestDatabase, sign_in_actor, actor_of_session, sign_in_first_admin, event_kinds, password};
 
 super::on_both!(
     token_is_created_listed_changed_and_deleted,
@@ -22,7 +22,7 @@ super::on_both!(
     empty_registry_without_initial_tokens_gets_one_token_of_each_kind,
 );
 
-fn new(name: &str, kind: TokenKind) -> NewToken {
+fn new_token(name: &str, kind: TokenKind) -> NewToken {
     let environment = if kind == TokenKind::Admin { "*" } else { "development" };
     NewToken {
         name: name.to_owned(),
@@ -33,11 +33,11 @@ fn new(name: &str, kind: TokenKind) -> NewToken {
     }
 }
 
-async fn make(control: &ControlPlane, kind: TokenKind) -> (Token, ApiToken) {
-    control.create_token(&SHELL, new("made", kind)).await.unwrap()
+async fn create_token(control: &ControlPlane, kind: TokenKind) -> (Token, ApiToken) {
+    control.create_token(&SHELL, new_token("made", kind)).await.unwrap()
 }
 
-fn soon() -> Timestamp {
+fn in_one_hour() -> Timestamp {
     Timestamp::now() + SignedDuration::from_millis(300)
 }
 
@@ -46,7 +46,7 @@ async fn token_is_created_listed_changed_and_deleted(db: TestDatabase) {
     let first = control.tokens(&SHELL.operator).len();
     let requested = NewToken {
         projects: Projects::from_list(["web", "app"]),
-        ..new("billing", TokenKind::Client)
+        ..new_token("billing", TokenKind::Client)
     };
     let (secret, made) = control.create_token(&SHELL, requested.clone()).await.unwrap();
     assert!(secret.expose().starts_with("[]:development.v2_"), "{secret:?}");
@@ -77,7 +77,7 @@ async fn token_is_created_listed_changed_and_deleted(db: TestDatabase) {
     assert_eq!(by_id.map(|token| token.name).as_deref(), Some("billing"));
     assert_eq!(control.tokens(&SHELL.operator).len(), first);
     assert_eq!(control.token_name(&secret.digest()), None);
-    let recorded = kinds(&control).await.split_off(1 + first);
+    let recorded = event_kinds(&control).await.split_off(1 + first);
     let expect = ["created", "created", "updated", "updated", "deleted", "deleted"];
     assert_eq!(recorded, expect.map(|what| format!("api-token-{what}")));
 }
@@ -85,27 +85,27 @@ async fn token_is_created_listed_changed_and_deleted(db: TestDatabase) {
 async fn token_is_valid_at_once_and_until_it_expires(db: TestDatabase) {
     let control = db.open().await;
     let instance = RunningInstance::start(&control);
-    let (secret, made) = make(&control, TokenKind::Frontend).await;
+    let (secret, made) = create_token(&control, TokenKind::Frontend).await;
     // `run` may start a moment later; from then on no change is late.
     instance.wait_until(&secret, true).await;
-    let (other, _) = make(&control, TokenKind::Client).await;
-    assert!(instance.admits(&other).await);
+    let (other, _) = create_token(&control, TokenKind::Client).await;
+    assert!(instance.accepts(&other).await);
     control.delete_token(&SHELL, &made.id).await.unwrap();
-    assert!(!instance.admits(&secret).await);
-    assert!(instance.admits(&other).await);
+    assert!(!instance.accepts(&secret).await);
+    assert!(instance.accepts(&other).await);
 
-    let brief = NewToken { expires_at: Some(soon()), ..new("brief", TokenKind::Client) };
+    let brief = NewToken { expires_at: Some(in_one_hour()), ..new_token("brief", TokenKind::Client) };
     let (brief, _) = control.create_token(&SHELL, brief).await.unwrap();
     instance.wait_until(&brief, false).await;
     assert_eq!(control.token_name(&brief.digest()), None);
     let grants = control.grants();
     assert!(grants.iter().all(|(digest, _)| *digest != brief.digest()));
 
-    let (lasting, _) = make(&control, TokenKind::Client).await;
-    control.update_token(&SHELL, lasting.expose(), Some(soon())).await.unwrap();
+    let (lasting, _) = create_token(&control, TokenKind::Client).await;
+    control.update_token(&SHELL, lasting.expose(), Some(in_one_hour())).await.unwrap();
     instance.wait_until(&lasting, false).await;
     control.update_token(&SHELL, lasting.expose(), None).await.unwrap();
-    assert!(instance.admits(&lasting).await);
+    assert!(instance.accepts(&lasting).await);
 }
 
 async fn invalid_token_is_rejected_with_its_field(db: TestDatabase) {
@@ -115,7 +115,7 @@ async fn invalid_token_is_rejected_with_its_field(db: TestDatabase) {
         Err(Error::InvalidField { field, .. }) => assert_eq!(field, expected),
         other => panic!("{expected}: {other:?}"),
     };
-    let client = || new("it", TokenKind::Client);
+    let client = || new_token("it", TokenKind::Client);
     let environment = |name| Environment::new(name);
     check(NewToken { name: " ".to_owned(), ..client() }, "tokenName").await;
     check(NewToken { name: "a\nb".to_owned(), ..client() }, "tokenName").await;
@@ -132,7 +132,7 @@ async fn invalid_token_is_rejected_with_its_field(db: TestDatabase) {
 }
 
 /// A new account with this role and these permissions, as the actor of a change.
-async fn account(
+async fn account_with(
     control: &ControlPlane,
     username: &str,
     role: RootRole,
@@ -148,7 +148,7 @@ async fn account(
     };
     let made = control.create_account(&SHELL, new).await.unwrap();
     control.update_permissions(&SHELL, made.id, PermissionChange::Replace(permissions)).await.unwrap().unwrap();
-    actor(control, username, &password).await
+    sign_in_actor(control, username, &password).await
 }
 
 /// A unit test covers the whole permission table; this one checks that operations apply it.
@@ -156,7 +156,7 @@ async fn permissions_are_enforced_and_denials_recorded(db: TestDatabase) {
     let control = db.open().await;
     let actor = async |username, role, permissions: &[Permission]| {
         let permissions = permissions.iter().copied().collect();
-        account(&control, username, role, permissions).await
+        account_with(&control, username, role, permissions).await
     };
     let missing = |outcome: Result<(), Error>| match outcome {
         Err(Error::MissingPermission(missing)) => missing.permission(),
@@ -170,13 +170,13 @@ async fn permissions_are_enforced_and_denials_recorded(db: TestDatabase) {
         (TokenKind::Frontend, "CREATE_FRONTEND_API_TOKEN"),
         (TokenKind::Admin, "ADMIN"),
     ] {
-        let made = control.create_token(&viewer, new("it", kind)).await;
+        let made = control.create_token(&viewer, new_token("it", kind)).await;
         assert_eq!(missing(made.map(drop)), permission);
     }
     let (secret, made) =
-        control.create_token(&creator, new("hers", TokenKind::Client)).await.unwrap();
+        control.create_token(&creator, new_token("hers", TokenKind::Client)).await.unwrap();
     assert_eq!(made.created_by, "ann");
-    let changed = control.update_token(&creator, secret.expose(), Some(soon())).await;
+    let changed = control.update_token(&creator, secret.expose(), Some(in_one_hour())).await;
     assert_eq!(missing(changed.map(drop)), "UPDATE_CLIENT_API_TOKEN");
     let ended = control.delete_token(&creator, &made.id).await;
     assert_eq!(missing(ended.map(drop)), "DELETE_CLIENT_API_TOKEN");
@@ -195,7 +195,7 @@ async fn permissions_are_enforced_and_denials_recorded(db: TestDatabase) {
     );
     assert_eq!(kinds_seen(&SHELL).len(), 3);
 
-    let recorded = kinds(&control).await;
+    let recorded = event_kinds(&control).await;
     assert_eq!(
         recorded.iter().filter(|kind| *kind == "permission-denied").count(),
         5,
@@ -206,21 +206,21 @@ async fn permissions_are_enforced_and_denials_recorded(db: TestDatabase) {
 /// The permission is revoked between the authentication of a request and its effect.
 async fn token_change_after_permission_revocation_is_denied(db: TestDatabase) {
     let control = db.open().await;
-    let (secret, kept) = make(&control, TokenKind::Client).await;
-    let demoted = account(&control, "demoted", RootRole::Admin, [].into()).await;
+    let (secret, kept) = create_token(&control, TokenKind::Client).await;
+    let demoted = account_with(&control, "demoted", RootRole::Admin, [].into()).await;
     let demote = AccountChange { role: Some(RootRole::Viewer), ..AccountChange::default() };
     let id = demoted.operator.account_id().unwrap();
     control.update_account(&SHELL, id, demote).await.unwrap().unwrap();
     let lost = Permission::ALL.into_iter().collect();
-    let lost = account(&control, "lost", RootRole::Viewer, lost).await;
+    let lost = account_with(&control, "lost", RootRole::Viewer, lost).await;
     let none = PermissionChange::Replace(BTreeSet::new());
     control.update_permissions(&SHELL, lost.operator.account_id().unwrap(), none).await.unwrap().unwrap();
-    let deleted = account(&control, "deleted", RootRole::Admin, [].into()).await;
+    let deleted = account_with(&control, "deleted", RootRole::Admin, [].into()).await;
     control.delete_account(&SHELL, deleted.operator.account_id().unwrap()).await.unwrap().unwrap();
-    let first = admin(&control).await.session;
-    let signed_out = actor_in(&control, &first).await;
+    let first = sign_in_first_admin(&control).await.session;
+    let signed_out = actor_of_session(&control, &first).await;
     control.sign_out(first.expose(), [192, 0, 2, 1].into()).await.unwrap();
-    let (admin, _) = make(&control, TokenKind::Admin).await;
+    let (admin, _) = create_token(&control, TokenKind::Admin).await;
     let operator = Operator::Token { name: "made".to_owned(), digest: admin.digest() };
     let ended = Actor { operator, address: None };
     control.update_token(&ended, &kept.id, None).await.unwrap().unwrap();
@@ -230,10 +230,10 @@ async fn token_change_after_permission_revocation_is_denied(db: TestDatabase) {
     let is_refused = |error: &Error| matches!(error, Error::MissingPermission(_) | Error::SessionEnded);
     for actor in [&demoted, &lost, &deleted, &ended, &signed_out] {
         for kind in [TokenKind::Admin, TokenKind::Client, TokenKind::Frontend] {
-            let made = control.create_token(actor, new("stale", kind)).await;
+            let made = control.create_token(actor, new_token("stale", kind)).await;
             assert!(made.as_ref().is_err_and(is_refused), "{actor:?}: {made:?}");
         }
-        let changed = control.update_token(actor, &kept.id, Some(soon())).await;
+        let changed = control.update_token(actor, &kept.id, Some(in_one_hour())).await;
         assert!(changed.as_ref().is_err_and(is_refused), "{actor:?}: {changed:?}");
         let ended = control.delete_token(actor, secret.expose()).await;
         assert!(ended.as_ref().is_err_and(is_refused), "{actor:?}: {ended:?}");
@@ -244,9 +244,9 @@ async fn token_change_after_permission_revocation_is_denied(db: TestDatabase) {
 async fn number_of_tokens_is_limited(db: TestDatabase) {
     let control = db.open().await;
     for _ in control.tokens(&SHELL.operator).len()..20 {
-        make(&control, TokenKind::Client).await;
+        create_token(&control, TokenKind::Client).await;
     }
-    let more = control.create_token(&SHELL, new("one more", TokenKind::Client)).await;
+    let more = control.create_token(&SHELL, new_token("one more", TokenKind::Client)).await;
     assert!(matches!(more, Err(Error::LimitReached { limit: 20, .. })), "{more:?}");
 }
 
@@ -259,7 +259,7 @@ async fn initial_tokens_fill_empty_registry_once(db: TestDatabase) {
         client: client.to_vec(),
         frontend: vec![token("[]:development.some-other-secret")],
     };
-    let (control, opened) = db.open_as(parapet::control::Config { initial_tokens: seed, ..db.config() }).await;
+    let (control, opened) = db.open_with(parapet::control::Config { initial_tokens: seed, ..db.config() }).await;
     assert!(matches!(opened.tokens, RegistryBootstrap::Seeded), "{opened:?}");
     let tokens = control.tokens(&SHELL.operator);
     assert_eq!(tokens.len(), 3);
@@ -269,19 +269,19 @@ async fn initial_tokens_fill_empty_registry_once(db: TestDatabase) {
     assert_eq!(control.token_name(&token(&old).digest()).as_deref(), Some(&*tokens[0].name));
 
     let seed = InitialTokens { client: vec![token("*:staging.later")], ..InitialTokens::default() };
-    let (control, opened) = db.open_as(parapet::control::Config { initial_tokens: seed, ..db.config() }).await;
+    let (control, opened) = db.open_with(parapet::control::Config { initial_tokens: seed, ..db.config() }).await;
     assert!(matches!(opened.tokens, RegistryBootstrap::Existing), "{opened:?}");
     assert_eq!(control.tokens(&SHELL.operator), tokens);
 }
 
 async fn empty_registry_without_initial_tokens_gets_one_token_of_each_kind(db: TestDatabase) {
-    let (control, opened) = db.open_as(db.config()).await;
+    let (control, opened) = db.open_with(db.config()).await;
     let RegistryBootstrap::Generated(generated) = opened.tokens else { panic!("{opened:?}") };
     let instance = RunningInstance::start(&control);
     for token in [&generated.admin, &generated.client, &generated.frontend] {
         instance.wait_until(token, true).await;
     }
-    let (_, opened) = db.open_as(db.config()).await;
+    let (_, opened) = db.open_with(db.config()).await;
     assert!(matches!(opened.tokens, RegistryBootstrap::Existing));
     assert!(opened.account.is_none());
 }

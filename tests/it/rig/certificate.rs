@@ -9,31 +9,31 @@ use tempfile::TempDir;
 
 /// A self-signed certificate for `localhost` and `127.0.0.1`, and its key.
 #[derive(Debug)]
-pub(crate) struct Certificate {
-    folder: TempDir,
+pub(crate) struct SelfSignedCertificate {
+    directory: TempDir,
     der: CertificateDer<'static>,
 }
 
-impl Certificate {
+impl SelfSignedCertificate {
     pub(crate) fn new() -> Self {
         // Fails if a provider is installed already, which is the same one.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let names = ["localhost", "127.0.0.1"].map(str::to_owned);
         let made = rcgen::generate_simple_self_signed(names).unwrap();
-        let folder = tempfile::Builder::new().prefix("certificate-").tempdir().unwrap();
-        std::fs::write(folder.path().join("tls.crt"), made.cert.pem()).unwrap();
-        std::fs::write(folder.path().join("tls.key"), made.signing_key.serialize_pem()).unwrap();
-        Self { folder, der: made.cert.into() }
+        let directory = tempfile::Builder::new().prefix("certificate-").tempdir().unwrap();
+        std::fs::write(directory.path().join("tls.crt"), made.cert.pem()).unwrap();
+        std::fs::write(directory.path().join("tls.key"), made.signing_key.serialize_pem()).unwrap();
+        Self { directory, der: made.cert.into() }
     }
 
     /// The path of the certificate, in PEM.
     pub(crate) fn file(&self) -> PathBuf {
-        self.folder.path().join("tls.crt")
+        self.directory.path().join("tls.crt")
     }
 
     /// The path of its key.
     pub(crate) fn key_file(&self) -> PathBuf {
-        self.folder.path().join("tls.key")
+        self.directory.path().join("tls.key")
     }
 
     /// A TLS client configuration that trusts this certificate and offers one protocol, `h2` or

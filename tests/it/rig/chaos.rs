@@ -27,25 +27,25 @@ pub(crate) enum Fault {
     /// No fault: requests and responses pass.
     None,
     /// Open connections break, and new ones are refused.
-    Cut,
+    Disconnect,
     /// Requests are accepted but never answered, and streams send nothing.
     Stall,
     /// Requests reach the upstream, but the connection breaks before the response returns.
-    LoseAnswers,
+    DropResponses,
     /// The proxy responds itself, with this status, these headers and this body.
-    Answer { status: StatusCode, headers: Vec<(&'static str, &'static str)>, body: &'static str },
+    Respond { status: StatusCode, headers: Vec<(&'static str, &'static str)>, body: &'static str },
     /// The proxy responds to POST requests with this path prefix with this status, as a firewall does;
     /// all other requests pass.
-    RefusePosts { prefix: &'static str, status: StatusCode },
+    RejectPosts { prefix: &'static str, status: StatusCode },
     /// The proxy responds to GET requests for this path itself; all other requests pass.
-    AnswerTo { path: &'static str, status: StatusCode, body: &'static str },
+    RespondToGet { path: &'static str, status: StatusCode, body: &'static str },
     /// All requests pass, but responses to GET requests for this path wait until the fault changes.
-    HoldAnswersTo { path: &'static str },
+    BlockResponsesTo { path: &'static str },
 }
 
 /// A request that reached the proxy, with or without a response.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Seen {
+pub(crate) struct RecordedRequest {
     pub(crate) method: Method,
     /// Path and query.
     pub(crate) path: String,
@@ -60,9 +60,9 @@ pub(crate) struct ChaosProxy {
     fault: watch::Sender<Fault>,
     /// Whether the proxy listens at the moment; lags behind `fault`.
     listening: watch::Receiver<bool>,
-    seen: Arc<Mutex<Vec<Seen>>>,
+    recorded: Arc<Mutex<Vec<RecordedRequest>>>,
     /// The number of responses that are waiting.
-    held: watch::Receiver<usize>,
+    blocked: watch::Receiver<usize>,
 }
 
 impl ChaosProxy {
@@ -71,12 +71,12 @@ impl ChaosProxy {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
         let (fault, faults) = watch::channel(Fault::None);
         let (listens, mut listening) = watch::channel(false);
-        let seen = Arc::<Mutex<Vec<Seen>>>::default();
+        let seen = Arc::<Mutex<Vec<RecordedRequest>>>::default();
         let (holds, held) = watch::channel(0);
-        let line = Line { upstream: upstream.to_owned(), faults, seen: Arc::clone(&seen), holds };
+        let line = ProxyWorker { upstream: upstream.to_owned(), faults, recorded: Arc::clone(&seen), blocked: holds };
         tokio::spawn(line.run(address, listens));
         listening.wait_for(|&listening| listening).await.expect("the proxy runs");
-        Self { address, fault, listening, seen, held }
+        Self { address, fault, listening, recorded: seen, blocked: held }
     }
 
     /// The URL that clients use instead of the upstream's.
@@ -85,66 +85,66 @@ impl ChaosProxy {
     }
 
     /// Injects this fault from now on. [`Fault::Disconnect`] also breaks requests in progress.
-    pub(crate) async fn set(&self, fault: Fault) {
-        let listening = fault != Fault::Cut;
+    pub(crate) async fn set_fault(&self, fault: Fault) {
+        let listening = fault != Fault::Disconnect;
         self.fault.send_replace(fault);
         let mut trailing = self.listening.clone();
         trailing.wait_for(|&now| now == listening).await.expect("the proxy runs");
     }
 
-    pub(crate) async fn cut(&self) {
-        self.set(Fault::Cut).await;
+    pub(crate) async fn disconnect(&self) {
+        self.set_fault(Fault::Disconnect).await;
     }
 
     pub(crate) async fn stall(&self) {
-        self.set(Fault::Stall).await;
+        self.set_fault(Fault::Stall).await;
     }
 
     /// Responds to every request with this status and these headers, without the upstream.
-    pub(crate) async fn answer(
+    pub(crate) async fn respond_with(
         &self,
         status: StatusCode,
         headers: &[(&'static str, &'static str)],
     ) {
-        self.set(Fault::Answer { status, headers: headers.to_vec(), body: "" }).await;
+        self.set_fault(Fault::Respond { status, headers: headers.to_vec(), body: "" }).await;
     }
 
     pub(crate) async fn restore(&self) {
-        self.set(Fault::None).await;
+        self.set_fault(Fault::None).await;
     }
 
     /// Blocks the upstream's responses to GET requests for `path`, and returns when the first one waits.
-    pub(crate) async fn hold_answer_to(&self, path: &'static str) {
-        self.set(Fault::HoldAnswersTo { path }).await;
-        let mut held = self.held.clone();
+    pub(crate) async fn block_response_to(&self, path: &'static str) {
+        self.set_fault(Fault::BlockResponsesTo { path }).await;
+        let mut held = self.blocked.clone();
         held.wait_for(|&held| held > 0).await.expect("the proxy runs");
     }
 
     /// All requests so far, in order of arrival.
-    pub(crate) fn seen(&self) -> Vec<Seen> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub(crate) fn requests(&self) -> Vec<RecordedRequest> {
+        self.recorded.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The number of requests so far with this path prefix.
-    pub(crate) fn count(&self, path_prefix: &str) -> usize {
-        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(crate) fn request_count(&self, path_prefix: &str) -> usize {
+        let seen = self.recorded.lock().unwrap_or_else(PoisonError::into_inner);
         seen.iter().filter(|request| request.path.starts_with(path_prefix)).count()
     }
 }
 
 /// The task that accepts and forwards connections.
 #[derive(Clone)]
-struct Line {
+struct ProxyWorker {
     upstream: String,
     faults: watch::Receiver<Fault>,
-    seen: Arc<Mutex<Vec<Seen>>>,
-    holds: watch::Sender<usize>,
+    recorded: Arc<Mutex<Vec<RecordedRequest>>>,
+    blocked: watch::Sender<usize>,
 }
 
-impl Line {
+impl ProxyWorker {
     async fn run(mut self, address: SocketAddr, listens: watch::Sender<bool>) {
         loop {
-            if self.faults.wait_for(|fault| *fault != Fault::Cut).await.is_err() {
+            if self.faults.wait_for(|fault| *fault != Fault::Disconnect).await.is_err() {
                 return;
             }
             let listener = listen(address);
@@ -152,7 +152,7 @@ impl Line {
             // On a disconnect, dropping these two closes the port and every connection.
             let mut connections = JoinSet::new();
             let mut faults = self.faults.clone();
-            let cut = faults.wait_for(|fault| *fault == Fault::Cut);
+            let cut = faults.wait_for(|fault| *fault == Fault::Disconnect);
             let accept = async {
                 loop {
                     if let Ok((stream, _)) = listener.accept().await {
@@ -174,19 +174,19 @@ impl Line {
     }
 
     async fn serve(self, stream: TcpStream) {
-        let service = service_fn(|request| self.clone().answer(request));
+        let service = service_fn(|request| self.clone().respond(request));
         // Ends with an error when the response is dropped on purpose, or when the client disconnects.
         let _ = hyper::server::conn::http1::Builder::new()
             .serve_connection(TokioIo::new(stream), service)
             .await;
     }
 
-    async fn answer(self, request: Request<Incoming>) -> Result<Response<Body>, AnswerLost> {
+    async fn respond(self, request: Request<Incoming>) -> Result<Response<Body>, ResponseDropped> {
         let (head, body) = request.into_parts();
-        let body = body.collect().await.map_err(|_| AnswerLost)?.to_bytes();
+        let body = body.collect().await.map_err(|_| ResponseDropped)?.to_bytes();
         let path = head.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
-        let seen = Seen { method: head.method.clone(), path: path.clone(), body: body.clone() };
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner).push(seen);
+        let seen = RecordedRequest { method: head.method.clone(), path: path.clone(), body: body.clone() };
+        self.recorded.lock().unwrap_or_else(PoisonError::into_inner).push(seen);
 
         let fault = self.faults.borrow().clone();
         let forward = async || {
@@ -197,26 +197,26 @@ impl Line {
                 http().request(head.method.clone(), self.upstream.clone() + &path).headers(headers);
             let mut request = request.body(body.clone());
             if path.ends_with("/streaming") {
-                request = request.timeout(LONGEST);
+                request = request.timeout(STREAM_TIMEOUT);
             }
-            request.send().await.map_err(|_| AnswerLost)
+            request.send().await.map_err(|_| ResponseDropped)
         };
         let is_post_to =
             |prefix: &str| head.method == Method::POST && head.uri.path().starts_with(prefix);
         let is_get_of = |path: &str| head.method == Method::GET && head.uri.path() == path;
         match fault {
-            Fault::RefusePosts { prefix, status } if is_post_to(prefix) => {
-                let response = Response::builder().status(status).body(whole(Bytes::new()));
+            Fault::RejectPosts { prefix, status } if is_post_to(prefix) => {
+                let response = Response::builder().status(status).body(full_body(Bytes::new()));
                 Ok(response.expect("a status alone is an answer"))
             }
-            Fault::AnswerTo { path, status, body } if is_get_of(path) => {
-                let response = Response::builder().status(status).body(whole(body.into()));
+            Fault::RespondToGet { path, status, body } if is_get_of(path) => {
+                let response = Response::builder().status(status).body(full_body(body.into()));
                 Ok(response.expect("tests make well-formed answers"))
             }
             Fault::None
-            | Fault::RefusePosts { .. }
-            | Fault::AnswerTo { .. }
-            | Fault::HoldAnswersTo { .. } => {
+            | Fault::RejectPosts { .. }
+            | Fault::RespondToGet { .. }
+            | Fault::BlockResponsesTo { .. } => {
                 let answer = forward().await?;
                 let mut response = Response::builder().status(answer.status());
                 for (name, value) in answer.headers() {
@@ -231,67 +231,67 @@ impl Line {
                     .get("content-type")
                     .is_some_and(|it| it == "text/event-stream");
                 let body = if is_stream {
-                    self.clone().pass_on(answer)
+                    self.clone().forward_stream(answer)
                 } else {
-                    whole(answer.bytes().await.map_err(|_| AnswerLost)?)
+                    full_body(answer.bytes().await.map_err(|_| ResponseDropped)?)
                 };
-                if let Fault::HoldAnswersTo { path } = &fault
+                if let Fault::BlockResponsesTo { path } = &fault
                     && is_get_of(path)
                 {
-                    self.hold(&fault).await?;
+                    self.wait_while_fault_lasts(&fault).await?;
                 }
                 Ok(response.body(body).expect("the upstream's answer is well-formed"))
             }
             Fault::Stall => match std::future::pending::<Infallible>().await {},
-            Fault::LoseAnswers => {
-                forward().await?.bytes().await.map_err(|_| AnswerLost)?;
-                Err(AnswerLost)
+            Fault::DropResponses => {
+                forward().await?.bytes().await.map_err(|_| ResponseDropped)?;
+                Err(ResponseDropped)
             }
-            Fault::Cut => Err(AnswerLost),
-            Fault::Answer { status, headers, body } => {
+            Fault::Disconnect => Err(ResponseDropped),
+            Fault::Respond { status, headers, body } => {
                 let response = headers
                     .into_iter()
                     .fold(Response::builder().status(status), |response, (name, value)| {
                         response.header(name, value)
                     });
-                Ok(response.body(whole(body.into())).expect("tests make well-formed answers"))
+                Ok(response.body(full_body(body.into())).expect("tests make well-formed answers"))
             }
         }
     }
 
     /// Returns when the fault is no longer `fault`.
-    async fn hold(&self, fault: &Fault) -> Result<(), AnswerLost> {
-        self.holds.send_modify(|held| *held += 1);
+    async fn wait_while_fault_lasts(&self, fault: &Fault) -> Result<(), ResponseDropped> {
+        self.blocked.send_modify(|held| *held += 1);
         let over = self.faults.clone().wait_for(|now| now != fault).await.map(drop);
-        self.holds.send_modify(|held| *held -= 1);
-        over.map_err(|_| AnswerLost)
+        self.blocked.send_modify(|held| *held -= 1);
+        over.map_err(|_| ResponseDropped)
     }
 
     /// The body of a stream, chunk by chunk.
-    fn pass_on(self, answer: reqwest::Response) -> Body {
+    fn forward_stream(self, answer: reqwest::Response) -> Body {
         let pieces = stream::unfold((answer, self.faults), async |(mut answer, mut faults)| {
             let piece = answer.chunk().await;
             faults.wait_for(|fault| *fault != Fault::Stall).await.ok()?;
-            let piece = piece.map(|it| it.map(Frame::data)).map_err(|_| AnswerLost).transpose()?;
+            let piece = piece.map(|it| it.map(Frame::data)).map_err(|_| ResponseDropped).transpose()?;
             Some((piece, (answer, faults)))
         });
         StreamBody::new(pieces).boxed_unsync()
     }
 }
 
-type Body = UnsyncBoxBody<Bytes, AnswerLost>;
+type Body = UnsyncBoxBody<Bytes, ResponseDropped>;
 
-fn whole(body: Bytes) -> Body {
+fn full_body(body: Bytes) -> Body {
     Full::from(body).map_err(|never| match never {}).boxed_unsync()
 }
 
 /// The longest that a stream lasts.
-const LONGEST: Duration = Duration::from_hours(1);
+const STREAM_TIMEOUT: Duration = Duration::from_hours(1);
 
 /// The connection closes without a response.
 #[derive(Debug, thiserror::Error)]
 #[error("the answer was lost on purpose")]
-struct AnswerLost;
+struct ResponseDropped;
 
 /// Listens, even while connections of an earlier listener linger.
 fn listen(address: SocketAddr) -> TcpListener {
@@ -308,12 +308,12 @@ mod tests {
     /// A proxy in front of another one, which acts as the upstream and responds `hello`.
     async fn proxy_and_upstream() -> (ChaosProxy, ChaosProxy) {
         let upstream = ChaosProxy::start("http://127.0.0.1:9").await;
-        let hello = Fault::Answer {
+        let hello = Fault::Respond {
             status: StatusCode::ACCEPTED,
             headers: vec![("etag", "\"1\"")],
             body: "hello",
         };
-        upstream.set(hello).await;
+        upstream.set_fault(hello).await;
         (ChaosProxy::start(&upstream.url()).await, upstream)
     }
 
@@ -329,19 +329,19 @@ mod tests {
         assert_eq!(answer.headers()["etag"], "\"1\"");
         assert_eq!(answer.text().await.unwrap(), "hello");
         let question =
-            Seen { method: Method::POST, path: "/a/b?c=d".to_owned(), body: "question".into() };
-        assert_eq!(proxy.seen(), std::slice::from_ref(&question));
-        assert_eq!(upstream.seen(), [question]);
+            RecordedRequest { method: Method::POST, path: "/a/b?c=d".to_owned(), body: "question".into() };
+        assert_eq!(proxy.requests(), std::slice::from_ref(&question));
+        assert_eq!(upstream.requests(), [question]);
     }
 
     #[tokio::test]
     async fn disconnect_refuses_connections_until_restored() {
         let (proxy, upstream) = proxy_and_upstream().await;
-        proxy.cut().await;
+        proxy.disconnect().await;
         assert!(post(&proxy).await.unwrap_err().is_connect());
         proxy.restore().await;
         assert!(post(&proxy).await.is_ok());
-        assert_eq!(upstream.count("/a"), 1);
+        assert_eq!(upstream.request_count("/a"), 1);
     }
 
     #[tokio::test]
@@ -350,23 +350,23 @@ mod tests {
         proxy.stall().await;
         let stalled = post(&proxy);
         let cut = async {
-            super::super::net::until("the request has come", Duration::from_secs(10), async || {
-                (proxy.count("/a") == 1).then_some(())
+            super::super::net::wait_until("the request has come", Duration::from_secs(10), async || {
+                (proxy.request_count("/a") == 1).then_some(())
             })
             .await;
-            proxy.cut().await;
+            proxy.disconnect().await;
         };
         let (answer, ()) = tokio::join!(stalled, cut);
         assert!(answer.is_err());
-        assert_eq!(upstream.count("/"), 0);
+        assert_eq!(upstream.request_count("/"), 0);
     }
 
     #[tokio::test]
     async fn request_with_dropped_response_reaches_upstream() {
         let (proxy, upstream) = proxy_and_upstream().await;
-        proxy.set(Fault::LoseAnswers).await;
+        proxy.set_fault(Fault::DropResponses).await;
         assert!(post(&proxy).await.is_err());
-        assert_eq!(upstream.count("/a"), 1);
+        assert_eq!(upstream.request_count("/a"), 1);
     }
 
     #[tokio::test]
@@ -375,16 +375,16 @@ mod tests {
         let get = async |path: &str| http().get(proxy.url() + path).send().await.unwrap().status();
         let held = get("/held");
         let meanwhile = async {
-            proxy.hold_answer_to("/held").await;
-            assert_eq!(upstream.count("/held"), 1, "it has been answered");
+            proxy.block_response_to("/held").await;
+            assert_eq!(upstream.request_count("/held"), 1, "it has been answered");
             assert_eq!(get("/other").await, StatusCode::ACCEPTED);
             let (status, body) = (StatusCode::BAD_GATEWAY, "");
-            proxy.set(Fault::AnswerTo { path: "/held", status, body }).await;
+            proxy.set_fault(Fault::RespondToGet { path: "/held", status, body }).await;
             assert_eq!(get("/held").await, status);
             assert_eq!(get("/other").await, StatusCode::ACCEPTED);
         };
         // The request is sent while the proxy blocks responses already.
-        proxy.set(Fault::HoldAnswersTo { path: "/held" }).await;
+        proxy.set_fault(Fault::BlockResponsesTo { path: "/held" }).await;
         let (held, ()) = tokio::join!(held, meanwhile);
         assert_eq!(held, StatusCode::ACCEPTED);
     }
@@ -392,10 +392,10 @@ mod tests {
     #[tokio::test]
     async fn proxy_responds_itself_with_configured_status() {
         let (proxy, upstream) = proxy_and_upstream().await;
-        proxy.answer(StatusCode::SERVICE_UNAVAILABLE, &[("retry-after", "7")]).await;
+        proxy.respond_with(StatusCode::SERVICE_UNAVAILABLE, &[("retry-after", "7")]).await;
         let answer = post(&proxy).await.unwrap();
         assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
         assert_eq!(answer.headers()["retry-after"], "7");
-        assert_eq!(upstream.count("/"), 0);
+        assert_eq!(upstream.request_count("/"), 0);
     }
 }

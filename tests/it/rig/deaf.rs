@@ -13,45 +13,45 @@ use tokio::task::JoinHandle;
 
 /// A connection whose client may stop reading.
 #[derive(Debug)]
-struct Wire {
+struct StallableStream {
     stream: TcpStream,
-    is_read: bool,
+    is_reading: bool,
 }
 
 /// How a client stalls.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) enum Deafness {
+pub(crate) enum StallMode {
     /// It reads heads and pings, but its window allows no byte of a body.
-    NoWindow,
+    ZeroWindow,
     /// Its window allows everything, but it never reads from its connection.
-    NoReading,
+    NoReads,
 }
 
 /// The requests of one connection, which stay open until this is dropped.
 #[derive(Debug)]
-pub(crate) struct Deaf {
+pub(crate) struct StalledClient {
     connection: JoinHandle<()>,
     /// The pending responses.
-    pub(crate) answers: Vec<ResponseFuture>,
+    pub(crate) responses: Vec<ResponseFuture>,
 }
 
-impl Deaf {
+impl StalledClient {
     /// Sends a GET for each path at once, even beyond the number of streams that the server allows.
     pub(crate) async fn send(
         address: &str,
-        how: Deafness,
+        how: StallMode,
         token: &str,
         paths: impl IntoIterator<Item = String>,
     ) -> Self {
         /// More than any test sends.
         const STREAMS: usize = 10_000;
         let stream = TcpStream::connect(address).await.unwrap();
-        let wire = Wire { stream, is_read: how == Deafness::NoWindow };
-        let window = if how == Deafness::NoWindow { 0 } else { (1 << 31) - 1 };
+        let wire = StallableStream { stream, is_reading: how == StallMode::ZeroWindow };
+        let window = if how == StallMode::ZeroWindow { 0 } else { (1 << 31) - 1 };
         let mut builder = h2::client::Builder::new();
         builder.initial_window_size(window).initial_max_send_streams(STREAMS);
         let built = builder.handshake::<_, Bytes>(wire).await;
-        let (mut sender, connection): (SendRequest<Bytes>, Connection<Wire, Bytes>) =
+        let (mut sender, connection): (SendRequest<Bytes>, Connection<StallableStream, Bytes>) =
             built.unwrap();
         let requests = paths.into_iter().map(|path| {
             let request = Request::get(format!("http://{address}{path}"));
@@ -63,27 +63,27 @@ impl Deaf {
             let _ = connection.await;
             drop(sender);
         });
-        Self { connection, answers }
+        Self { connection, responses: answers }
     }
 }
 
-impl Drop for Deaf {
+impl Drop for StalledClient {
     fn drop(&mut self) {
         self.connection.abort();
     }
 }
 
-impl AsyncRead for Wire {
+impl AsyncRead for StallableStream {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.is_read { Pin::new(&mut self.stream).poll_read(cx, buffer) } else { Poll::Pending }
+        if self.is_reading { Pin::new(&mut self.stream).poll_read(cx, buffer) } else { Poll::Pending }
     }
 }
 
-impl AsyncWrite for Wire {
+impl AsyncWrite for StallableStream {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

@@ -6,7 +6,7 @@ use std::process::Command;
 
 /// Builds a library for `LD_PRELOAD` that makes a file system hang: saving and reading a record block
 /// while the file named by `HANG` exists.
-pub(crate) fn hanging_disk(folder: &Path) -> PathBuf {
+pub(crate) fn build_hanging_disk_library(folder: &Path) -> PathBuf {
     const SOURCE: &str = r#"
         #define _GNU_SOURCE
         #include <dlfcn.h>

@@ -11,7 +11,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
 /// The timeout for one response.
-const PATIENCE: Duration = Duration::from_mins(1);
+const RESPONSE_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// A running driver that is ready; killed when dropped.
 #[derive(Debug)]
@@ -19,8 +19,8 @@ pub(crate) struct Driver {
     name: String,
     child: Child,
     commands: ChildStdin,
-    answers: Lines<BufReader<ChildStdout>>,
-    complaints: Arc<Mutex<String>>,
+    responses: Lines<BufReader<ChildStdout>>,
+    stderr_buffer: Arc<Mutex<String>>,
 }
 
 impl Driver {
@@ -49,45 +49,45 @@ impl Driver {
         });
         let commands = child.stdin.take().expect("it is piped");
         let answers = BufReader::new(child.stdout.take().expect("it is piped")).lines();
-        let mut driver = Self { name: name.to_owned(), child, commands, answers, complaints };
-        assert_eq!(driver.answer().await, json!({ "ready": true }));
+        let mut driver = Self { name: name.to_owned(), child, commands, responses: answers, stderr_buffer: complaints };
+        assert_eq!(driver.read_response().await, json!({ "ready": true }));
         driver
     }
 
     /// Sends a command and returns the response. Panics if the driver reports an error.
-    pub(crate) async fn ask(&mut self, command: &str, argument: Value) -> Value {
+    pub(crate) async fn call(&mut self, command: &str, argument: Value) -> Value {
         self.commands
             .write_all(format!("{}\n", json!({ command: argument })).as_bytes())
             .await
             .unwrap();
-        let answer = self.answer().await;
+        let answer = self.read_response().await;
         assert!(answer["error"].is_null(), "{}, {command}: {}", self.name, answer["error"]);
         answer
     }
 
     /// Closes the driver and waits until it has exited.
     pub(crate) async fn close(mut self) {
-        self.ask("close", Value::Null).await;
+        self.call("close", Value::Null).await;
         drop(self.commands);
-        tokio::time::timeout(PATIENCE, self.child.wait())
+        tokio::time::timeout(RESPONSE_TIMEOUT, self.child.wait())
             .await
             .expect("it ends with its input")
             .unwrap();
     }
 
     /// Its standard error so far.
-    pub(crate) fn complaints(&self) -> String {
-        self.complaints.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub(crate) fn stderr(&self) -> String {
+        self.stderr_buffer.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    async fn answer(&mut self) -> Value {
-        let line = tokio::time::timeout(PATIENCE, self.answers.next_line()).await;
+    async fn read_response(&mut self) -> Value {
+        let line = tokio::time::timeout(RESPONSE_TIMEOUT, self.responses.next_line()).await;
         match line {
             Ok(Ok(Some(line))) => serde_json::from_str(&line).unwrap(),
             other => panic!(
                 "no response from the {} ({other:?}); its standard error:\n{}",
                 self.name,
-                self.complaints()
+                self.stderr()
             ),
         }
     }

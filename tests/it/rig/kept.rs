@@ -30,7 +30,7 @@ pub(crate) enum Protocol {
 
 impl Protocol {
     /// Its ALPN name.
-    pub(crate) fn name(self) -> &'static str {
+    pub(crate) fn alpn_name(self) -> &'static str {
         match self {
             Self::Http1 => "http/1.1",
             Self::Http2 => "h2",
@@ -40,25 +40,25 @@ impl Protocol {
 
 /// A connection. With HTTP/2, a clone sends requests concurrently over the same connection.
 #[derive(Debug)]
-pub(crate) enum Kept {
-    Http1 { sender: http1::SendRequest<Body>, is_over: bool },
+pub(crate) enum PersistentConnection {
+    Http1 { sender: http1::SendRequest<Body>, is_closed: bool },
     Http2(http2::SendRequest<Body>),
 }
 
 /// The outcome of a request.
 #[derive(Debug)]
-pub(crate) enum Outcome {
-    Answered(StatusCode, Bytes),
+pub(crate) enum SendOutcome {
+    Response(StatusCode, Bytes),
     /// It was not sent, or certainly not processed: its connection had ended.
-    Unsent,
+    NotSent,
     /// It may have been sent, and there is no response.
     Failed(String),
 }
 
 /// The timeout for a response.
-const PATIENCE: Duration = Duration::from_mins(1);
+const RESPONSE_TIMEOUT: Duration = Duration::from_mins(1);
 
-impl Kept {
+impl PersistentConnection {
     /// Connects to `127.0.0.1:<port>`, over TLS if `tls` is given. Errors if nothing listens there.
     pub(crate) async fn connect(
         address: &str,
@@ -67,13 +67,13 @@ impl Kept {
     ) -> std::io::Result<Self> {
         let stream = TcpStream::connect(address).await?;
         stream.set_nodelay(true)?;
-        let Some(tls) = tls else { return Self::begin(stream, protocol).await };
+        let Some(tls) = tls else { return Self::handshake(stream, protocol).await };
         let name = "localhost".try_into().expect("it is a name");
         let stream = tokio_rustls::TlsConnector::from(tls).connect(name, stream).await?;
-        Self::begin(stream, protocol).await
+        Self::handshake(stream, protocol).await
     }
 
-    async fn begin<I>(io: I, protocol: Protocol) -> std::io::Result<Self>
+    async fn handshake<I>(io: I, protocol: Protocol) -> std::io::Result<Self>
     where
         I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
@@ -83,7 +83,7 @@ impl Kept {
                 let (sender, connection) =
                     http1::handshake(io).await.map_err(std::io::Error::other)?;
                 tokio::spawn(connection);
-                Ok(Self::Http1 { sender, is_over: false })
+                Ok(Self::Http1 { sender, is_closed: false })
             }
             Protocol::Http2 => {
                 let executor = TokioExecutor::new();
@@ -96,7 +96,7 @@ impl Kept {
     }
 
     /// Another client of the same connection, if its protocol allows concurrent requests.
-    pub(crate) fn share(&self) -> Option<Self> {
+    pub(crate) fn try_clone(&self) -> Option<Self> {
         match self {
             Self::Http1 { .. } => None,
             Self::Http2(sender) => Some(Self::Http2(sender.clone())),
@@ -106,13 +106,13 @@ impl Kept {
     /// Whether another request can be sent on it, once the pending ones are answered.
     pub(crate) async fn is_usable(&mut self) -> bool {
         match self {
-            Self::Http1 { sender, is_over } => !*is_over && sender.ready().await.is_ok(),
+            Self::Http1 { sender, is_closed: is_over } => !*is_over && sender.ready().await.is_ok(),
             Self::Http2(sender) => sender.ready().await.is_ok(),
         }
     }
 
     /// Sends a request, whose URI is a path, and reads the whole response.
-    pub(crate) async fn send(&mut self, mut request: Request<Body>) -> Outcome {
+    pub(crate) async fn send(&mut self, mut request: Request<Body>) -> SendOutcome {
         let host = "http://localhost".to_owned();
         let is_http2 = matches!(self, Self::Http2(_));
         if is_http2 {
@@ -128,33 +128,33 @@ impl Kept {
             };
             let answer = match sent {
                 Ok(answer) => answer,
-                Err(error) => return outcome(error),
+                Err(error) => return classify_send_error(error),
             };
             let closes = answer.headers().get(CONNECTION).is_some_and(|it| it == "close");
-            if let Self::Http1 { is_over, .. } = self {
+            if let Self::Http1 { is_closed: is_over, .. } = self {
                 *is_over |= closes;
             }
             let status = answer.status();
             match answer.into_body().collect().await {
-                Ok(body) => Outcome::Answered(status, body.to_bytes()),
-                Err(error) => Outcome::Failed(format!("after its head: {error:?}")),
+                Ok(body) => SendOutcome::Response(status, body.to_bytes()),
+                Err(error) => SendOutcome::Failed(format!("after its head: {error:?}")),
             }
         };
-        match tokio::time::timeout(PATIENCE, exchange).await {
+        match tokio::time::timeout(RESPONSE_TIMEOUT, exchange).await {
             Ok(outcome) => outcome,
-            Err(_) => Outcome::Failed("it took too long".to_owned()),
+            Err(_) => SendOutcome::Failed("it took too long".to_owned()),
         }
     }
 }
 
-fn outcome(mut error: TrySendError<Request<Body>>) -> Outcome {
+fn classify_send_error(mut error: TrySendError<Request<Body>>) -> SendOutcome {
     if error.take_message().is_some() {
-        return Outcome::Unsent;
+        return SendOutcome::NotSent;
     }
     let error = error.into_error();
     let by_protocol = error.source().and_then(|it| it.downcast_ref::<h2::Error>());
     let is_excluded = by_protocol.is_some_and(|error| {
         error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR)
     });
-    if is_excluded { Outcome::Unsent } else { Outcome::Failed(format!("{error:?}")) }
+    if is_excluded { SendOutcome::NotSent } else { SendOutcome::Failed(format!("{error:?}")) }
 }

@@ -7,18 +7,18 @@ use std::time::{Duration, Instant};
 
 /// Ports that the rig assigns. They are below the range of the kernel's ephemeral ports, so that a
 /// restarted server finds its port still free.
-const PORTS: std::ops::Range<u16> = 12_000..32_000;
+const PORT_RANGE: std::ops::Range<u16> = 12_000..32_000;
 
 /// A loopback port that is free at the moment and that this process has not assigned recently.
 pub(crate) fn free_port() -> u16 {
     static NEXT: LazyLock<AtomicU16> = LazyLock::new(|| {
         // Test processes that run concurrently start at different ports.
-        let spread = std::process::id().wrapping_mul(97) % u32::from(PORTS.end - PORTS.start);
+        let spread = std::process::id().wrapping_mul(97) % u32::from(PORT_RANGE.end - PORT_RANGE.start);
         AtomicU16::new(u16::try_from(spread).expect("the spread is below the number of ports"))
     });
     loop {
-        let offset = NEXT.fetch_add(1, Ordering::Relaxed) % (PORTS.end - PORTS.start);
-        let port = PORTS.start + offset;
+        let offset = NEXT.fetch_add(1, Ordering::Relaxed) % (PORT_RANGE.end - PORT_RANGE.start);
+        let port = PORT_RANGE.start + offset;
         if TcpListener::bind(("127.0.0.1", port)).is_ok() {
             return port;
         }
@@ -48,7 +48,7 @@ pub(crate) fn http() -> &'static reqwest::Client {
 }
 
 /// Calls `poll` every 50 ms until it returns `Some`. Panics with `what` after `limit`.
-pub(crate) async fn until<T>(
+pub(crate) async fn wait_until<T>(
     what: &str,
     limit: Duration,
     mut poll: impl AsyncFnMut() -> Option<T>,

@@ -6,12 +6,12 @@ use std::process::Command;
 
 use tempfile::TempDir;
 
-use super::certificate::Certificate;
+use super::certificate::SelfSignedCertificate;
 use super::net::free_port;
-use super::process::{LastRites, Process};
+use super::process::{OnParentExit, Process};
 
 /// The path in Debian's package.
-const PROGRAM: &str = "/usr/sbin/nginx";
+const NGINX_PATH: &str = "/usr/sbin/nginx";
 
 /// A running nginx; killed when dropped.
 #[derive(Debug)]
@@ -30,7 +30,7 @@ impl Nginx {
     pub(crate) async fn start(
         upstreams: &[String],
         is_tls: bool,
-        certificate: &Certificate,
+        certificate: &SelfSignedCertificate,
     ) -> Self {
         let folder = tempfile::Builder::new().prefix("nginx-").tempdir().unwrap();
         let [http1, http2, tls] = [(); 3].map(|()| free_port());
@@ -68,9 +68,9 @@ impl Nginx {
         );
         let file = folder.path().join("nginx.conf");
         std::fs::write(&file, config).unwrap();
-        let mut command = Command::new(PROGRAM);
+        let mut command = Command::new(NGINX_PATH);
         command.arg("-c").arg(&file).arg("-p").arg(folder.path()).args(["-e", "stderr"]);
-        let mut process = Process::spawn("nginx", &command, LastRites::Kill);
+        let mut process = Process::spawn("nginx", &command, OnParentExit::Kill);
         process
             .wait_until(async || tokio::net::TcpStream::connect(("127.0.0.1", tls)).await.is_ok())
             .await;

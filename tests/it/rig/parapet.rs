@@ -13,9 +13,9 @@ use reqwest::StatusCode;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::certificate::Certificate;
-use super::net::{free_port, http, until};
-use super::process::{LastRites, Output, Process};
+use super::certificate::SelfSignedCertificate;
+use super::net::{free_port, http, wait_until};
+use super::process::{OnParentExit, ProcessOutput, Process};
 use super::secrets;
 
 /// How to start an instance. [`Parapet`] stores it to start the instance again in the same way.
@@ -27,10 +27,10 @@ pub(crate) struct Setup {
     /// The client that trusts its certificate, if it uses TLS.
     tls_client: Option<reqwest::Client>,
     /// The soft and the hard limit on file descriptors.
-    descriptors: Option<(u32, u32)>,
+    fd_limits: Option<(u32, u32)>,
 }
 
-const DRAIN_DELAY: &str = "--drain-delay-seconds";
+const DRAIN_DELAY_FLAG: &str = "--drain-delay-seconds";
 
 impl Setup {
     /// Adds a flag and its value.
@@ -51,26 +51,26 @@ impl Setup {
     }
 
     /// Serves SDKs over TLS.
-    pub(crate) fn tls(mut self, certificate: &Certificate) -> Self {
+    pub(crate) fn tls(mut self, certificate: &SelfSignedCertificate) -> Self {
         self.tls_client = Some(certificate.http());
         let setup = self.arg("--tls-enable").flag("--tls-server-cert", certificate.file());
         setup.flag("--tls-server-key", certificate.key_file())
     }
 
     /// Limits its file descriptors.
-    pub(crate) fn descriptors(mut self, soft: u32, hard: u32) -> Self {
-        self.descriptors = Some((soft, hard));
+    pub(crate) fn limit_fds(mut self, soft: u32, hard: u32) -> Self {
+        self.fd_limits = Some((soft, hard));
         self
     }
 
     /// Sets the upstream admin token in the environment, where process lists do not show it.
     pub(crate) fn admin_token(self, token: &str) -> Self {
-        secrets::remember(token);
+        secrets::register(token);
         self.env("UPSTREAM_ADMIN_TOKEN", token)
     }
 
     /// Shortens all intervals to half a second, and the upstream and shutdown timeouts to 2 s.
-    pub(crate) fn impatient(self) -> Self {
+    pub(crate) fn with_short_intervals(self) -> Self {
         [
             ("--features-refresh-interval-seconds", "0.5"),
             ("--metrics-interval-seconds", "0.5"),
@@ -126,7 +126,7 @@ pub(crate) struct Parapet {
     admin_port: u16,
     process: Mutex<Option<Process>>,
     /// One for each start.
-    output: Mutex<Vec<Arc<Output>>>,
+    output: Mutex<Vec<Arc<ProcessOutput>>>,
 }
 
 impl Parapet {
@@ -138,7 +138,7 @@ impl Parapet {
     /// `parapet <mode>`, for instance `offline`.
     pub(crate) fn mode(mode: &'static str) -> Setup {
         let (arguments, environment) = (Vec::new(), Vec::new());
-        Setup { mode, arguments, environment, tls_client: None, descriptors: None }
+        Setup { mode, arguments, environment, tls_client: None, fd_limits: None }
     }
 
     /// The URL for SDKs: `http://127.0.0.1:<port>`.
@@ -153,12 +153,12 @@ impl Parapet {
     }
 
     /// The client for the data listener.
-    fn client(&self) -> &reqwest::Client {
+    fn http_client(&self) -> &reqwest::Client {
         self.setup.tls_client.as_ref().unwrap_or_else(|| http())
     }
 
     /// Whether the health probe of the admin listener succeeds.
-    pub(crate) async fn is_well(&self) -> bool {
+    pub(crate) async fn is_healthy(&self) -> bool {
         let answer = http().get(self.admin_url() + "/internal-backstage/health").send().await;
         answer.is_ok_and(|answer| answer.status().is_success())
     }
@@ -176,7 +176,7 @@ impl Parapet {
     /// The response to a GET on the data listener with this token.
     pub(crate) async fn get(&self, path: &str, token: &str) -> (StatusCode, Value) {
         let answer = self
-            .client()
+            .http_client()
             .get(self.url() + path)
             .header("Authorization", token)
             .send()
@@ -195,9 +195,9 @@ impl Parapet {
     }
 
     /// Waits until a file in its data directory contains `text`.
-    pub(crate) async fn wait_until_kept(&self, text: &str) {
-        until(&format!("{text} is stored on disk"), Duration::from_secs(30), async || {
-            let files = secrets::files(&self.data_dir());
+    pub(crate) async fn wait_until_stored(&self, text: &str) {
+        wait_until(&format!("{text} is stored on disk"), Duration::from_secs(30), async || {
+            let files = secrets::read_files(&self.data_dir());
             files
                 .iter()
                 .any(|(_, bytes)| String::from_utf8_lossy(bytes).contains(text))
@@ -209,7 +209,7 @@ impl Parapet {
     /// The Prometheus page.
     pub(crate) async fn metrics(&self) -> String {
         let answer =
-            self.client().get(self.url() + "/internal-backstage/metrics").send().await.unwrap();
+            self.http_client().get(self.url() + "/internal-backstage/metrics").send().await.unwrap();
         assert_eq!(answer.status(), StatusCode::OK);
         answer.text().await.unwrap()
     }
@@ -245,11 +245,11 @@ impl Parapet {
 
     async fn wait_until_probe_succeeds(&self, probe: &str) {
         let url = format!("{}/internal-backstage/{probe}", self.url());
-        until(&format!("Parapet answers {probe}"), Duration::from_mins(3), async || {
-            if let Some(status) = self.ended() {
+        wait_until(&format!("Parapet answers {probe}"), Duration::from_mins(3), async || {
+            if let Some(status) = self.exit_status() {
                 panic!("parapet ended with {status}; it printed:\n{}", self.log());
             }
-            let answer = self.client().get(&url).send().await;
+            let answer = self.http_client().get(&url).send().await;
             answer.is_ok_and(|answer| answer.status().is_success()).then_some(())
         })
         .await;
@@ -266,7 +266,7 @@ impl Parapet {
     }
 
     /// Its soft limit on file descriptors.
-    pub(crate) fn descriptor_limit(&self) -> u64 {
+    pub(crate) fn fd_limit(&self) -> u64 {
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
         let id = process.as_ref().expect("it is running").id();
         let limits = std::fs::read_to_string(format!("/proc/{id}/limits")).unwrap();
@@ -275,7 +275,7 @@ impl Parapet {
     }
 
     /// Lowers its limit so that it can open this many more file descriptors.
-    pub(crate) fn leave_descriptors(&self, more: u64) {
+    pub(crate) fn leave_free_fds(&self, more: u64) {
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
         let id = process.as_ref().expect("it is running").id();
         let open = std::fs::read_dir(format!("/proc/{id}/fd")).unwrap().count() as u64;
@@ -286,7 +286,7 @@ impl Parapet {
     }
 
     /// The CPU time of all its threads.
-    pub(crate) fn processor_time(&self) -> Duration {
+    pub(crate) fn cpu_time(&self) -> Duration {
         /// Clock ticks per second on Linux.
         const TICKS: u64 = 100;
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
@@ -300,8 +300,8 @@ impl Parapet {
     }
 
     /// Its exit status, if it has exited.
-    pub(crate) fn ended(&self) -> Option<ExitStatus> {
-        self.process.lock().unwrap_or_else(PoisonError::into_inner).as_mut()?.ended()
+    pub(crate) fn exit_status(&self) -> Option<ExitStatus> {
+        self.process.lock().unwrap_or_else(PoisonError::into_inner).as_mut()?.exit_status()
     }
 
     /// Kills it, as a crash would.
@@ -317,14 +317,14 @@ impl Parapet {
 
     /// Whether it reports ready, as a load balancer would check.
     pub(crate) async fn is_ready(&self) -> bool {
-        let answer = self.client().get(self.url() + "/internal-backstage/ready").send().await;
+        let answer = self.http_client().get(self.url() + "/internal-backstage/ready").send().await;
         answer.is_ok_and(|answer| answer.status().is_success())
     }
 
     /// Sends SIGHUP and returns at once.
-    pub(crate) fn hang_up(&self) {
+    pub(crate) fn send_sighup(&self) {
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
-        process.as_ref().expect("it is running").hang_up();
+        process.as_ref().expect("it is running").send_sighup();
     }
 
     /// The response to a GET on the admin listener with this token.
@@ -342,14 +342,14 @@ impl Parapet {
     }
 
     /// Starts it again with another value of an environment variable.
-    pub(crate) fn restart_with(&mut self, name: impl Into<OsString>, value: impl Into<OsString>) {
+    pub(crate) fn restart_with_env(&mut self, name: impl Into<OsString>, value: impl Into<OsString>) {
         self.setup.environment.push((name.into(), value.into()));
         self.launch();
     }
 
     fn launch(&self) {
         let program = env!("CARGO_BIN_EXE_parapet");
-        let mut command = match self.setup.descriptors {
+        let mut command = match self.setup.fd_limits {
             None => Command::new(program),
             Some((soft, hard)) => {
                 let limit = format!("ulimit -S -n {soft}; ulimit -H -n {hard}; exec \"$0\" \"$@\"");
@@ -359,9 +359,9 @@ impl Parapet {
             }
         };
         command.arg(self.setup.mode).args(&self.setup.arguments);
-        if !self.setup.arguments.iter().any(|it| it == DRAIN_DELAY) {
+        if !self.setup.arguments.iter().any(|it| it == DRAIN_DELAY_FLAG) {
             // Tests do not need the drain delay, except those that set it.
-            command.arg(DRAIN_DELAY).arg("0");
+            command.arg(DRAIN_DELAY_FLAG).arg("0");
         }
         let port = if self.setup.tls_client.is_some() { "--tls-server-port" } else { "--port" };
         command.arg(port).arg(self.port.to_string()).arg("--interface").arg("127.0.0.1");
@@ -377,8 +377,8 @@ impl Parapet {
         }
         command.envs(self.setup.environment.iter().map(|(name, value)| (name, value)));
 
-        let process = Process::spawn("parapet", &command, LastRites::Kill);
-        secrets::watch(
+        let process = Process::spawn("parapet", &command, OnParentExit::Kill);
+        secrets::register_output(
             &format!("parapet {} on port {}", self.setup.mode, self.port),
             process.output(),
         );
@@ -392,18 +392,18 @@ impl Parapet {
 
     /// Panics if its output, files or admin pages contain a token, or if a line of its output is longer
     /// than the limit for a log line.
-    fn assert_secretive(&self) {
+    fn assert_no_secret_leaked(&self) {
         let name = format!("parapet {} on port {}", self.setup.mode, self.port);
         let log = self.log();
-        let long = log.lines().find(|line| line.len() > LONGEST_LINE);
+        let long = log.lines().find(|line| line.len() > MAX_LOG_LINE_BYTES);
         assert!(long.is_none(), "{name} printed a long line: {:.999}", long.unwrap_or_default());
         let mut shown = vec![("the log".to_owned(), log.into_bytes())];
-        shown.extend(secrets::files(self.directory.path()));
-        let (data, admin) = (["/internal-backstage/metrics"].as_slice(), ADMIN_PAGES);
+        shown.extend(secrets::read_files(self.directory.path()));
+        let (data, admin) = (["/internal-backstage/metrics"].as_slice(), ADMIN_PATHS);
         for (port, pages) in [(self.port, data), (self.admin_port, admin)] {
             let token = self.operator_token();
             shown
-                .extend(pages.iter().map(|page| ((*page).to_owned(), page_of(port, page, &token))));
+                .extend(pages.iter().map(|page| ((*page).to_owned(), fetch_raw(port, page, &token))));
         }
         secrets::assert_none_in(&name, &shown);
     }
@@ -417,7 +417,7 @@ impl Parapet {
     }
 
     fn take_process(&self) -> Process {
-        self.assert_secretive();
+        self.assert_no_secret_leaked();
         self.process.lock().unwrap_or_else(PoisonError::into_inner).take().expect("it is running")
     }
 }
@@ -426,16 +426,16 @@ impl Drop for Parapet {
     fn drop(&mut self) {
         // A failing test has reported its own error already.
         if !std::thread::panicking() {
-            self.assert_secretive();
+            self.assert_no_secret_leaked();
         }
     }
 }
 
 /// The limit for a line of its output, in bytes.
-const LONGEST_LINE: usize = 4096;
+const MAX_LOG_LINE_BYTES: usize = 4096;
 
 /// The pages of the admin listener.
-const ADMIN_PAGES: &[&str] = &[
+const ADMIN_PATHS: &[&str] = &[
     "/status",
     "/internal-backstage/features",
     "/internal-backstage/tokens",
@@ -444,7 +444,7 @@ const ADMIN_PAGES: &[&str] = &[
 ];
 
 /// A response, head and body, fetched without a runtime; empty if nothing listens.
-fn page_of(port: u16, path: &str, token: &str) -> Vec<u8> {
+fn fetch_raw(port: u16, path: &str, token: &str) -> Vec<u8> {
     let mut answer = Vec::new();
     let mut ask = || -> std::io::Result<usize> {
         let mut stream = TcpStream::connect(("127.0.0.1", port))?;

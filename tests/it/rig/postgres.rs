@@ -8,12 +8,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use tokio::sync::OnceCell;
 
 use super::net::free_port;
-use super::process::{LastRites, Process};
+use super::process::{OnParentExit, Process};
 
 /// A running cluster. Every client on the loopback interface may connect as `postgres`.
 #[derive(Debug)]
 pub(crate) struct Postgres {
-    binaries: PathBuf,
+    bin_dir: PathBuf,
     port: u16,
     _server: Process,
 }
@@ -27,7 +27,7 @@ impl Postgres {
 
     /// Starts a separate cluster.
     pub(crate) async fn start() -> Self {
-        let binaries = binaries();
+        let binaries = find_bin_dir();
         let directory =
             tempfile::Builder::new().prefix("parapet-postgres-").tempdir().unwrap().keep();
         if is_root() {
@@ -39,7 +39,7 @@ impl Postgres {
             );
         }
         let data = directory.join("data");
-        let mut initdb = unprivileged(&binaries.join("initdb"));
+        let mut initdb = command_as_postgres(&binaries.join("initdb"));
         initdb.current_dir(&directory).arg("--pgdata").arg(&data);
         initdb.args([
             "--username=postgres",
@@ -48,10 +48,10 @@ impl Postgres {
             "--locale=C.UTF-8",
             "--no-sync",
         ]);
-        succeed(&mut initdb);
+        run_checked(&mut initdb);
 
         let port = free_port();
-        let mut server = unprivileged(&binaries.join("postgres"));
+        let mut server = command_as_postgres(&binaries.join("postgres"));
         server
             .current_dir(&directory)
             .arg("-D")
@@ -71,11 +71,11 @@ impl Postgres {
             server.args(["-c", setting]);
         }
         let mut server =
-            Process::spawn("PostgreSQL", &server, LastRites::QuitAndRemove(&directory));
+            Process::spawn("PostgreSQL", &server, OnParentExit::QuitAndRemove(&directory));
         server
             .wait_until(async || psql(&binaries, port, "postgres", "select 1").status.success())
             .await;
-        Self { binaries, port, _server: server }
+        Self { bin_dir: binaries, port, _server: server }
     }
 
     /// Its loopback port.
@@ -102,7 +102,7 @@ impl Postgres {
 
     /// Runs SQL in a database; panics if it fails.
     pub(crate) async fn execute(&self, database: &str, sql: &str) {
-        let (binaries, port) = (self.binaries.clone(), self.port);
+        let (binaries, port) = (self.bin_dir.clone(), self.port);
         let (database, sql) = (database.to_owned(), sql.to_owned());
         let run = move || psql(&binaries, port, &database, &sql);
         let output = tokio::task::spawn_blocking(run).await.unwrap();
@@ -113,7 +113,7 @@ impl Postgres {
     pub(crate) async fn dump(&self, database: &str) -> String {
         let (port, url) =
             (self.port, format!("postgres://postgres@127.0.0.1:{}/{database}", self.port));
-        let mut dump = Command::new(self.binaries.join("pg_dump"));
+        let mut dump = Command::new(self.bin_dir.join("pg_dump"));
         dump.args(["--dbname", &url, "--inserts"]);
         let output = tokio::task::spawn_blocking(move || dump.output().unwrap()).await.unwrap();
         assert!(output.status.success(), "{port}: {}", String::from_utf8_lossy(&output.stderr));
@@ -123,7 +123,7 @@ impl Postgres {
 
 /// Finds the server's programs: Debian keeps them out of the search path, in one directory per major
 /// version.
-fn binaries() -> PathBuf {
+fn find_bin_dir() -> PathBuf {
     let mut versions: Vec<(u32, PathBuf)> = std::fs::read_dir("/usr/lib/postgresql")
         .into_iter()
         .flatten()
@@ -143,7 +143,7 @@ fn is_root() -> bool {
 }
 
 /// A command as the user `postgres`, because PostgreSQL refuses to run as root.
-fn unprivileged(program: &Path) -> Command {
+fn command_as_postgres(program: &Path) -> Command {
     if !is_root() {
         return Command::new(program);
     }
@@ -174,7 +174,7 @@ fn psql(binaries: &Path, port: u16, database: &str, sql: &str) -> Output {
         .unwrap()
 }
 
-fn succeed(command: &mut Command) {
+fn run_checked(command: &mut Command) {
     let output =
         command.output().unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));

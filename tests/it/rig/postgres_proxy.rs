@@ -13,15 +13,15 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::net::{free_port, until};
+use super::net::{free_port, wait_until};
 
 /// When a connection goes silent: at a statement of its client that contains this text.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Moment {
+pub(crate) enum SilencePoint {
     /// The server does not receive the statement.
-    Before(&'static str),
+    BeforeStatement(&'static str),
     /// The server receives the statement, but its response is lost.
-    After(&'static str),
+    AfterStatement(&'static str),
 }
 
 /// A running proxy; a cheap handle. It ends with the runtime of the test.
@@ -37,17 +37,17 @@ struct Shared {
     is_open: watch::Sender<bool>,
     /// Whether the proxy listens at the moment; lags behind `is_open`.
     listens: watch::Sender<bool>,
-    trap: Mutex<Option<Moment>>,
+    armed: Mutex<Option<SilencePoint>>,
     /// The number of connections that have reached a [`SilencePoint`].
-    caught: watch::Sender<usize>,
-    lines: Mutex<Vec<Arc<Line>>>,
+    silenced_count: watch::Sender<usize>,
+    connections: Mutex<Vec<Arc<ProxiedConnection>>>,
 }
 
 /// A proxied connection.
 #[derive(Debug)]
-struct Line {
+struct ProxiedConnection {
     /// The distinct statements of its client.
-    said: Mutex<BTreeSet<String>>,
+    statements: Mutex<BTreeSet<String>>,
     is_silent: watch::Sender<bool>,
 }
 
@@ -58,9 +58,9 @@ impl PostgresProxy {
             upstream: (Ipv4Addr::LOCALHOST, upstream).into(),
             is_open: watch::Sender::new(true),
             listens: watch::Sender::new(false),
-            trap: Mutex::default(),
-            caught: watch::Sender::new(0),
-            lines: Mutex::default(),
+            armed: Mutex::default(),
+            silenced_count: watch::Sender::new(0),
+            connections: Mutex::default(),
         });
         let port = free_port();
         tokio::spawn(Arc::clone(&shared).run(port));
@@ -75,13 +75,13 @@ impl PostgresProxy {
     }
 
     /// Makes the next connection that reaches `moment` go silent, and only that one.
-    pub(crate) fn trap(&self, moment: Moment) {
-        *lock(&self.shared.trap) = Some(moment);
+    pub(crate) fn silence_next_at(&self, moment: SilencePoint) {
+        *lock(&self.shared.armed) = Some(moment);
     }
 
     /// Waits until this many connections have reached a [`SilencePoint`].
-    pub(crate) async fn wait_until_caught(&self, count: usize) {
-        let mut caught = self.shared.caught.subscribe();
+    pub(crate) async fn wait_until_silenced(&self, count: usize) {
+        let mut caught = self.shared.silenced_count.subscribe();
         let wait = caught.wait_for(|caught| *caught >= count);
         let caught = tokio::time::timeout(Duration::from_secs(30), wait).await;
         caught.expect("no connection went silent for 30 s").expect("the proxy runs");
@@ -89,25 +89,25 @@ impl PostgresProxy {
 
     /// Makes the open connections go silent whose clients have sent a statement that contains `text`.
     /// New connections work.
-    pub(crate) fn silence(&self, text: &str) {
-        for line in self.lines_that_said(text) {
+    pub(crate) fn silence_connections(&self, text: &str) {
+        for line in self.connections_that_sent(text) {
             line.is_silent.send_replace(true);
         }
     }
 
     /// Waits until this many connections, open or closed, have sent a statement that contains `text`.
-    pub(crate) async fn wait_until_said(&self, text: &str, count: usize) {
-        until(
+    pub(crate) async fn wait_until_statement_seen(&self, text: &str, count: usize) {
+        wait_until(
             &format!("{count} connections have sent {text}"),
             Duration::from_secs(10),
-            async || (self.lines_that_said(text).len() >= count).then_some(()),
+            async || (self.connections_that_sent(text).len() >= count).then_some(()),
         )
         .await;
     }
 
     /// The number of connections, open or closed, that have sent a statement that contains `text`.
-    pub(crate) fn count_of(&self, text: &str) -> usize {
-        self.lines_that_said(text).len()
+    pub(crate) fn connection_count(&self, text: &str) -> usize {
+        self.connections_that_sent(text).len()
     }
 
     /// Breaks all connections and refuses new ones.
@@ -118,16 +118,16 @@ impl PostgresProxy {
 
     /// Accepts new connections again, and clears the armed [`SilencePoint`].
     pub(crate) async fn restore(&self) {
-        *lock(&self.shared.trap) = None;
+        *lock(&self.shared.armed) = None;
         self.shared.is_open.send_replace(true);
         self.wait_until_listens(true).await;
     }
 
-    fn lines_that_said(&self, text: &str) -> Vec<Arc<Line>> {
-        let said = |line: &&Arc<Line>| {
-            text.is_empty() || lock(&line.said).iter().any(|said| said.contains(text))
+    fn connections_that_sent(&self, text: &str) -> Vec<Arc<ProxiedConnection>> {
+        let said = |line: &&Arc<ProxiedConnection>| {
+            text.is_empty() || lock(&line.statements).iter().any(|said| said.contains(text))
         };
-        lock(&self.shared.lines).iter().filter(said).cloned().collect()
+        lock(&self.shared.connections).iter().filter(said).cloned().collect()
     }
 
     async fn wait_until_listens(&self, expected: bool) {
@@ -164,8 +164,8 @@ impl Shared {
         loop {
             let Ok((client, _)) = listener.accept().await else { continue };
             let line =
-                Arc::new(Line { said: Mutex::default(), is_silent: watch::Sender::new(false) });
-            lock(&self.lines).push(Arc::clone(&line));
+                Arc::new(ProxiedConnection { statements: Mutex::default(), is_silent: watch::Sender::new(false) });
+            lock(&self.connections).push(Arc::clone(&line));
             let shared = Arc::clone(self);
             connections.spawn(async move {
                 let Ok(server) = TcpStream::connect(shared.upstream).await else { return };
@@ -178,15 +178,15 @@ impl Shared {
                 // If one side closes, so does the other, unless the connection is silent: then both ends
                 // stay open.
                 tokio::select! {
-                    () = shared.questions(&line, from_client, to_server) => {}
-                    () = answers(&line, from_server, to_client) => {}
+                    () = shared.forward_client(&line, from_client, to_server) => {}
+                    () = forward_server(&line, from_server, to_client) => {}
                 }
             });
         }
     }
 
     /// Forwards the client's messages one by one.
-    async fn questions(&self, line: &Line, mut client: OwnedReadHalf, mut server: OwnedWriteHalf) {
+    async fn forward_client(&self, line: &ProxiedConnection, mut client: OwnedReadHalf, mut server: OwnedWriteHalf) {
         /// Requests TLS; the startup message follows.
         const SSL_REQUEST: [u8; 4] = 80_877_103_u32.to_be_bytes();
         let mut statements = HashMap::new();
@@ -194,11 +194,11 @@ impl Shared {
         loop {
             let Some(message) = read_message(&mut client, is_started).await else { break };
             is_started = is_started || message[4..8] != SSL_REQUEST;
-            if let Some(text) = statement(&message, &mut statements) {
-                lock(&line.said).insert(text.clone());
-                match self.catch(&text) {
-                    Some(Moment::Before(_)) => self.go_silent(line),
-                    Some(Moment::After(_)) => {
+            if let Some(text) = executed_statement(&message, &mut statements) {
+                lock(&line.statements).insert(text.clone());
+                match self.take_armed(&text) {
+                    Some(SilencePoint::BeforeStatement(_)) => self.mark_silent(line),
+                    Some(SilencePoint::AfterStatement(_)) => {
                         line.is_silent.send_replace(true);
                         // An extended statement is run by the messages that follow; forward those that
                         // have arrived.
@@ -206,7 +206,7 @@ impl Shared {
                         let read = client.try_read(&mut rest).unwrap_or(0);
                         let sent = server.write_all(&[&message, &rest[..read]].concat()).await;
                         sent.expect("the server takes the statement");
-                        self.go_silent(line);
+                        self.mark_silent(line);
                     }
                     None => {}
                 }
@@ -223,22 +223,22 @@ impl Shared {
         }
     }
 
-    fn go_silent(&self, line: &Line) {
+    fn mark_silent(&self, line: &ProxiedConnection) {
         line.is_silent.send_replace(true);
-        self.caught.send_modify(|caught| *caught += 1);
+        self.silenced_count.send_modify(|caught| *caught += 1);
     }
 
     /// Takes the armed [`SilencePoint`] if `text` matches it.
-    fn catch(&self, text: &str) -> Option<Moment> {
-        let mut trap = lock(&self.trap);
+    fn take_armed(&self, text: &str) -> Option<SilencePoint> {
+        let mut trap = lock(&self.armed);
         let is_caught =
-            matches!(&*trap, Some(Moment::Before(it) | Moment::After(it)) if text.contains(it));
+            matches!(&*trap, Some(SilencePoint::BeforeStatement(it) | SilencePoint::AfterStatement(it)) if text.contains(it));
         if is_caught { trap.take() } else { None }
     }
 }
 
 /// Forwards the server's bytes until the connection goes silent.
-async fn answers(line: &Line, mut server: OwnedReadHalf, mut client: OwnedWriteHalf) {
+async fn forward_server(line: &ProxiedConnection, mut server: OwnedReadHalf, mut client: OwnedWriteHalf) {
     let mut silence = line.is_silent.subscribe();
     let mut bytes = vec![0; 1 << 16];
     loop {
@@ -274,7 +274,7 @@ async fn read_message(client: &mut OwnedReadHalf, is_started: bool) -> Option<Ve
 }
 
 /// The statement that a message executes, if any. Records prepared statements.
-fn statement(message: &[u8], prepared: &mut HashMap<Vec<u8>, String>) -> Option<String> {
+fn executed_statement(message: &[u8], prepared: &mut HashMap<Vec<u8>, String>) -> Option<String> {
     let kind = message[0];
     let mut texts = message.get(5..)?.split(|byte| *byte == 0);
     match kind {

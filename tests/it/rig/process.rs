@@ -9,7 +9,7 @@ use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::net::until;
+use super::net::wait_until;
 
 /// The `tests` directory of the crate.
 pub(crate) fn tests_dir() -> PathBuf {
@@ -36,16 +36,16 @@ pub(crate) fn node(script: &str) -> Command {
 
 /// The output of a process so far: standard output and error, interleaved in order of arrival.
 #[derive(Debug, Default)]
-pub(crate) struct Output(Mutex<Vec<u8>>);
+pub(crate) struct ProcessOutput(Mutex<Vec<u8>>);
 
-impl Output {
+impl ProcessOutput {
     /// The output as text.
     pub(crate) fn text(&self) -> String {
         String::from_utf8_lossy(&self.0.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
     }
 
     /// Reads `source` to its end, on its own thread.
-    fn follow(self: &Arc<Self>, mut source: impl Read + Send + 'static) {
+    fn capture(self: &Arc<Self>, mut source: impl Read + Send + 'static) {
         let output = Arc::clone(self);
         std::thread::spawn(move || {
             let mut chunk = [0; 4096];
@@ -65,14 +65,14 @@ impl Output {
 pub(crate) struct Process {
     name: String,
     child: Child,
-    output: Arc<Output>,
+    output: Arc<ProcessOutput>,
     /// Closed last: the guard signals the child when this pipe closes.
     _lifeline: ChildStdin,
 }
 
 /// How the guard ends a process whose parent is gone.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum LastRites<'a> {
+pub(crate) enum OnParentExit<'a> {
     /// Sends SIGKILL.
     Kill,
     /// Sends SIGQUIT, then removes the directory.
@@ -82,11 +82,11 @@ pub(crate) enum LastRites<'a> {
 impl Process {
     /// Starts `command` behind the guard, with its program, arguments, directory, and each variable that
     /// it sets or removes.
-    pub(crate) fn spawn(name: &str, command: &Command, last_rites: LastRites<'_>) -> Self {
+    pub(crate) fn spawn(name: &str, command: &Command, last_rites: OnParentExit<'_>) -> Self {
         let mut guarded = Command::new(tests_dir().join("sdk/guard"));
         match last_rites {
-            LastRites::Kill => guarded.args(["KILL", ""]),
-            LastRites::QuitAndRemove(directory) => guarded.arg("QUIT").arg(directory),
+            OnParentExit::Kill => guarded.args(["KILL", ""]),
+            OnParentExit::QuitAndRemove(directory) => guarded.arg("QUIT").arg(directory),
         };
         guarded.arg(command.get_program()).args(command.get_args());
         for (name, value) in command.get_envs() {
@@ -102,15 +102,15 @@ impl Process {
 
         let mut child =
             guarded.spawn().unwrap_or_else(|error| panic!("cannot start {name}: {error}"));
-        let output = Arc::<Output>::default();
-        output.follow(child.stdout.take().expect("standard output is piped"));
-        output.follow(child.stderr.take().expect("standard error is piped"));
+        let output = Arc::<ProcessOutput>::default();
+        output.capture(child.stdout.take().expect("standard output is piped"));
+        output.capture(child.stderr.take().expect("standard error is piped"));
         let lifeline = child.stdin.take().expect("standard input is piped");
         Self { name: name.to_owned(), child, output, _lifeline: lifeline }
     }
 
     /// Its output so far.
-    pub(crate) fn output(&self) -> &Arc<Output> {
+    pub(crate) fn output(&self) -> &Arc<ProcessOutput> {
         &self.output
     }
 
@@ -120,13 +120,13 @@ impl Process {
     }
 
     /// Its exit status, if it has exited.
-    pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
+    pub(crate) fn exit_status(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().unwrap()
     }
 
     /// Kills it with SIGKILL, as a crash would.
     pub(crate) fn kill(mut self) {
-        self.end();
+        self.kill_and_wait();
     }
 
     /// Sends SIGTERM and waits until it exits.
@@ -135,11 +135,11 @@ impl Process {
         let sent = Command::new("kill").args(["-TERM", &pid]).status().unwrap();
         assert!(sent.success(), "cannot signal {}", self.name);
         let what = format!("the end of {} after SIGTERM", self.name);
-        until(&what, Duration::from_mins(1), async || self.ended()).await
+        wait_until(&what, Duration::from_mins(1), async || self.exit_status()).await
     }
 
     /// Sends SIGHUP.
-    pub(crate) fn hang_up(&self) {
+    pub(crate) fn send_sighup(&self) {
         let pid = self.child.id().to_string();
         let sent = Command::new("kill").args(["-HUP", &pid]).status().unwrap();
         assert!(sent.success(), "cannot signal {}", self.name);
@@ -150,7 +150,7 @@ impl Process {
     pub(crate) async fn wait_until(&mut self, mut answers: impl AsyncFnMut() -> bool) {
         let (name, output) = (self.name.clone(), Arc::clone(&self.output));
         let up = async || {
-            if let Some(status) = self.ended() {
+            if let Some(status) = self.exit_status() {
                 panic!(
                     "{name} ended with {status} before it was up; it printed:\n{}",
                     output.text()
@@ -158,10 +158,10 @@ impl Process {
             }
             answers().await.then_some(())
         };
-        until(&format!("{name} is up"), Duration::from_mins(2), up).await;
+        wait_until(&format!("{name} is up"), Duration::from_mins(2), up).await;
     }
 
-    fn end(&mut self) {
+    fn kill_and_wait(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -169,6 +169,6 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        self.end();
+        self.kill_and_wait();
     }
 }

@@ -81,7 +81,7 @@ impl Sdk {
     }
 
     /// The frontend SDK with POST requests.
-    pub(crate) async fn frontend_posting(server: &str, token: &str, app_name: &str) -> Self {
+    pub(crate) async fn frontend_post(server: &str, token: &str, app_name: &str) -> Self {
         let url = format!("{server}/api/frontend");
         let options = json!({ "url": url, "token": token, "appName": app_name, "post": true });
         Self::start("frontend SDK", node("frontend-sdk.mjs").into(), &options).await
@@ -94,7 +94,7 @@ impl Sdk {
     /// Evaluates every flag that the SDK knows, without counting usage. The frontend SDK knows only
     /// flags that are enabled in this context.
     pub(crate) async fn evaluate(&mut self, context: Value) -> BTreeMap<String, Evaluation> {
-        let mut answer = self.0.ask("evaluate", json!({ "context": context })).await;
+        let mut answer = self.0.call("evaluate", json!({ "context": context })).await;
         let Value::Object(flags) = answer["flags"].take() else { panic!("no flags: {answer}") };
         let evaluation = |mut flag: Value| Evaluation {
             enabled: flag["enabled"].as_bool().unwrap(),
@@ -104,26 +104,26 @@ impl Sdk {
     }
 
     /// Uses a flag this many times, as applications do; each use is counted.
-    pub(crate) async fn count(&mut self, flag: &str, times: u32) {
-        self.0.ask("count", json!({ "flag": flag, "times": times })).await;
+    pub(crate) async fn use_flag(&mut self, flag: &str, times: u32) {
+        self.0.call("count", json!({ "flag": flag, "times": times })).await;
     }
 
     /// Gets the variant of a flag this many times; each time is counted, for the flag and for the
     /// variant.
-    pub(crate) async fn count_variant(&mut self, flag: &str, times: u32) {
-        self.0.ask("count_variant", json!({ "flag": flag, "times": times })).await;
+    pub(crate) async fn use_variant(&mut self, flag: &str, times: u32) {
+        self.0.call("count_variant", json!({ "flag": flag, "times": times })).await;
     }
 
     /// Records impact metrics with this name and the suffixes `_counter`, `_gauge` and `_histogram`
     /// (buckets 10, 100). Node only.
-    pub(crate) async fn measure(&mut self, name: &str, add: u32, set: u32, observe: u32) {
+    pub(crate) async fn record_impact_metrics(&mut self, name: &str, add: u32, set: u32, observe: u32) {
         let impact = json!({ "name": name, "add": add, "set": set, "observe": observe });
-        self.0.ask("impact", impact).await;
+        self.0.call("impact", impact).await;
     }
 
     /// Sends the usage counted so far.
     pub(crate) async fn flush(&mut self) {
-        self.0.ask("flush", Value::Null).await;
+        self.0.call("flush", Value::Null).await;
     }
 
     /// Closes the SDK. Among the backend SDKs, only the Python one sends its remaining usage first.
@@ -132,7 +132,7 @@ impl Sdk {
     }
 
     /// The standard error of the SDK so far.
-    pub(crate) fn complaints(&self) -> String {
-        self.0.complaints()
+    pub(crate) fn stderr(&self) -> String {
+        self.0.stderr()
     }
 }

@@ -13,9 +13,9 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 
-use super::net::{free_port, http, until};
+use super::net::{free_port, http, wait_until};
 use super::postgres::Postgres;
-use super::process::{LastRites, Process, node};
+use super::process::{OnParentExit, Process, node};
 use super::secrets;
 
 /// The admin token of every server of the rig. Unleash accepts one only into a database without tokens,
@@ -23,15 +23,15 @@ use super::secrets;
 const ADMIN_TOKEN: &str = "*:*.parapet-rig-admin-2f7d0c55e6b94f0e8f3a1f0b7c1d9e64";
 
 /// The application that checks whether usage is counted.
-const PROBE: &str = "parapet-rig-probe";
+const PROBE_APP: &str = "parapet-rig-probe";
 
 /// The longest that Unleash takes to store what it has accepted: it stores usage every 5 s, applications
 /// every 20 s.
-pub(crate) const STORED_WITHIN: Duration = Duration::from_secs(45);
+pub(crate) const STORE_TIMEOUT: Duration = Duration::from_secs(45);
 
 /// The releases that Parapet is tested with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Version {
+pub(crate) enum UnleashVersion {
     /// 7.5.1, the last release line under Apache-2.0.
     V7,
     /// 8.2.0.
@@ -40,7 +40,7 @@ pub(crate) enum Version {
     V8SecureTokens,
 }
 
-impl Version {
+impl UnleashVersion {
     pub(crate) const ALL: [Self; 3] = [Self::V7, Self::V8, Self::V8SecureTokens];
 
     fn package(self) -> &'static str {
@@ -70,14 +70,14 @@ impl Version {
 
 /// The kinds of token that the admin API can create.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum TokenKind {
     Backend,
     Frontend,
 }
 
 /// One hour of one application's use of a flag, as Unleash stored it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Usage {
+pub(crate) struct HourlyUsage {
     pub(crate) app_name: String,
     pub(crate) environment: String,
     /// The start of the hour, in Unleash's format.
@@ -90,7 +90,7 @@ pub(crate) struct Usage {
 /// A running Unleash server with its own database.
 #[derive(Debug)]
 pub(crate) struct Unleash {
-    version: Version,
+    version: UnleashVersion,
     port: u16,
     database: String,
     /// The token that [`admin_request`](Self::admin_request) sends.
@@ -100,8 +100,8 @@ pub(crate) struct Unleash {
 
 impl Unleash {
     /// Starts a server with a fresh database.
-    pub(crate) async fn start(version: Version) -> Self {
-        secrets::remember(ADMIN_TOKEN);
+    pub(crate) async fn start(version: UnleashVersion) -> Self {
+        secrets::register(ADMIN_TOKEN);
         let database = Postgres::shared().await.copy_database(version.template().await).await;
         let port = free_port();
         let server = launch(version, port, &database).await;
@@ -110,14 +110,14 @@ impl Unleash {
     }
 
     /// The shared server of this version, for tests that do not stop it and tolerate other flags.
-    pub(crate) async fn shared(version: Version) -> Arc<Self> {
+    pub(crate) async fn shared(version: UnleashVersion) -> Arc<Self> {
         static V7: OnceCell<Arc<Unleash>> = OnceCell::const_new();
         static V8: OnceCell<Arc<Unleash>> = OnceCell::const_new();
         static V8_SECURE_TOKENS: OnceCell<Arc<Unleash>> = OnceCell::const_new();
         let shared = match version {
-            Version::V7 => &V7,
-            Version::V8 => &V8,
-            Version::V8SecureTokens => &V8_SECURE_TOKENS,
+            UnleashVersion::V7 => &V7,
+            UnleashVersion::V8 => &V8,
+            UnleashVersion::V8SecureTokens => &V8_SECURE_TOKENS,
         };
         Arc::clone(shared.get_or_init(async || Arc::new(Self::start(version).await)).await)
     }
@@ -126,11 +126,11 @@ impl Unleash {
     pub(crate) async fn on_every_version(test: impl AsyncFn(Arc<Self>)) {
         let test = &test;
         let each =
-            Version::ALL.map(|version| async move { test(Self::shared(version).await).await });
+            UnleashVersion::ALL.map(|version| async move { test(Self::shared(version).await).await });
         join_all(each).await;
     }
 
-    pub(crate) fn version(&self) -> Version {
+    pub(crate) fn version(&self) -> UnleashVersion {
         self.version
     }
 
@@ -149,8 +149,8 @@ impl Unleash {
     }
 
     /// Creates an admin token in the database, because the open-source server's API cannot.
-    pub(crate) async fn plant_admin_token(&self, token: &'static str) {
-        secrets::remember(token);
+    pub(crate) async fn insert_admin_token(&self, token: &'static str) {
+        secrets::register(token);
         let sql = format!(
             "insert into api_tokens (secret, username, token_name, type, environment)
              values ('{token}', 'planted', 'planted', 'admin', '*')"
@@ -197,7 +197,7 @@ impl Unleash {
     }
 
     /// Calls the admin API with any method; `path` begins with `/api/admin`, and `Null` means no body.
-    pub(crate) async fn admin(
+    pub(crate) async fn admin_request(
         &self,
         method: Method,
         path: &str,
@@ -215,7 +215,7 @@ impl Unleash {
 
     /// Calls the admin API and panics if that fails.
     pub(crate) async fn admin_ok(&self, method: Method, path: &str, body: &Value) -> Value {
-        let (status, answer) = self.admin(method.clone(), path, body).await;
+        let (status, answer) = self.admin_request(method.clone(), path, body).await;
         assert!(status.is_success(), "{method} {path}: {status} {answer}");
         answer
     }
@@ -264,18 +264,18 @@ impl Unleash {
         environment: &str,
         strategy: &Value,
     ) -> String {
-        let path = format!("{}/strategies", flag_in(flag, environment));
+        let path = format!("{}/strategies", flag_environment_path(flag, environment));
         let made = self.admin_post(&path, strategy).await;
         made["id"].as_str().unwrap().to_owned()
     }
 
     /// Enables a flag. Without strategies it gets the default one, which is on for all users.
     pub(crate) async fn enable(&self, flag: &str, environment: &str) {
-        self.admin_post(&format!("{}/on", flag_in(flag, environment)), &json!({})).await;
+        self.admin_post(&format!("{}/on", flag_environment_path(flag, environment)), &json!({})).await;
     }
 
     pub(crate) async fn disable(&self, flag: &str, environment: &str) {
-        self.admin_post(&format!("{}/off", flag_in(flag, environment)), &json!({})).await;
+        self.admin_post(&format!("{}/off", flag_environment_path(flag, environment)), &json!({})).await;
     }
 
     /// Creates a segment with these constraints and returns its id.
@@ -288,19 +288,19 @@ impl Unleash {
     /// Creates a token and returns it in full. `projects` is `["*"]` for all projects.
     pub(crate) async fn create_token(
         &self,
-        kind: Kind,
+        kind: TokenKind,
         environment: &str,
         projects: &[&str],
         name: &str,
     ) -> String {
         let kind = match kind {
-            Kind::Backend => "backend",
-            Kind::Frontend => "frontend",
+            TokenKind::Backend => "backend",
+            TokenKind::Frontend => "frontend",
         };
         let token = json!({ "tokenName": name, "type": kind, "environment": environment, "projects": projects });
         let made = self.admin_post("/api/admin/api-tokens", &token).await;
         let token = made["secret"].as_str().unwrap().to_owned();
-        secrets::remember(&token);
+        secrets::register(&token);
         token
     }
 
@@ -308,11 +308,11 @@ impl Unleash {
     /// cannot.
     ///
     /// For tests that use a token before it exists. Unleash notices it within a minute.
-    pub(crate) async fn plant_token(&self, kind: Kind, token: &str, name: &str) {
-        secrets::remember(token);
+    pub(crate) async fn insert_token(&self, kind: TokenKind, token: &str, name: &str) {
+        secrets::register(token);
         let kind = match kind {
-            Kind::Backend => "client",
-            Kind::Frontend => "frontend",
+            TokenKind::Backend => "client",
+            TokenKind::Frontend => "frontend",
         };
         let (scope, _) = token.split_once('.').expect("a v1 token");
         let (_, environment) = scope.split_once(':').expect("a v1 token");
@@ -336,7 +336,7 @@ impl Unleash {
     ///
     /// Only the creator of a v2 token knows its secret. The part in front of it identifies the token as
     /// well.
-    pub(crate) async fn remember_tokens_named(&self, name: &str) -> Vec<String> {
+    pub(crate) async fn register_tokens_named(&self, name: &str) -> Vec<String> {
         let tokens = self.tokens_named(name).await;
         let mut environments: Vec<_> = tokens
             .iter()
@@ -344,9 +344,9 @@ impl Unleash {
                 let environment = token["environment"].as_str().unwrap();
                 let secret = token["secret"].as_str().unwrap();
                 if secret.contains('.') {
-                    secrets::remember(secret);
+                    secrets::register(secret);
                 } else {
-                    secrets::remember(&format!("*:{environment}.v2_{secret}_"));
+                    secrets::register(&format!("*:{environment}.v2_{secret}_"));
                 }
                 environment.to_owned()
             })
@@ -367,11 +367,11 @@ impl Unleash {
     /// usage of a new flag. Tests of counting wait here first. The probe's own usage is left out
     /// elsewhere.
     pub(crate) async fn wait_until_counted(&self, flag: &str, environment: &str) {
-        let token = self.create_token(Kind::Backend, environment, &["*"], PROBE).await;
+        let token = self.create_token(TokenKind::Backend, environment, &["*"], PROBE_APP).await;
         let what = format!("{flag} is counted in {environment} at {:?}", self.version);
-        until(&what, STORED_WITHIN, async || {
+        wait_until(&what, STORE_TIMEOUT, async || {
             let body = json!({ "applications": [], "metrics": [{
-                "featureName": flag, "appName": PROBE, "environment": environment,
+                "featureName": flag, "appName": PROBE_APP, "environment": environment,
                 "timestamp": jiff::Timestamp::now().to_string(), "yes": 1, "no": 0, "variants": {},
             }]});
             let post = http()
@@ -384,7 +384,7 @@ impl Unleash {
                 .await
                 .unwrap();
             assert_eq!(posted.status(), StatusCode::ACCEPTED);
-            self.all_usage_of(flag).await.iter().any(|hour| hour.app_name == PROBE).then_some(())
+            self.all_flag_usage(flag).await.iter().any(|hour| hour.app_name == PROBE_APP).then_some(())
         })
         .await;
         self.delete_token(&token).await;
@@ -392,16 +392,16 @@ impl Unleash {
 
     /// The usage of a flag that Unleash has stored for the last 24 hours, without empty hours (Unleash
     /// fills them in).
-    pub(crate) async fn usage_of(&self, flag: &str) -> Vec<Usage> {
-        let mut usage = self.all_usage_of(flag).await;
-        usage.retain(|hour| hour.app_name != PROBE);
+    pub(crate) async fn flag_usage(&self, flag: &str) -> Vec<HourlyUsage> {
+        let mut usage = self.all_flag_usage(flag).await;
+        usage.retain(|hour| hour.app_name != PROBE_APP);
         usage
     }
 
-    async fn all_usage_of(&self, flag: &str) -> Vec<Usage> {
+    async fn all_flag_usage(&self, flag: &str) -> Vec<HourlyUsage> {
         let stored =
             self.admin_get(&format!("/api/admin/client-metrics/features/{flag}/raw")).await;
-        let mut usage: Vec<Usage> = stored["data"].as_array().unwrap().iter().map(usage).collect();
+        let mut usage: Vec<HourlyUsage> = stored["data"].as_array().unwrap().iter().map(parse_usage).collect();
         usage.retain(|hour| hour.yes > 0 || hour.no > 0);
         usage.sort();
         usage
@@ -421,8 +421,8 @@ impl Unleash {
             "{expect:?} uses of {flag} by {app_name} in {environment} at {:?}",
             self.version
         );
-        until(&what, STORED_WITHIN, async || {
-            let usage = self.usage_of(flag).await;
+        wait_until(&what, STORE_TIMEOUT, async || {
+            let usage = self.flag_usage(flag).await;
             let of_app = usage
                 .iter()
                 .filter(|hour| hour.app_name == app_name && hour.environment == environment);
@@ -438,7 +438,7 @@ impl Unleash {
 
     /// The impact metrics whose names contain `name`, from Unleash's Prometheus page: the sum of each
     /// series, without the prefix and labels that differ between versions.
-    pub(crate) async fn impact(&self, name: &str) -> BTreeMap<String, f64> {
+    pub(crate) async fn impact_metrics(&self, name: &str) -> BTreeMap<String, f64> {
         let page = http().get(self.url() + "/internal-backstage/impact/metrics");
         let page = page.send().await.unwrap().text().await.unwrap();
         let samples = page.lines().filter(|line| !line.starts_with('#') && line.contains(name));
@@ -465,14 +465,14 @@ impl Unleash {
     }
 }
 
-fn flag_in(flag: &str, environment: &str) -> String {
+fn flag_environment_path(flag: &str, environment: &str) -> String {
     format!("/api/admin/projects/default/features/{flag}/environments/{environment}")
 }
 
-fn usage(hour: &Value) -> Usage {
+fn parse_usage(hour: &Value) -> HourlyUsage {
     let text = |field: &str| hour[field].as_str().unwrap().to_owned();
     let variants = hour["variants"].as_object().into_iter().flatten();
-    Usage {
+    HourlyUsage {
         app_name: text("appName"),
         environment: text("environment"),
         timestamp: text("timestamp"),
@@ -483,7 +483,7 @@ fn usage(hour: &Value) -> Usage {
 }
 
 /// Starts a server and waits until it is healthy, including migrations.
-async fn launch(version: Version, port: u16, database: &str) -> Process {
+async fn launch(version: UnleashVersion, port: u16, database: &str) -> Process {
     let options = json!({
         "db": {
             "host": "127.0.0.1", "port": Postgres::shared().await.port(), "database": database,
@@ -498,11 +498,11 @@ async fn launch(version: Version, port: u16, database: &str) -> Process {
         .env("INIT_ADMIN_API_TOKENS", ADMIN_TOKEN);
     match version {
         // Later releases have this enabled.
-        Version::V7 => command.env("UNLEASH_EXPERIMENTAL_IMPACT_METRICS", "true"),
-        Version::V8 => &mut command,
-        Version::V8SecureTokens => command.env("UNLEASH_EXPERIMENTAL_SECURE_TOKEN", "true"),
+        UnleashVersion::V7 => command.env("UNLEASH_EXPERIMENTAL_IMPACT_METRICS", "true"),
+        UnleashVersion::V8 => &mut command,
+        UnleashVersion::V8SecureTokens => command.env("UNLEASH_EXPERIMENTAL_SECURE_TOKEN", "true"),
     };
-    let mut server = Process::spawn(&format!("Unleash {version:?}"), &command, LastRites::Kill);
+    let mut server = Process::spawn(&format!("Unleash {version:?}"), &command, OnParentExit::Kill);
     let health = format!("http://127.0.0.1:{port}/health");
     server
         .wait_until(async || {

@@ -18,13 +18,13 @@ use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 
 /// Signs certificates. Its directory is for any files of the tests.
-pub(super) struct Authority {
+pub(super) struct TestAuthority {
     issuer: CertifiedIssuer<'static, KeyPair>,
     folder: TempDir,
 }
 
 /// A certificate and its key, both PEM.
-pub(super) struct Issued {
+pub(super) struct IssuedCertificate {
     pub(super) certificate: String,
     pub(super) key: String,
     der: CertificateDer<'static>,
@@ -33,12 +33,12 @@ pub(super) struct Issued {
 }
 
 /// The paths of a certificate and its key.
-pub(super) struct Files {
+pub(super) struct CertificateFiles {
     pub(super) certificate: PathBuf,
     pub(super) key: PathBuf,
 }
 
-impl Authority {
+impl TestAuthority {
     pub(super) fn new() -> Self {
         // Fails if a provider is installed already, which is the same one.
         let _ = rustls::crypto::ring::default_provider().install_default();
@@ -70,7 +70,7 @@ impl Authority {
         path
     }
 
-    fn issue(&self, names: &[&str], change: impl FnOnce(&mut CertificateParams)) -> Issued {
+    fn issue(&self, names: &[&str], change: impl FnOnce(&mut CertificateParams)) -> IssuedCertificate {
         let names: Vec<_> = names.iter().map(|&name| name.to_owned()).collect();
         let mut params = CertificateParams::new(names).unwrap();
         change(&mut params);
@@ -79,16 +79,16 @@ impl Authority {
         let public_key_hash =
             STANDARD.encode(Sha256::digest(key.subject_public_key_info()).as_slice());
         let (pem, key) = (certificate.pem(), key.serialize_pem());
-        Issued { certificate: pem, key, der: certificate.into(), public_key_hash }
+        IssuedCertificate { certificate: pem, key, der: certificate.into(), public_key_hash }
     }
 
     /// A server's certificate.
-    pub(super) fn server(&self, names: &[&str]) -> Issued {
+    pub(super) fn server(&self, names: &[&str]) -> IssuedCertificate {
         self.issue(names, |_| {})
     }
 
     /// A server's certificate that expires in this number of days, which may be negative.
-    pub(super) fn server_for_days(&self, names: &[&str], days: i64) -> Issued {
+    pub(super) fn server_for_days(&self, names: &[&str], days: i64) -> IssuedCertificate {
         let until = Timestamp::now() + SignedDuration::from_hours(24 * days);
         let seconds = until.as_second().try_into().unwrap();
         self.issue(names, |params| {
@@ -98,7 +98,7 @@ impl Authority {
     }
 
     /// A client's certificate with this serial number.
-    pub(super) fn client(&self, serial: u64) -> Issued {
+    pub(super) fn client(&self, serial: u64) -> IssuedCertificate {
         self.issue(&[], |params| {
             params.serial_number = Some(SerialNumber::from(serial));
             params.distinguished_name.push(DnType::CommonName, "checkout");
@@ -128,21 +128,21 @@ impl Authority {
     }
 
     /// A certificate for this machine, in the files `<name>.crt` and `<name>.key`.
-    pub(super) fn for_loopback(&self, name: &str) -> Files {
-        self.server(&["localhost", "127.0.0.1"]).write(self, name)
+    pub(super) fn loopback_files(&self, name: &str) -> CertificateFiles {
+        self.server(&["localhost", "127.0.0.1"]).write_files(self, name)
     }
 
     /// A client that trusts only this authority. Like the rig's client, it keeps no idle connections.
-    pub(super) fn http(&self) -> reqwest::ClientBuilder {
+    pub(super) fn http_client(&self) -> reqwest::ClientBuilder {
         let root = reqwest::Certificate::from_der(self.issuer.der()).unwrap();
         let client = reqwest::Client::builder().tls_certs_only([root]).no_proxy();
         client.pool_max_idle_per_host(0).timeout(Duration::from_secs(30))
     }
 
     /// A client with a client certificate.
-    pub(super) fn http_as(&self, client: &Issued) -> reqwest::ClientBuilder {
+    pub(super) fn http_client_with(&self, client: &IssuedCertificate) -> reqwest::ClientBuilder {
         let identity = client.certificate.clone() + &client.key;
-        self.http().identity(reqwest::Identity::from_pem(identity.as_bytes()).unwrap())
+        self.http_client().identity(reqwest::Identity::from_pem(identity.as_bytes()).unwrap())
     }
 
     /// A TLS client configuration that trusts only this authority.
@@ -153,10 +153,10 @@ impl Authority {
     }
 }
 
-impl Issued {
+impl IssuedCertificate {
     /// Writes it to `<name>.crt` and `<name>.key` in the authority's directory.
-    pub(super) fn write(&self, authority: &Authority, name: &str) -> Files {
-        Files {
+    pub(super) fn write_files(&self, authority: &TestAuthority, name: &str) -> CertificateFiles {
+        CertificateFiles {
             certificate: authority.write(&format!("{name}.crt"), &self.certificate),
             key: authority.write(&format!("{name}.key"), &self.key),
         }
@@ -168,7 +168,7 @@ impl Issued {
     }
 }
 
-impl Files {
+impl CertificateFiles {
     /// The paths of certificate and key.
     pub(super) fn paths(&self) -> [&Path; 2] {
         [&self.certificate, &self.key]

@@ -18,54 +18,54 @@ use serde_json::json;
 use sha2::{Digest as _, Sha256};
 use tokio::net::TcpListener;
 
-use super::authority::{Authority, Issued};
+use super::authority::{TestAuthority, IssuedCertificate};
 use super::{
-    ADMIN, CLIENT, Encrypted, FEATURES, FLAGS, SOON, features, handshakes, offline, run_parapet,
+    ADMIN, CLIENT, TlsParapet, FEATURES, FLAGS, TIMEOUT, features_status, handshake_sample, offline, run_parapet,
 };
-use crate::rig::{Parapet, Setup, until};
+use crate::rig::{Parapet, Setup, wait_until};
 
 /// Serial numbers of a revoked certificate and of a valid one.
-const REVOKED: u64 = 7;
-const SOUND: u64 = 8;
+const REVOKED_SERIAL: u64 = 7;
+const VALID_SERIAL: u64 = 8;
 
 /// Clients with a valid certificate, a revoked one, one of another authority, and none.
-struct Everybody {
-    right: reqwest::Client,
+struct ClientSet {
+    valid: reqwest::Client,
     revoked: reqwest::Client,
-    wrong: reqwest::Client,
-    absent: reqwest::Client,
+    foreign: reqwest::Client,
+    without_certificate: reqwest::Client,
 }
 
-impl Everybody {
-    fn new(authority: &Authority) -> Self {
-        let with = |issued: &Issued| authority.http_as(issued).build().unwrap();
+impl ClientSet {
+    fn new(authority: &TestAuthority) -> Self {
+        let with = |issued: &IssuedCertificate| authority.http_client_with(issued).build().unwrap();
         Self {
-            right: with(&authority.client(SOUND)),
-            revoked: with(&authority.client(REVOKED)),
-            wrong: with(&Authority::new().client(SOUND)),
-            absent: authority.http().build().unwrap(),
+            valid: with(&authority.client(VALID_SERIAL)),
+            revoked: with(&authority.client(REVOKED_SERIAL)),
+            foreign: with(&TestAuthority::new().client(VALID_SERIAL)),
+            without_certificate: authority.http_client().build().unwrap(),
         }
     }
 }
 
-fn with_clients(authority: &Authority, auth: &str) -> Setup {
-    let setup = offline(authority, &[authority.for_loopback("tls")]);
+fn with_client_auth(authority: &TestAuthority, auth: &str) -> Setup {
+    let setup = offline(authority, &[authority.loopback_files("tls")]);
     let setup =
         setup.flag("--tls-client-ca-file", authority.file()).flag("--tls-client-auth", auth);
-    setup.flag("--tls-crl-file", authority.write("crl.pem", authority.crl(&[REVOKED])))
+    setup.flag("--tls-crl-file", authority.write("crl.pem", authority.crl(&[REVOKED_SERIAL])))
 }
 
 #[tokio::test]
 async fn required_client_certificate_must_be_valid_and_not_revoked() {
-    let authority = Authority::new();
-    let everybody = Everybody::new(&authority);
-    let parapet = Encrypted::start(with_clients(&authority, "required")).await;
+    let authority = TestAuthority::new();
+    let everybody = ClientSet::new(&authority);
+    let parapet = TlsParapet::start(with_client_auth(&authority, "required")).await;
     let url = parapet.url(FEATURES);
-    assert_eq!(features(&everybody.right, &url).await.unwrap(), StatusCode::OK);
-    for client in [&everybody.revoked, &everybody.wrong, &everybody.absent] {
-        assert!(features(client, &url).await.is_err());
+    assert_eq!(features_status(&everybody.valid, &url).await.unwrap(), StatusCode::OK);
+    for client in [&everybody.revoked, &everybody.foreign, &everybody.without_certificate] {
+        assert!(features_status(client, &url).await.is_err());
     }
-    parapet.until_metric(&handshakes("none", "client_certificate"), 3).await;
+    parapet.wait_for_metric(&handshake_sample("none", "client_certificate"), 3).await;
     // A probe has no certificate, so it uses the admin listener.
     let (port, admin) = (parapet.address.port(), parapet.parapet.admin_url());
     let settings = [
@@ -80,34 +80,34 @@ async fn required_client_certificate_must_be_valid_and_not_revoked() {
     }
 
     // A revoked certificate is rejected from the next connection on, even if it was accepted before.
-    authority.write("crl.pem", authority.crl(&[REVOKED, SOUND]));
-    until("the certificate is refused", SOON, async || {
-        features(&everybody.right, &url).await.is_err().then_some(())
+    authority.write("crl.pem", authority.crl(&[REVOKED_SERIAL, VALID_SERIAL]));
+    wait_until("the certificate is refused", TIMEOUT, async || {
+        features_status(&everybody.valid, &url).await.is_err().then_some(())
     })
     .await;
     // No session is resumed, so a revoked certificate cannot use an earlier one.
-    assert_eq!(parapet.metric(&handshakes("1.3", "resumed")).await, 0);
+    assert_eq!(parapet.metric(&handshake_sample("1.3", "resumed")).await, 0);
 }
 
 #[tokio::test]
 async fn optional_client_certificate_may_be_missing_but_not_invalid() {
-    let authority = Authority::new();
-    let everybody = Everybody::new(&authority);
-    let parapet = Encrypted::start(with_clients(&authority, "optional")).await;
+    let authority = TestAuthority::new();
+    let everybody = ClientSet::new(&authority);
+    let parapet = TlsParapet::start(with_client_auth(&authority, "optional")).await;
     let url = parapet.url(FEATURES);
-    for client in [&everybody.right, &everybody.absent] {
-        assert_eq!(features(client, &url).await.unwrap(), StatusCode::OK);
+    for client in [&everybody.valid, &everybody.without_certificate] {
+        assert_eq!(features_status(client, &url).await.unwrap(), StatusCode::OK);
     }
-    for client in [&everybody.revoked, &everybody.wrong] {
-        assert!(features(client, &url).await.is_err());
+    for client in [&everybody.revoked, &everybody.foreign] {
+        assert!(features_status(client, &url).await.is_err());
     }
-    parapet.until_metric(&handshakes("none", "client_certificate"), 2).await;
+    parapet.wait_for_metric(&handshake_sample("none", "client_certificate"), 2).await;
 }
 
 /// Responds with what it knows about a request's connection.
-struct Mirror;
+struct ConnectionInfoService;
 
-impl HttpService for Mirror {
+impl HttpService for ConnectionInfoService {
     fn call(
         self: &Arc<Self>,
         _: Request<Incoming>,
@@ -125,8 +125,8 @@ impl HttpService for Mirror {
 
 #[tokio::test]
 async fn handler_gets_tls_version_protocol_and_client_certificate() {
-    let authority = Authority::new();
-    let files = authority.for_loopback("tls");
+    let authority = TestAuthority::new();
+    let files = authority.loopback_files("tls");
     let config = tls::Config {
         listener: "data",
         key_pairs: vec![KeyPairFiles { certificate_file: files.certificate, key_file: files.key }],
@@ -142,28 +142,28 @@ async fn handler_gets_tls_version_protocol_and_client_certificate() {
     let limits = ConnectionLimits {
         max_connections: 10,
         max_connections_per_address: None,
-        header_read_timeout: SOON,
-        idle_timeout: SOON,
+        header_read_timeout: TIMEOUT,
+        idle_timeout: TIMEOUT,
         max_age: None,
     };
     let tls = Some(tls::TlsAcceptor::new(config).unwrap());
     let config = listener::Config { limits, load_balancers: Vec::new(), tls };
     let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("https://{}", socket.local_addr().unwrap());
-    let served = listener::serve(socket, Arc::new(Mirror), config, Drain::default(), SOON);
+    let served = listener::serve(socket, Arc::new(ConnectionInfoService), config, Drain::default(), TIMEOUT);
     let requests = async {
         let ask = async |client: reqwest::ClientBuilder| {
             client.build().unwrap().get(&url).send().await.unwrap().text().await.unwrap()
         };
-        let issued = authority.client(SOUND);
+        let issued = authority.client(VALID_SERIAL);
         let hash: [u8; 32] = Sha256::digest(issued.der()).into();
         let names = ["spiffe://flags.test/checkout"];
         let expected =
             format!("127.0.0.1 1.3 Some(H2) {:?}", Some(("CN=checkout", &names[..], &hash)));
-        assert_eq!(ask(authority.http_as(&issued)).await, expected);
-        let description = ask(authority.http().http1_only()).await;
+        assert_eq!(ask(authority.http_client_with(&issued)).await, expected);
+        let description = ask(authority.http_client().http1_only()).await;
         assert_eq!(description, "127.0.0.1 1.3 Some(Http1) None");
-        let old = authority.http().tls_version_max(reqwest::tls::Version::TLS_1_2);
+        let old = authority.http_client().tls_version_max(reqwest::tls::Version::TLS_1_2);
         assert_eq!(ask(old).await, "127.0.0.1 1.2 Some(H2) None");
     };
     tokio::select! {
@@ -173,7 +173,7 @@ async fn handler_gets_tls_version_protocol_and_client_certificate() {
 }
 
 /// Writes a certificate and its key into a PKCS #12 file, as operators do.
-fn export(issued: &Path, passphrase: &str) -> std::path::PathBuf {
+fn export_pkcs12(issued: &Path, passphrase: &str) -> std::path::PathBuf {
     let file = issued.with_extension("p12");
     let mut command = Command::new("openssl");
     command
@@ -191,8 +191,8 @@ fn export(issued: &Path, passphrase: &str) -> std::path::PathBuf {
 #[tokio::test]
 async fn edge_presents_its_client_certificate_from_every_file_format() {
     const PASSPHRASE: &str = "open, says the edge";
-    let authority = Authority::new();
-    let files = authority.for_loopback("upstream");
+    let authority = TestAuthority::new();
+    let files = authority.loopback_files("upstream");
     let upstream =
         Parapet::mode("standalone").flag("--flags", authority.write("flags.json", FLAGS));
     let upstream =
@@ -206,15 +206,15 @@ async fn edge_presents_its_client_certificate_from_every_file_format() {
     let url = upstream.admin_url().replace("http:", "https:");
     let edge = || {
         let edge = Parapet::edge(&url).env("UPSTREAM_CERTIFICATE_FILE", authority.file());
-        edge.admin_token(ADMIN).impatient()
+        edge.admin_token(ADMIN).with_short_intervals()
     };
-    let issued = authority.client(SOUND);
-    let pair = issued.write(&authority, "edge");
+    let issued = authority.client(VALID_SERIAL);
+    let pair = issued.write_files(&authority, "edge");
     let both = authority.write("edge.pem", issued.certificate.clone() + &issued.key);
     let forms = [
         vec![("PEM_CERT_FILE", both.clone().into_os_string())],
         vec![
-            ("PKCS12_IDENTITY_FILE", export(&both, PASSPHRASE).into()),
+            ("PKCS12_IDENTITY_FILE", export_pkcs12(&both, PASSPHRASE).into()),
             ("PKCS12_PASSPHRASE", PASSPHRASE.into()),
         ],
         vec![
@@ -236,14 +236,14 @@ async fn edge_presents_its_client_certificate_from_every_file_format() {
     let refused = "parapet_tls_handshakes_total{listener=\"admin\",version=\"none\",outcome=\"client_certificate\"}";
     assert_eq!(upstream.metric(refused).await, None);
     let stranger = edge().start_listening().await;
-    until("upstream refuses an edge without a certificate", SOON, async || {
+    wait_until("upstream refuses an edge without a certificate", TIMEOUT, async || {
         upstream.metric(refused).await.filter(|&count| count > 0.5)
     })
     .await;
     assert_eq!(stranger.get(FEATURES, CLIENT).await.0, StatusCode::SERVICE_UNAVAILABLE);
     // Usually the edge receives the alert with the reason, but not if its connection is closed before it
     // sends the request.
-    until("the log contains it", SOON, async || {
+    wait_until("the log contains it", TIMEOUT, async || {
         stranger.log().contains("the connection to upstream broke").then_some(())
     })
     .await;

@@ -9,28 +9,28 @@ use reqwest::{StatusCode, Version, tls::TlsInfo};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval};
 
-use super::authority::{Authority, Files, Issued};
-use super::{CLIENT, Encrypted, FEATURES, SOON, offline};
-use crate::rig::until;
+use super::authority::{TestAuthority, CertificateFiles, IssuedCertificate};
+use super::{CLIENT, TlsParapet, FEATURES, TIMEOUT, offline};
+use crate::rig::wait_until;
 
 /// The number of replacements.
 const REPLACEMENTS: u32 = 10;
 
 /// The names of the certificates in plain files, and of those in mounted ones.
-const NAMES: [&[&str]; 2] = [&["localhost", "127.0.0.1"], &["mounted.test"]];
+const CERTIFICATE_NAMES: [&[&str]; 2] = [&["localhost", "127.0.0.1"], &["mounted.test"]];
 
 /// A Kubernetes secret as it is mounted: `tls.crt` and `tls.key` are links through `..data`, which is a
 /// link to a directory that is replaced by another one.
-struct Mount {
+struct MountedSecret {
     folder: PathBuf,
     swaps: u32,
 }
 
-impl Mount {
-    fn new(folder: PathBuf, issued: &Issued) -> Self {
+impl MountedSecret {
+    fn new(folder: PathBuf, issued: &IssuedCertificate) -> Self {
         std::fs::create_dir(&folder).unwrap();
         let mut mount = Self { folder, swaps: 0 };
-        mount.swap(issued);
+        mount.replace(issued);
         for name in ["tls.crt", "tls.key"] {
             let link = mount.folder.join(name);
             std::os::unix::fs::symlink(format!("..data/{name}"), link).unwrap();
@@ -38,7 +38,7 @@ impl Mount {
         mount
     }
 
-    fn swap(&mut self, issued: &Issued) {
+    fn replace(&mut self, issued: &IssuedCertificate) {
         self.swaps += 1;
         let name = format!("..2026_{}", self.swaps);
         let contents = self.folder.join(&name);
@@ -54,13 +54,13 @@ impl Mount {
         }
     }
 
-    fn files(&self) -> Files {
-        Files { certificate: self.folder.join("tls.crt"), key: self.folder.join("tls.key") }
+    fn files(&self) -> CertificateFiles {
+        CertificateFiles { certificate: self.folder.join("tls.crt"), key: self.folder.join("tls.key") }
     }
 }
 
 /// Sends requests until stopped. Returns the failures, and the certificate of the last response.
-async fn ask(
+async fn send_requests(
     client: reqwest::Client,
     url: String,
     version: Version,
@@ -93,12 +93,12 @@ async fn ask(
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn certificates_are_replaced_under_load_without_a_failed_request() {
-    let authority = Authority::new();
-    let issue = || NAMES.map(|names| authority.server(names));
+    let authority = TestAuthority::new();
+    let issue = || CERTIFICATE_NAMES.map(|names| authority.server(names));
     let first = issue();
-    let mut mount = Mount::new(authority.path("mounted"), &first[1]);
-    let files = [first[0].write(&authority, "tls"), mount.files()];
-    let parapet = Encrypted::start(offline(&authority, &files)).await;
+    let mut mount = MountedSecret::new(authority.path("mounted"), &first[1]);
+    let files = [first[0].write_files(&authority, "tls"), mount.files()];
+    let parapet = TlsParapet::start(offline(&authority, &files)).await;
 
     let (stops, mut load, mut kept) =
         (Arc::new(AtomicBool::new(false)), JoinSet::new(), JoinSet::new());
@@ -106,7 +106,7 @@ async fn certificates_are_replaced_under_load_without_a_failed_request() {
     for (index, name) in ["localhost", "mounted.test"].into_iter().enumerate() {
         for version in [Version::HTTP_11, Version::HTTP_2] {
             let client = || {
-                let client = authority.http().resolve(name, parapet.address).tls_info(true);
+                let client = authority.http_client().resolve(name, parapet.address).tls_info(true);
                 // Without retries, so that every failure is visible.
                 let client = client.retry(reqwest::retry::never());
                 if version == Version::HTTP_11 { client.http1_only() } else { client }
@@ -116,7 +116,7 @@ async fn certificates_are_replaced_under_load_without_a_failed_request() {
             let ask = |client: reqwest::ClientBuilder, count: usize| {
                 let client = client.build().unwrap();
                 let answered = Arc::clone(&counts[count]);
-                ask(client, url.clone(), version, Arc::clone(&stops), answered)
+                send_requests(client, url.clone(), version, Arc::clone(&stops), answered)
             };
             load.spawn(ask(client(), 0));
             let kept_alive = ask(client().pool_max_idle_per_host(1), 1);
@@ -132,25 +132,25 @@ async fn certificates_are_replaced_under_load_without_a_failed_request() {
     for round in 1..=REPLACEMENTS {
         if round == REPLACEMENTS / 2 {
             // The key of another certificate.
-            authority.write("tls.key", authority.server(NAMES[0]).key);
-            parapet.until_metric(&reloads("refused"), 1).await;
+            authority.write("tls.key", authority.server(CERTIFICATE_NAMES[0]).key);
+            parapet.wait_for_metric(&reloads("refused"), 1).await;
             let line = "TLS: changed files are invalid; the files loaded last stay in use";
-            until("the log has the reason", SOON, async || {
+            wait_until("the log has the reason", TIMEOUT, async || {
                 let log = parapet.parapet.log();
                 let line = log.lines().find(|it| it.contains(line))?;
                 assert!(line.contains("WARN") && line.contains("does not belong to"), "{line}");
                 Some(())
             })
             .await;
-            assert_eq!(parapet.presented(&authority, "localhost").await, last[0]);
+            assert_eq!(parapet.presented_certificate(&authority, "localhost").await, last[0]);
         }
         let new = issue();
-        new[0].write(&authority, "tls");
-        mount.swap(&new[1]);
+        new[0].write_files(&authority, "tls");
+        mount.replace(&new[1]);
         last = new.each_ref().map(|issued| issued.der().clone());
-        until(&format!("certificates of round {round} are presented"), SOON, async || {
+        wait_until(&format!("certificates of round {round} are presented"), TIMEOUT, async || {
             for (name, expected) in ["localhost", "mounted.test"].into_iter().zip(&last) {
-                if parapet.presented(&authority, name).await != *expected {
+                if parapet.presented_certificate(&authority, name).await != *expected {
                     return None;
                 }
             }
@@ -177,6 +177,6 @@ async fn certificates_are_replaced_under_load_without_a_failed_request() {
     assert!(answered.iter().all(|&count| count >= u64::from(REPLACEMENTS)), "{answered:?}");
     assert_eq!(counted, [u64::from(REPLACEMENTS), 1]);
     for (name, expected) in ["localhost", "mounted.test"].into_iter().zip(&last) {
-        assert_eq!(parapet.presented(&authority, name).await, *expected, "{name}");
+        assert_eq!(parapet.presented_certificate(&authority, name).await, *expected, "{name}");
     }
 }
