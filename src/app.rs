@@ -5,16 +5,16 @@
 //! the listeners; a task that panics is restarted.
 
 mod admin_token;
-mod alone;
 mod banner;
-mod descriptors;
 mod edge;
-mod keep;
-mod listen;
-mod plan;
+mod file_descriptors;
+mod mode;
+mod persistence;
 mod reload;
-mod spools;
-mod tasks;
+mod sockets;
+mod standalone;
+mod supervisor;
+mod usage_files;
 
 use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
@@ -25,33 +25,34 @@ use tokio::{net::TcpListener, task::JoinSet, time::sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-pub use self::plan::Error;
+pub use self::mode::Error;
 use self::{
-    admin_token::AdminTokenWatcher, banner::ListenerAddress, descriptors::RequestedConnections, keep::Persistence, listen::Sockets,
-    plan::ModeParts, reload::Reloader, tasks::Supervisor,
+    admin_token::AdminTokenWatcher, banner::ListenerAddress,
+    file_descriptors::RequestedConnections, mode::ModeParts, persistence::Persistence,
+    reload::Reloader, sockets::Sockets, supervisor::Supervisor,
 };
 use crate::{
     auth::{self, Authenticator},
+    changes::ChangeFeed,
     config::{Config, ConfigErrors, Mode},
-    feed::ChangeFeed,
     http::{
         admin::{self, AdminService, DataEndpoint, InstanceIdentity, InstanceStatus, Relay},
         cors::Cors,
-        data::{SdkService, Settings},
-        guesses::FailedAttempts,
-        listener::{self, ConnectionLimits, Drain, HttpService},
-        meter::RequestMetrics,
+        failed_attempts::FailedAttempts,
+        health::HealthEndpoints,
+        https_redirect::HttpsRedirect,
         ofrep::{StreamTicketKey, StreamTickets},
-        ops::HealthEndpoints,
-        redirect::HttpsRedirect,
+        request_metrics::RequestMetrics,
+        sdk::{SdkService, Settings},
+        server::{self, ConnectionLimits, Drain, HttpService},
         streaming::Streams,
     },
+    protocol::usage::ConnectVia,
     snapshot::Snapshots,
     telemetry::{self, Readiness},
     tls,
     upstream::Upstream,
     usage::{Shutdown, Usage},
-    wire::usage::ConnectVia,
 };
 
 /// Interval of the upkeep that the metrics library requires.
@@ -90,12 +91,12 @@ pub struct App {
 struct BoundListener<S> {
     listener: TcpListener,
     service: Arc<S>,
-    config: listener::Config,
+    config: server::Config,
 }
 
 impl<S: HttpService> BoundListener<S> {
     async fn serve(self, drain: Drain, grace: Duration) {
-        listener::serve(self.listener, self.service, self.config, drain, grace).await;
+        server::serve(self.listener, self.service, self.config, drain, grace).await;
     }
 }
 
@@ -113,7 +114,7 @@ impl App {
         let admin_tls = config.admin.tls.map(tls::TlsAcceptor::new).transpose()?;
         let mut mode = match config.mode {
             Mode::Edge(edge) => edge::build(*edge, &config.auth, &snapshots, latch).await?,
-            Mode::Offline(offline) => alone::build_offline(offline, &snapshots, latch).await?,
+            Mode::Offline(offline) => standalone::build_offline(offline, &snapshots, latch).await?,
             Mode::Standalone(standalone) => {
                 let addresses = (
                     ListenerAddress { address: data_address, is_tls: data_tls.is_some() },
@@ -121,9 +122,16 @@ impl App {
                 );
                 let (base_path, data_dir) = (&config.data.base_path, &config.data_dir);
                 let announce = |opened: &_| {
-                    banner::announce_first_start(opened, addresses, base_path, config.log.format, data_dir);
+                    banner::announce_first_start(
+                        opened,
+                        addresses,
+                        base_path,
+                        config.log.format,
+                        data_dir,
+                    );
                 };
-                alone::build_standalone(standalone, data_dir, &snapshots, latch, announce).await?
+                standalone::build_standalone(standalone, data_dir, &snapshots, latch, announce)
+                    .await?
             }
         };
         let identity = InstanceIdentity {
@@ -136,7 +144,7 @@ impl App {
         };
         let mut limits = config.data.connection_limits;
         let mut streams = config.data.streams;
-        let connections = descriptors::allocate(RequestedConnections {
+        let connections = file_descriptors::allocate(RequestedConnections {
             connections: limits.max_connections,
             is_explicit: config.data.has_explicit_max_connections,
         });
@@ -152,13 +160,15 @@ impl App {
         // timeout, so that the response can say which one is missing.
         let deadline = config.auth.deadline.min(config.data.request_timeout / 3);
         let settings = auth::Config { deadline, ..config.auth };
-        let auth = Authenticator::new(settings, mode.take_validator(), mode.static_tokens.drain(..));
+        let auth =
+            Authenticator::new(settings, mode.take_validator(), mode.static_tokens.drain(..));
         let hop = ConnectVia {
             app_name: identity.app_name.as_str().into(),
             instance_id: identity.instance_id.as_str().into(),
         };
         let usage = Usage::new(&config.usage, hop);
-        let persistence = Persistence::restore(mode.store.clone(), auth.clone(), usage.clone()).await;
+        let persistence =
+            Persistence::restore(mode.store.clone(), auth.clone(), usage.clone()).await;
         let meter = Arc::new(RequestMetrics::new(admin::path_templates()));
         let ops = HealthEndpoints::new(
             readiness.clone(),
@@ -221,7 +231,8 @@ impl App {
             data: Arc::clone(&service),
         });
         let reloadable = mode.reloadable.take().expect("taken only once");
-        let reloader = Reloader::new(reloadable, auth.clone(), config.effective_settings, config.warnings);
+        let reloader =
+            Reloader::new(reloadable, auth.clone(), config.effective_settings, config.warnings);
         let tls: Vec<_> = [&data_tls, &admin_tls].into_iter().flatten().cloned().collect();
         let insight = InstanceStatus {
             identity,
@@ -237,7 +248,11 @@ impl App {
         let operators = AdminService {
             instance: insight,
             control_plane: mode.control_plane.as_ref().map(|(control, _)| control.clone()),
-            relay: mode.upstream.clone().filter(|_| mode.relays_admin_api).map(|upstream| Relay { upstream }),
+            relay: mode
+                .upstream
+                .clone()
+                .filter(|_| mode.relays_admin_api)
+                .map(|upstream| Relay { upstream }),
             token_header: config.data.token_header,
             disabled_endpoints: config.data.disabled_endpoints,
             is_tls: admin_tls.is_some(),
@@ -247,7 +262,7 @@ impl App {
         let redirect = redirect.map(|(listener, _)| BoundListener {
             listener,
             service: Arc::new(HttpsRedirect::to_port(data_address.port())),
-            config: listener::Config {
+            config: server::Config {
                 limits: of(connections.admin),
                 load_balancers: config.data.load_balancers.clone(),
                 tls: None,
@@ -256,7 +271,7 @@ impl App {
         let data = BoundListener {
             listener: data,
             service,
-            config: listener::Config {
+            config: server::Config {
                 limits: of(connections.data),
                 load_balancers: config.data.load_balancers,
                 tls: data_tls,
@@ -265,7 +280,7 @@ impl App {
         let admin = BoundListener {
             listener: admin,
             service: Arc::new(operators),
-            config: listener::Config {
+            config: server::Config {
                 limits: of(connections.admin),
                 load_balancers: config.admin.load_balancers,
                 tls: admin_tls,
@@ -298,10 +313,17 @@ impl App {
     /// If a listener stops, the rest shuts down in the same order and an error is returned.
     pub async fn run(self, signals: impl Stream<Item = Signal>) -> Result<(), Error> {
         let mut signals = pin!(signals);
-        let Self { data, admin, redirect, drain_delay, shutdown_timeout: grace, readiness, metrics_handle: registry, .. } = self;
         let Self {
-            mode, persistence, mut reloader, admin_token_watcher: watcher, ..
+            data,
+            admin,
+            redirect,
+            drain_delay,
+            shutdown_timeout: grace,
+            readiness,
+            metrics_handle: registry,
+            ..
         } = self;
+        let Self { mode, persistence, mut reloader, admin_token_watcher: watcher, .. } = self;
         let service = Arc::clone(&data.service);
         let (feed, streams) = (service.feed.clone(), service.streams.clone());
         let tls = [data.config.tls.clone(), admin.config.tls.clone()];
@@ -320,7 +342,9 @@ impl App {
         mode.flag_source.spawn_updates(&mut workers, &persistence.auth);
         workers.spawn("auth", persistence.auth.clone(), |auth| async move { auth.run().await });
         workers.spawn("feed", feed, |feed| async move { feed.run().await });
-        workers.spawn("streams", streams.clone(), |streams| async move { streams.close_revoked().await });
+        workers.spawn("streams", streams.clone(), |streams| async move {
+            streams.close_revoked().await
+        });
         workers.spawn("metrics", registry, run_metrics_upkeep);
         for server in tls.into_iter().flatten() {
             workers.spawn("tls", server, |server| async move { server.watch_files().await });
@@ -337,7 +361,7 @@ impl App {
             if mode.saves_registry_copies {
                 let parts = (control.clone(), mode.store.clone());
                 workers.spawn("registry copy", parts, |(control, store)| async move {
-                    alone::save_registry_copies(&control, &store).await;
+                    standalone::save_registry_copies(&control, &store).await;
                 });
             }
             let parts = (control.clone(), persistence.auth.clone());
@@ -447,9 +471,9 @@ mod tests {
     use super::*;
     use crate::{
         config::{Command, ConfigError},
+        protocol::usage::ClientMetrics,
         token::{Environment, Projects, Scope, TokenDigest},
         usage::{Reporter, SdkKind},
-        wire::usage::ClientMetrics,
     };
 
     #[tokio::test]
@@ -472,10 +496,12 @@ mod tests {
         let report = json!({"appName": "a", "instanceId": "i", "bucket": bucket}).to_string();
         let report = ClientMetrics::parse(report.as_bytes()).expect("report");
         let token = &TokenDigest::of("token");
-        let reporter = Reporter { token, sdk_kind: SdkKind::Backend, scope: &scope, snapshot: None };
+        let reporter =
+            Reporter { token, sdk_kind: SdkKind::Backend, scope: &scope, snapshot: None };
         app.persistence.usage.record_metrics(&reporter, report, now).expect("there is room");
 
-        let mistake = ConfigError { location: "PORT".to_owned(), reason: "of no interest".to_owned() };
+        let mistake =
+            ConfigError { location: "PORT".to_owned(), reason: "of no interest".to_owned() };
         let reload = || Signal::Reload(Err(mistake.clone().into()));
         let signals = [reload(), Signal::Terminate, reload(), Signal::Terminate, reload()];
         let signals = stream::iter(signals).chain(stream::pending());

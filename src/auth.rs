@@ -6,11 +6,11 @@
 //!
 //! This module returns what a token grants. It does not know which route needs which kind of token.
 
-mod given;
-mod queue;
+mod pending;
+mod static_tokens;
 #[cfg(test)]
 mod tests;
-mod verdicts;
+mod token_cache;
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -26,20 +26,20 @@ use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
 use tokio::{sync::Notify, time::Instant};
 use tracing::{info, warn};
 
-use self::{
-    given::StaticTokens,
-    queue::{Priority, PendingValidations},
-    verdicts::{InsertOutcome, RejectOutcome, RequestStart, TokenCache},
-};
 pub use self::{
-    queue::AuthError,
-    verdicts::{RestoreError, CachedToken},
+    pending::AuthError,
+    token_cache::{CachedToken, RestoreError},
+};
+use self::{
+    pending::{PendingValidations, Priority},
+    static_tokens::StaticTokens,
+    token_cache::{InsertOutcome, RejectOutcome, RequestStart, TokenCache},
 };
 use crate::{
+    protocol::tokens::{ListedSecret, TokenList, ValidatedToken},
     telemetry::error_chain,
     token::{Environment, Grant, Token, TokenDigest, TokenKind},
-    upstream::{TokenAccess, AdminToken, Credentials, Upstream},
-    wire::tokens::{ListedSecret, TokenList, ValidatedToken},
+    upstream::{AdminToken, Credentials, TokenAccess, Upstream},
 };
 
 /// How validated and rejected tokens are cached.
@@ -154,22 +154,35 @@ impl Authenticator {
 
     /// Like [`Self::authenticate`], from the cache only; `None` for a token that has to be validated or
     /// is presented for the first time.
-    pub fn authenticate_cached(&self, header: &str) -> Option<Result<AuthenticatedToken, AuthError>> {
+    pub fn authenticate_cached(
+        &self,
+        header: &str,
+    ) -> Option<Result<AuthenticatedToken, AuthError>> {
         match self.lookup_cached(header) {
             CacheLookup::Decided(result) => Some(result),
             CacheLookup::Restored(..) | CacheLookup::Miss(..) => None,
         }
     }
 
-    async fn authenticate_with_priority(&self, header: &str, priority: Priority) -> Result<AuthenticatedToken, AuthError> {
+    async fn authenticate_with_priority(
+        &self,
+        header: &str,
+        priority: Priority,
+    ) -> Result<AuthenticatedToken, AuthError> {
         match self.lookup_cached(header) {
             CacheLookup::Decided(result) => result,
             CacheLookup::Restored(cached, digest) => {
                 self.0.metrics.known.increment(1);
                 self.0.record_plaintext(&cached, header);
-                Ok(AuthenticatedToken { grant: Arc::clone(cached.grant()), digest, first_seen: true })
+                Ok(AuthenticatedToken {
+                    grant: Arc::clone(cached.grant()),
+                    digest,
+                    first_seen: true,
+                })
             }
-            CacheLookup::Miss(token, digest) => self.validate_uncached(token, digest, priority).await,
+            CacheLookup::Miss(token, digest) => {
+                self.validate_uncached(token, digest, priority).await
+            }
         }
     }
 
@@ -179,7 +192,11 @@ impl Authenticator {
         let digest = TokenDigest::of(Token::strip_bearer(header));
         if let Some(grant) = inner.static_tokens.get_and_mark_used(&digest) {
             inner.metrics.known.increment(1);
-            return CacheLookup::Decided(Ok(AuthenticatedToken { grant, digest, first_seen: false }));
+            return CacheLookup::Decided(Ok(AuthenticatedToken {
+                grant,
+                digest,
+                first_seen: false,
+            }));
         }
         if let Some(cached) = inner.token_cache.valid(&digest) {
             if cached.is_missing_plaintext() {
@@ -187,7 +204,11 @@ impl Authenticator {
             }
             inner.metrics.known.increment(1);
             let grant = Arc::clone(cached.grant());
-            return CacheLookup::Decided(Ok(AuthenticatedToken { grant, digest, first_seen: false }));
+            return CacheLookup::Decided(Ok(AuthenticatedToken {
+                grant,
+                digest,
+                first_seen: false,
+            }));
         }
         if let Some(denied) = inner.token_cache.rejection(&digest) {
             inner.metrics.refused.increment(1);
@@ -490,16 +511,20 @@ impl Inner {
                 Some(ValidationResult::Forbidden(grant)) => {
                     self.token_cache.record_forbidden(token, grant, start);
                 }
-                Some(ValidationResult::Invalid) => match self.token_cache.record_denial(token, start) {
-                    RejectOutcome::NeedsRecheck => self.token_cache.postpone_revalidation(&token.digest(), RECHECK_DELAY),
-                    // The rejection expires soon: if upstream was wrong, the token is validated
-                    // again after that.
-                    RejectOutcome::Rejected => {
-                        info!(token = %token.masked(), "A token is no longer valid");
-                        issuer.credentials.revoke(&token.digest());
+                Some(ValidationResult::Invalid) => {
+                    match self.token_cache.record_denial(token, start) {
+                        RejectOutcome::NeedsRecheck => {
+                            self.token_cache.postpone_revalidation(&token.digest(), RECHECK_DELAY)
+                        }
+                        // The rejection expires soon: if upstream was wrong, the token is validated
+                        // again after that.
+                        RejectOutcome::Rejected => {
+                            info!(token = %token.masked(), "A token is no longer valid");
+                            issuer.credentials.revoke(&token.digest());
+                        }
+                        RejectOutcome::Outdated => {}
                     }
-                    RejectOutcome::Outdated => {}
-                },
+                }
                 None => {}
             }
         }
@@ -525,7 +550,11 @@ impl Inner {
     /// appears in the list. A cached token that does not validate is denied only if its probe fails
     /// too: upstream caches for minutes that it did not know a token, and the list may have shown it
     /// since.
-    async fn validate_batch(&self, issuer: &UpstreamValidator, tokens: &[Token]) -> ValidationBatch {
+    async fn validate_batch(
+        &self,
+        issuer: &UpstreamValidator,
+        tokens: &[Token],
+    ) -> ValidationBatch {
         let start = self.token_cache.start_request();
         if let Some(pause) = self.remaining_pause() {
             return ValidationBatch::unanswered(start, Some(pause));
@@ -570,7 +599,9 @@ impl Inner {
         let mut retry_after = None;
         for (digest, grant, is_validated, access) in probes {
             match access {
-                Ok(TokenAccess::Granted) => drop(results.insert(digest, ValidationResult::Valid(grant))),
+                Ok(TokenAccess::Granted) => {
+                    drop(results.insert(digest, ValidationResult::Valid(grant)))
+                }
                 Ok(TokenAccess::Forbidden) if is_validated => {
                     results.insert(digest, ValidationResult::Forbidden(grant));
                 }
@@ -595,14 +626,16 @@ impl Inner {
     fn pause_validation(&self, pause: Option<Duration>) {
         if let Some(pause) = pause {
             let until = Instant::now() + pause;
-            let mut not_before = self.validation_paused_until.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut not_before =
+                self.validation_paused_until.lock().unwrap_or_else(PoisonError::into_inner);
             *not_before = until.max(*not_before);
         }
     }
 
     /// The rest of the current validation pause; `None` if there is none.
     fn remaining_pause(&self) -> Option<Duration> {
-        let not_before = *self.validation_paused_until.lock().unwrap_or_else(PoisonError::into_inner);
+        let not_before =
+            *self.validation_paused_until.lock().unwrap_or_else(PoisonError::into_inner);
         not_before.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
     }
 
@@ -793,7 +826,10 @@ impl RateLimiter {
                 self.available -= 1.0;
                 return;
             }
-            tokio::time::sleep(Duration::from_secs_f64((1.0 - self.available) / VALIDATIONS_PER_SECOND)).await;
+            tokio::time::sleep(Duration::from_secs_f64(
+                (1.0 - self.available) / VALIDATIONS_PER_SECOND,
+            ))
+            .await;
         }
     }
 }

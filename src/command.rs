@@ -2,20 +2,20 @@
 //!
 //! Serving is in `app`, the health check of a running instance in `probe`.
 
-pub mod archive;
+pub mod backup;
+mod explanation_text;
 pub mod manage;
-mod tree;
 
 use std::{io, path::PathBuf};
 
 use jiff::Timestamp;
 
 use crate::{
-    answers::explained::{self, UnknownFlag},
     config::ExplainOptions,
+    evaluation::explain::{self, UnknownFlag},
+    protocol::{context::FrontendContext, features::Document},
     snapshot::Snapshot,
     token::{Projects, Scope},
-    wire::{context::FrontendContext, features::Document},
 };
 
 /// Why `parapet explain` failed.
@@ -63,7 +63,8 @@ pub fn explain(options: &ExplainOptions) -> Result<String, ExplainError> {
     } else {
         options.flags.clone()
     };
-    let text = std::fs::read(&path).map_err(|source| ExplainError::Read { path: path.clone(), source })?;
+    let text =
+        std::fs::read(&path).map_err(|source| ExplainError::Read { path: path.clone(), source })?;
     let document = Document::parse_file(&text)
         .map_err(|source| ExplainError::InvalidDocument { path: path.clone(), source })?;
     let scope = Scope { environment: options.environment.clone(), projects: Projects::All };
@@ -78,12 +79,14 @@ pub fn explain(options: &ExplainOptions) -> Result<String, ExplainError> {
         properties: properties.map(|(name, value)| (name.into(), value.into())).collect(),
         ..FrontendContext::default()
     };
-    match explained::explain(&snapshot, &options.flag, &context, now, rand::random()) {
+    match explain::explain(&snapshot, &options.flag, &context, now, rand::random()) {
         Ok(explanation) if options.json => {
             let json = serde_json::to_string_pretty(&explanation);
             Ok(json.expect("an explanation contains only texts and numbers") + "\n")
         }
-        Ok(explanation) => Ok(tree::render(&explanation)),
-        Err(UnknownFlag { similar_names: alike }) => Err(ExplainError::FlagNotFound { flag: options.flag.clone(), path, alike }),
+        Ok(explanation) => Ok(explanation_text::render(&explanation)),
+        Err(UnknownFlag { similar_names: alike }) => {
+            Err(ExplainError::FlagNotFound { flag: options.flag.clone(), path, alike })
+        }
     }
 }

@@ -5,31 +5,31 @@
 //! a secret. Only this module reads the environment. It starts nothing.
 
 mod archive;
-mod check;
-mod checked;
 mod cli;
+mod error;
 mod file;
-mod keys;
 mod manage;
-mod mistake;
-mod settings;
+mod model;
+mod options;
+mod raw;
 mod tls;
+mod validate;
 
 use std::ffi::OsString;
 
-pub use self::{
-    checked::{
-        AdminListenerConfig, ArchiveOptions, ArchiveAction, Config, Credentials, DataListenerConfig, EdgeConfig, ExplainOptions,
-        FlagsPath, BackupFolder, InstanceInfo, ManageOptions, Mode, OfflineConfig, Target, ProbeOptions, ShutdownConfig, StandaloneConfig,
-        ProbeTrust,
-    },
-    manage::{PasswordSource, RemoteServer, ManageTask},
-    mistake::{ConfigError, ConfigErrors},
-    settings::EffectiveSettings,
-};
 use self::{
     cli::{Invocation, Purpose, Subcommand},
-    settings::RawSettings,
+    raw::RawSettings,
+};
+pub use self::{
+    error::{ConfigError, ConfigErrors},
+    manage::{ManageTask, PasswordSource, RemoteServer},
+    model::{
+        AdminListenerConfig, ArchiveAction, ArchiveOptions, BackupFolder, Config, Credentials,
+        DataListenerConfig, EdgeConfig, ExplainOptions, FlagsPath, InstanceInfo, ManageOptions,
+        Mode, OfflineConfig, ProbeOptions, ProbeTrust, ShutdownConfig, StandaloneConfig, Target,
+    },
+    raw::EffectiveSettings,
 };
 
 /// The command that the process was started with.
@@ -71,19 +71,21 @@ impl Command {
             Invocation::Manage { command: errand, values: flags } => {
                 let verb = Subcommand::Serve(cli::ServeMode::Standalone);
                 let settings = RawSettings::merge(verb, flags, variable);
-                return check::manage(settings, errand).map(Self::Manage);
+                return validate::manage(settings, errand).map(Self::Manage);
             }
             Invocation::Archive { command: order, values: flags } => {
                 let verb = Subcommand::Serve(cli::ServeMode::Standalone);
                 let settings = RawSettings::merge(verb, flags, variable);
-                return check::archive(settings, order).map(Self::Archive);
+                return validate::archive(settings, order).map(Self::Archive);
             }
-            Invocation::RunOrProbe { subcommand: verb, purpose, values: flags } => (verb, purpose, flags),
+            Invocation::RunOrProbe { subcommand: verb, purpose, values: flags } => {
+                (verb, purpose, flags)
+            }
         };
         let mut settings = RawSettings::merge(verb, flags, variable);
         let command = match verb {
-            Subcommand::Serve(role) => Self::Run(Box::new(check::config(&mut settings, role)?)),
-            Subcommand::Probe(question) => Self::Probe(check::probe(&mut settings, question)?),
+            Subcommand::Serve(role) => Self::Run(Box::new(validate::config(&mut settings, role)?)),
+            Subcommand::Probe(question) => Self::Probe(validate::probe(&mut settings, question)?),
         };
         if purpose == Purpose::Run {
             return Ok(command);

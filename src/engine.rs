@@ -20,24 +20,24 @@ mod date;
 mod explain;
 pub mod explanation;
 mod flag;
-mod kept;
-mod pattern;
+mod inputs;
+mod owned_context;
+mod parse;
 mod plan;
 mod problem;
-mod reads;
-mod scalar;
+mod re2;
 mod strategy;
 mod variant;
 
 use self::compile::{CompiledFlags, Previous};
-pub use self::context::{BoundContext, Context, FieldId, ContextSchema, ContextValues};
+pub use self::context::{BoundContext, Context, ContextSchema, ContextValues, FieldId};
 use self::explanation::Explanation;
 pub use self::flag::{Flag, FlagId, Outcome};
-pub use self::kept::OwnedContext;
+pub use self::inputs::{ContextKey, EvaluationInputs, Relevance};
+pub use self::owned_context::OwnedContext;
 pub use self::problem::{Defect, DefinitionPart, Problem};
-pub use self::reads::{ContextKey, EvaluationInputs, Relevance};
 pub use self::variant::{Payload, Variant};
-use crate::wire::features::Document;
+use crate::protocol::features::Document;
 
 /// The flags of one environment, compiled.
 #[derive(Debug, Clone)]
@@ -116,7 +116,12 @@ impl Engine {
 
     /// Appends to `key` everything that `inputs`, which belong to flags of this engine, read from a
     /// context. Those flags have equal outcomes for contexts with equal keys, unless they are random.
-    pub fn write_context_key(&self, inputs: &EvaluationInputs, values: &ContextValues<'_>, key: &mut ContextKey) {
+    pub fn write_context_key(
+        &self,
+        inputs: &EvaluationInputs,
+        values: &ContextValues<'_>,
+        key: &mut ContextKey,
+    ) {
         inputs.write_context_key(&self.compiled.schema, values, key);
     }
 

@@ -5,26 +5,26 @@
 //! builds every response and is the only module that chooses status codes. This module owns no state:
 //! the services below it do.
 
-pub mod access;
 pub mod admin;
-pub mod client;
-pub mod coding;
+mod blocking;
+pub mod client_address;
+pub mod client_api;
 pub mod conditional;
 pub mod console;
+pub mod content_encoding;
 pub mod cors;
-pub mod data;
-pub mod edge;
-pub mod frontend;
-pub mod guesses;
-pub mod listener;
-mod long;
-pub mod meter;
+pub mod failed_attempts;
+pub mod frontend_api;
+pub mod health;
+pub mod https_redirect;
+pub mod metrics_ingest;
 pub mod ofrep;
-pub mod ops;
-pub mod payload;
-pub mod redirect;
-pub mod reply;
-pub mod report;
+pub mod request_body;
+pub mod request_metrics;
+pub mod response;
 pub mod route;
-pub mod stop;
+pub mod sdk;
+pub mod server;
+pub mod shutdown_signal;
 pub mod streaming;
+pub mod token_validation;

@@ -16,7 +16,7 @@
 //! # Layers
 //!
 //! Imports only point down, and a child module never imports its parent's public interface;
-//! `tests/it/house.rs` enforces this.
+//! `tests/it/architecture.rs` enforces this.
 //!
 //! | layer | modules | contents |
 //! |---|---|---|
@@ -103,25 +103,25 @@
 //!   since instances behind one balancer see a state at different times: equal flags have equal tags. As
 //!   far as the clocks of instances agree, an older state never has a higher revision than a newer one.
 
-pub mod answers;
 pub mod app;
 pub mod auth;
+pub mod background_writer;
+pub mod changes;
 pub mod command;
 pub mod config;
-pub mod control;
+pub mod control_plane;
 pub mod engine;
-pub mod feed;
+pub mod evaluation;
 pub mod http;
 pub mod probe;
-pub mod saver;
+pub mod protocol;
+pub mod rate_limit;
 pub mod secret_file;
 pub mod snapshot;
 pub mod store;
 pub mod sync;
 pub mod telemetry;
-pub mod throttle;
 pub mod tls;
 pub mod token;
 pub mod upstream;
 pub mod usage;
-pub mod wire;

@@ -61,7 +61,7 @@ fn execute(command: Command) -> anyhow::Result<()> {
             write!(io::stdout(), "{output}").context("cannot write")
         }
         Command::Archive(command) => {
-            let output = build_runtime()?.block_on(command::archive::run(command))?;
+            let output = build_runtime()?.block_on(command::backup::run(command))?;
             write!(io::stdout(), "{output}").context("cannot write")
         }
         Command::Explain(request) => {

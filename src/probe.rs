@@ -8,7 +8,7 @@ use reqwest::{Certificate, Client, StatusCode};
 
 use crate::{
     config::{ProbeOptions, ProbeTrust},
-    wire::text::without_byte_order_mark,
+    protocol::byte_order_mark::without_byte_order_mark,
 };
 
 /// Timeout of the request.
@@ -39,14 +39,18 @@ pub async fn check(probe: &ProbeOptions) -> Result<(), Error> {
     let client = match &probe.trust {
         ProbeTrust::Platform(None) => client,
         ProbeTrust::Platform(Some(file)) => client.tls_certs_merge(read_certificates(file)?),
-        ProbeTrust::Authority(file) => {
-            client.tls_certs_only(read_certificates(file)?).tls_danger_accept_invalid_hostnames(true)
-        }
+        ProbeTrust::Authority(file) => client
+            .tls_certs_only(read_certificates(file)?)
+            .tls_danger_accept_invalid_hostnames(true),
         ProbeTrust::Any => client.tls_danger_accept_invalid_certs(true),
     };
     let request = client.build().map_err(Error::Client)?.get(probe.url.clone());
     let url = || probe.url.to_string();
-    match request.send().await.map_err(|error| Error::NoResponse(url(), error.without_url()))?.status()
+    match request
+        .send()
+        .await
+        .map_err(|error| Error::NoResponse(url(), error.without_url()))?
+        .status()
     {
         StatusCode::OK => Ok(()),
         status => Err(Error::UnexpectedStatus(url(), status)),
@@ -85,7 +89,10 @@ mod tests {
     #[tokio::test]
     async fn instance_is_healthy_only_if_it_answers_200() {
         assert!(result_of("200 OK").await.is_ok());
-        assert!(matches!(result_of("503 Service Unavailable").await, Err(Error::UnexpectedStatus(..))));
+        assert!(matches!(
+            result_of("503 Service Unavailable").await,
+            Err(Error::UnexpectedStatus(..))
+        ));
         assert!(matches!(result_of("204 No Content").await, Err(Error::UnexpectedStatus(..))));
     }
 
@@ -131,7 +138,8 @@ mod tests {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let url = format!("https://{}/ready", listener.local_addr().unwrap());
             let probe = ProbeOptions { url: url.parse().unwrap(), trust };
-            let (result, ()) = tokio::join!(check(&probe), answer_over_tls(listener, config.clone()));
+            let (result, ()) =
+                tokio::join!(check(&probe), answer_over_tls(listener, config.clone()));
             assert_eq!(result.is_ok(), is_trusted, "{:?}: {result:?}", probe.trust);
         }
     }

@@ -12,7 +12,7 @@ use std::{
 use tempfile::NamedTempFile;
 use zeroize::Zeroizing;
 
-use crate::wire::text::without_byte_order_mark;
+use crate::protocol::byte_order_mark::without_byte_order_mark;
 
 /// The largest accepted file, in bytes: far more than any list of tokens.
 const MAX_LEN: u64 = 1 << 20;

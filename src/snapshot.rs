@@ -5,16 +5,16 @@
 //! uses it to the end. This module does not fetch, store or schedule anything. The caller chooses the
 //! thread that builds a snapshot; building yields the processor between its steps.
 
-mod answers;
-mod asked;
 pub mod body;
+mod client_features;
+mod evaluation_cache;
+mod flag_states;
 mod fragments;
-mod listing;
-mod outcomes;
-mod part;
-mod recent;
-mod table;
-mod view;
+mod frontend_view;
+mod hot_contexts;
+mod recent_filter;
+mod result_cache;
+mod scope_cache;
 
 use std::{
     cmp::Reverse,
@@ -33,23 +33,23 @@ use jiff::Timestamp;
 use moka::sync::Cache;
 use tokio::{sync::watch, time::Instant};
 
-pub use self::{
-    answers::EvaluationCache,
-    asked::{HotContext, Include},
-    fragments::{Fragment, FragmentId, Fragments, OfrepHashes},
-    listing::{Filter, SegmentFormat, filter_document},
-    outcomes::{FlagState, FlagStates},
-    view::{ScopedFlag, FrontendView},
-};
 use self::{
     body::PreparedBody,
-    listing::{CountedBody, ClientFeaturesKey},
-    part::{ScopeData, ScopeCache},
+    client_features::{ClientFeaturesKey, CountedBody},
+    scope_cache::{ScopeCache, ScopeData},
+};
+pub use self::{
+    client_features::{Filter, SegmentFormat, filter_document},
+    evaluation_cache::EvaluationCache,
+    flag_states::{FlagState, FlagStates},
+    fragments::{Fragment, FragmentId, Fragments, OfrepHashes},
+    frontend_view::{FrontendView, ScopedFlag},
+    hot_contexts::{HotContext, Include},
 };
 use crate::{
     engine::{Engine, Flag, Problem},
+    protocol::features::Document,
     token::{Environment, Projects, Scope},
-    wire::features::Document,
 };
 
 /// Memory limit of one snapshot's filtered client-features bodies, in bytes. Beyond it the least used
@@ -211,13 +211,22 @@ impl Snapshot {
 
     /// The flag configuration limited to `projects` and `filter`, as `/api/client/features` sends it.
     /// Built on first use.
-    pub fn client_features(&self, projects: &Projects, filter: Filter, segments: SegmentFormat) -> Arc<PreparedBody> {
+    pub fn client_features(
+        &self,
+        projects: &Projects,
+        filter: Filter,
+        segments: SegmentFormat,
+    ) -> Arc<PreparedBody> {
         if filter == Filter::default() {
-            return self.unfiltered_client_features(&self.scopes.get_or_insert(projects), projects, segments);
+            return self.unfiltered_client_features(
+                &self.scopes.get_or_insert(projects),
+                projects,
+                segments,
+            );
         }
         let key = ClientFeaturesKey { projects: projects.clone(), filter, segments };
         let build = || {
-            CountedBody::new(Arc::new(listing::build(
+            CountedBody::new(Arc::new(client_features::build(
                 &self.environment,
                 &self.document,
                 &key,
@@ -228,14 +237,21 @@ impl Snapshot {
     }
 
     /// The flag configuration of `projects`, without a filter.
-    fn unfiltered_client_features(&self, data: &ScopeData, projects: &Projects, segments: SegmentFormat) -> Arc<PreparedBody> {
+    fn unfiltered_client_features(
+        &self,
+        data: &ScopeData,
+        projects: &Projects,
+        segments: SegmentFormat,
+    ) -> Arc<PreparedBody> {
         let slot = data.client_features(segments);
         if let Some(body) = slot.get() {
             return Arc::clone(body);
         }
-        let key = ClientFeaturesKey { projects: projects.clone(), filter: Filter::default(), segments };
-        let build =
-            || Arc::new(listing::build(&self.environment, &self.document, &key, self.revision));
+        let key =
+            ClientFeaturesKey { projects: projects.clone(), filter: Filter::default(), segments };
+        let build = || {
+            Arc::new(client_features::build(&self.environment, &self.document, &key, self.revision))
+        };
         let body = Arc::clone(slot.get_or_init(build));
         self.scopes.enforce_limit(projects);
         body
@@ -277,12 +293,16 @@ impl Snapshot {
                 let Some(old) = old.client_features(segments).get() else { continue };
                 let filter = Filter::default();
                 let key = ClientFeaturesKey { projects: projects.clone(), filter, segments };
-                new.client_features(segments).get_or_init(|| self.rebuild_client_features(&key, old));
+                new.client_features(segments)
+                    .get_or_init(|| self.rebuild_client_features(&key, old));
             }
             self.scopes.enforce_limit(projects);
         }
-        let mut filtered: Vec<_> =
-            previous.filtered_client_features.iter().filter(|(_, listing)| listing.requests() > 0).collect();
+        let mut filtered: Vec<_> = previous
+            .filtered_client_features
+            .iter()
+            .filter(|(_, listing)| listing.requests() > 0)
+            .collect();
         filtered.sort_by_key(|(_, listing)| Reverse(listing.requests()));
         filtered.truncate(MAX_INHERITED_FILTERS);
         for (key, old) in filtered {
@@ -292,8 +312,12 @@ impl Snapshot {
     }
 
     /// The body of this snapshot for `key`, compressed in the codings that `old` was compressed in.
-    fn rebuild_client_features(&self, key: &ClientFeaturesKey, old: &Arc<PreparedBody>) -> Arc<PreparedBody> {
-        let new = listing::build(&self.environment, &self.document, key, self.revision);
+    fn rebuild_client_features(
+        &self,
+        key: &ClientFeaturesKey,
+        old: &Arc<PreparedBody>,
+    ) -> Arc<PreparedBody> {
+        let new = client_features::build(&self.environment, &self.document, key, self.revision);
         if new.etag() == old.etag() {
             return Arc::clone(old);
         }
@@ -503,7 +527,8 @@ mod tests {
     #[test]
     fn rebuilt_snapshot_prebuilds_requested_bodies_and_only_the_most_requested_filters() {
         let first = snapshot("a", None);
-        let whole = || first.client_features(&Projects::All, Filter::default(), SegmentFormat::Separate);
+        let whole =
+            || first.client_features(&Projects::All, Filter::default(), SegmentFormat::Separate);
         let (body, _) = (whole(), request(&first, 0));
         request(&first, 0);
         for prefix in 1..1000 {
@@ -511,7 +536,8 @@ mod tests {
         }
         let second = snapshot("a", Some(&first));
         assert_eq!(cached_filters(&second), MAX_INHERITED_FILTERS);
-        let reused = second.client_features(&Projects::All, Filter::default(), SegmentFormat::Separate);
+        let reused =
+            second.client_features(&Projects::All, Filter::default(), SegmentFormat::Separate);
         assert!(Arc::ptr_eq(&body, &reused), "nothing has changed");
         assert!(Arc::ptr_eq(&request(&first, 0), &request(&second, 0)), "requested twice");
         let third = snapshot("b", Some(&second));

@@ -3,9 +3,9 @@
 //! A record that is damaged, or written by a newer version, is renamed and reported; its owner continues
 //! without it. The owners define the contents and must not store plaintext tokens.
 
-mod claim;
 pub mod edge_backup;
-mod envelope;
+mod lock;
+mod record;
 
 use std::{
     collections::HashMap,
@@ -27,7 +27,7 @@ use tokio::{
 };
 use ulid::Ulid;
 
-pub use self::claim::{RecordLock, SlotId};
+pub use self::lock::{RecordLock, SlotId};
 use crate::token::Environment;
 
 /// A store of records that survive restarts.
@@ -131,7 +131,11 @@ impl Store {
             Ok(()) => {
                 describe();
                 let readers = Arc::new(Semaphore::new(MAX_READERS));
-                let directory = Directory { path: directory, write_locks: Mutex::default(), read_permits: readers };
+                let directory = Directory {
+                    path: directory,
+                    write_locks: Mutex::default(),
+                    read_permits: readers,
+                };
                 Ok(Self(Arc::new(Backend::Directory(directory))))
             }
             Err(source) => Err(Error::Directory { directory, source }),
@@ -205,7 +209,9 @@ impl Store {
     /// Locks the record of `key` until the lock is dropped or the process ends; `None` if it is already
     /// locked. Loading and saving are possible without the lock.
     pub async fn try_lock(&self, key: &RecordKey) -> Result<Option<RecordLock>, Error> {
-        let Backend::Directory(directory) = &*self.0 else { return Ok(Some(RecordLock::in_memory())) };
+        let Backend::Directory(directory) = &*self.0 else {
+            return Ok(Some(RecordLock::in_memory()));
+        };
         let file = directory.path.join(key.file_name()).with_extension(LOCK_EXTENSION);
         let path = file.clone();
         let locked = directory.read(move || RecordLock::try_acquire(&path)).await;
@@ -216,7 +222,9 @@ impl Store {
     pub async fn usage_slots(&self) -> Result<Vec<SlotId>, Error> {
         let mut slots: Vec<_> = match &*self.0 {
             Backend::Memory(records) => {
-                let slot = |key: &RecordKey| if let RecordKey::Usage(slot) = key { Some(*slot) } else { None };
+                let slot = |key: &RecordKey| {
+                    if let RecordKey::Usage(slot) = key { Some(*slot) } else { None }
+                };
                 lock_map(records).keys().filter_map(slot).collect()
             }
             Backend::Directory(directory) => {
@@ -357,9 +365,12 @@ impl RecordKey {
     }
 
     fn file_name(&self) -> String {
-        let encoded = |name: &Environment| utf8_percent_encode(name.as_str(), FILE_NAME_ESCAPES).to_string();
+        let encoded =
+            |name: &Environment| utf8_percent_encode(name.as_str(), FILE_NAME_ESCAPES).to_string();
         match self {
-            Self::Flags(environment) => format!("{FLAGS_PREFIX}{}{RECORD_SUFFIX}", encoded(environment)),
+            Self::Flags(environment) => {
+                format!("{FLAGS_PREFIX}{}{RECORD_SUFFIX}", encoded(environment))
+            }
             Self::TokenCache => format!("verdicts{RECORD_SUFFIX}"),
             Self::Credentials(environment) => {
                 format!("credentials-{}{RECORD_SUFFIX}", encoded(environment))
@@ -424,10 +435,10 @@ fn load_record(file: &Path) -> Result<Option<Vec<u8>>, Error> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(Error::Read { file: file.to_owned(), source }),
     };
-    let (extension, version) = match envelope::decode(record) {
+    let (extension, version) = match record::decode(record) {
         Ok(bytes) => return Ok(Some(bytes)),
-        Err(envelope::DecodeError::Damaged) => ("damaged", None),
-        Err(envelope::DecodeError::UnsupportedVersion(version)) => ("newer", Some(version)),
+        Err(record::DecodeError::Damaged) => ("damaged", None),
+        Err(record::DecodeError::UnsupportedVersion(version)) => ("newer", Some(version)),
     };
     let aside = file.with_extension(extension);
     let file = file.to_owned();
@@ -443,7 +454,7 @@ fn replace_record(file: &Path, bytes: &[u8]) -> io::Result<()> {
     let temporary = temporary_path(file);
     let write = || {
         let mut new = create_private_file(&temporary)?;
-        new.write_all(envelope::header(bytes).as_bytes())?;
+        new.write_all(record::header(bytes).as_bytes())?;
         new.write_all(bytes)?;
         new.sync_all()?;
         fs::rename(&temporary, file)
@@ -488,7 +499,10 @@ mod tests {
         assert_eq!(store.load(&RecordKey::TokenCache).await.expect("load"), None);
         for bytes in [&b"one"[..], b"", b"two\nlines\xff"] {
             store.save(&RecordKey::TokenCache, bytes).await.expect("save");
-            assert_eq!(store.load(&RecordKey::TokenCache).await.expect("load").as_deref(), Some(bytes));
+            assert_eq!(
+                store.load(&RecordKey::TokenCache).await.expect("load").as_deref(),
+                Some(bytes)
+            );
         }
         for name in ["production", "Dev", "dev", "../été/%"] {
             store.save(&flags(name), name).await.expect("save");
@@ -607,7 +621,9 @@ mod tests {
                 store.save(&RecordKey::Usage(*slot), "x").await.expect("save");
             }
             store.save(&RecordKey::TokenCache, "x").await.expect("save");
-            assert!(store.try_lock(&RecordKey::Usage(SlotId::FIRST)).await.expect("lock").is_some());
+            assert!(
+                store.try_lock(&RecordKey::Usage(SlotId::FIRST)).await.expect("lock").is_some()
+            );
             assert_eq!(store.usage_slots().await.expect("slots"), slots);
         }
         let files = ["usage.lock", "usage.parapet", "usage-3.parapet"];

@@ -4,17 +4,17 @@
 //! with exponential backoff. This module does not interpret flags (`engine` does) and does not decide
 //! who may read them (`auth` does).
 
-mod course;
-pub mod files;
-mod followed;
-mod lines;
-mod pace;
+mod backoff;
+mod environment;
+mod environment_list;
+pub mod environments;
+pub mod file_source;
+mod merge;
+mod poll;
 mod precedence;
 mod publish;
-mod roll;
-mod round;
-mod sources;
-mod told;
-pub mod upstream;
+mod reconnect;
+mod stream_events;
+mod stream_pool;
 
-pub use self::{course::UpstreamMode, followed::Config};
+pub use self::{environment::Config, reconnect::UpstreamMode};

@@ -6,7 +6,7 @@
 //! histogram buckets. It does not listen or serve: `http` renders the registry, and `app` runs its
 //! upkeep.
 
-mod sparing;
+mod log_limiter;
 
 use std::{
     collections::BTreeMap,
@@ -28,8 +28,8 @@ use tracing_subscriber::{
     util::SubscriberInitExt as _,
 };
 
-pub use self::sparing::LogLimiter;
-use crate::wire::excerpt::Excerpt;
+pub use self::log_limiter::LogLimiter;
+use crate::protocol::excerpt::Excerpt;
 
 /// The source revision of this binary, if the build provides it.
 pub const REVISION: &str = match option_env!("PARAPET_REVISION") {
@@ -418,7 +418,10 @@ mod tests {
             let event = format!("{colour}WARN flag{}\n", value.repeat(100_000));
             for format in [LogFormat::Plain, LogFormat::Pretty] {
                 let line = written(format, &event);
-                assert!(line.len() <= MAX_EVENT_BYTES && line.len() > MAX_EVENT_BYTES - 10, "{line}");
+                assert!(
+                    line.len() <= MAX_EVENT_BYTES && line.len() > MAX_EVENT_BYTES - 10,
+                    "{line}"
+                );
                 assert!(line.ends_with(&format!("… ({} bytes)\n", event.len())), "{line}");
                 assert_eq!(line.matches('\n').count(), 1);
                 assert_eq!(event.contains('\u{1b}'), line.contains("\u{1b}[0m…"));

@@ -7,24 +7,24 @@
 //! This module accepts no connections and does not know HTTP. TLS towards upstream is configured in the
 //! HTTP client, which shares only [`pem`].
 
+mod acceptor;
 mod certificate;
-mod client;
+mod client_certificate;
 mod config;
+mod file_error;
 mod handshake;
 mod load;
 pub mod pem;
-mod problem;
-mod resolver;
-mod server;
+mod sni_resolver;
 mod watch;
 
 pub use self::{
+    acceptor::TlsAcceptor,
     certificate::Certificate,
-    client::ClientCertificate,
+    client_certificate::ClientCertificate,
     config::{ClientAuth, ClientVerification, Config, KeyPairFiles, Version},
+    file_error::{FileError, FileErrors, FileSetting},
     handshake::{Alpn, HandshakeError, NegotiatedTls},
-    problem::{FileError, FileErrors, FileSetting},
-    server::TlsAcceptor,
 };
 
 #[cfg(test)]

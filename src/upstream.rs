@@ -6,25 +6,25 @@
 
 mod admin_token;
 mod client;
-mod connect;
+mod client_certificate;
 mod credentials;
+mod encryption;
 mod error;
-mod exchange;
-mod identity;
+mod health;
+mod http_client;
 pub mod no_proxy;
-mod outcome;
 mod redirect;
 #[cfg(test)]
 pub(crate) mod scripted;
-mod seal;
 mod stream;
+mod token_exchange;
 
 pub use admin_token::{AdminToken, Error as AdminTokenError, State as AdminTokenState};
-pub use client::{TokenAccess, FetchResult, FeaturesResponse, Upstream};
-pub use connect::Config;
+pub use client::{FeaturesResponse, FetchResult, TokenAccess, Upstream};
+pub use client_certificate::{ClientCertificate, Error as IdentityError, Passphrase};
 pub use credentials::Credentials;
 pub use error::{Error, Fault, Retry};
-pub use exchange::{Credential, Error as ExchangeError};
-pub use identity::{Error as IdentityError, ClientCertificate, Passphrase};
-pub use outcome::Health;
+pub use health::Health;
+pub use http_client::Config;
 pub use stream::SseStream;
+pub use token_exchange::{Credential, Error as ExchangeError};

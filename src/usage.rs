@@ -20,22 +20,22 @@
 //! This module does not authorize reports and does no disk IO: the caller stores the bytes from
 //! [`Usage::serialize`].
 
+mod aggregator;
 mod applications;
 mod backoff;
 mod batch;
 mod counter;
 mod counters;
-mod edges;
+mod delivery_queue;
+mod downstream_edges;
+mod environment_queue;
 mod impact;
-mod lane;
-mod ledger;
-mod meter;
-mod outbox;
+mod memory_pool;
 mod pipeline;
-mod pool;
 mod sender;
 mod sink;
 mod spool;
+mod usage_metrics;
 
 use std::{
     sync::Arc,
@@ -47,29 +47,30 @@ use serde_json::Value;
 use xxhash_rust::xxh3::xxh3_64;
 
 use self::{
+    aggregator::{OverQuota, ReportedCounter},
     applications::InstanceKey,
-    counter::{Counter, CounterKey, Hour, Overflow, NameStatus, truncate_app_name, storable_name},
-    edges::DownstreamEdges,
-    ledger::{ReportedCounter, OverQuota},
-    meter::{ReportEndpoint, DropReason},
+    counter::{Counter, CounterKey, Hour, NameStatus, Overflow, storable_name, truncate_app_name},
+    downstream_edges::DownstreamEdges,
     pipeline::Pipeline,
+    usage_metrics::{DropReason, ReportEndpoint},
 };
 pub use self::{
-    lane::BatchId,
-    outbox::{Revision, DeliveryTotals},
+    delivery_queue::{DeliveryTotals, Revision},
+    environment_queue::BatchId,
     pipeline::Backlog,
     sender::Shutdown,
-    sink::{RegistryDelivery, Sink, DeliveryOutcome},
+    sink::{DeliveryOutcome, RegistryDelivery, Sink},
     spool::RestoreError,
 };
-pub use crate::wire::usage::SdkKind;
+pub use crate::protocol::usage::SdkKind;
 use crate::{
     engine::Flag,
+    protocol::usage::{
+        Bucket, BulkReport, ClientApplication, ClientMetrics, ConnectVia, EdgeInstance,
+        SdkMetadata, ToggleStats,
+    },
     snapshot::Snapshot,
     token::{Environment, Scope, TokenDigest},
-    wire::usage::{
-        ClientApplication, Bucket, BulkReport, ClientMetrics, ConnectVia, EdgeInstance, SdkMetadata, ToggleStats,
-    },
 };
 
 /// Rejection of a report that would exceed its token's quota.
@@ -130,7 +131,7 @@ struct Shared {
 impl Usage {
     /// Starts empty; `hop` is the entry for this instance in `connectVia`.
     pub fn new(config: &Config, hop: ConnectVia) -> Self {
-        meter::describe();
+        usage_metrics::describe();
         let shared = Shared {
             pipeline: Pipeline::new(config.max_counters),
             interval: config.interval,
@@ -152,7 +153,7 @@ impl Usage {
         report: ClientMetrics,
         now: Timestamp,
     ) -> Result<(), QuotaExceeded> {
-        meter::count_report(ReportEndpoint::Metrics);
+        usage_metrics::count_report(ReportEndpoint::Metrics);
         let ClientMetrics {
             app_name,
             instance_id,
@@ -172,7 +173,8 @@ impl Usage {
         }
         self.record_counts(reporter, counts, now, ReportEndpoint::Metrics)?;
         let environment = &reporter.scope.environment;
-        let instance = self.instance_key(environment, &app, reporter.sdk_kind, instance_id.as_ref());
+        let instance =
+            self.instance_key(environment, &app, reporter.sdk_kind, instance_id.as_ref());
         let aggregator = &self.shared.pipeline.aggregator;
         if !aggregator.touch(&instance, monotonic_now()) {
             let application = ClientApplication {
@@ -191,8 +193,14 @@ impl Usage {
             };
             self.register_or_drop(reporter, application);
         }
-        let lost = aggregator.record_impact_metrics(environment, &app, impact_metrics, reporter.token, now);
-        meter::count_dropped_items("impact_sample", lost);
+        let lost = aggregator.record_impact_metrics(
+            environment,
+            &app,
+            impact_metrics,
+            reporter.token,
+            now,
+        );
+        usage_metrics::count_dropped_items("impact_sample", lost);
         Ok(())
     }
 
@@ -203,7 +211,7 @@ impl Usage {
         bulk: BulkReport,
         now: Timestamp,
     ) -> Result<(), QuotaExceeded> {
-        meter::count_report(ReportEndpoint::Bulk);
+        usage_metrics::count_report(ReportEndpoint::Bulk);
         let environment = &reporter.scope.environment;
         let ours = |name: &str| name == environment.as_str();
         let mut counts = ReportCounts::default();
@@ -218,7 +226,7 @@ impl Usage {
             }
         }
         self.record_counts(reporter, counts, now, ReportEndpoint::Bulk)?;
-        meter::count_dropped_items("unreadable", bulk.malformed);
+        usage_metrics::count_dropped_items("unreadable", bulk.malformed);
         for application in bulk.applications {
             // Unleash Edge puts the applications of all environments into each environment's batch.
             if application.environment.as_deref().is_none_or(ours) {
@@ -226,9 +234,14 @@ impl Usage {
             }
         }
         let (aggregator, no_app) = (&self.shared.pipeline.aggregator, "".into());
-        let lost =
-            aggregator.record_impact_metrics(environment, &no_app, bulk.impact_metrics, reporter.token, now);
-        meter::count_dropped_items("impact_sample", lost);
+        let lost = aggregator.record_impact_metrics(
+            environment,
+            &no_app,
+            bulk.impact_metrics,
+            reporter.token,
+            now,
+        );
+        usage_metrics::count_dropped_items("impact_sample", lost);
         Ok(())
     }
 
@@ -238,7 +251,7 @@ impl Usage {
         reporter: &Reporter<'_>,
         application: ClientApplication,
     ) -> Result<(), QuotaExceeded> {
-        meter::count_report(ReportEndpoint::Register);
+        usage_metrics::count_report(ReportEndpoint::Register);
         let is_recorded = self.try_register(reporter, application);
         is_recorded.then_some(()).ok_or_else(|| self.quota_exceeded(ReportEndpoint::Register))
     }
@@ -250,8 +263,9 @@ impl Usage {
         reporter: &Reporter<'_>,
         edge: &EdgeInstance,
     ) -> Result<(), QuotaExceeded> {
-        meter::count_report(ReportEndpoint::Edge);
-        let is_recorded = self.shared.downstream_edges.record(edge, reporter.token, monotonic_now());
+        usage_metrics::count_report(ReportEndpoint::Edge);
+        let is_recorded =
+            self.shared.downstream_edges.record(edge, reporter.token, monotonic_now());
         is_recorded.then_some(()).ok_or_else(|| self.quota_exceeded(ReportEndpoint::Edge))
     }
 
@@ -265,14 +279,17 @@ impl Usage {
         match sink {
             Sink::Upstream { upstream, credentials } => {
                 let refusals = sink::FailureLog::default();
-                let send = |batch| sink::deliver_upstream(&upstream, &credentials, &refusals, batch);
+                let send =
+                    |batch| sink::deliver_upstream(&upstream, &credentials, &refusals, batch);
                 sender::run(pipeline, *interval, &ending, send).await;
             }
             Sink::Registry(registry) => {
                 let send = |batch| sink::deliver_to_registry(&registry, batch);
                 sender::run(pipeline, *interval, &ending, send).await;
             }
-            Sink::Discard => sender::discard_at_interval(pipeline, *interval, &ending.requested).await,
+            Sink::Discard => {
+                sender::discard_at_interval(pipeline, *interval, &ending.requested).await
+            }
         }
     }
 
@@ -333,7 +350,8 @@ impl Usage {
             (SdkKind::Backend, reported) => reported.unwrap_or(SdkKind::Backend),
         };
         let app = truncate_app_name(&application.app_name);
-        let key = self.instance_key(&scope.environment, &app, kind, application.instance_id.as_ref());
+        let key =
+            self.instance_key(&scope.environment, &app, kind, application.instance_id.as_ref());
         let projects = scope.projects.to_list().into_iter().map(Into::into).collect();
         application.app_name = app;
         application.instance_id = Some(Arc::clone(&key.instance));
@@ -354,7 +372,7 @@ impl Usage {
     /// counted; the counts are still accepted.
     fn register_or_drop(&self, reporter: &Reporter<'_>, application: ClientApplication) {
         if !self.try_register(reporter, application) {
-            meter::count_dropped_items("application", 1);
+            usage_metrics::count_dropped_items("application", 1);
         }
     }
 
@@ -366,20 +384,30 @@ impl Usage {
         now: Timestamp,
         endpoint: ReportEndpoint,
     ) -> Result<(), QuotaExceeded> {
-        let ReportCounts { counters, received, overflow, unstorable_name: unnamed, other_environment: foreign } = counts;
+        let ReportCounts {
+            counters,
+            received,
+            overflow,
+            unstorable_name: unnamed,
+            other_environment: foreign,
+        } = counts;
         let (environment, token) = (&reporter.scope.environment, reporter.token);
-        let counted =
-            self.shared.pipeline.aggregator.record_counters(environment, counters, token, Hour::of(now));
+        let counted = self.shared.pipeline.aggregator.record_counters(
+            environment,
+            counters,
+            token,
+            Hour::of(now),
+        );
         let Overflow(lost) = counted.map_err(|OverQuota| self.quota_exceeded(endpoint))?;
-        meter::count_received(received);
-        meter::count_dropped(DropReason::Overflow, overflow.saturating_add(lost));
-        meter::count_dropped(DropReason::Name, unnamed);
-        meter::count_dropped(DropReason::Environment, foreign);
+        usage_metrics::count_received(received);
+        usage_metrics::count_dropped(DropReason::Overflow, overflow.saturating_add(lost));
+        usage_metrics::count_dropped(DropReason::Name, unnamed);
+        usage_metrics::count_dropped(DropReason::Environment, foreign);
         Ok(())
     }
 
     fn quota_exceeded(&self, endpoint: ReportEndpoint) -> QuotaExceeded {
-        meter::count_refused_report(endpoint);
+        usage_metrics::count_refused_report(endpoint);
         QuotaExceeded { retry_after: self.shared.interval }
     }
 
@@ -428,7 +456,9 @@ impl ReportCounts {
     ) {
         let known = reporter.flag(&flag);
         let name = NameStatus::from_known(known.is_some());
-        let variant = |variant: &str| NameStatus::from_known(known.is_some_and(|flag| flag.has_variant(variant)));
+        let variant = |variant: &str| {
+            NameStatus::from_known(known.is_some_and(|flag| flag.has_variant(variant)))
+        };
         let (counter, Overflow(lost)) = Counter::from_stats(stats, metadata, variant);
         let total = counter.total();
         self.received = self.received.saturating_add(total).saturating_add(lost);

@@ -29,9 +29,9 @@ use anyhow::{Context as _, Result};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group};
 use jiff::Timestamp;
 use parapet::engine::{Context, Engine};
+use parapet::protocol::features::Document;
 use parapet::snapshot::{Filter, SegmentFormat, Snapshot};
 use parapet::token::{Environment, Projects, Scope};
-use parapet::wire::features::Document;
 use serde_json::{Value, json};
 use unleash_types::client_features::ClientFeatures;
 use unleash_yggdrasil::{EngineState, UpdateMessage};
@@ -132,7 +132,11 @@ fn refresh(c: &mut Criterion) {
                 let scope =
                     Scope { environment: Environment::new("bench"), projects: Projects::All };
                 let snapshot = Snapshot::build(scope, document, None);
-                snapshot.client_features(&Projects::All, Filter::default(), SegmentFormat::Separate);
+                snapshot.client_features(
+                    &Projects::All,
+                    Filter::default(),
+                    SegmentFormat::Separate,
+                );
                 snapshot
             });
         });

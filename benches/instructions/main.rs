@@ -90,7 +90,8 @@ fn read_counts(file: &Path) -> anyhow::Result<BTreeMap<String, u64>> {
     if !file.exists() {
         return Ok(BTreeMap::new());
     }
-    toml::from_str(&std::fs::read_to_string(file)?).with_context(|| format!("{COUNTS_FILE} is unreadable"))
+    toml::from_str(&std::fs::read_to_string(file)?)
+        .with_context(|| format!("{COUNTS_FILE} is unreadable"))
 }
 
 /// The new contents of the file: the new count of each scenario, or else the stored one.

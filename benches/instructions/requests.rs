@@ -24,22 +24,22 @@ use hyper::header::{
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use parapet::feed::ChangeFeed;
-use parapet::http::access;
+use parapet::changes::ChangeFeed;
+use parapet::http::client_address;
 use parapet::http::cors::{self, Cors};
-use parapet::http::data::{SdkService, Settings};
-use parapet::http::guesses::FailedAttempts;
-use parapet::http::listener::{self, Config, ConnectionLimits, Drain};
-use parapet::http::meter::RequestMetrics;
+use parapet::http::failed_attempts::FailedAttempts;
+use parapet::http::health::HealthEndpoints;
 use parapet::http::ofrep::{StreamTicketKey, StreamTickets};
-use parapet::http::ops::HealthEndpoints;
-use parapet::http::reply::HttpResponse;
+use parapet::http::request_metrics::RequestMetrics;
+use parapet::http::response::HttpResponse;
+use parapet::http::sdk::{SdkService, Settings};
+use parapet::http::server::{self, Config, ConnectionLimits, Drain};
 use parapet::http::streaming::{self, Streams};
+use parapet::protocol::usage::ConnectVia;
 use parapet::snapshot::Snapshots;
 use parapet::telemetry::{self, Readiness};
 use parapet::token::{Token, TokenKind};
 use parapet::usage::{self, Usage};
-use parapet::wire::usage::ConnectVia;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 
 use crate::{counted, scenarios};
@@ -151,7 +151,8 @@ impl Request {
         );
         write_ingress_headers(&mut text, n);
         if let Some(etag) = etag {
-            write!(text, "if-none-match: {}\r\n", etag.to_str().expect("visible")).expect(WRITE_SUCCEEDS);
+            write!(text, "if-none-match: {}\r\n", etag.to_str().expect("visible"))
+                .expect(WRITE_SUCCEEDS);
         }
         if !body.is_empty() {
             let length = body.len();
@@ -198,7 +199,7 @@ impl Connection {
     fn to_parapet(flags: usize) -> Self {
         let data = Arc::new(sdk_service(flags));
         let config = Config { limits: LIMITS, load_balancers: Vec::new(), tls: None };
-        let server = listener::HttpServer::new(data, config, Drain::default());
+        let server = server::HttpServer::new(data, config, Drain::default());
         Self::serve(|stream| server.serve(stream, PEER))
     }
 
@@ -328,7 +329,7 @@ fn sdk_service(flags: usize) -> SdkService {
             base_path: String::new(),
             token_header: AUTHORIZATION,
             cors: Cors::new(cors::Config::default()),
-            access: access::Config::default(),
+            access: client_address::Config::default(),
             disabled_endpoints: BTreeSet::new(),
             max_body_bytes: 1 << 20,
             request_timeout: TIMEOUT,
@@ -340,7 +341,14 @@ fn sdk_service(flags: usize) -> SdkService {
         feed,
         stream_tickets: StreamTickets::new(StreamTicketKey::random()),
         auth,
-        health: HealthEndpoints::new(readiness, registry, snapshots, usage.clone(), Arc::clone(&meter), None),
+        health: HealthEndpoints::new(
+            readiness,
+            registry,
+            snapshots,
+            usage.clone(),
+            Arc::clone(&meter),
+            None,
+        ),
         usage,
         request_metrics: meter,
         failed_attempts: FailedAttempts::default(),

@@ -6,11 +6,11 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use parapet::auth::{self, Authenticator, Validator};
 use parapet::engine::{Context, Engine};
+use parapet::protocol::context::FrontendContext;
+use parapet::protocol::features::Document;
 use parapet::snapshot::body::ContentCoding;
 use parapet::snapshot::{Filter, SegmentFormat, Snapshot};
 use parapet::token::{Environment, Grant, Projects, Scope, Token, TokenKind};
-use parapet::wire::context::FrontendContext;
-use parapet::wire::features::Document;
 
 use crate::counted;
 use crate::flags::document;

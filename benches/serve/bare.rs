@@ -41,7 +41,9 @@ const HYPER_HEADERS: [&str; 3] = ["date", "content-length", "transfer-encoding"]
 /// Writes another server's response to a file, for the baseline to send.
 pub(crate) fn write_response(answer: &RawResponse, file: &Path) -> Result<()> {
     let mut text = format!("{}\n", answer.status).into_bytes();
-    for (name, value) in answer.headers.iter().filter(|(name, _)| !HYPER_HEADERS.contains(&name.as_str())) {
+    for (name, value) in
+        answer.headers.iter().filter(|(name, _)| !HYPER_HEADERS.contains(&name.as_str()))
+    {
         text.extend_from_slice(format!("{name}: {value}\n").as_bytes());
     }
     text.push(b'\n');

@@ -9,9 +9,9 @@ use std::{
 use anyhow::Result;
 
 use super::{
-    connect,
     exchange::{RawResponse, Request},
     flags::document,
+    handshake_load,
     load::Transport,
     parapet,
     process::Process,
@@ -77,7 +77,11 @@ impl Server {
     /// Sends a request on a new connection, with `n` as its number, and returns the response.
     pub(crate) fn send(&self, request: &Request, n: u64) -> Result<RawResponse> {
         if self.is_encrypted {
-            request.send_on(&mut connect::connect_tls(self.process.address)?, self.process.address, n)
+            request.send_on(
+                &mut handshake_load::connect_tls(self.process.address)?,
+                self.process.address,
+                n,
+            )
         } else {
             request.send(self.process.address, n)
         }

@@ -130,7 +130,13 @@ fn run_for_sample(command: &mut Command) -> Result<Sample> {
 }
 
 /// The script for `wrk`. Identical requests use its fastest path, without a function.
-fn wrk_script(host: SocketAddr, request: &Request, draw: NumberSource, first: u64, pause: Duration) -> String {
+fn wrk_script(
+    host: SocketAddr,
+    request: &Request,
+    draw: NumberSource,
+    first: u64,
+    pause: Duration,
+) -> String {
     let mut script = String::new();
     let mut line = |text: String| writeln!(script, "{text}").expect("a string takes all");
     let text = request.text(host);
@@ -151,7 +157,9 @@ fn wrk_script(host: SocketAddr, request: &Request, draw: NumberSource, first: u6
         pieces.push(format!("{rest:?}"));
         let drawn = match draw {
             NumberSource::Sequential => "each".to_owned(),
-            NumberSource::RandomBelow(end) => format!("string.format(\"%d\", math.random(0, {}))", end - 1),
+            NumberSource::RandomBelow(end) => {
+                format!("string.format(\"%d\", math.random(0, {}))", end - 1)
+            }
         };
         line(format!("math.randomseed({first})\nlocal n = {first}"));
         line("function request()\n  n = n + 1\n  local each = string.format(\"%d\", n)".to_owned());

@@ -7,12 +7,12 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for the terminal")]
 
 mod bare;
-mod connect;
 mod contender;
 #[path = "../exchange.rs"]
 mod exchange;
 #[path = "../flags.rs"]
 mod flags;
+mod handshake_load;
 mod load;
 #[path = "../machine.rs"]
 mod machine;
@@ -46,8 +46,8 @@ use anyhow::{Result, ensure};
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
 use crate::{
-    bare::TlsIdentity, connect::LoadPlan, contender::Contenders, measure::Session, report::Report, rows::ROWS,
-    scaling::CURVES,
+    bare::TlsIdentity, contender::Contenders, handshake_load::LoadPlan, measure::Session,
+    report::Report, rows::ROWS, scaling::CURVES,
 };
 
 fn main() -> Result<()> {
@@ -61,7 +61,7 @@ fn main() -> Result<()> {
             };
             bare::serve(path(matches, "answer"), number(matches, "port"), identity.as_ref())
         }
-        Some(("connect", matches)) => connect::run(LoadPlan {
+        Some(("connect", matches)) => handshake_load::run(LoadPlan {
             host: number(matches, "host"),
             request: std::fs::read_to_string(path(matches, "request"))?,
             first: number(matches, "first"),
@@ -197,7 +197,8 @@ fn bench(matches: &ArgMatches) -> Result<()> {
             .and_then(|id| failures.attempt(id, || memory::run(&session)))
             .unwrap_or_default(),
     };
-    let edge = if session.contenders.has_edge() { contender::EDGE_VERSION } else { "not installed" };
+    let edge =
+        if session.contenders.has_edge() { contender::EDGE_VERSION } else { "not installed" };
     let load = format!("{}, one thread", machine::first_line("wrk", "--version"));
     let facts = [("Unleash Edge", edge), ("load", &load)];
     let machine = machine::describe("the load generator shares", &facts)?;

@@ -6,9 +6,9 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use super::{
     bare,
-    contender::{Contender, Server, Contenders},
+    contender::{Contender, Contenders, Server},
     exchange::{NUMBER, RawResponse, Request},
-    load::{self, NumberSource, Transport, Sample},
+    load::{self, NumberSource, Sample, Transport},
     numbers::{median, to_f64},
     process::Process,
 };

@@ -3,14 +3,15 @@
 use std::{net::TcpStream, time::Duration};
 
 use super::{
-    bare, connect,
+    bare,
     contender::Server,
     exchange::Request,
+    handshake_load,
     load::Transport,
     measure::Session,
     numbers::to_f64,
     process,
-    rows::{RequestKind, FLAGS},
+    rows::{FLAGS, RequestKind},
 };
 use anyhow::Result;
 
@@ -51,7 +52,10 @@ pub(crate) fn run(session: &Session) -> Result<Vec<MemoryMeasurement>> {
     let few = warmed_up_server(session, 5, 0, Transport::Tcp)?.process.resident()?;
     let many = warmed_up_server(session, MANY_FLAGS, 0, Transport::Tcp)?.process.resident()?;
     let each = (to_f64(many) - to_f64(few)) / to_f64(MANY_FLAGS as u64 - 5);
-    stated.push(MemoryMeasurement::new("each 1,000 flags (of 10,000, served in every coding)", each * 1e3));
+    stated.push(MemoryMeasurement::new(
+        "each 1,000 flags (of 10,000, served in every coding)",
+        each * 1e3,
+    ));
 
     let many = warmed_up_server(session, FLAGS, MANY_TOKENS, Transport::Tcp)?.process.resident()?;
     stated.push(MemoryMeasurement::new("100,000 tokens", to_f64(many) - start));
@@ -63,14 +67,21 @@ pub(crate) fn run(session: &Session) -> Result<Vec<MemoryMeasurement>> {
     } else {
         String::new()
     };
-    for (over, name, goal) in [(Transport::Tcp, "", Some(IDLE_CONNECTION_GOAL)), (Transport::Tls, " over TLS", None)] {
+    for (over, name, goal) in
+        [(Transport::Tcp, "", Some(IDLE_CONNECTION_GOAL)), (Transport::Tls, " over TLS", None)]
+    {
         let parapet = warmed_up_server(session, FLAGS, 0, over)?;
         let case = RequestKind::FeaturesNotModified.case(FLAGS);
         let (request, answer) = case.prepare(&parapet)?;
         let bytes = idle_connection_bytes(&parapet, over, &request, count)?;
         let file = session.contenders.folder().join("answer");
         bare::write_response(&answer, &file)?;
-        let bare = Some(idle_connection_bytes(&session.contenders.bare(&file, over)?, over, &request, count)?);
+        let bare = Some(idle_connection_bytes(
+            &session.contenders.bare(&file, over)?,
+            over,
+            &request,
+            count,
+        )?);
         let what = format!("each of {count} idle connections{name}{shortage}");
         stated.push(MemoryMeasurement { subject: what, bytes, bare, goal });
     }
@@ -91,7 +102,12 @@ pub(crate) fn run(session: &Session) -> Result<Vec<MemoryMeasurement>> {
 }
 
 /// A Parapet that has served every kind of response once.
-fn warmed_up_server(session: &Session, flags: usize, tokens: u64, over: Transport) -> Result<Server> {
+fn warmed_up_server(
+    session: &Session,
+    flags: usize,
+    tokens: u64,
+    over: Transport,
+) -> Result<Server> {
     let server = session.contenders.parapet(flags, tokens, over)?;
     let codings = [None, Some("gzip"), Some("br"), Some("zstd")].map(RequestKind::Features);
     for ask in codings.into_iter().chain([RequestKind::Frontend]) {
@@ -101,13 +117,18 @@ fn warmed_up_server(session: &Session, flags: usize, tokens: u64, over: Transpor
 }
 
 /// The memory of each of `count` connections that were used once and stay open.
-fn idle_connection_bytes(server: &Server, over: Transport, request: &Request, count: u64) -> Result<f64> {
+fn idle_connection_bytes(
+    server: &Server,
+    over: Transport,
+    request: &Request,
+    count: u64,
+) -> Result<f64> {
     let host = server.process.address;
     let before = server.process.settled_resident()?;
     let (mut plain, mut encrypted) = (Vec::new(), Vec::new());
     for number in 0..count {
         if over.is_encrypted() {
-            let mut stream = connect::connect_tls(host)?;
+            let mut stream = handshake_load::connect_tls(host)?;
             request.send_on(&mut stream, host, number)?;
             encrypted.push(stream);
         } else {

@@ -77,7 +77,10 @@ impl Report {
         ];
         let rows = self.outcomes.iter().map(|outcome| {
             let rate = |it| {
-                value_or_dash(outcome.measured.get(&it).map(|it: &Measured| it.per_second), thousands)
+                value_or_dash(
+                    outcome.measured.get(&it).map(|it: &Measured| it.per_second),
+                    thousands,
+                )
             };
             let ratio = outcome.ratio(Contender::Bare);
             let goal = outcome.row.goal;
@@ -125,8 +128,9 @@ impl Report {
         ];
         let rows = self.growths.iter().flat_map(|growth| {
             growth.points.iter().map(|(point, measured)| {
-                let rate =
-                    |it| value_or_dash(measured.get(&it).map(|it: &Measured| it.per_second), thousands);
+                let rate = |it| {
+                    value_or_dash(measured.get(&it).map(|it: &Measured| it.per_second), thousands)
+                };
                 let parapet = &measured[&Contender::Parapet];
                 let bare = measured.get(&Contender::Bare);
                 let point = thousands(to_f64(*point));

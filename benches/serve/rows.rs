@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use anyhow::Result;
 
 use super::{
-    contender::{TokenChoice, Contender},
+    contender::{Contender, TokenChoice},
     exchange::{NUMBER, OCTET, Request, UNIQUE_NUMBER},
     load::{NumberSource, Transport},
     measure::{Case, Expected, Measured, Session},
@@ -53,16 +53,36 @@ const ZSTD: RequestKind = RequestKind::Features(Some("zstd"));
 
 pub(crate) const ROWS: [Row; 15] = [
     Row::tcp("features-304", "`/api/client/features`, 304", 0.96, UNCHANGED),
-    Row::tcp("features", "`/api/client/features`, 200, identity", 0.95, RequestKind::Features(None)),
+    Row::tcp(
+        "features",
+        "`/api/client/features`, 200, identity",
+        0.95,
+        RequestKind::Features(None),
+    ),
     Row::tcp("features-gzip", "`/api/client/features`, 200, gzip", 0.95, GZIP),
-    Row::tcp("features-br", "`/api/client/features`, 200, br", 0.95, RequestKind::Features(Some("br"))),
+    Row::tcp(
+        "features-br",
+        "`/api/client/features`, 200, br",
+        0.95,
+        RequestKind::Features(Some("br")),
+    ),
     Row::tcp("features-zstd", "`/api/client/features`, 200, zstd", 0.95, ZSTD),
     Row::tcp("frontend", "`/api/frontend`, same context again", 0.92, RequestKind::Frontend),
     Row::tcp("frontend-304", "`/api/frontend`, 304", 0.92, RequestKind::FrontendNotModified),
-    Row::tcp("frontend-new", "`/api/frontend`, a new user each request", 0.64, RequestKind::FrontendNewUser),
+    Row::tcp(
+        "frontend-new",
+        "`/api/frontend`, a new user each request",
+        0.64,
+        RequestKind::FrontendNewUser,
+    ),
     Row {
         flags: 5,
-        ..Row::tcp("five", "5 flags (2 kB), `/api/client/features`, 200", 0.95, RequestKind::Features(None))
+        ..Row::tcp(
+            "five",
+            "5 flags (2 kB), `/api/client/features`, 200",
+            0.95,
+            RequestKind::Features(None),
+        )
     },
     Row {
         goal: None,
@@ -71,9 +91,19 @@ pub(crate) const ROWS: [Row; 15] = [
     },
     Row::tls("tls-304", "TLS, `/api/client/features`, 304", UNCHANGED, Transport::Tls),
     Row::tls("tls-gzip", "TLS, `/api/client/features`, 200, gzip", GZIP, Transport::Tls),
-    Row::tls("tls-frontend", "TLS, `/api/frontend`, same context again", RequestKind::Frontend, Transport::Tls),
+    Row::tls(
+        "tls-frontend",
+        "TLS, `/api/frontend`, same context again",
+        RequestKind::Frontend,
+        Transport::Tls,
+    ),
     Row::tls("tls-full", "TLS, a full handshake for each 304", UNCHANGED, Transport::NewTls),
-    Row::tls("tls-resumed", "TLS, a resumed handshake for each 304", UNCHANGED, Transport::ResumedTls),
+    Row::tls(
+        "tls-resumed",
+        "TLS, a resumed handshake for each 304",
+        UNCHANGED,
+        Transport::ResumedTls,
+    ),
 ];
 
 /// The result of a row.
@@ -89,7 +119,12 @@ impl Row {
         Self { id, title, goal: Some(goal), flags: FLAGS, request, transport, is_repeated }
     }
 
-    const fn tls(id: &'static str, title: &'static str, ask: RequestKind, transport: Transport) -> Self {
+    const fn tls(
+        id: &'static str,
+        title: &'static str,
+        ask: RequestKind,
+        transport: Transport,
+    ) -> Self {
         Self { transport, ..Self::tcp(id, title, 0.95, ask) }
     }
 
@@ -128,7 +163,9 @@ impl RequestKind {
             Self::Features(_) | Self::FeaturesNotModified => {
                 (TokenChoice::Client, "/api/client/features".to_owned())
             }
-            Self::Frontend | Self::FrontendNotModified => (TokenChoice::Frontend, frontend_path("4711")),
+            Self::Frontend | Self::FrontendNotModified => {
+                (TokenChoice::Frontend, frontend_path("4711"))
+            }
             Self::FrontendNewUser => (TokenChoice::Frontend, frontend_path(NUMBER)),
         };
         let mut request = Request::get(&path).header("Authorization", &bearer.token());

@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 
 use super::{
-    contender::{TokenChoice, Contender},
+    contender::{Contender, TokenChoice},
     exchange::NUMBER,
     load::NumberSource,
     measure::{Case, Measured, Session},
-    rows::{RequestKind, FLAGS, frontend_path},
+    rows::{FLAGS, RequestKind, frontend_path},
 };
 
 /// More rounds would not make a curve more precise.

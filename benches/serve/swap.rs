@@ -45,7 +45,11 @@ const SETTLE_TIME: Duration = Duration::from_millis(500);
 
 /// The requests, with the pause of each connection for the runs below full load.
 const REQUESTS: [(&str, RequestKind, Duration); 4] = [
-    ("`/api/client/features`, 200, identity (2.4 MB)", RequestKind::Features(None), REQUEST_PAUSE.saturating_mul(5)),
+    (
+        "`/api/client/features`, 200, identity (2.4 MB)",
+        RequestKind::Features(None),
+        REQUEST_PAUSE.saturating_mul(5),
+    ),
     ("`/api/frontend`, same context again", RequestKind::Frontend, REQUEST_PAUSE),
     ("`/api/frontend`, 304", RequestKind::FrontendNotModified, REQUEST_PAUSE),
     ("`/api/frontend`, a new user each request", RequestKind::FrontendNewUser, REQUEST_PAUSE),
@@ -87,7 +91,8 @@ impl SwapResult {
 pub(crate) fn run(session: &Session) -> Result<Vec<SwapResult>> {
     let mut upstream = session.contenders.upstream(FLAGS)?;
     let parapet = session.contenders.parapet_edge(&upstream)?;
-    let paced = REQUESTS.iter().map(|&(title, ask, pause)| (title, Case { pause, ..ask.case(FLAGS) }));
+    let paced =
+        REQUESTS.iter().map(|&(title, ask, pause)| (title, Case { pause, ..ask.case(FLAGS) }));
     let full = REQUESTS.iter().map(|&(title, ask, _)| (title, ask.case(FLAGS)));
     paced
         .chain(full)

@@ -94,7 +94,9 @@ impl Upstream {
         request: Request<Incoming>,
     ) -> Result<Response<Full<Bytes>>, Infallible> {
         Ok(match (request.method(), request.uri().path()) {
-            (&Method::GET, COUNT_PATH) => json_response(&json!(self.fetch_count.load(Ordering::Relaxed))),
+            (&Method::GET, COUNT_PATH) => {
+                json_response(&json!(self.fetch_count.load(Ordering::Relaxed)))
+            }
             (&Method::GET, "/api/client/features") => self.features(&request).await,
             (&Method::POST, "/edge/validate") => {
                 let body = request.into_body().collect().await;

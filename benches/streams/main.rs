@@ -5,8 +5,8 @@
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for the terminal")]
 
-mod audience;
 mod bare;
+mod clients;
 #[path = "../exchange.rs"]
 mod exchange;
 #[path = "../flags.rs"]

@@ -12,7 +12,7 @@ use anyhow::Result;
 use jiff::Timestamp;
 
 use super::{
-    audience::{StreamClients, record_events},
+    clients::{StreamClients, record_events},
     numbers::{median, to_f64},
     process::Process,
     server::Server,
@@ -107,7 +107,16 @@ impl Session {
         let bare = (to_f64(server.process.settled_resident()?) - to_f64(before)) / to_f64(streams);
         eprintln!("  {bare:.0} bytes a stream of the baseline");
         let bare_told = self.measure_delivery(&mut server, &audience, streams)?;
-        Ok(Level { streams, stream_bytes: stream, reconnected_bytes: again, idle_bytes: idle, bare_bytes: bare, delivery: told, bare_delivery: bare_told, keepalive: kept })
+        Ok(Level {
+            streams,
+            stream_bytes: stream,
+            reconnected_bytes: again,
+            idle_bytes: idle,
+            bare_bytes: bare,
+            delivery: told,
+            bare_delivery: bare_told,
+            keepalive: kept,
+        })
     }
 
     /// The memory of each of `count` connections that were used once and stay open, and the processor
@@ -123,13 +132,19 @@ impl Session {
         });
         let open = open.collect::<Result<Vec<_>>>()?;
         let each = (to_f64(server.process.settled_resident()?) - to_f64(before)) / to_f64(count);
-        let share = self.keepalive_duration.map(|time| cpu_share(&server.process, time)).transpose()?;
+        let share =
+            self.keepalive_duration.map(|time| cpu_share(&server.process, time)).transpose()?;
         drop(open);
         Ok((each, share))
     }
 
     /// Measures several changes, after one that does not count.
-    fn measure_delivery(&self, server: &mut Server, audience: &StreamClients, streams: u64) -> Result<DeliveryTimes> {
+    fn measure_delivery(
+        &self,
+        server: &mut Server,
+        audience: &StreamClients,
+        streams: u64,
+    ) -> Result<DeliveryTimes> {
         let mut rounds = Vec::new();
         for round in 0..=self.rounds {
             audience.clear_updates();
@@ -152,7 +167,11 @@ impl Session {
     }
 
     /// Comments per second, and processor time as a fraction of one core, from the first comment on.
-    fn measure_keepalive(&self, server: &Server, audience: &StreamClients) -> Result<Option<(f64, f64)>> {
+    fn measure_keepalive(
+        &self,
+        server: &Server,
+        audience: &StreamClients,
+    ) -> Result<Option<(f64, f64)>> {
         let Some(time) = self.keepalive_duration else { return Ok(None) };
         audience.wait_for_comments(1)?;
         let (before, began) = (audience.comments(), Instant::now());

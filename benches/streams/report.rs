@@ -144,7 +144,10 @@ impl Report {
                 lines: vec![
                     ("bare", line(&|it| Some(it.bare_bytes / 1024.0))),
                     ("edge", line(&|it| Some(it.idle_bytes / 1024.0))),
-                    ("parapet", line(&|it| Some(it.stream_bytes.max(it.reconnected_bytes) / 1024.0))),
+                    (
+                        "parapet",
+                        line(&|it| Some(it.stream_bytes.max(it.reconnected_bytes) / 1024.0)),
+                    ),
                 ],
                 goal: Some(MEMORY_GOAL_BYTES / 1024.0),
             },

@@ -19,11 +19,11 @@ use tracing::{info, warn};
 
 use crate::{
     auth::Authenticator,
-    http::data::SdkService,
+    http::sdk::SdkService,
+    protocol::tokens::ListedSecret,
     telemetry::error_chain,
     token::{Environment, Grant, Projects, Scope, Token, TokenDigest, TokenKind},
     upstream::{AdminToken, AdminTokenError, AdminTokenState, Credentials},
-    wire::tokens::ListedSecret,
 };
 
 /// Interval at which the token's file is read. Comparing contents works on every kind of mount,
@@ -57,7 +57,12 @@ impl AdminTokenWatcher {
     /// Runs until dropped.
     pub(super) async fn run(&self) {
         let reencrypt = reencrypt_credentials(&self.admin, &self.credentials);
-        tokio::join!(self.watch_file(), self.apply_changes(), reencrypt, log_reminders(&self.admin));
+        tokio::join!(
+            self.watch_file(),
+            self.apply_changes(),
+            reencrypt,
+            log_reminders(&self.admin)
+        );
     }
 
     /// Reads the token's file at an interval, and as soon as upstream rejects the token.
@@ -188,7 +193,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        saver::BackgroundWriter,
+        background_writer::BackgroundWriter,
         store::{RecordKey, Store},
         upstream::{Upstream, scripted::config},
     };

@@ -12,7 +12,7 @@ use std::{
 use tracing::{error, info, warn};
 
 use crate::{
-    control::{RegistryBootstrap, GeneratedTokens, BootstrapReport},
+    control_plane::{BootstrapReport, GeneratedTokens, RegistryBootstrap},
     secret_file,
     telemetry::{LogFormat, error_chain},
 };
@@ -37,7 +37,8 @@ pub(super) fn announce_first_start(
 ) {
     if let Some(mut terminal) = open_terminal(log) {
         // If this goes unread, `parapet account password` and `token create` can replace the secrets.
-        let _ = terminal.write_all(banner_text(opened, addresses, base_path, "shown only now").as_bytes());
+        let _ = terminal
+            .write_all(banner_text(opened, addresses, base_path, "shown only now").as_bytes());
         return;
     }
     if let Some(account) = &opened.account {
@@ -78,7 +79,12 @@ fn open_terminal(log: LogFormat) -> Option<Box<dyn Write>> {
 }
 
 /// The complete text; `once` states where the secrets are available.
-fn banner_text(opened: &BootstrapReport, (data, admin): (ListenerAddress, ListenerAddress), base_path: &str, once: &str) -> String {
+fn banner_text(
+    opened: &BootstrapReport,
+    (data, admin): (ListenerAddress, ListenerAddress),
+    base_path: &str,
+    once: &str,
+) -> String {
     let mut text = String::new();
     if let Some(account) = &opened.account {
         let (name, console) = (&account.username, local_url(admin));

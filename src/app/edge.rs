@@ -10,16 +10,16 @@ use tracing::{info, warn};
 
 use super::{
     admin_token,
-    plan::{AdminTokenParts, Error, ModeParts, FlagSource},
+    mode::{AdminTokenParts, Error, FlagSource, ModeParts},
     reload::{EdgeTokens, Reloadable},
 };
 use crate::{
-    auth::{self, AuthenticatedToken, Authenticator, Validator, AuthError, UpstreamValidator},
-    config::{self, Credentials as Given, BackupFolder},
-    saver::BackgroundWriter,
+    auth::{self, AuthError, AuthenticatedToken, Authenticator, UpstreamValidator, Validator},
+    background_writer::BackgroundWriter,
+    config::{self, BackupFolder, Credentials as Given},
     snapshot::Snapshots,
     store::{self, RecordKey, Store, edge_backup},
-    sync::upstream::{EnvironmentManager, EnvironmentSelection},
+    sync::environments::{EnvironmentManager, EnvironmentSelection},
     telemetry::{Latch, error_chain},
     token::{Environment, Grant, Projects, Scope, Token, TokenKind},
     upstream::{AdminToken, Credentials, Upstream},
@@ -62,8 +62,10 @@ pub(super) async fn build(
             let credentials =
                 Credentials::with_admin(token.clone(), &fleet, upstream.clone(), saver.clone());
             info!(fleet, list_interval = ?auth.list_interval, "Exchanging the admin token for one token per environment");
-            let selection =
-                environments.map_or_else(|| EnvironmentSelection::Enabled(token.clone()), EnvironmentSelection::Named);
+            let selection = environments.map_or_else(
+                || EnvironmentSelection::Enabled(token.clone()),
+                EnvironmentSelection::Named,
+            );
             (credentials, selection, Some(token), Vec::new())
         }
         Given::BackendTokens(tokens) => {
@@ -91,7 +93,8 @@ pub(super) async fn build(
     // Once Parapet has stored tokens itself, they also reflect later revocations. This only checks that
     // the record exists; problems with it are reported when it is loaded.
     let imported = if store.contains(&RecordKey::TokenCache).await { Vec::new() } else { imported };
-    let static_tokens = admin.iter().map(|token| admin_token::admin_grant(&token.current())).collect();
+    let static_tokens =
+        admin.iter().map(|token| admin_token::admin_grant(&token.current())).collect();
     let (send_tokens, tokens) = watch::channel(tokens);
     let edge_tokens = admin.clone().map_or(EdgeTokens::Backend(send_tokens), EdgeTokens::Admin);
     let reloadable = Reloadable::Edge { tokens: edge_tokens, refetch: Arc::clone(&token_added) };
@@ -144,9 +147,15 @@ fn open_store(folder: &BackupFolder) -> Result<Store, store::Error> {
 /// Imports the backup of Unleash Edge in the folder; unreadable parts are skipped.
 ///
 /// The scope of an environment's flags is the union of the scopes of Edge's client tokens.
-async fn import_edge_backup(folder: &Path, environments: &EnvironmentManager) -> Vec<(Token, Grant)> {
+async fn import_edge_backup(
+    folder: &Path,
+    environments: &EnvironmentManager,
+) -> Vec<(Token, Grant)> {
     let tokens = edge_backup::load_tokens(folder).await.unwrap_or_else(|error| {
-        warn!(error = error_chain(&error), "Cannot read Unleash Edge's backup of tokens; it is ignored");
+        warn!(
+            error = error_chain(&error),
+            "Cannot read Unleash Edge's backup of tokens; it is ignored"
+        );
         Vec::new()
     });
     match edge_backup::load_features(folder).await {
@@ -158,7 +167,9 @@ async fn import_edge_backup(folder: &Path, environments: &EnvironmentManager) ->
                 let projects = grants.fold(Projects::Only(BTreeSet::new()), |seen, grant| {
                     seen.union(&grant.scope.projects)
                 });
-                environments.serve_stored(Scope { environment, projects }, text.get().as_bytes()).await;
+                environments
+                    .serve_stored(Scope { environment, projects }, text.get().as_bytes())
+                    .await;
             }
         }
         Err(error) => {
@@ -293,7 +304,8 @@ mod tests {
     async fn only_a_configured_folder_must_be_writable() {
         let file = tempfile::NamedTempFile::new().expect("file");
         let nowhere = file.path().join("backup");
-        let error = open_store(&BackupFolder::Configured(nowhere.clone())).expect_err("a file is in the way");
+        let error = open_store(&BackupFolder::Configured(nowhere.clone()))
+            .expect_err("a file is in the way");
         assert!(matches!(error, store::Error::Directory { .. }), "{error:?}");
         let store = open_store(&BackupFolder::Default(nowhere)).expect("memory");
         store.save(&RecordKey::TokenCache, "x").await.expect("save");

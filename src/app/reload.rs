@@ -9,12 +9,12 @@ use jiff::Timestamp;
 use tokio::sync::{Notify, watch};
 use tracing::{error, info, warn};
 
-use super::alone::static_tokens;
+use super::standalone::static_tokens;
 use crate::{
     auth::Authenticator,
-    config::{Config, Credentials, EffectiveSettings, ConfigErrors, Mode},
-    http::data::SdkService,
-    sync::files::ReloadHandle,
+    config::{Config, ConfigErrors, Credentials, EffectiveSettings, Mode},
+    http::sdk::SdkService,
+    sync::file_source::ReloadHandle,
     telemetry,
     token::Token,
     upstream::AdminToken,
@@ -23,7 +23,8 @@ use crate::{
 const LOG_OPTION: &str = "log";
 const ADMIN_TOKEN_OPTION: &str = "upstream-admin-token";
 const TOKENS_OPTION: &str = "tokens";
-const OFFLINE_TOKEN_OPTIONS: [&str; 3] = ["client-tokens", "frontend-tokens", "init-admin-api-tokens"];
+const OFFLINE_TOKEN_OPTIONS: [&str; 3] =
+    ["client-tokens", "frontend-tokens", "init-admin-api-tokens"];
 const TICKET_SECRET_OPTION: &str = "ofrep-ticket-secret";
 
 /// The parts of a mode that can be reconfigured at run time.
@@ -115,7 +116,8 @@ impl Reloader {
             (Reloadable::Edge { tokens, .. }, Mode::Edge(edge)) => {
                 match (tokens, &edge.credentials) {
                     // Applied below, also if the token's file has changed without the option.
-                    (EdgeTokens::Admin(_), Credentials::Admin { .. }) if name == ADMIN_TOKEN_OPTION => {}
+                    (EdgeTokens::Admin(_), Credentials::Admin { .. })
+                        if name == ADMIN_TOKEN_OPTION => {}
                     (EdgeTokens::Backend(tokens), Credentials::BackendTokens(configured))
                         if name == TOKENS_OPTION =>
                     {
@@ -124,7 +126,9 @@ impl Reloader {
                     _ => return false,
                 }
             }
-            (Reloadable::Offline(rereader), Mode::Offline(offline)) if OFFLINE_TOKEN_OPTIONS.contains(&name) => {
+            (Reloadable::Offline(rereader), Mode::Offline(offline))
+                if OFFLINE_TOKEN_OPTIONS.contains(&name) =>
+            {
                 let (tokens, environments) = static_tokens(offline);
                 self.auth.set_static_tokens(tokens);
                 rereader.set_environments(environments);
@@ -148,7 +152,9 @@ impl Reloader {
                 self.auth.revalidate(None);
                 refetch.notify_one();
             }
-            (Reloadable::Offline(rereader) | Reloadable::Standalone(rereader), _) => rereader.reload(),
+            (Reloadable::Offline(rereader) | Reloadable::Standalone(rereader), _) => {
+                rereader.reload()
+            }
             (Reloadable::Edge { .. }, Mode::Offline(_) | Mode::Standalone(_)) => {}
         }
     }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU16, AtomicUsize};
 use super::*;
 use crate::{
     token::{Projects, Scope},
-    upstream::scripted::{ScriptedReply, ScriptedServer, ReceivedRequest},
+    upstream::scripted::{ReceivedRequest, ScriptedReply, ScriptedServer},
 };
 
 const PROBE: &str = "GET /base/api/client/features/";
@@ -27,7 +27,9 @@ struct Fixture {
 }
 
 impl Fixture {
-    async fn start(script: impl Fn(&ReceivedRequest) -> ScriptedReply + Clone + Send + Sync + 'static) -> Self {
+    async fn start(
+        script: impl Fn(&ReceivedRequest) -> ScriptedReply + Clone + Send + Sync + 'static,
+    ) -> Self {
         Self::start_with(None, script).await
     }
 
@@ -153,12 +155,16 @@ async fn revalidation_of_cached_tokens_is_rate_limited_while_the_list_is_availab
         assert_eq!(fixture.inner().revalidate_due(fixture.issuer()).await, REVALIDATION_INTERVAL);
         fixture.server.count(PROBE)
     };
-    assert_eq!((probes().await, probes().await), (MAX_REVALIDATIONS_PER_SECOND, 2 * MAX_REVALIDATIONS_PER_SECOND));
+    assert_eq!(
+        (probes().await, probes().await),
+        (MAX_REVALIDATIONS_PER_SECOND, 2 * MAX_REVALIDATIONS_PER_SECOND)
+    );
 }
 
 #[test]
 fn an_unreadable_list_is_reported_differently_from_an_empty_one() {
-    let why = |json| unusable_list_reason(&serde_json::from_str(json).expect("list")).unwrap_or_default();
+    let why =
+        |json| unusable_list_reason(&serde_json::from_str(json).expect("list")).unwrap_or_default();
     assert!(why(r#"{"tokens":[]}"#).starts_with("it is empty"));
     assert_eq!(why(r#"{"tokens":[{"secret":"*:dev.a"},7]}"#), "none of its items can be read");
 }

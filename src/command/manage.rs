@@ -3,11 +3,11 @@
 //! Each task works on the database of a standalone instance, or through the admin API of a running
 //! server.
 
+mod admin_api;
 mod database;
 mod error;
 mod input;
-mod server;
-mod told;
+mod output;
 
 pub use self::error::Error;
 use crate::config::{ManageOptions, Target};
@@ -16,7 +16,7 @@ use crate::config::{ManageOptions, Target};
 pub async fn run(command: ManageOptions) -> Result<String, Error> {
     let output = match command.target {
         Target::Database(location) => database::run(location, command.task).await?,
-        Target::Server(server) => server::run(server, command.task).await?,
+        Target::Server(server) => admin_api::run(server, command.task).await?,
     };
     Ok(if command.json { output.json() } else { output.text() })
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
-use super::checked::ArchiveAction;
+use super::model::ArchiveAction;
 
 const FILE: &str = "file";
 const FORCE: &str = "force";

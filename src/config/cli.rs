@@ -11,15 +11,17 @@ use clap::{
 
 use super::{
     archive::{self, ArchiveCommand},
-    checked::{ArchiveAction, ExplainOptions},
-    keys::{CONFIG, DATA_DIR, DATABASE_URL, OPTIONS, OptionSpec, CommandScope, Arity, Compatibility},
+    error::{ConfigError, ConfigErrors},
     manage::{self, ManageCommand},
-    mistake::{ConfigError, ConfigErrors},
+    model::{ArchiveAction, ExplainOptions},
+    options::{
+        Arity, CONFIG, CommandScope, Compatibility, DATA_DIR, DATABASE_URL, OPTIONS, OptionSpec,
+    },
 };
 use crate::{
+    protocol::timestamp,
     telemetry::REVISION,
     token::{Environment, Token},
-    wire::instant,
 };
 
 const CHECK_CONFIG: &str = "check-config";
@@ -120,7 +122,9 @@ impl Subcommand {
     fn about(self) -> &'static str {
         match self {
             Self::Serve(ServeMode::Edge) => "Run as an edge in front of an Unleash server",
-            Self::Serve(ServeMode::Offline) => "Serve the flags of a file to a fixed list of tokens",
+            Self::Serve(ServeMode::Offline) => {
+                "Serve the flags of a file to a fixed list of tokens"
+            }
             Self::Serve(ServeMode::Standalone) => {
                 "Run without Unleash, with flags from files and its own tokens (the default)"
             }
@@ -144,8 +148,11 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
                 ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
                     Ok(Invocation::Print(error.render().to_string()))
                 }
-                _ => Err(ConfigError { location: "command line".to_owned(), reason: describe_error(&error, &args) }
-                    .into()),
+                _ => Err(ConfigError {
+                    location: "command line".to_owned(),
+                    reason: describe_error(&error, &args),
+                }
+                .into()),
             };
         }
     };
@@ -263,7 +270,11 @@ fn location_options() -> impl Iterator<Item = &'static OptionSpec> {
     OPTIONS.iter().copied().filter(move |key| is_one(key) || key.file_for.is_some_and(is_one))
 }
 
-fn parse_manage(name: &str, above: &ArgMatches, below: &ArgMatches) -> Result<Invocation, ConfigErrors> {
+fn parse_manage(
+    name: &str,
+    above: &ArgMatches,
+    below: &ArgMatches,
+) -> Result<Invocation, ConfigErrors> {
     let errand = manage::parse(name, below)?;
     let deepest = below.subcommand().map_or(below, |(_, deepest)| deepest);
     reject_config_flags(name, deepest)?;
@@ -364,7 +375,7 @@ fn parse_explain(above: &ArgMatches, own: &ArgMatches) -> Result<ExplainOptions,
         };
         properties.push((name.to_owned(), value.to_owned()));
     }
-    let at = match text("at").map(|text| instant::parse(&text)) {
+    let at = match text("at").map(|text| timestamp::parse(&text)) {
         None => None,
         Some(Some(at)) => Some(at),
         Some(None) => {

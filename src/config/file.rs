@@ -7,10 +7,10 @@ use std::{io, path::Path};
 use toml::de::{DeTable, DeValue};
 
 use super::{
-    keys::{CONFIG, OPTIONS, OptionSpec, Arity, split_list},
-    mistake::ConfigError,
+    error::ConfigError,
+    options::{Arity, CONFIG, OPTIONS, OptionSpec, split_list},
 };
-use crate::wire::text::remove_byte_order_mark;
+use crate::protocol::byte_order_mark::remove_byte_order_mark;
 
 /// A key of the file with its values.
 pub(super) struct Entry {

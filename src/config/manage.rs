@@ -7,11 +7,11 @@ use clap::{Arg, ArgAction, ArgMatches, Command, parser::ValueSource};
 use jiff::Timestamp;
 use reqwest::Url;
 
-use super::mistake::ConfigError;
+use super::error::ConfigError;
 use crate::{
-    control::{Permission, RootRole},
+    control_plane::{Permission, RootRole},
+    protocol::timestamp,
     token::TokenKind,
-    wire::instant,
 };
 
 /// A task of `token` or `account`.
@@ -266,7 +266,7 @@ fn parse_task(command: &str, below: &ArgMatches) -> Result<ManageTask, ConfigErr
     let password = || text("password-file").map_or(PasswordSource::Generated, PasswordSource::File);
     let expiry = |text: String| {
         let expected = || "expected a time, as in 2030-01-01T00:00:00Z".to_owned();
-        instant::parse(&text).ok_or_else(|| wrong("--expires", expected()))
+        timestamp::parse(&text).ok_or_else(|| wrong("--expires", expected()))
     };
     let is_written = |name| args.value_source(name) == Some(ValueSource::CommandLine);
     Ok(match (command, verb) {

@@ -5,10 +5,10 @@ use std::{collections::HashMap, fmt::Write as _, time::Duration};
 use proptest::prelude::*;
 
 use super::{
-    keys::{CONFIG, OPTIONS, OptionSpec, CommandScope, Arity, Compatibility},
-    settings, *,
+    options::{Arity, CONFIG, CommandScope, Compatibility, OPTIONS, OptionSpec},
+    raw, *,
 };
-use crate::{http::access::TrustedProxies, sync, telemetry::LogFormat};
+use crate::{http::client_address::TrustedProxies, sync, telemetry::LogFormat};
 
 const TOKEN: &str = "*:development.0123456789abcdef0123456789abcdef";
 /// The part of [`TOKEN`] that must never be printed.
@@ -130,7 +130,10 @@ fn backup_folder_is_set_by_either_option_unless_empty() {
     assert_eq!(of("", &[("BACKUP_FOLDER", "")]), default);
     assert_eq!(of("--backup-folder=", &[]), default);
     assert_eq!(of("", &[("BACKUP_FOLDER", "/b")]), BackupFolder::Configured("/b".into()));
-    assert_eq!(of("--backup-folder= --data-dir /d", &[]), BackupFolder::Configured("/d/backup".into()));
+    assert_eq!(
+        of("--backup-folder= --data-dir /d", &[]),
+        BackupFolder::Configured("/d/backup".into())
+    );
     let (_folder, path) = config_file("data_dir = '/d'");
     assert_eq!(of("", &[("PARAPET_CONFIG", &path)]), BackupFolder::Configured("/d/backup".into()));
 }
@@ -211,8 +214,7 @@ fn common_options_are_accepted_before_and_after_subcommand() {
 fn all_errors_are_reported_at_once() {
     let (_folder, path) = config_file("max_connections = 0\nprot = 1\nbase_path = false\n");
     let line = format!("--config {path} edge --allow-list 10.0.0.0/40 --admin-port 99999");
-    let messages =
-        errors(&line, &[("PORT", "x"), ("TOKENS", "a:b,c"), ("REDIS_URL", "redis://r")]);
+    let messages = errors(&line, &[("PORT", "x"), ("TOKENS", "a:b,c"), ("REDIS_URL", "redis://r")]);
     for part in [
         "--upstream-url (UPSTREAM_URL): is required",
         "--allow-list: expected networks or addresses, as in `10.0.0.0/8`, not `10.0.0.0/40`",
@@ -490,14 +492,16 @@ fn client_certificate_for_upstream_has_three_forms() {
     };
     let pair =
         [("PKCS8_CLIENT_CERTIFICATE_FILE", &**certificate), ("PKCS8_CLIENT_KEY_FILE", &**key)];
-    check(&pair, ClientCertificate::PemPair { certificate_file: certificate.into(), key_file: key.into() });
+    check(
+        &pair,
+        ClientCertificate::PemPair { certificate_file: certificate.into(), key_file: key.into() },
+    );
     check(&[("PEM_CERT_FILE", both)], ClientCertificate::PemFile(both.into()));
     let passphrase = Passphrase::new("word");
     let env = [("PKCS12_IDENTITY_FILE", &**pkcs12), ("PKCS12_PASSPHRASE", "word")];
     check(&env, ClientCertificate::Pkcs12 { file: pkcs12.into(), passphrase });
 
-    let messages =
-        errors(EDGE, &[("PKCS12_IDENTITY_FILE", pkcs12), ("PKCS12_PASSPHRASE", "w0rd")]);
+    let messages = errors(EDGE, &[("PKCS12_IDENTITY_FILE", pkcs12), ("PKCS12_PASSPHRASE", "w0rd")]);
     assert_eq!(messages, [format!("PKCS12_PASSPHRASE: the passphrase does not open {pkcs12}")]);
     let messages = errors(EDGE, &[("PKCS12_IDENTITY_FILE", both)]);
     let expected = format!("PKCS12_IDENTITY_FILE: {both} is not a PKCS #12 file that can be read");
@@ -649,7 +653,8 @@ fn every_secret_may_be_in_a_file() {
 #[test]
 fn list_in_secret_file_is_separated_by_commas_or_lines() {
     let (_folder, path) = config_file("*:development.a, *:development.b\n\n*:development.c,\r\n");
-    let Credentials::BackendTokens(tokens) = edge(EDGE, &[("TOKENS_FILE", &path)]).credentials else {
+    let Credentials::BackendTokens(tokens) = edge(EDGE, &[("TOKENS_FILE", &path)]).credentials
+    else {
         panic!()
     };
     let tokens: Vec<_> = tokens.iter().map(|token| token.expose().to_owned()).collect();
@@ -680,7 +685,8 @@ fn secret_file_is_read_from_any_path() {
         std::fs::create_dir(&folder).expect("folder");
         let path = folder.join("tokens").display().to_string();
         std::fs::write(&path, TOKEN).expect("file");
-        let Credentials::BackendTokens(tokens) = edge(EDGE, &[("TOKENS_FILE", &path)]).credentials else {
+        let Credentials::BackendTokens(tokens) = edge(EDGE, &[("TOKENS_FILE", &path)]).credentials
+        else {
             panic!()
         };
         assert_eq!(tokens[0].expose(), TOKEN, "{path}");
@@ -747,7 +753,10 @@ fn manage_reads_database_url_file_and_no_other_file() {
     let other = ("UNLEASH_DEFAULT_ADMIN_PASSWORD_FILE", "/nowhere");
     let env = [("DATABASE_URL_FILE", &*path), other];
     let Ok(Command::Manage(manage)) = parse("token list", &env) else { panic!() };
-    assert!(matches!(manage.target, Target::Database(crate::control::DatabaseLocation::Postgres(_))));
+    assert!(matches!(
+        manage.target,
+        Target::Database(crate::control_plane::DatabaseLocation::Postgres(_))
+    ));
     let line = format!("token list --database-url-file {path}");
     assert!(matches!(parse(&line, &[other]), Ok(Command::Manage(_))));
     assert!(parse("token list", &[("DATABASE_URL_FILE", "/nowhere")]).is_err());
@@ -896,7 +905,8 @@ fn trusted_proxies_follow_options() {
     check("--trust-proxy", &TrustedProxies::Any);
     assert_eq!(config("--trust-proxy", &[]).warnings.len(), 1);
     check("--trust-proxy=false", &TrustedProxies::None);
-    let only = TrustedProxies::Only(vec!["10.0.0.1/32".parse().unwrap(), "fd00::/8".parse().unwrap()]);
+    let only =
+        TrustedProxies::Only(vec!["10.0.0.1/32".parse().unwrap(), "fd00::/8".parse().unwrap()]);
     check("--trust-proxy --proxy-trusted-servers 10.0.0.1,fd00::/8", &only);
     check("--proxy-trusted-servers 10.0.0.1", &TrustedProxies::None);
     assert_eq!(config("--proxy-trusted-servers 10.0.0.1", &[]).warnings.len(), 1);
@@ -997,10 +1007,10 @@ fn sample(comment: &str) -> String {
             writeln!(text, "\n# ---- {heading} {rule}").unwrap();
         }
         let default = match key.arity {
-            Arity::List => key.default.map(keys::split_list).unwrap_or_default(),
+            Arity::List => key.default.map(options::split_list).unwrap_or_default(),
             Arity::One | Arity::Switch => vec![key.default.unwrap_or_default().to_owned()],
         };
-        let (name, value) = (key.toml_name(), settings::to_toml_value(key, &default));
+        let (name, value) = (key.toml_name(), raw::to_toml_value(key, &default));
         writeln!(text, "\n# {}.\n{comment}{name} = {value}", key.help()).unwrap();
     }
     text

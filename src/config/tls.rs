@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use jiff::Timestamp;
 
 use super::{
-    keys::{self, OptionSpec},
-    settings::RawSettings,
+    options::{self, OptionSpec},
+    raw::RawSettings,
 };
 use crate::tls::{
     ClientAuth, ClientVerification, Config, FileError, FileSetting, KeyPairFiles, TlsAcceptor,
@@ -36,29 +36,29 @@ pub(super) struct ListenerOptions {
 
 pub(super) static DATA: ListenerOptions = ListenerOptions {
     listener: "data",
-    enabled_by: &keys::TLS_ENABLE,
-    certificate: &keys::TLS_SERVER_CERT,
-    private_key: &keys::TLS_SERVER_KEY,
-    client_ca: &keys::TLS_CLIENT_CA_FILE,
-    client_auth: &keys::TLS_CLIENT_AUTH,
-    crl: &keys::TLS_CRL_FILE,
+    enabled_by: &options::TLS_ENABLE,
+    certificate: &options::TLS_SERVER_CERT,
+    private_key: &options::TLS_SERVER_KEY,
+    client_ca: &options::TLS_CLIENT_CA_FILE,
+    client_auth: &options::TLS_CLIENT_AUTH,
+    crl: &options::TLS_CRL_FILE,
 };
 
 pub(super) static ADMIN: ListenerOptions = ListenerOptions {
     listener: "admin",
-    enabled_by: &keys::ADMIN_TLS_CERT,
-    certificate: &keys::ADMIN_TLS_CERT,
-    private_key: &keys::ADMIN_TLS_KEY,
-    client_ca: &keys::ADMIN_TLS_CLIENT_CA_FILE,
-    client_auth: &keys::ADMIN_TLS_CLIENT_AUTH,
-    crl: &keys::ADMIN_TLS_CRL_FILE,
+    enabled_by: &options::ADMIN_TLS_CERT,
+    certificate: &options::ADMIN_TLS_CERT,
+    private_key: &options::ADMIN_TLS_KEY,
+    client_ca: &options::ADMIN_TLS_CLIENT_CA_FILE,
+    client_auth: &options::ADMIN_TLS_CLIENT_AUTH,
+    crl: &options::ADMIN_TLS_CRL_FILE,
 };
 
 /// The TLS configuration of the data listener, if it is enabled.
 pub(super) fn data_listener(s: &mut RawSettings) -> Option<Config> {
-    let is_enabled = s.switch(&keys::TLS_ENABLE);
-    if s.switch(&keys::REDIRECT_HTTP_TO_HTTPS) && !is_enabled {
-        warn_no_effect_without(s, &keys::REDIRECT_HTTP_TO_HTTPS, &keys::TLS_ENABLE);
+    let is_enabled = s.switch(&options::TLS_ENABLE);
+    if s.switch(&options::REDIRECT_HTTP_TO_HTTPS) && !is_enabled {
+        warn_no_effect_without(s, &options::REDIRECT_HTTP_TO_HTTPS, &options::TLS_ENABLE);
     }
     listener(s, &DATA, is_enabled)
 }
@@ -80,11 +80,14 @@ fn client_auth(s: &mut RawSettings, keys: &ListenerOptions) -> ClientAuth {
 
 /// Warns of options that apply to both listeners if neither has TLS.
 pub(super) fn warn_without_tls(s: &mut RawSettings) {
-    let keys =
-        [&keys::TLS_MIN_VERSION, &keys::TLS_HANDSHAKE_TIMEOUT_SECONDS, &keys::TLS_MAX_HANDSHAKES];
+    let keys = [
+        &options::TLS_MIN_VERSION,
+        &options::TLS_HANDSHAKE_TIMEOUT_SECONDS,
+        &options::TLS_MAX_HANDSHAKES,
+    ];
     for key in keys {
         if s.is_set(key) {
-            warn_no_effect_without(s, key, &keys::TLS_ENABLE);
+            warn_no_effect_without(s, key, &options::TLS_ENABLE);
         }
     }
 }
@@ -99,10 +102,10 @@ fn listener(s: &mut RawSettings, keys: &ListenerOptions, is_enabled: bool) -> Op
     let ca_file = s.read(keys.client_ca, EXPECTED_PEM_PATH, parse_file_path);
     let auth = client_auth(s, keys);
     let crl_file = s.read(keys.crl, EXPECTED_PEM_PATH, parse_file_path);
-    let min_version = s.value(&keys::TLS_MIN_VERSION, "1.2 or 1.3", Version::parse);
-    let handshake_timeout = s.interval(&keys::TLS_HANDSHAKE_TIMEOUT_SECONDS);
+    let min_version = s.value(&options::TLS_MIN_VERSION, "1.2 or 1.3", Version::parse);
+    let handshake_timeout = s.interval(&options::TLS_HANDSHAKE_TIMEOUT_SECONDS);
     let half = std::thread::available_parallelism().map_or(1, NonZero::get).div_ceil(2);
-    let max_handshakes = s.count_or(&keys::TLS_MAX_HANDSHAKES, half);
+    let max_handshakes = s.count_or(&options::TLS_MAX_HANDSHAKES, half);
     if !is_enabled {
         for key in [keys.certificate, keys.private_key, keys.client_ca, keys.client_auth, keys.crl]
         {

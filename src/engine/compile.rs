@@ -15,10 +15,10 @@ use itertools::Itertools as _;
 use super::bucket::DrawId;
 use super::context::ContextSchema;
 use super::flag::{self, Flag, FlagId, Outcome};
-use super::plan::{Conditions, Parent, FlagPlan};
+use super::plan::{Conditions, FlagPlan, Parent};
 use super::problem::{Defect, DefinitionPart, Problem};
-use super::strategy::{self, StrategyCompiler, Strategy};
-use crate::wire::features::{self as wire, Document, Lenient};
+use super::strategy::{self, Strategy, StrategyCompiler};
+use crate::protocol::features::{self as wire, Document, Lenient};
 
 /// The parts of an engine.
 #[derive(Clone, Debug)]
@@ -48,7 +48,8 @@ impl<'e> Previous<'e> {
     fn is_reusable_for(&self, document: &Document) -> bool {
         // A segment is compiled into each flag that refers to it.
         document.segments() == self.document.segments()
-            && self.compiled.schema.len() <= 2 * self.compiled.schema_len_when_full + RECOMPILE_SLACK
+            && self.compiled.schema.len()
+                <= 2 * self.compiled.schema_len_when_full + RECOMPILE_SLACK
     }
 
     /// Whether the flag with this id can be reused for `feature`, which has the same name.
@@ -86,7 +87,8 @@ pub(super) fn compile(
         }
     }
     let (mut compiled, problems) = builder.finish();
-    compiled.schema_len_when_full = previous.map_or(compiled.schema.len(), |it| it.compiled.schema_len_when_full);
+    compiled.schema_len_when_full =
+        previous.map_or(compiled.schema.len(), |it| it.compiled.schema_len_when_full);
     (compiled, problems)
 }
 
@@ -182,7 +184,9 @@ impl<'d> Builder<'d> {
         let variants = compiler.compile_variants(&definition.variants, feature.name(), stickiness);
         let strategies = match &definition.strategies {
             Lenient::Valid(list) if list.is_empty() => vec![Strategy::unconditional()],
-            Lenient::Valid(list) => list.iter().filter_map(|source| compiler.compile_strategy(source)).collect(),
+            Lenient::Valid(list) => {
+                list.iter().filter_map(|source| compiler.compile_strategy(source)).collect()
+            }
             Lenient::Missing => {
                 compiler.defects.push(Defect::NoStrategies);
                 Vec::new()
@@ -253,8 +257,10 @@ impl<'d> Builder<'d> {
                     Defect::NestedParent(dependency.parent.clone().into_owned())
                 }
                 Some(flag) => {
-                    let parent =
-                        Parent { flag, accepted_outcomes: dependency.accepted_outcomes(&self.flags[flag.index()]) };
+                    let parent = Parent {
+                        flag,
+                        accepted_outcomes: dependency.accepted_outcomes(&self.flags[flag.index()]),
+                    };
                     match self.plans[flag.index()] {
                         FlagPlan::Constant(outcome) if parent.is_satisfied_by(outcome) => {}
                         FlagPlan::Constant(_) => parents = None,
@@ -280,7 +286,11 @@ impl Dependency<'_> {
     fn accepted_outcomes(&self, parent: &Flag) -> Box<[bool]> {
         let outcomes = [Outcome::Off, Outcome::On];
         let variants = (0..).map(Outcome::Variant).take(parent.variants().len());
-        outcomes.into_iter().chain(variants).map(|outcome| self.is_satisfied_by(parent, outcome)).collect()
+        outcomes
+            .into_iter()
+            .chain(variants)
+            .map(|outcome| self.is_satisfied_by(parent, outcome))
+            .collect()
     }
 
     /// Whether `outcome` of `parent` satisfies the dependency.

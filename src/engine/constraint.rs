@@ -10,13 +10,13 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 use regex::Regex;
 
-use super::context::{BoundContext, FieldId, ContextSchema, StringSet, ParsedSlot};
+use super::context::{BoundContext, ContextSchema, FieldId, ParsedSlot, StringSet};
 use super::date;
-use super::pattern;
+use super::inputs::EvaluationInputs;
+use super::parse::{self, Version};
 use super::problem::{Defect, DefinitionPart};
-use super::reads::EvaluationInputs;
-use super::scalar::{self, Version};
-use crate::wire::features::{self as wire, Lenient};
+use super::re2;
+use crate::protocol::features::{self as wire, Lenient};
 
 /// A compiled constraint.
 #[derive(Debug)]
@@ -89,7 +89,9 @@ impl Constraint {
             return CompiledConstraint::Never;
         };
         match constraint.compile(schema, defects) {
-            Ok(Some(test)) => CompiledConstraint::Test(Self { test, inverted: constraint.inverted }),
+            Ok(Some(test)) => {
+                CompiledConstraint::Test(Self { test, inverted: constraint.inverted })
+            }
             Ok(None) if constraint.inverted => CompiledConstraint::Always,
             Ok(None) => CompiledConstraint::Never,
             Err(defect) => {
@@ -183,7 +185,9 @@ impl TextPosition {
                 needles.iter().any(|needle| self.matches_ascii(needle.as_bytes(), text.as_bytes()))
             }
             // Beyond ASCII lower case can change lengths, so this rare case copies the text.
-            CaseSensitivity::Insensitive => self.matches_any(needles, &text.to_lowercase(), CaseSensitivity::Sensitive),
+            CaseSensitivity::Insensitive => {
+                self.matches_any(needles, &text.to_lowercase(), CaseSensitivity::Sensitive)
+            }
         }
     }
 
@@ -224,7 +228,8 @@ struct ConstraintSource<'a> {
 
 impl<'a> ConstraintSource<'a> {
     fn parse(source: &'a wire::Constraint<'_>) -> Option<Self> {
-        let (Lenient::Valid(field), Lenient::Valid(operator)) = (&source.context_name, &source.operator)
+        let (Lenient::Valid(field), Lenient::Valid(operator)) =
+            (&source.context_name, &source.operator)
         else {
             return None;
         };
@@ -276,9 +281,13 @@ impl<'a> ConstraintSource<'a> {
             "NUM_LTE" => self.number_test(schema, "NUM_LTE", Comparison::LessOrEqual).map(Some),
             "SEMVER_EQ" => self.version_test(schema, "SEMVER_EQ", Comparison::Equal).map(Some),
             "SEMVER_GT" => self.version_test(schema, "SEMVER_GT", Comparison::Greater).map(Some),
-            "SEMVER_GTE" => self.version_test(schema, "SEMVER_GTE", Comparison::GreaterOrEqual).map(Some),
+            "SEMVER_GTE" => {
+                self.version_test(schema, "SEMVER_GTE", Comparison::GreaterOrEqual).map(Some)
+            }
             "SEMVER_LT" => self.version_test(schema, "SEMVER_LT", Comparison::Less).map(Some),
-            "SEMVER_LTE" => self.version_test(schema, "SEMVER_LTE", Comparison::LessOrEqual).map(Some),
+            "SEMVER_LTE" => {
+                self.version_test(schema, "SEMVER_LTE", Comparison::LessOrEqual).map(Some)
+            }
             "DATE_AFTER" => self.date_operand("DATE_AFTER").map(|date| Some(Test::After(date))),
             "DATE_BEFORE" => self.date_operand("DATE_BEFORE").map(|date| Some(Test::Before(date))),
             "REGEX" => self.regex_test(schema).map(Some),
@@ -308,7 +317,7 @@ impl<'a> ConstraintSource<'a> {
         operator: &'static str,
         order: Comparison,
     ) -> Result<Test, Defect> {
-        let than = self.parse_operand(operator, scalar::number)?;
+        let than = self.parse_operand(operator, parse::number)?;
         let field = schema.intern_field(self.field);
         Ok(Test::Number { field, slot: schema.number_slot(field), order, than })
     }
@@ -331,8 +340,9 @@ impl<'a> ConstraintSource<'a> {
     }
 
     fn regex_test(&self, schema: &mut ContextSchema) -> Result<Test, Defect> {
-        let regex =
-            self.parse_operand("REGEX", |value| pattern::compile(value, self.case == CaseSensitivity::Insensitive))?;
+        let regex = self.parse_operand("REGEX", |value| {
+            re2::compile(value, self.case == CaseSensitivity::Insensitive)
+        })?;
         Ok(Test::Regex { field: schema.intern_field(self.field), regex: Box::new(regex) })
     }
 
@@ -340,11 +350,13 @@ impl<'a> ConstraintSource<'a> {
     fn address_test(&self, schema: &mut ContextSchema, defects: &mut Vec<Defect>) -> Option<Test> {
         let mut ranges = Vec::with_capacity(self.values.len());
         for &value in &self.values {
-            match scalar::network(value) {
+            match parse::network(value) {
                 Some(range) => ranges.push(range),
                 None => {
-                    defects
-                        .push(Defect::InvalidOperand { operator: "IN_CIDR", operand: value.to_owned() });
+                    defects.push(Defect::InvalidOperand {
+                        operator: "IN_CIDR",
+                        operand: value.to_owned(),
+                    });
                 }
             }
         }

@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use smallvec::SmallVec;
 
 use super::date;
-use super::scalar::{self, Version};
+use super::parse::{self, Version};
 
 /// The user and application to evaluate for, with the time and the random seed of the evaluation.
 #[derive(Debug, Clone, Copy, Default)]
@@ -112,7 +112,8 @@ impl ContextSchema {
 
     /// The number of fields, interned strings and parsed values.
     pub(super) fn len(&self) -> usize {
-        let parsed = self.number_fields.len() + self.version_fields.len() + self.address_fields.len();
+        let parsed =
+            self.number_fields.len() + self.version_fields.len() + self.address_fields.len();
         self.names.len() + self.strings.len() + parsed
     }
 
@@ -187,12 +188,16 @@ impl ContextSchema {
     pub(super) fn bind<'a>(&self, values: ContextValues<'a>) -> BoundContext<'a> {
         let text = |field: &FieldId| values.text(*field);
         let symbol = |&text| self.strings.get(text?).copied();
-        let number = |field| text(field).and_then(scalar::number).unwrap_or(f64::NAN);
+        let number = |field| text(field).and_then(parse::number).unwrap_or(f64::NAN);
         let address = |field| text(field)?.parse().ok();
         BoundContext {
             interned: values.texts.iter().map(symbol).collect(),
             numbers: self.number_fields.iter().map(number).collect(),
-            versions: self.version_fields.iter().map(|field| Version::parse(text(field)?)).collect(),
+            versions: self
+                .version_fields
+                .iter()
+                .map(|field| Version::parse(text(field)?))
+                .collect(),
             addresses: self.address_fields.iter().map(address).collect(),
             evaluation_time: values.evaluation_time(),
             values,
@@ -308,8 +313,12 @@ impl StringSet {
     /// Up to this length a linear search is faster than a binary one.
     const MAX_LINEAR_SEARCH: usize = 16;
 
-    pub(super) fn new<'t>(schema: &mut ContextSchema, texts: impl Iterator<Item = &'t str>) -> Self {
-        let mut symbols: Vec<InternedString> = texts.map(|text| schema.intern_string(text)).collect();
+    pub(super) fn new<'t>(
+        schema: &mut ContextSchema,
+        texts: impl Iterator<Item = &'t str>,
+    ) -> Self {
+        let mut symbols: Vec<InternedString> =
+            texts.map(|text| schema.intern_string(text)).collect();
         symbols.sort_unstable();
         symbols.dedup();
         Self(symbols.into())
@@ -365,7 +374,11 @@ mod tests {
                 let id = n.to_string();
                 let bound =
                     schema.bind(schema.read(&Context { user_id: Some(&id), ..Context::default() }));
-                assert_eq!(set.contains(bound.interned(FieldId::USER_ID)), n < size, "{n} of {size}");
+                assert_eq!(
+                    set.contains(bound.interned(FieldId::USER_ID)),
+                    n < size,
+                    "{n} of {size}"
+                );
             }
         }
     }

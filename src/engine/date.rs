@@ -255,7 +255,8 @@ impl<'t> Parser<'t> {
             IsoMatch::Prefix => self.free_form()?,
         }
         let days = self.days_since_1970()?;
-        let milliseconds = days * 86_400_000 + self.time_milliseconds()? - self.zone_seconds()? * 1000;
+        let milliseconds =
+            days * 86_400_000 + self.time_milliseconds()? - self.zone_seconds()? * 1000;
         (-MAX_MILLISECONDS..=MAX_MILLISECONDS).contains(&milliseconds).then_some(milliseconds)
     }
 
@@ -288,7 +289,9 @@ impl<'t> Parser<'t> {
     fn iso(&mut self) -> Option<IsoMatch> {
         if let Token::Sign(sign) = self.next {
             self.advance();
-            let Some(year) = self.fixed_digits(6, 0..=999_999) else { return Some(IsoMatch::Prefix) };
+            let Some(year) = self.fixed_digits(6, 0..=999_999) else {
+                return Some(IsoMatch::Prefix);
+            };
             if sign < 0 && year == 0 {
                 return Some(IsoMatch::Prefix);
             }

@@ -6,22 +6,22 @@
 //! arranges results and describes them. It costs far more than evaluation and is not for the request
 //! path.
 
-mod words;
+mod sentences;
 
-use self::words::{membership, quoted};
+use self::sentences::{membership, quoted};
 use super::bucket::DrawId;
 use super::compile;
 use super::constraint::{self, CompiledConstraint};
-use super::context::{BoundContext, Context, FieldId, ContextSchema};
+use super::context::{BoundContext, Context, ContextSchema, FieldId};
 use super::explanation::{
-    SelectionReason, Constraint, Decision, Explanation, Parameter, Parent, Payload, BucketAssignment, Rule,
-    Segment, VariantShare, Strategy, Variant, Variants,
+    BucketAssignment, Constraint, Decision, Explanation, Parameter, Parent, Payload, Rule, Segment,
+    SelectionReason, Strategy, Variant, VariantShare, Variants,
 };
 use super::flag::{self, Flag, FlagId, Outcome};
 use super::problem::{Defect, DefinitionPart};
-use super::strategy::{self, StrategyCompiler, StrategySource, ParsedRule};
+use super::strategy::{self, ParsedRule, StrategyCompiler, StrategySource};
 use super::variant::{self, Stickiness};
-use crate::wire::features::{self as wire, Document, Lenient, Parameters};
+use crate::protocol::features::{self as wire, Document, Lenient, Parameters};
 
 /// An engine with the document that it was compiled from, and a context.
 #[derive(Clone, Copy, Debug)]
@@ -61,7 +61,7 @@ impl Explainer<'_> {
             }
         };
         explanation.problems = defects.iter().map(ToString::to_string).collect();
-        explanation.summary = words::summary(&explanation);
+        explanation.summary = sentences::summary(&explanation);
         (outcome, explanation)
     }
 
@@ -130,7 +130,9 @@ impl Explainer<'_> {
             Decision::Strategy { index } => {
                 let strategy = &mut explanation.strategies[index];
                 match chosen[index] {
-                    Some(variant) => outcome_with_variant(Some(variant), strategy.variants.as_mut()),
+                    Some(variant) => {
+                        outcome_with_variant(Some(variant), strategy.variants.as_mut())
+                    }
                     None => outcome_with_variant(own, explanation.variants.as_mut()),
                 }
             }
@@ -162,10 +164,15 @@ impl Explainer<'_> {
             Lenient::Missing => Vec::new(),
             Lenient::Malformed => vec![Lenient::Malformed],
         };
-        explanation.parents = list.into_iter().map(|source| self.explain_parent(source, defects)).collect();
+        explanation.parents =
+            list.into_iter().map(|source| self.explain_parent(source, defects)).collect();
     }
 
-    fn explain_parent(self, source: Lenient<wire::Dependency<'_>>, defects: &mut Vec<Defect>) -> Parent {
+    fn explain_parent(
+        self,
+        source: Lenient<wire::Dependency<'_>>,
+        defects: &mut Vec<Defect>,
+    ) -> Parent {
         let Some(dependency) = compile::read_dependency(source) else {
             let defect = Defect::Malformed(DefinitionPart::Dependency);
             let why = defect.to_string();
@@ -195,7 +202,7 @@ impl Explainer<'_> {
             Some(id) => {
                 let (outcome, explanation) = self.explain(id);
                 parent.satisfied = dependency.is_satisfied_by(&self.flags[id.index()], outcome);
-                parent.why = words::parent(&dependency, &explanation, parent.satisfied);
+                parent.why = sentences::parent(&dependency, &explanation, parent.satisfied);
                 parent.explanation = Some(Box::new(explanation));
                 return parent;
             }
@@ -231,7 +238,10 @@ struct FlagExplainer<'c, 'b, 'v> {
 
 impl FlagExplainer<'_, '_, '_> {
     /// Explains a strategy. Also returns the variant selected from the strategy's list, if any.
-    fn explain_strategy(&mut self, source: &Lenient<wire::Strategy<'_>>) -> (Option<u32>, Strategy) {
+    fn explain_strategy(
+        &mut self,
+        source: &Lenient<wire::Strategy<'_>>,
+    ) -> (Option<u32>, Strategy) {
         let text = |text: &Lenient<wire::Text<'_>>| text.clone().valid().map(String::from);
         let mut explained = Strategy {
             name: String::new(),
@@ -250,7 +260,8 @@ impl FlagExplainer<'_, '_, '_> {
             explained.title = text(&strategy.title).filter(|title| !title.is_empty());
             explained.disabled = strategy.disabled.valid().unwrap_or_default();
         }
-        let Some(StrategySource { strategy, name, parameters }) = StrategySource::parse(source) else {
+        let Some(StrategySource { strategy, name, parameters }) = StrategySource::parse(source)
+        else {
             explained.why = self.report_problem(Defect::Malformed(DefinitionPart::Strategy));
             return (None, explained);
         };
@@ -262,9 +273,13 @@ impl FlagExplainer<'_, '_, '_> {
         let failing = explained.constraints.iter().filter(|constraint| !constraint.holds);
         obstacles.extend(failing.map(|it| format!("the constraint fails: {}", it.why)));
         match &strategy.segments {
-            Lenient::Valid(ids) => explained.segments = ids.iter().map(|id| self.explain_segment(*id)).collect(),
+            Lenient::Valid(ids) => {
+                explained.segments = ids.iter().map(|id| self.explain_segment(*id)).collect()
+            }
             Lenient::Missing => {}
-            Lenient::Malformed => obstacles.push(self.report_problem(Defect::Malformed(DefinitionPart::Strategy))),
+            Lenient::Malformed => {
+                obstacles.push(self.report_problem(Defect::Malformed(DefinitionPart::Strategy)))
+            }
         }
         let failing = explained.segments.iter().filter(|segment| !segment.holds);
         obstacles.extend(failing.map(|segment| segment.why.clone()));
@@ -306,7 +321,9 @@ impl FlagExplainer<'_, '_, '_> {
         part: DefinitionPart,
     ) -> Result<Vec<Constraint>, String> {
         match source {
-            Lenient::Valid(list) => Ok(list.iter().map(|source| self.explain_constraint(source)).collect()),
+            Lenient::Valid(list) => {
+                Ok(list.iter().map(|source| self.explain_constraint(source)).collect())
+            }
             Lenient::Missing => Ok(Vec::new()),
             Lenient::Malformed => Err(self.report_problem(Defect::Malformed(part))),
         }
@@ -352,7 +369,7 @@ impl FlagExplainer<'_, '_, '_> {
         let is_generated = self.context.session_is_generated
             && explained.field == FieldId::SESSION_ID_NAME
             && !constraint::is_time_operator(&explained.operator);
-        explained.why = words::constraint(&explained, &compiled, problem, is_generated);
+        explained.why = sentences::constraint(&explained, &compiled, problem, is_generated);
         explained
     }
 
@@ -436,7 +453,7 @@ impl FlagExplainer<'_, '_, '_> {
                 let stickiness = rollout.stickiness;
                 let bucket = rollout.bucket(self.bound);
                 let placement = self.bucket_assignment(stickiness, group, bucket, 100);
-                let why = words::rollout(&placement, rollout.percent, holds);
+                let why = sentences::rollout(&placement, rollout.percent, holds);
                 explained.placement = Some(placement);
                 explained.percentage = Some(rollout.percent);
                 why
@@ -444,13 +461,15 @@ impl FlagExplainer<'_, '_, '_> {
             strategy::Rule::RandomRollout { percent, site } => {
                 let bucket = Some(strategy::random_percent(self.bound, *site));
                 let placement = self.bucket_assignment(Stickiness::FirstOf(&[]), None, bucket, 100);
-                let why = words::rollout(&placement, *percent, holds);
+                let why = sentences::rollout(&placement, *percent, holds);
                 explained.placement = Some(placement);
                 explained.percentage = Some(*percent);
                 why
             }
             strategy::Rule::UserIds(_) => self.describe_membership(FieldId::USER_ID, holds),
-            strategy::Rule::RemoteAddresses { .. } => self.describe_membership(FieldId::REMOTE_ADDRESS, holds),
+            strategy::Rule::RemoteAddresses { .. } => {
+                self.describe_membership(FieldId::REMOTE_ADDRESS, holds)
+            }
             strategy::Rule::Hostnames(_) => match self.bound.hostname() {
                 Some(name) => {
                     format!("the host {} is {}", quoted(name), membership(holds))
@@ -464,7 +483,12 @@ impl FlagExplainer<'_, '_, '_> {
     fn describe_membership(&self, field: FieldId, holds: bool) -> String {
         match self.bound.text(field) {
             Some(value) => {
-                format!("{} {} is {}", quoted(self.field_name(field)), quoted(value), membership(holds))
+                format!(
+                    "{} {} is {}",
+                    quoted(self.field_name(field)),
+                    quoted(value),
+                    membership(holds)
+                )
             }
             None => format!("the context lacks {}", quoted(self.field_name(field))),
         }
@@ -487,16 +511,22 @@ impl FlagExplainer<'_, '_, '_> {
         let (mut shares, mut total) = (Vec::new(), 0);
         for source in list {
             if let Some((_, name, weight)) = variant::parse_variant(source, total) {
-                shares.push(VariantShare { name: name.to_owned(), weight, first_bucket: total + 1 });
+                shares.push(VariantShare {
+                    name: name.to_owned(),
+                    weight,
+                    first_bucket: total + 1,
+                });
                 total += weight;
             }
         }
         let name = chosen.map(|index| self.compiler.variants[index as usize].name.to_string());
         let selected = name.as_deref().map(quoted).unwrap_or_default();
         let (choice, placement, why) = match &choice {
-            variant::VariantSelection::None => {
-                (SelectionReason::Nobody, None, "no variant has a weight, so none is selected".to_owned())
-            }
+            variant::VariantSelection::None => (
+                SelectionReason::Nobody,
+                None,
+                "no variant has a weight, so none is selected".to_owned(),
+            ),
             variant::VariantSelection::Always(_) => {
                 let why = format!(
                     "{selected} is the only variant with a weight, so it is always selected"
@@ -517,7 +547,10 @@ impl FlagExplainer<'_, '_, '_> {
                         bucket,
                         weighted.bucket_count(),
                     );
-                    let why = format!("{}, which is {selected}'s", words::bucket_assignment(&placement));
+                    let why = format!(
+                        "{}, which is {selected}'s",
+                        sentences::bucket_assignment(&placement)
+                    );
                     (SelectionReason::Bucket, Some(placement), why)
                 }
             }

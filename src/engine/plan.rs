@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::context::BoundContext;
 use super::flag::{FlagId, Outcome};
-use super::reads::EvaluationInputs;
+use super::inputs::EvaluationInputs;
 use super::strategy::Strategy;
 use super::variant::VariantSelection;
 
@@ -127,11 +127,15 @@ impl Conditions {
             [] => FlagPlan::Constant(Outcome::Off),
             [only] if self.parents.is_empty() && only.is_unconditional() => {
                 match (only.variants(), &self.variants) {
-                    (VariantSelection::Always(index), _) | (VariantSelection::None, VariantSelection::Always(index)) => {
+                    (VariantSelection::Always(index), _)
+                    | (VariantSelection::None, VariantSelection::Always(index)) => {
                         FlagPlan::Constant(Outcome::Variant(*index))
                     }
-                    (VariantSelection::None, VariantSelection::None) => FlagPlan::Constant(Outcome::On),
-                    (VariantSelection::Weighted(_), _) | (VariantSelection::None, VariantSelection::Weighted(_)) => {
+                    (VariantSelection::None, VariantSelection::None) => {
+                        FlagPlan::Constant(Outcome::On)
+                    }
+                    (VariantSelection::Weighted(_), _)
+                    | (VariantSelection::None, VariantSelection::Weighted(_)) => {
                         FlagPlan::Conditional(Arc::new(self))
                     }
                 }

@@ -7,7 +7,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::wire::excerpt::Excerpt;
+use crate::protocol::excerpt::Excerpt;
 
 /// One problem of one flag.
 #[derive(Debug, Clone, PartialEq, Eq)]

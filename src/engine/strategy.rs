@@ -5,14 +5,14 @@
 
 use ipnet::IpNet;
 
-use super::bucket::{self, HashPrefix, ROLLOUT_SEED, DrawId};
+use super::bucket::{self, DrawId, HashPrefix, ROLLOUT_SEED};
 use super::constraint::{CompiledConstraint, Constraint};
-use super::context::{BoundContext, FieldId, ContextSchema, StringSet, ParsedSlot};
+use super::context::{BoundContext, ContextSchema, FieldId, ParsedSlot, StringSet};
+use super::inputs::EvaluationInputs;
+use super::parse;
 use super::problem::{Defect, DefinitionPart};
-use super::reads::EvaluationInputs;
-use super::scalar;
-use super::variant::{self, VariantSelection, Stickiness, Variant};
-use crate::wire::features::{self as wire, Lenient, Parameters};
+use super::variant::{self, Stickiness, Variant, VariantSelection};
+use crate::protocol::features::{self as wire, Lenient, Parameters};
 
 /// A strategy that can match.
 #[derive(Debug, Clone)]
@@ -78,8 +78,12 @@ pub(super) struct StrategyCompiler<'c> {
 
 impl<'c> StrategyCompiler<'c> {
     /// Compiles a strategy; `None` if it can never match.
-    pub(super) fn compile_strategy(&mut self, source: &Lenient<wire::Strategy<'_>>) -> Option<Strategy> {
-        let Some(StrategySource { strategy, name, parameters }) = StrategySource::parse(source) else {
+    pub(super) fn compile_strategy(
+        &mut self,
+        source: &Lenient<wire::Strategy<'_>>,
+    ) -> Option<Strategy> {
+        let Some(StrategySource { strategy, name, parameters }) = StrategySource::parse(source)
+        else {
             self.defects.push(Defect::Malformed(DefinitionPart::Strategy));
             return None;
         };
@@ -103,7 +107,15 @@ impl<'c> StrategyCompiler<'c> {
             Lenient::Malformed => &[Lenient::Malformed],
         };
         let draw_id = self.next_draw_id.take_next();
-        variant::compile(source, group, stickiness, draw_id, self.variants, self.schema, self.defects)
+        variant::compile(
+            source,
+            group,
+            stickiness,
+            draw_id,
+            self.variants,
+            self.schema,
+            self.defects,
+        )
     }
 
     /// The constraints with those of the segments, cheap ones first; `None` if they are never satisfied.
@@ -119,7 +131,11 @@ impl<'c> StrategyCompiler<'c> {
                         continue;
                     };
                     if let Some(segment) = self.find_segment(*id) {
-                        self.add_constraints(&segment.constraints(), DefinitionPart::Segment, &mut tests);
+                        self.add_constraints(
+                            &segment.constraints(),
+                            DefinitionPart::Segment,
+                            &mut tests,
+                        );
                     } else {
                         self.defects.push(Defect::MissingSegment(*id));
                         tests = None;
@@ -192,14 +208,16 @@ impl<'c> StrategyCompiler<'c> {
                 return Some(self.rollout(stickiness, group, percent));
             }
             "gradualRolloutUserId" => return self.gradual_rollout(parameters, FieldId::USER_ID),
-            "gradualRolloutSessionId" => return self.gradual_rollout(parameters, FieldId::SESSION_ID),
+            "gradualRolloutSessionId" => {
+                return self.gradual_rollout(parameters, FieldId::SESSION_ID);
+            }
             "gradualRolloutRandom" => {
                 let percent = self.percent(parameters, "percentage")?;
                 Rule::RandomRollout { percent, site: self.next_draw_id.take_next() }
             }
             "userWithId" => {
                 let users = text("userIds")?;
-                let users = (!users.is_empty()).then(|| scalar::comma_list(users));
+                let users = (!users.is_empty()).then(|| parse::comma_list(users));
                 Rule::UserIds(StringSet::new(self.schema, users.into_iter().flatten()))
             }
             "remoteAddress" => {
@@ -208,10 +226,10 @@ impl<'c> StrategyCompiler<'c> {
                     return None;
                 }
                 // Equal texts match as in the Node SDK, networks of IPv4 and IPv6 as in Unleash Edge.
-                let networks = addresses.split(',').map(str::trim).filter_map(scalar::network);
+                let networks = addresses.split(',').map(str::trim).filter_map(parse::network);
                 Rule::RemoteAddresses {
                     ranges: networks.collect(),
-                    texts: StringSet::new(self.schema, scalar::comma_list(addresses)),
+                    texts: StringSet::new(self.schema, parse::comma_list(addresses)),
                     slot: self.schema.address_slot(FieldId::REMOTE_ADDRESS),
                 }
             }
@@ -220,7 +238,7 @@ impl<'c> StrategyCompiler<'c> {
                 if hosts.is_empty() {
                     return None;
                 }
-                Rule::Hostnames(scalar::comma_list(&hosts).map(Box::from).collect())
+                Rule::Hostnames(parse::comma_list(&hosts).map(Box::from).collect())
             }
             unknown => {
                 self.defects.push(Defect::UnknownStrategy(unknown.to_owned()));
@@ -231,22 +249,32 @@ impl<'c> StrategyCompiler<'c> {
     }
 
     /// The older rollouts that `flexibleRollout` replaced. Their group is empty by default.
-    fn gradual_rollout<'p>(&mut self, parameters: &'p Parameters<'_>, field: FieldId) -> Option<ParsedRule<'p>> {
+    fn gradual_rollout<'p>(
+        &mut self,
+        parameters: &'p Parameters<'_>,
+        field: FieldId,
+    ) -> Option<ParsedRule<'p>> {
         let percent = self.percent(parameters, "percentage")?;
         let group = parameters.get("groupId").or_default()?;
         Some(self.rollout(Stickiness::Field(field), group, percent))
     }
 
-    fn rollout<'p>(&mut self, stickiness: Stickiness, group: &'p str, percent: u32) -> ParsedRule<'p> {
+    fn rollout<'p>(
+        &mut self,
+        stickiness: Stickiness,
+        group: &'p str,
+        percent: u32,
+    ) -> ParsedRule<'p> {
         let prefix = HashPrefix::new(group, ROLLOUT_SEED);
-        let rollout = Rollout { stickiness, prefix, percent, draw_id: self.next_draw_id.take_next() };
+        let rollout =
+            Rollout { stickiness, prefix, percent, draw_id: self.next_draw_id.take_next() };
         ParsedRule { rule: Rule::Rollout(rollout), group: Some(group) }
     }
 
     /// A percentage as a number of buckets, of 100.
     fn percent(&mut self, parameters: &Parameters<'_>, name: &str) -> Option<u32> {
         let text = parameters.get(name).valid();
-        let Some(percent) = text.and_then(scalar::number) else {
+        let Some(percent) = text.and_then(parse::number) else {
             self.defects.push(Defect::InvalidPercentage(text.unwrap_or_default().to_owned()));
             return None;
         };
@@ -256,7 +284,11 @@ impl<'c> StrategyCompiler<'c> {
     }
 
     /// Compiles the strategy's own variants.
-    fn compile_strategy_variants(&mut self, strategy: &wire::Strategy<'_>, parameters: &Parameters<'_>) -> VariantSelection {
+    fn compile_strategy_variants(
+        &mut self,
+        strategy: &wire::Strategy<'_>,
+        parameters: &Parameters<'_>,
+    ) -> VariantSelection {
         let stickiness = variant_stickiness(strategy, parameters);
         self.compile_variants(&strategy.variants, variant_group(parameters), stickiness)
     }
@@ -295,7 +327,9 @@ pub(super) fn first_stickiness<'v>(
         return None;
     };
     match variants.first()? {
-        Lenient::Valid(wire::Variant { stickiness: Lenient::Valid(stickiness), .. }) => Some(stickiness),
+        Lenient::Valid(wire::Variant { stickiness: Lenient::Valid(stickiness), .. }) => {
+            Some(stickiness)
+        }
         Lenient::Valid(_) | Lenient::Missing | Lenient::Malformed => None,
     }
 }
@@ -329,7 +363,8 @@ impl Strategy {
 
     /// Whether a bucket decides the match or the variant.
     pub(super) fn is_bucketed(&self) -> bool {
-        matches!(self.rule, Rule::Rollout(_) | Rule::RandomRollout { .. }) || self.variants.is_bucketed()
+        matches!(self.rule, Rule::Rollout(_) | Rule::RandomRollout { .. })
+            || self.variants.is_bucketed()
     }
 
     /// The selection among its own variants.
@@ -339,7 +374,8 @@ impl Strategy {
 
     /// Whether it matches this context.
     pub(super) fn matches(&self, bound: &BoundContext<'_>) -> bool {
-        self.constraints.iter().all(|constraint| constraint.is_satisfied(bound)) && self.rule.is_satisfied(bound)
+        self.constraints.iter().all(|constraint| constraint.is_satisfied(bound))
+            && self.rule.is_satisfied(bound)
     }
 
     /// Adds everything that it depends on to `inputs`.
@@ -356,7 +392,9 @@ impl Rule {
     /// The simplest equivalent rule; `None` if it is never satisfied.
     fn simplify(self) -> Option<Self> {
         match self {
-            Self::Rollout(Rollout { percent: 0, .. }) | Self::RandomRollout { percent: 0, .. } => None,
+            Self::Rollout(Rollout { percent: 0, .. }) | Self::RandomRollout { percent: 0, .. } => {
+                None
+            }
             Self::RandomRollout { percent: 100, .. } => Some(Self::Always),
             Self::Rollout(Rollout { percent: 100, stickiness, .. }) => Some(match stickiness {
                 Stickiness::FirstOf(_) => Self::Always,

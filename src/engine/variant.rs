@@ -1,10 +1,10 @@
 //! Variants of a flag, and the selection among them for a context.
 
-use super::bucket::{self, HashPrefix, DrawId, VARIANT_SEED};
-use super::context::{BoundContext, FieldId, ContextSchema, StringSet};
+use super::bucket::{self, DrawId, HashPrefix, VARIANT_SEED};
+use super::context::{BoundContext, ContextSchema, FieldId, StringSet};
+use super::inputs::EvaluationInputs;
 use super::problem::{Defect, DefinitionPart};
-use super::reads::EvaluationInputs;
-use crate::wire::features::{self as wire, Lenient};
+use crate::protocol::features::{self as wire, Lenient};
 
 /// A variant of a flag.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,7 +40,10 @@ impl Stickiness {
     }
 
     /// The identifier with its field.
-    pub(super) fn field_and_identifier<'a>(self, bound: &BoundContext<'a>) -> Option<(FieldId, &'a str)> {
+    pub(super) fn field_and_identifier<'a>(
+        self,
+        bound: &BoundContext<'a>,
+    ) -> Option<(FieldId, &'a str)> {
         let text = |field| Some((field, bound.text(field).filter(|text| !text.is_empty())?));
         match self {
             Self::FirstOf(fields) => fields.iter().find_map(|&field| text(field)),
@@ -73,7 +76,8 @@ pub(super) struct WeightedVariants {
 
 /// The default stickiness of variants. Unlike that of rollouts it includes `remoteAddress`, as in the
 /// Node SDK.
-const DEFAULT_STICKINESS: &[FieldId] = &[FieldId::USER_ID, FieldId::SESSION_ID, FieldId::REMOTE_ADDRESS];
+const DEFAULT_STICKINESS: &[FieldId] =
+    &[FieldId::USER_ID, FieldId::SESSION_ID, FieldId::REMOTE_ADDRESS];
 
 /// Compiles a list of variants and appends them to `all_variants` of the flag.
 ///
@@ -98,7 +102,8 @@ pub(super) fn compile(
         };
         let index =
             u32::try_from(all_variants.len()).expect("a document has fewer than 2^32 variants");
-        all_variants.push(Variant { name: name.into(), payload: compile_payload(variant, defects) });
+        all_variants
+            .push(Variant { name: name.into(), payload: compile_payload(variant, defects) });
         if weight > 0 {
             total += weight;
             ends.push((total, index));
@@ -139,9 +144,10 @@ pub(super) fn parse_variant<'w, 'a>(
 fn compile_payload(variant: &wire::Variant<'_>, defects: &mut Vec<Defect>) -> Option<Payload> {
     match &variant.payload {
         Lenient::Missing => None,
-        Lenient::Valid(wire::Payload { kind: Lenient::Valid(kind), value: Lenient::Valid(value) }) => {
-            Some(Payload { kind: (&**kind).into(), value: (&**value).into() })
-        }
+        Lenient::Valid(wire::Payload {
+            kind: Lenient::Valid(kind),
+            value: Lenient::Valid(value),
+        }) => Some(Payload { kind: (&**kind).into(), value: (&**value).into() }),
         Lenient::Valid(_) | Lenient::Malformed => {
             defects.push(Defect::Malformed(DefinitionPart::Payload));
             None
@@ -227,7 +233,8 @@ impl WeightedVariants {
 
     /// The first override that matches this context: its field and its variant.
     pub(super) fn matching_override(&self, bound: &BoundContext<'_>) -> Option<(FieldId, u32)> {
-        let matches = |(field, set, _): &&(FieldId, StringSet, u32)| set.contains(bound.interned(*field));
+        let matches =
+            |(field, set, _): &&(FieldId, StringSet, u32)| set.contains(bound.interned(*field));
         self.overrides.iter().find(matches).map(|&(field, _, index)| (field, index))
     }
 

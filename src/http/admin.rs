@@ -6,18 +6,18 @@
 //! are checked by [`crate::control_plane`].
 
 mod accounts;
-mod body;
-mod caller;
-mod catalogue;
+mod audit;
+mod authentication;
+mod control_plane_error;
+mod csrf;
 mod explain;
-mod failure;
-mod insight;
+mod flags;
 mod openapi;
 mod operation;
-mod origin;
-mod records;
 mod relay;
+mod request;
 mod session;
+mod status;
 mod tokens;
 mod usage;
 
@@ -33,30 +33,30 @@ use hyper::{HeaderMap, Method, Request, body::Incoming, header::HeaderName, http
 use serde_json::Value;
 
 use self::{
-    body::QueryParams,
-    caller::{AuthenticatedCaller, Authentication},
-    catalogue::FlagCatalogue,
+    authentication::{AuthenticatedCaller, Authentication},
+    flags::FlagCatalogue,
     operation::{
         Access, ControlPlaneOperation, InstanceOperation, MatchedOperation, NoMatch, Operation,
         OperationId, PathParams, PublicOperation,
     },
     relay::RelayContext,
+    request::QueryParams,
     tokens::TokenFilter,
 };
 pub use self::{
-    insight::{DataEndpoint, InstanceIdentity, InstanceStatus},
     relay::Relay,
+    status::{DataEndpoint, InstanceIdentity, InstanceStatus},
 };
 use super::{
     console,
-    data::SdkService,
-    listener::{ConnectionInfo, HttpService, ServiceResponse},
-    meter::EndpointLabel,
-    payload::RequestBody,
-    reply::{self, HttpError, HttpResponse},
+    request_body::RequestBody,
+    request_metrics::EndpointLabel,
+    response::{self, HttpError, HttpResponse},
     route::{OptionalEndpoint, normalise},
+    sdk::SdkService,
+    server::{ConnectionInfo, HttpService, ServiceResponse},
 };
-use crate::control::ControlPlane;
+use crate::control_plane::ControlPlane;
 
 /// The OpenAPI document, which is the same for every instance.
 static OPENAPI_DOCUMENT: LazyLock<Bytes> = LazyLock::new(|| openapi::document().to_string().into());
@@ -125,13 +125,16 @@ impl AdminService {
         let access = &self.sdk.settings.access;
         let address = access.proxies.client_addresses(peer, &head.headers).verified;
         let (subject, reply) = match normalise(head.uri.path(), "") {
-            _ if !access.is_allowed(address) => (EndpointLabel::Unknown, Err(HttpError::AddressBlocked)),
+            _ if !access.is_allowed(address) => {
+                (EndpointLabel::Unknown, Err(HttpError::AddressBlocked))
+            }
             Some(path) => self.route(&path, &head, &mut body, address, started).await,
             None => (EndpointLabel::Unknown, Err(HttpError::NotFound)),
         };
         body.discard().await;
-        let mut reply = reply::drop_body_for_head(&head.method, reply.unwrap_or_else(HttpResponse::from));
-        reply::add_private_headers(&mut reply);
+        let mut reply =
+            response::drop_body_for_head(&head.method, reply.unwrap_or_else(HttpResponse::from));
+        response::add_private_headers(&mut reply);
         self.sdk.request_metrics.record(subject, &head.method, &reply, started.elapsed());
         reply
     }
@@ -150,7 +153,10 @@ impl AdminService {
         }
         if let Some(relay) = self.relay.as_ref().filter(|_| relay::is_relayed(path)) {
             let reply = self.relay_request(relay, head, path, body, address);
-            return (EndpointLabel::AdminOperation(RELAYED_TEMPLATE), self.with_timeout(started, reply).await);
+            return (
+                EndpointLabel::AdminOperation(RELAYED_TEMPLATE),
+                self.with_timeout(started, reply).await,
+            );
         }
         match self.find_operation(&head.method, path) {
             Ok(found) => {
@@ -302,7 +308,7 @@ impl AdminService {
             (None, None) => Value::Null,
         };
         let database = self.control_plane.as_ref().map(ControlPlane::database_status);
-        status["database"] = database.as_ref().map_or(Value::Null, insight::database_status);
+        status["database"] = database.as_ref().map_or(Value::Null, status::database_status);
         status
     }
 
@@ -349,7 +355,7 @@ impl AdminService {
             PublicOperation::Live => Ok(ops.liveness()),
             PublicOperation::Ready => Ok(ops.ready()),
             PublicOperation::Metrics => Ok(ops.prometheus()),
-            PublicOperation::Document => Ok(reply::json_text(OPENAPI_DOCUMENT.clone())),
+            PublicOperation::Document => Ok(response::json_text(OPENAPI_DOCUMENT.clone())),
             PublicOperation::SignIn => {
                 let control = self.require_control_plane()?;
                 session::sign_in(control, &head.headers, self.is_tls, address, body).await
@@ -374,11 +380,15 @@ impl AdminService {
         let environment = || QueryParams::new(head.uri.query()).required("environment");
         let catalogue = || FlagCatalogue::from_snapshots(&insight.snapshots);
         match call {
-            InstanceOperation::Status => Ok(reply::json_text(self.status().to_string())),
-            InstanceOperation::Features => Ok(reply::json_text(insight.features())),
-            InstanceOperation::KnownTokens => Ok(reply::json_text(insight.tokens().to_string())),
-            InstanceOperation::MetricsBatch => Ok(reply::json_text(insight.usage.pending().to_string())),
-            InstanceOperation::InstanceData => Ok(reply::json_text(insight.instance_data().to_string())),
+            InstanceOperation::Status => Ok(response::json_text(self.status().to_string())),
+            InstanceOperation::Features => Ok(response::json_text(insight.features())),
+            InstanceOperation::KnownTokens => Ok(response::json_text(insight.tokens().to_string())),
+            InstanceOperation::MetricsBatch => {
+                Ok(response::json_text(insight.usage.pending().to_string()))
+            }
+            InstanceOperation::InstanceData => {
+                Ok(response::json_text(insight.instance_data().to_string()))
+            }
             InstanceOperation::Me => Ok(session::current_user(caller)),
             InstanceOperation::Environments => Ok(catalogue().list_environments()),
             InstanceOperation::Projects => Ok(catalogue().list_projects()),
@@ -439,7 +449,7 @@ impl AdminService {
             ControlPlaneOperation::ResetPassword => {
                 accounts::reset_password(control, actor, first, body).await
             }
-            ControlPlaneOperation::Events => records::list_events(control, operator, &query).await,
+            ControlPlaneOperation::Events => audit::list_events(control, operator, &query).await,
             ControlPlaneOperation::Applications => usage::list_applications(control).await,
             ControlPlaneOperation::FlagUsage => usage::flag_usage(control, first, &query).await,
         }

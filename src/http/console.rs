@@ -9,7 +9,7 @@ use std::sync::{Arc, LazyLock};
 use bytes::Bytes;
 use hyper::{HeaderMap, header::HeaderValue};
 
-use super::reply::{self, HttpResponse};
+use super::response::{self, HttpResponse};
 use crate::snapshot::body::PreparedBody;
 
 /// A file of the console.
@@ -74,7 +74,8 @@ const ASSETS: &[Asset] = console![
 
 /// The bodies of [`ASSETS`] with their entity tags, in the same order.
 static BODIES: LazyLock<Vec<Arc<PreparedBody>>> = LazyLock::new(|| {
-    let body = |asset: &Asset| Arc::new(PreparedBody::new(Bytes::from_static(asset.text.as_bytes())));
+    let body =
+        |asset: &Asset| Arc::new(PreparedBody::new(Bytes::from_static(asset.text.as_bytes())));
     ASSETS.iter().map(body).collect()
 });
 
@@ -83,5 +84,5 @@ static BODIES: LazyLock<Vec<Arc<PreparedBody>>> = LazyLock::new(|| {
 pub async fn file(path: &str, request: &HeaderMap) -> Option<HttpResponse> {
     let index = ASSETS.iter().position(|asset| asset.path == path)?;
     let content_type = HeaderValue::from_static(ASSETS[index].content_type);
-    Some(reply::console_file(request, content_type, &BODIES[index]).await)
+    Some(response::console_file(request, content_type, &BODIES[index]).await)
 }

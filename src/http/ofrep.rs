@@ -1,8 +1,8 @@
 //! The OpenFeature Remote Evaluation Protocol (OFREP): evaluates Unleash flags for any OpenFeature SDK.
 
 mod evaluation;
-mod notices;
-mod ticket;
+mod refetch_events;
+mod stream_ticket;
 
 use std::sync::Arc;
 
@@ -10,32 +10,36 @@ use hyper::{HeaderMap, header::IF_NONE_MATCH};
 use jiff::Timestamp;
 use xxhash_rust::xxh3::xxh3_128;
 
-use self::evaluation::{to_evaluation, to_json, hash_outcomes};
+use self::evaluation::{hash_outcomes, to_evaluation, to_json};
 pub use self::{
-    notices::RefetchEvents,
-    ticket::{StreamTicket, StreamTicketKey, StreamTickets},
+    refetch_events::RefetchEvents,
+    stream_ticket::{StreamTicket, StreamTicketKey, StreamTickets},
 };
 use super::{
-    client::decode_flag_name,
+    client_api::decode_flag_name,
     conditional,
-    frontend::EvaluationRequest,
-    reply::{self, HttpError, CachePolicy, HttpResponse},
+    frontend_api::EvaluationRequest,
+    response::{self, CachePolicy, HttpError, HttpResponse},
 };
 use crate::{
-    answers::EvaluatedFlags,
+    evaluation::EvaluatedFlags,
+    protocol::ofrep::{
+        BulkEvaluationSuccess, ErrorCode, EvaluationFailure, EventStream, RequestError,
+    },
     snapshot::{
-        Filter, SegmentFormat, Include,
-        body::{Reuse, PreparedBody, etag_from_hash},
+        Filter, Include, SegmentFormat,
+        body::{PreparedBody, Reuse, etag_from_hash},
     },
     token::TokenDigest,
-    wire::ofrep::{ErrorCode, BulkEvaluationSuccess, EventStream, EvaluationFailure, RequestError},
 };
 
 impl From<RequestError> for HttpError {
     fn from(unreadable: RequestError) -> Self {
         match unreadable {
             RequestError::Body(_) => Self::Malformed(unreadable.to_string()),
-            RequestError::ContextNotObject | RequestError::Context(_) => Self::InvalidContext(unreadable.to_string()),
+            RequestError::ContextNotObject | RequestError::Context(_) => {
+                Self::InvalidContext(unreadable.to_string())
+            }
         }
     }
 }
@@ -65,7 +69,8 @@ pub async fn evaluate_flags(
         // The entity tag covers the flags, the token, the context, the outcomes and the ticket's period:
         // a client with this tag also has a valid ticket for this context. The tag of a cached
         // evaluation is known without evaluating anything.
-        let flags = snapshot.client_features(&scope.projects, Filter::default(), SegmentFormat::Separate);
+        let flags =
+            snapshot.client_features(&scope.projects, Filter::default(), SegmentFormat::Separate);
         let period = StreamTickets::period(digest, &context_json, now);
         let (outcomes, period) = (outcomes.to_le_bytes(), period.to_le_bytes());
         let parts = [flags.etag().as_bytes(), digest.as_bytes(), &outcomes, &period];
@@ -88,8 +93,10 @@ pub async fn evaluate_flags(
         Ok(PreparedBody::with_hash(to_json(&all), hash).with_reuse(Reuse::Once))
     });
     match body {
-        Ok(body) => reply::negotiate_body(headers, &Arc::new(body), CachePolicy::PrivateNoCache).await,
-        Err(etag) => reply::not_modified(&etag, CachePolicy::PrivateNoCache),
+        Ok(body) => {
+            response::negotiate_body(headers, &Arc::new(body), CachePolicy::PrivateNoCache).await
+        }
+        Err(etag) => response::not_modified(&etag, CachePolicy::PrivateNoCache),
     }
 }
 
@@ -108,7 +115,12 @@ pub async fn evaluate_flag(
         let outcome = engine.evaluate(id, &engine.bind(context));
         to_json(&to_evaluation(engine, id, outcome))
     });
-    Ok(reply::negotiate_body(headers, &Arc::new(PreparedBody::new(body)), CachePolicy::PrivateNoCache).await)
+    Ok(response::negotiate_body(
+        headers,
+        &Arc::new(PreparedBody::new(body)),
+        CachePolicy::PrivateNoCache,
+    )
+    .await)
 }
 
 /// Turns a result into a response, with errors in OFREP's format. `key` is the requested flag; `None`
@@ -126,5 +138,8 @@ fn error_response(key: Option<&str>, failure: &HttpError) -> HttpResponse {
     };
     let key = key.and_then(|key| decode_flag_name(key).ok());
     let error_details = failure.to_string();
-    reply::error_with_body(failure, &EvaluationFailure { key: key.as_deref(), error_code, error_details })
+    response::error_with_body(
+        failure,
+        &EvaluationFailure { key: key.as_deref(), error_code, error_details },
+    )
 }

@@ -293,7 +293,11 @@ mod tests {
         check(&Method::GET, "/ofrep/v1/evaluate/flags", Err(RouteError::MethodNotAllowed(POST)));
         check(&Method::GET, "/api/client/metrics", Err(RouteError::MethodNotAllowed(POST)));
         check(&Method::PUT, "/api/frontend", Err(RouteError::MethodNotAllowed(GET_HEAD_POST)));
-        check(&Method::DELETE, "/internal-backstage/health", Err(RouteError::MethodNotAllowed(GET_HEAD)));
+        check(
+            &Method::DELETE,
+            "/internal-backstage/health",
+            Err(RouteError::MethodNotAllowed(GET_HEAD)),
+        );
     }
 
     #[test]

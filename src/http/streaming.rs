@@ -5,24 +5,24 @@
 //! connection, or over HTTP/2 its stream. The events come from an [`EventSource`], which each API
 //! implements.
 
-mod follower;
-mod seats;
-mod tally;
-mod teller;
+mod event_source;
+mod sse_stream;
+mod stream_limiter;
+mod stream_metrics;
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use tokio::sync::watch;
 
-pub use self::teller::{SseChunk, EventSource, ChunkKind};
+pub use self::event_source::{ChunkKind, EventSource, SseChunk};
 use self::{
-    follower::SseStream,
-    seats::{StreamLimits, StreamLimiter},
+    sse_stream::SseStream,
+    stream_limiter::{StreamLimiter, StreamLimits},
 };
-use super::reply::{self, HttpError, HttpResponse};
+use super::response::{self, HttpError, HttpResponse};
 use crate::{
     auth::Authenticator,
-    feed::StateId,
+    changes::StateId,
     token::{Grant, TokenDigest},
 };
 
@@ -128,7 +128,7 @@ impl Streams {
         let seat = seat.ok_or(HttpError::TooManyStreams(RETRY_AFTER))?;
         let age = self.config.max_age.mul_f64(rand::random_range(0.9..1.1));
         let stream = SseStream::new(seat, states, teller, age);
-        Ok(reply::event_stream(Box::pin(stream)))
+        Ok(response::event_stream(Box::pin(stream)))
     }
 }
 
@@ -141,11 +141,11 @@ mod tests {
     use super::*;
     use crate::{
         auth::{self, Validator},
-        feed::ChangeFeed,
-        http::reply::{ByteStream, ResponseBody},
+        changes::ChangeFeed,
+        http::response::{ByteStream, ResponseBody},
+        protocol::features::Document,
         snapshot::{Snapshot, Snapshots},
         token::{Environment, Projects, Scope, TokenKind},
-        wire::features::Document,
     };
 
     #[test]

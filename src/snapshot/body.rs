@@ -116,7 +116,11 @@ impl PreparedBody {
 
     /// The coding to send when a client prefers `coding`: identity for small bodies.
     pub fn effective_coding(&self, coding: ContentCoding) -> ContentCoding {
-        if self.identity.bytes.len() < MIN_COMPRESSIBLE_BYTES { ContentCoding::Identity } else { coding }
+        if self.identity.bytes.len() < MIN_COMPRESSIBLE_BYTES {
+            ContentCoding::Identity
+        } else {
+            coding
+        }
     }
 
     /// The bytes in `coding`, if they exist already.
@@ -235,15 +239,25 @@ mod tests {
         let content = Bytes::from("{\"name\":\"flag\"},".repeat(500));
         let body = PreparedBody::new(content.clone());
         let mut tags = std::collections::HashSet::new();
-        for coding in [ContentCoding::Identity, ContentCoding::Gzip, ContentCoding::Zstd, ContentCoding::Brotli] {
+        for coding in [
+            ContentCoding::Identity,
+            ContentCoding::Gzip,
+            ContentCoding::Zstd,
+            ContentCoding::Brotli,
+        ] {
             assert_eq!(body.effective_coding(coding), coding);
             let coded = body.get_or_encode(coding);
             assert_eq!(decoded(coded, coding), content, "{coding:?}");
             assert!(tags.insert(coded.etag.clone()), "{coding:?}");
             assert!(body.encoded(coding).is_some());
         }
-        let sizes = [ContentCoding::Identity, ContentCoding::Gzip, ContentCoding::Zstd, ContentCoding::Brotli]
-            .map(|coding| body.get_or_encode(coding).bytes.len());
+        let sizes = [
+            ContentCoding::Identity,
+            ContentCoding::Gzip,
+            ContentCoding::Zstd,
+            ContentCoding::Brotli,
+        ]
+        .map(|coding| body.get_or_encode(coding).bytes.len());
         let weight = PreparedBody::new(content).weight();
         assert!(sizes.iter().sum::<usize>() <= weight, "weighed before it is compressed");
     }
@@ -267,8 +281,9 @@ mod tests {
 
     #[test]
     fn tags_are_equal_if_and_only_if_content_is_equal() {
-        let tag =
-            |text: &'static str| PreparedBody::new(Bytes::from_static(text.as_bytes())).etag().clone();
+        let tag = |text: &'static str| {
+            PreparedBody::new(Bytes::from_static(text.as_bytes())).etag().clone()
+        };
         assert_eq!(tag("a"), tag("a"));
         assert_ne!(tag("a"), tag("b"));
     }
@@ -282,6 +297,9 @@ mod tests {
 
     #[test]
     fn small_bodies_are_not_compressed() {
-        assert_eq!(PreparedBody::new(Bytes::from_static(b"{}")).effective_coding(ContentCoding::Gzip), ContentCoding::Identity);
+        assert_eq!(
+            PreparedBody::new(Bytes::from_static(b"{}")).effective_coding(ContentCoding::Gzip),
+            ContentCoding::Identity
+        );
     }
 }

@@ -125,7 +125,11 @@ impl Fragments {
 
     /// The hashes of every outcome of every flag in OFREP's format, computed by `hash` on first use.
     /// `engine` is the one that these fragments were built from.
-    pub fn ofrep_hashes(&self, engine: &Engine, hash: impl Fn(FlagId, Outcome) -> u64) -> OfrepHashes<'_> {
+    pub fn ofrep_hashes(
+        &self,
+        engine: &Engine,
+        hash: impl Fn(FlagId, Outcome) -> u64,
+    ) -> OfrepHashes<'_> {
         let hashes = || {
             let mut hashes = Vec::with_capacity(self.ends.len());
             for id in engine.ids() {
@@ -202,7 +206,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::wire::features::Document;
+    use crate::protocol::features::Document;
 
     #[test]
     fn each_outcome_has_its_json() {

@@ -13,11 +13,11 @@ use serde_json::value::RawValue;
 use zeroize::Zeroizing;
 
 use crate::{
-    token::{Environment, Grant, Token},
-    wire::{
-        text::without_byte_order_mark,
+    protocol::{
+        byte_order_mark::without_byte_order_mark,
         tokens::{ValidatedToken, readable},
     },
+    token::{Environment, Grant, Token},
 };
 
 /// Why a backup file of Unleash Edge cannot be used.

@@ -20,8 +20,8 @@ use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_128;
 
 use crate::{
+    protocol::features::{Document, PreviousRun},
     token::{Projects, TokenDigest},
-    wire::features::{Document, PreviousRun},
 };
 
 /// How long to wait for more states before the last change wins, if the order of two states is
@@ -154,7 +154,8 @@ impl Precedence {
             DocumentPart::Segment(id) => states.0.contains_key(&DocumentPart::Segment(*id)),
         };
         // A project without flags in the document is an empty project; a missing segment is unknown.
-        let mut parts: HashSet<&DocumentPart> = states.0.keys().filter(|part| named(part)).collect();
+        let mut parts: HashSet<&DocumentPart> =
+            states.0.keys().filter(|part| named(part)).collect();
         let known_parts: Vec<_> = self.parts.keys().cloned().collect();
         parts.extend(known_parts.iter().filter(|part| named(part)));
         for part in parts {
@@ -179,7 +180,8 @@ impl Precedence {
     ) {
         self.observe(token, projects, states, served.and_then(|it| it.upstream_revision), now);
         if let Some(tracked) = self.tokens.get_mut(token) {
-            tracked.status = if served.is_some() { TokenStatus::Retired } else { TokenStatus::UnknownAge };
+            tracked.status =
+                if served.is_some() { TokenStatus::Retired } else { TokenStatus::UnknownAge };
         }
     }
 
@@ -270,7 +272,13 @@ impl Precedence {
 
     /// Creates the history of a new document part. Tokens that already see the project are recorded as
     /// having seen it empty.
-    fn ensure_history(&mut self, part: &DocumentPart, token: &TokenDigest, is_new: bool, now: Instant) {
+    fn ensure_history(
+        &mut self,
+        part: &DocumentPart,
+        token: &TokenDigest,
+        is_new: bool,
+        now: Instant,
+    ) {
         if self.parts.contains_key(part) {
             return;
         }
@@ -301,7 +309,13 @@ impl Precedence {
         self.parts.insert(part.clone(), history);
     }
 
-    fn observe_part(&mut self, part: &DocumentPart, token: &TokenDigest, state: StateHash, now: Instant) {
+    fn observe_part(
+        &mut self,
+        part: &DocumentPart,
+        token: &TokenDigest,
+        state: StateHash,
+        now: Instant,
+    ) {
         let Self { parts, tokens } = self;
         let Some(history) = parts.get_mut(part) else { return };
         history.observe(token, state, now, tokens);
@@ -334,7 +348,9 @@ impl PartHistory {
         now: Instant,
         tokens: &HashMap<TokenDigest, TrackedToken>,
     ) {
-        let Some(newest) = self.newest_position() else { return self.append_state(token, state, now) };
+        let Some(newest) = self.newest_position() else {
+            return self.append_state(token, state, now);
+        };
         let (reached, is_first) = match self.views.get_mut(token) {
             Some(view) if view.state == state => return,
             Some(view) => (view.position, false),
@@ -387,12 +403,22 @@ impl PartHistory {
             (view.position, view.is_at_position) = (newest, true);
         }
         let has_changed = self.views.contains_key(token);
-        let view = PartView { state, position: newest, is_at_position: true, changed_at: now, has_changed };
+        let view = PartView {
+            state,
+            position: newest,
+            is_at_position: true,
+            changed_at: now,
+            has_changed,
+        };
         self.views.insert(*token, view);
     }
 
     /// Replaces a retired leader by a token in use that is as new.
-    fn replace_retired_leader(&mut self, token: &TokenDigest, tokens: &HashMap<TokenDigest, TrackedToken>) {
+    fn replace_retired_leader(
+        &mut self,
+        token: &TokenDigest,
+        tokens: &HashMap<TokenDigest, TrackedToken>,
+    ) {
         let is_retired = |token| tokens.get(token).is_none_or(|it| it.status != TokenStatus::InUse);
         if self.leader != *token || !is_retired(token) {
             return;
@@ -477,7 +503,11 @@ impl PartHistory {
     }
 
     /// Decides ambiguous orders whose time is up; returns whether the leader changed.
-    fn resolve_timeouts(&mut self, tokens: &HashMap<TokenDigest, TrackedToken>, now: Instant) -> bool {
+    fn resolve_timeouts(
+        &mut self,
+        tokens: &HashMap<TokenDigest, TrackedToken>,
+        now: Instant,
+    ) -> bool {
         let Some(newest) = self.newest_position() else { return false };
         let leader = tokens.get(&self.leader);
         let mut last = None::<(Instant, TokenDigest, StateHash)>;

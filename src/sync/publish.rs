@@ -12,12 +12,12 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::told::differs;
+use super::stream_events::differs;
 use crate::{
-    answers,
+    evaluation,
+    protocol::features::Document,
     snapshot::{Snapshot, Snapshots},
     token::Scope,
-    wire::features::Document,
 };
 
 /// The largest number of problems logged per document.
@@ -53,7 +53,7 @@ pub(super) async fn publish(
         // Let waiting requests run first.
         thread::yield_now();
         let snapshot = Snapshot::rebuild_from(&previous, scope, document, confirmed);
-        answers::prewarm(&snapshot, &previous, Timestamp::now());
+        evaluation::prewarm(&snapshot, &previous, Timestamp::now());
         Some(snapshot)
     });
     let Some(snapshot) = built.await? else { return Ok(None) };

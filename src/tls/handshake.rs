@@ -5,7 +5,7 @@ use std::{io, sync::Arc, time::Duration};
 use metrics::counter;
 use rustls::{Error as TlsError, HandshakeKind, ProtocolVersion, ServerConnection};
 
-use super::{client::ClientCertificate, config::Version};
+use super::{client_certificate::ClientCertificate, config::Version};
 
 pub(super) const HANDSHAKES: &str = "parapet_tls_handshakes_total";
 

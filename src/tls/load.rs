@@ -19,12 +19,12 @@ use zeroize::Zeroizing;
 
 use super::{
     certificate::Certificate,
-    client,
+    client_certificate,
     config::{ClientVerification, Config, KeyPairFiles, Version},
+    file_error::{FileError, FileErrors, FileSetting},
     handshake::Alpn,
     pem,
-    problem::{FileError, FileErrors, FileSetting},
-    resolver::SniResolver,
+    sni_resolver::SniResolver,
 };
 use crate::telemetry::error_chain;
 
@@ -230,7 +230,7 @@ impl ErrorCollector {
         };
         let Some((roots, crls)) = roots.zip(crls) else { return (None, None) };
         let until = crls.iter().filter_map(crl_next_update).min();
-        match client::client_verifier(provider, roots, crls, *auth) {
+        match client_certificate::client_verifier(provider, roots, crls, *auth) {
             Ok(verifier) => (Some(verifier), until),
             Err(error) => {
                 let file = crl_file.as_ref().unwrap_or(ca_file).display();

@@ -20,7 +20,7 @@ use rustls::{
 use x509_parser::{parse_x509_certificate, x509::X509Version};
 use zeroize::Zeroizing;
 
-use crate::wire::text::without_byte_order_mark;
+use crate::protocol::byte_order_mark::without_byte_order_mark;
 
 /// The maximum size of a file, in bytes. A revocation list of 100,000 certificates fits.
 const MAX_FILE_BYTES: u64 = 8 << 20;

@@ -10,7 +10,7 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::{handshake::HANDSHAKES, load::TlsFiles, server::TlsAcceptor};
+use super::{acceptor::TlsAcceptor, handshake::HANDSHAKES, load::TlsFiles};
 use crate::telemetry::error_chain;
 
 /// The interval at which the files are read. Comparing contents works on every kind of mount, including

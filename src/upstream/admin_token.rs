@@ -69,7 +69,10 @@ pub enum Error {
 impl AdminToken {
     /// Starts with the configured token and the file that it was read from.
     pub fn new(token: Token, file: Option<PathBuf>) -> Self {
-        describe_gauge!(REFUSED_GAUGE, "One while upstream refuses the admin token (401), else zero");
+        describe_gauge!(
+            REFUSED_GAUGE,
+            "One while upstream refuses the admin token (401), else zero"
+        );
         gauge!(REFUSED_GAUGE).set(0.0);
         let state = State { token: Arc::new(token), file, status: Status::Unverified };
         Self(Arc::new(Inner { state: watch::Sender::new(state), reload_requested: Notify::new() }))

@@ -20,22 +20,22 @@ use tokio::time::{Instant, timeout};
 
 use super::{
     admin_token::AdminToken,
-    connect::{self, Config},
     error::{self, Error},
-    outcome::{self, Health, RequestOutcome, HealthTracker, Operation},
+    health::{self, Health, HealthTracker, Operation, RequestOutcome},
+    http_client::{self, Config},
     redirect::Redirect,
     stream::SseStream,
 };
 use crate::{
-    token::{Environment, Token, TokenKind},
-    wire::{
+    protocol::{
+        byte_order_mark::without_byte_order_mark,
         delta::EventId,
-        text::without_byte_order_mark,
         tokens::{
-            CreateTokenRequest, CreatedToken, EnvironmentList, ListedToken, ListedEnvironment, ListedSecret,
-            TokenList, ValidateResponse, ValidateRequest, ValidatedToken,
+            CreateTokenRequest, CreatedToken, EnvironmentList, ListedEnvironment, ListedSecret,
+            ListedToken, TokenList, ValidateRequest, ValidateResponse, ValidatedToken,
         },
     },
+    token::{Environment, Token, TokenKind},
 };
 
 /// A name that exists on no server, neither as a flag nor as a path.
@@ -122,8 +122,8 @@ impl Upstream {
         if !matches!(config.url.scheme(), "http" | "https") {
             return Err(Error::InvalidScheme);
         }
-        outcome::describe();
-        let http_client = connect::build(&config)?;
+        health::describe();
+        let http_client = http_client::build(&config)?;
         let Config { url, token_header, request_timeout, .. } = config;
         let health_tracker = Arc::default();
         Ok(Self(Arc::new(Inner {
@@ -147,7 +147,11 @@ impl Upstream {
     }
 
     /// Fetches the flags of `token`; a conditional request if `etag` is given.
-    pub async fn fetch_features(&self, token: &Token, etag: Option<&str>) -> Result<FeaturesResponse, Error> {
+    pub async fn fetch_features(
+        &self,
+        token: &Token,
+        etag: Option<&str>,
+    ) -> Result<FeaturesResponse, Error> {
         let mut request = self.request(Method::GET, &["api", "client", "features"], Some(token));
         let known = etag.and_then(strong_etag);
         let conditional = known.is_some();
@@ -199,7 +203,7 @@ impl Upstream {
             Ok(None) => RequestOutcome::NotSupported,
             Ok(Some(_)) | Err(_) => RequestOutcome::from_result(None, &answer),
         };
-        outcome::record_request(Operation::Stream, outcome, started.elapsed());
+        health::record_request(Operation::Stream, outcome, started.elapsed());
         self.0.health_tracker.record(&answer);
         answer
     }
@@ -214,8 +218,10 @@ impl Upstream {
         while !rest.is_empty() {
             let (batch, more) = rest.split_at(batch_len(rest));
             let body = ValidateRequest { tokens: batch.into() };
-            let request = with_json_body(self.request(Method::POST, &["edge", "validate"], None), &body);
-            let reply: ValidateResponse = self.call(Operation::Validate, request, parse_json).await?;
+            let request =
+                with_json_body(self.request(Method::POST, &["edge", "validate"], None), &body);
+            let reply: ValidateResponse =
+                self.call(Operation::Validate, request, parse_json).await?;
             valid.extend(reply.tokens);
             rest = more;
         }
@@ -241,9 +247,13 @@ impl Upstream {
         let answer = self.send(self.request(Method::GET, path, Some(token))).await;
         // These are expected results of the probe, not failures of upstream.
         let access = match answer {
-            Err(Error::Status { status: StatusCode::UNAUTHORIZED, .. }) => Ok(TokenAccess::Unauthorized),
+            Err(Error::Status { status: StatusCode::UNAUTHORIZED, .. }) => {
+                Ok(TokenAccess::Unauthorized)
+            }
             Err(Error::Status { status: StatusCode::FORBIDDEN, .. }) => Ok(TokenAccess::Forbidden),
-            Ok(_) | Err(Error::Status { status: StatusCode::NOT_FOUND, .. }) => Ok(TokenAccess::Granted),
+            Ok(_) | Err(Error::Status { status: StatusCode::NOT_FOUND, .. }) => {
+                Ok(TokenAccess::Granted)
+            }
             Err(error) => Err(error),
         };
         self.record(Operation::Probe, None, &access, started);
@@ -261,7 +271,10 @@ impl Upstream {
     }
 
     /// Lists upstream's environments.
-    pub async fn list_environments(&self, admin: &AdminToken) -> Result<Vec<ListedEnvironment>, Error> {
+    pub async fn list_environments(
+        &self,
+        admin: &AdminToken,
+    ) -> Result<Vec<ListedEnvironment>, Error> {
         let request = |token: &Token| {
             self.request(Method::GET, &["api", "admin", "environments"], Some(token))
         };
@@ -285,7 +298,8 @@ impl Upstream {
     ) -> Result<Vec<ListedToken>, Error> {
         let path = &["api", "admin", "api-tokens", name];
         let request = |token: &Token| self.request(Method::GET, path, Some(token));
-        let list: TokenList = self.call_as_admin(admin, Operation::ListTokens, request, parse_json).await?;
+        let list: TokenList =
+            self.call_as_admin(admin, Operation::ListTokens, request, parse_json).await?;
         Ok(list.tokens)
     }
 
@@ -299,7 +313,8 @@ impl Upstream {
         let body = CreateTokenRequest::backend(name, environment);
         let path = &["api", "admin", "api-tokens"];
         let request = |token: &Token| {
-            with_json_body(self.request(Method::POST, path, Some(token)), &body).timeout(LONG_TIMEOUT)
+            with_json_body(self.request(Method::POST, path, Some(token)), &body)
+                .timeout(LONG_TIMEOUT)
         };
         let created: CreatedToken =
             self.call_as_admin(admin, Operation::CreateToken, request, parse_json).await?;
@@ -335,7 +350,8 @@ impl Upstream {
         let mut url = self.0.url.clone();
         url.set_path(&format!("{}{}", url.path().trim_end_matches('/'), head.uri.path()));
         url.set_query(head.uri.query());
-        let request = self.0.http_client.request(head.method, url).headers(head.headers).body(content);
+        let request =
+            self.0.http_client.request(head.method, url).headers(head.headers).body(content);
         let request = request.timeout(self.0.request_timeout);
         let answer = async {
             let response = request.send().await.map_err(Error::from_transport)?;
@@ -356,7 +372,12 @@ impl Upstream {
     }
 
     /// A request without a total timeout.
-    fn without_timeout(&self, method: Method, path: &[&str], token: Option<&Token>) -> RequestBuilder {
+    fn without_timeout(
+        &self,
+        method: Method,
+        path: &[&str],
+        token: Option<&Token>,
+    ) -> RequestBuilder {
         let mut url = self.0.url.clone();
         url.path_segments_mut()
             .expect("URLs of http and https have a path")
@@ -402,10 +423,15 @@ impl Upstream {
         let result = self.call(purpose, request(&token), parse).await;
         match (&result, purpose) {
             (Ok(_), Operation::ListTokens) => admin.mark_accepted(&token),
-            (Err(Error::Status { status: StatusCode::UNAUTHORIZED, .. }), Operation::ListTokens) => {
+            (
+                Err(Error::Status { status: StatusCode::UNAUTHORIZED, .. }),
+                Operation::ListTokens,
+            ) => {
                 admin.mark_refused(&token);
             }
-            (Err(Error::Status { status: StatusCode::UNAUTHORIZED, .. }), _) => admin.request_reload(),
+            (Err(Error::Status { status: StatusCode::UNAUTHORIZED, .. }), _) => {
+                admin.request_reload()
+            }
             (Ok(_) | Err(_), _) => {}
         }
         result
@@ -419,7 +445,11 @@ impl Upstream {
         result: &Result<T, Error>,
         started: Instant,
     ) {
-        outcome::record_request(purpose, RequestOutcome::from_result(status, result), started.elapsed());
+        health::record_request(
+            purpose,
+            RequestOutcome::from_result(status, result),
+            started.elapsed(),
+        );
         self.0.health_tracker.record(result);
     }
 
@@ -438,7 +468,8 @@ impl Upstream {
         loop {
             let again = request.try_clone();
             let (method, url) = (request.method().clone(), request.url().clone());
-            let response = self.0.http_client.execute(request).await.map_err(Error::from_transport)?;
+            let response =
+                self.0.http_client.execute(request).await.map_err(Error::from_transport)?;
             let status = response.status();
             if status.is_success() || status == StatusCode::NOT_MODIFIED {
                 return Ok(response);
@@ -451,7 +482,10 @@ impl Upstream {
             let redirect = Redirect::from_response(&response, method, url);
             let next = redirect.followable_target(&self.0.url).filter(|_| followed < MAX_REDIRECTS);
             let (Some(url), Some(again)) = (next, again) else {
-                return Err(Error::Redirect { status, target: redirect.display_target(&self.0.url) });
+                return Err(Error::Redirect {
+                    status,
+                    target: redirect.display_target(&self.0.url),
+                });
             };
             request = again;
             *request.url_mut() = url;
@@ -560,7 +594,10 @@ mod tests {
     }
 
     /// Fetches flags from a server that always sends this reply.
-    async fn fetch(reply: ScriptedReply, etag: Option<&str>) -> (Result<FetchResult, Error>, Upstream) {
+    async fn fetch(
+        reply: ScriptedReply,
+        etag: Option<&str>,
+    ) -> (Result<FetchResult, Error>, Upstream) {
         let server = ScriptedServer::start(move |_| reply.clone()).await;
         let upstream = Upstream::with_max_body(server.config(), 64).expect("client");
         (upstream.fetch_features(&token(), etag).await.map(|it| it.flags), upstream)
@@ -609,7 +646,10 @@ mod tests {
         let FetchResult::Changed { body, etag } = first else { panic!("{first:?}") };
         assert_eq!((&body[..], etag.as_deref()), (&b"{}"[..], Some("W/\"a:1:v1\"")));
         let second = upstream.fetch_features(&token(), etag.as_deref()).await.expect("304");
-        assert_eq!(second, FeaturesResponse { flags: FetchResult::NotModified, prefers_streaming: false });
+        assert_eq!(
+            second,
+            FeaturesResponse { flags: FetchResult::NotModified, prefers_streaming: false }
+        );
     }
 
     #[tokio::test]
@@ -648,7 +688,9 @@ mod tests {
             assert_eq!((events.len(), &*events[0].id), (1, "7"));
             assert_eq!(stream.next_events().await.expect("no failure"), None);
         }
-        let [first, second] = &server.received_requests()[..] else { panic!("{:?}", server.received_requests()) };
+        let [first, second] = &server.received_requests()[..] else {
+            panic!("{:?}", server.received_requests())
+        };
         assert_eq!(first.line, "GET /base/api/client/streaming");
         let header = |name: &str| second.headers[name].to_str().expect("text");
         assert_eq!(header("accept"), "text/event-stream");
@@ -661,7 +703,8 @@ mod tests {
     #[tokio::test]
     async fn missing_stream_support_is_not_an_error_but_failure_is() {
         let follow = async |status: u16, headers: &'static [_]| {
-            let server = ScriptedServer::start(move |_| (status, headers, "<html>".to_owned())).await;
+            let server =
+                ScriptedServer::start(move |_| (status, headers, "<html>".to_owned())).await;
             let upstream = Upstream::new(server.config()).expect("client");
             (upstream.open_stream(&token(), None).await, upstream.health())
         };
@@ -791,7 +834,8 @@ mod tests {
 
     #[tokio::test]
     async fn decode_error_does_not_contain_the_body() {
-        let server = ScriptedServer::start(|_| (200, &[], format!(r#"{{"tokens":"{SECRET}"}}"#))).await;
+        let server =
+            ScriptedServer::start(|_| (200, &[], format!(r#"{{"tokens":"{SECRET}"}}"#))).await;
         let upstream = Upstream::new(server.config()).expect("client");
         let error = upstream.validate_tokens(&[token()]).await.expect_err("no list");
         assert!(matches!(error, Error::Decode { line: 1, .. }), "{error:?}");
@@ -844,7 +888,11 @@ mod tests {
         assert_eq!(upstream.validate_tokens(&tokens).await.expect("a reply"), []);
         let sizes: Vec<_> = server.received_requests().iter().map(|it| it.body.len()).collect();
         assert!(sizes.iter().all(|&size| size <= 100_000), "{sizes:?}");
-        let sent = server.received_requests().iter().map(|it| it.body.matches(SECRET).count()).sum::<usize>();
+        let sent = server
+            .received_requests()
+            .iter()
+            .map(|it| it.body.matches(SECRET).count())
+            .sum::<usize>();
         assert_eq!(sent, tokens.len());
     }
 

@@ -20,10 +20,10 @@ use tracing::warn;
 use super::{
     admin_token::AdminToken,
     client::Upstream,
-    exchange::{Credential, Error, TokenExchange, ExchangeHistory},
+    token_exchange::{Credential, Error, ExchangeHistory, TokenExchange},
 };
 use crate::{
-    saver::BackgroundWriter,
+    background_writer::BackgroundWriter,
     token::{Environment, Grant, Projects, Scope, Token, TokenDigest, TokenKind},
 };
 
@@ -70,7 +70,12 @@ enum TokenState {
 
 impl Credentials {
     /// Exchanges `admin` for tokens named `parapet-<fleet>`, which `saver` stores encrypted.
-    pub fn with_admin(admin: AdminToken, fleet: &str, upstream: Upstream, saver: BackgroundWriter) -> Self {
+    pub fn with_admin(
+        admin: AdminToken,
+        fleet: &str,
+        upstream: Upstream,
+        saver: BackgroundWriter,
+    ) -> Self {
         let exchange = TokenExchange::new(admin, fleet, upstream, saver);
         Self::new(Some((exchange, ExchangeHistories::default())))
     }
@@ -116,7 +121,8 @@ impl Credentials {
         }
         let credential =
             Credential { token: token.clone(), projects: grant.scope.projects.clone() };
-        let is_wider = self.update_token_set(&grant.scope.environment, |set| set.insert(credential));
+        let is_wider =
+            self.update_token_set(&grant.scope.environment, |set| set.insert(credential));
         self.remove_expected(&token.digest());
         is_wider
     }
@@ -125,7 +131,8 @@ impl Credentials {
     pub fn expect_token(&self, token: TokenDigest, grant: &Grant) {
         if self.0.exchange.is_none() && grant.kind == TokenKind::Client {
             let Scope { environment, projects } = grant.scope.clone();
-            let mut expected = self.0.expected_tokens.write().unwrap_or_else(PoisonError::into_inner);
+            let mut expected =
+                self.0.expected_tokens.write().unwrap_or_else(PoisonError::into_inner);
             expected.entry(environment).or_default().insert(token, projects);
         }
     }
@@ -219,7 +226,10 @@ impl Credentials {
     ) -> Result<Vec<Credential>, Error> {
         let Some((exchange, histories)) = &self.0.exchange else {
             let (is_new, has_accepted) = self.update_token_set(environment, |set| {
-                (set.set_state(refused, TokenState::Refused), set.with_state(TokenState::Accepted).next().is_some())
+                (
+                    set.set_state(refused, TokenState::Refused),
+                    set.with_state(TokenState::Accepted).next().is_some(),
+                )
             });
             if is_new {
                 warn!("Upstream refuses a token for environment {environment}");
@@ -267,7 +277,11 @@ impl Credentials {
         vec![credential]
     }
 
-    fn update_token_set<T>(&self, environment: &Environment, change: impl FnOnce(&mut TokenSet) -> T) -> T {
+    fn update_token_set<T>(
+        &self,
+        environment: &Environment,
+        change: impl FnOnce(&mut TokenSet) -> T,
+    ) -> T {
         let mut hands = self.0.token_sets.write().unwrap_or_else(PoisonError::into_inner);
         change(hands.entry(environment.clone()).or_default())
     }
@@ -279,7 +293,10 @@ impl fmt::Debug for Credentials {
     }
 }
 
-fn exchange_history(histories: &ExchangeHistories, environment: &Environment) -> Arc<tokio::sync::Mutex<ExchangeHistory>> {
+fn exchange_history(
+    histories: &ExchangeHistories,
+    environment: &Environment,
+) -> Arc<tokio::sync::Mutex<ExchangeHistory>> {
     let mut histories = histories.lock().unwrap_or_else(PoisonError::into_inner);
     Arc::clone(histories.entry(environment.clone()).or_default())
 }
@@ -302,7 +319,9 @@ impl TokenSet {
             candidates
         };
         let mut chosen: Vec<Credential> = Vec::new();
-        for candidate in by_width(TokenState::Accepted).into_iter().chain(by_width(TokenState::Refused)) {
+        for candidate in
+            by_width(TokenState::Accepted).into_iter().chain(by_width(TokenState::Refused))
+        {
             if !chosen.iter().any(|wider| wider.projects.covers(&candidate.projects)) {
                 chosen.push(candidate.clone());
             }
@@ -312,7 +331,9 @@ impl TokenSet {
 
     /// Inserts an accepted token; returns whether no earlier one covered it.
     fn insert(&mut self, credential: Credential) -> bool {
-        let is_wider = !self.with_state(TokenState::Accepted).any(|it| it.projects.covers(&credential.projects));
+        let is_wider = !self
+            .with_state(TokenState::Accepted)
+            .any(|it| it.projects.covers(&credential.projects));
         if let Some(entry) = self.0.iter_mut().find(|it| it.credential.token == credential.token) {
             *entry = TokenEntry { credential, state: TokenState::Accepted };
             return is_wider;
@@ -345,7 +366,7 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::{
-        super::scripted::{ScriptedReply, ScriptedServer, ReceivedRequest},
+        super::scripted::{ReceivedRequest, ScriptedReply, ScriptedServer},
         *,
     };
     use crate::store::Store;
@@ -539,7 +560,8 @@ mod tests {
         assert_eq!(obtain_one(&edge).await, refused);
         let digest = refused.digest();
         let dev = dev();
-        let (one, two) = tokio::join!(edge.replace_refused(&dev, &digest), edge.replace_refused(&dev, &digest));
+        let (one, two) =
+            tokio::join!(edge.replace_refused(&dev, &digest), edge.replace_refused(&dev, &digest));
         assert_eq!(one.expect("another"), two.expect("the same"));
         let now = obtain_one(&edge).await;
         assert_ne!(now, refused);

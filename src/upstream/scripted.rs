@@ -13,7 +13,7 @@ use hyper_util::rt::TokioIo;
 use reqwest::{StatusCode, Url, header::HeaderMap};
 use tokio::{net::TcpListener, task::AbortHandle};
 
-use super::connect::Config;
+use super::http_client::Config;
 
 /// A received request.
 #[derive(Clone, Debug)]

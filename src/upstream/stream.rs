@@ -9,8 +9,8 @@ use futures_util::FutureExt as _;
 use reqwest::Response;
 use tokio::time::{Instant, timeout_at};
 
-use super::{error::Error, outcome::HealthTracker};
-use crate::wire::sse::{Decoder, Event, EventTooLong};
+use super::{error::Error, health::HealthTracker};
+use crate::protocol::sse::{Decoder, Event, EventTooLong};
 
 /// A stream without data for this long is dead: servers send a comment every 30 s.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
@@ -33,7 +33,13 @@ impl SseStream {
     /// Reads events of up to `limit` bytes from a response whose head has been read.
     pub(super) fn new(response: Response, limit: usize, pulse: &Arc<HealthTracker>) -> Self {
         let (decoder, last_activity) = (Decoder::new(limit), Instant::now());
-        Self { response, decoder, last_activity, pending_end: None, open_guard: OpenStreamGuard::new(pulse) }
+        Self {
+            response,
+            decoder,
+            last_activity,
+            pending_end: None,
+            open_guard: OpenStreamGuard::new(pulse),
+        }
     }
 
     /// Waits for data and returns all events that are complete by then; none if only a comment arrived.
@@ -45,7 +51,8 @@ impl SseStream {
         if let Some(end) = self.pending_end.take() {
             return end.map(|()| None);
         }
-        let chunk = match timeout_at(self.last_activity + IDLE_TIMEOUT, self.response.chunk()).await {
+        let chunk = match timeout_at(self.last_activity + IDLE_TIMEOUT, self.response.chunk()).await
+        {
             Ok(chunk) => chunk.map_err(Error::from_transport),
             Err(_) => Err(Error::StreamTimeout(IDLE_TIMEOUT)),
         };
@@ -60,7 +67,9 @@ impl SseStream {
         let (mut events, mut size) = (Vec::new(), 0);
         loop {
             size += bytes.len();
-            if let Err(EventTooLong(limit)) = self.decoder.decode(&bytes, |event| events.push(event)) {
+            if let Err(EventTooLong(limit)) =
+                self.decoder.decode(&bytes, |event| events.push(event))
+            {
                 self.pending_end = Some(Err(self.record_failure(Error::TooLarge { limit })));
                 break;
             }
@@ -98,7 +107,9 @@ impl SseStream {
 impl fmt::Debug for SseStream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Omits the response: its URL may contain a password.
-        f.debug_struct("SseStream").field("last_activity", &self.last_activity).finish_non_exhaustive()
+        f.debug_struct("SseStream")
+            .field("last_activity", &self.last_activity)
+            .finish_non_exhaustive()
     }
 }
 

@@ -15,10 +15,10 @@ use std::{
 use serde_json::Value;
 
 use super::{
-    lane::ApplicationKey,
-    pool::{Quota, Reservation},
+    environment_queue::ApplicationKey,
+    memory_pool::{Quota, Reservation},
 };
-use crate::{token::Environment, wire::usage::ClientApplication};
+use crate::{protocol::usage::ClientApplication, token::Environment};
 
 /// Interval after which an active instance is registered again.
 const REREGISTER_INTERVAL: Duration = Duration::from_hours(1);
@@ -101,7 +101,8 @@ impl Applications {
         }
         let Some(reservation) = quota.try_reserve(memory_size(&application)) else { return false };
         let registration = Arc::new(Registration { application, reservation });
-        self.instances.insert(key, TrackedInstance { registration, last_seen: now, last_sent: None });
+        self.instances
+            .insert(key, TrackedInstance { registration, last_seen: now, last_sent: None });
         true
     }
 
@@ -120,7 +121,8 @@ impl Applications {
                 due.push((key.environment.clone(), Arc::clone(&instance.registration)));
             }
         }
-        self.instances.retain(|_, instance| now.saturating_duration_since(instance.last_seen) < IDLE_TTL);
+        self.instances
+            .retain(|_, instance| now.saturating_duration_since(instance.last_seen) < IDLE_TTL);
         due
     }
 
@@ -134,7 +136,9 @@ impl TrackedInstance {
     fn is_due(&self, now: Instant) -> bool {
         match self.last_sent {
             None => true,
-            Some(sent) => self.last_seen > sent && now.saturating_duration_since(sent) >= REREGISTER_INTERVAL,
+            Some(sent) => {
+                self.last_seen > sent && now.saturating_duration_since(sent) >= REREGISTER_INTERVAL
+            }
         }
     }
 }
@@ -157,9 +161,13 @@ fn memory_size(application: &ClientApplication) -> usize {
     let lists = projects.iter().chain(strategies).flatten();
     let hops = connect_via.iter().flat_map(|hop| [&hop.app_name, &hop.instance_id]);
     let texts = [app_name].into_iter().chain(optional).chain(lists).chain(hops);
-    let texts = texts.chain(metadata.values()).map(|text| TEXT_OVERHEAD_BYTES + text.len()).sum::<usize>();
-    let extra = extra.iter().map(|(name, value)| TEXT_OVERHEAD_BYTES + name.len() + json_memory_size(value));
-    let tracked = size_of::<InstanceKey>() + size_of::<TrackedInstance>() + size_of::<Registration>();
+    let texts =
+        texts.chain(metadata.values()).map(|text| TEXT_OVERHEAD_BYTES + text.len()).sum::<usize>();
+    let extra = extra
+        .iter()
+        .map(|(name, value)| TEXT_OVERHEAD_BYTES + name.len() + json_memory_size(value));
+    let tracked =
+        size_of::<InstanceKey>() + size_of::<TrackedInstance>() + size_of::<Registration>();
     let queued = size_of::<(ApplicationKey, Arc<Registration>)>();
     tracked + queued + texts + extra.sum::<usize>()
 }
@@ -170,7 +178,9 @@ fn json_memory_size(value: &Value) -> usize {
         Value::String(text) => text.len(),
         Value::Array(items) => items.iter().map(json_memory_size).sum(),
         Value::Object(fields) => {
-            let field = |(name, value): (&String, _)| TEXT_OVERHEAD_BYTES + name.len() + json_memory_size(value);
+            let field = |(name, value): (&String, _)| {
+                TEXT_OVERHEAD_BYTES + name.len() + json_memory_size(value)
+            };
             OBJECT_OVERHEAD_BYTES + fields.iter().map(field).sum::<usize>()
         }
     };
@@ -180,13 +190,16 @@ fn json_memory_size(value: &Value) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{token::TokenDigest, usage::pool::MemoryPool};
+    use crate::{token::TokenDigest, usage::memory_pool::MemoryPool};
 
     fn quota(capacity: usize) -> Quota {
         MemoryPool::new(capacity).quota_of(&TokenDigest::of("token"))
     }
 
-    fn take_due_applications(applications: &mut Applications, now: Instant) -> Vec<ClientApplication> {
+    fn take_due_applications(
+        applications: &mut Applications,
+        now: Instant,
+    ) -> Vec<ClientApplication> {
         let due = applications.take_due(now).into_iter();
         due.map(|(_, registration)| registration.application().clone()).collect()
     }

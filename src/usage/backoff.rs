@@ -16,7 +16,12 @@ impl Backoff {
     /// Schedules the next attempt. The delay is one second after the first failure and doubles up to a
     /// minute; the actual delay is between half of it and the whole, chosen by `draw` in `0..1`. It is
     /// never less than the `retry_after` that upstream requests (which `upstream::error` limits).
-    pub(super) fn record_failure(&mut self, now: Instant, retry_after: Option<Duration>, draw: f64) {
+    pub(super) fn record_failure(
+        &mut self,
+        now: Instant,
+        retry_after: Option<Duration>,
+        draw: f64,
+    ) {
         let whole = MIN_DELAY.saturating_mul(1 << self.failures.min(6)).min(MAX_DELAY);
         let spread = whole.mul_f64(0.5 + draw.clamp(0.0, 1.0) / 2.0);
         let retry_after = retry_after.unwrap_or_default();

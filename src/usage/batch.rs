@@ -89,7 +89,9 @@ impl Batch {
     /// False if there are no such applications.
     pub(super) fn add_empty_strategies(&mut self) -> bool {
         let mut any = false;
-        for item in self.items.iter_mut().filter(|item| item.kind == ItemKind::ApplicationWithoutStrategies) {
+        for item in
+            self.items.iter_mut().filter(|item| item.kind == ItemKind::ApplicationWithoutStrategies)
+        {
             let open = item.json.strip_suffix('}').expect("an application is an object");
             item.json = format!("{open},\"strategies\":[]}}").into();
             item.kind = ItemKind::Application;
@@ -102,7 +104,10 @@ impl Batch {
     pub(super) fn body(&self) -> Bytes {
         let mut body = String::with_capacity(body_size(&self.items));
         body.push_str(BODY_START);
-        self.push_items(&[ItemKind::Application, ItemKind::ApplicationWithoutStrategies], &mut body);
+        self.push_items(
+            &[ItemKind::Application, ItemKind::ApplicationWithoutStrategies],
+            &mut body,
+        );
         body.push_str(METRICS_START);
         self.push_items(&[ItemKind::Metric], &mut body);
         if self.items.iter().any(|item| item.kind == ItemKind::ImpactMetric) {
@@ -206,8 +211,13 @@ mod tests {
     #[test]
     fn batch_contains_items_of_one_list() {
         let mut packer = BatchBuilder::new(MAX_BODY_BYTES);
-        let parts =
-            [ItemKind::Application, ItemKind::Application, ItemKind::ApplicationWithoutStrategies, ItemKind::Metric, ItemKind::ImpactMetric];
+        let parts = [
+            ItemKind::Application,
+            ItemKind::Application,
+            ItemKind::ApplicationWithoutStrategies,
+            ItemKind::Metric,
+            ItemKind::ImpactMetric,
+        ];
         let accepted = parts.map(|part| packer.push(item(part, 1)).is_ok());
         assert_eq!(accepted, [true, true, false, false, false]);
     }
@@ -215,7 +225,8 @@ mod tests {
     #[test]
     fn empty_strategies_turn_instances_into_applications() {
         let json: Box<str> = r#"{"appName":"a"}"#.into();
-        let mut batch = Batch::new(vec![Item::new(ItemKind::ApplicationWithoutStrategies, json, 0)]);
+        let mut batch =
+            Batch::new(vec![Item::new(ItemKind::ApplicationWithoutStrategies, json, 0)]);
         assert_eq!(batch.body(), r#"{"applications":[{"appName":"a"}],"metrics":[]}"#);
         assert!(batch.add_empty_strategies());
         let body = r#"{"applications":[{"appName":"a","strategies":[]}],"metrics":[]}"#;

@@ -11,8 +11,8 @@ use std::{
 
 use jiff::Timestamp;
 
-use super::pool::{Quota, Reservation};
-use crate::wire::usage::{BulkMetric, MAX_INTEGER, SdkMetadata, ToggleStats};
+use super::memory_pool::{Quota, Reservation};
+use crate::protocol::usage::{BulkMetric, MAX_INTEGER, SdkMetadata, ToggleStats};
 
 /// The longest accepted name, in bytes. Upstream's limit is 255 characters, but its index over four
 /// names allows 2704 bytes in total.
@@ -125,7 +125,10 @@ impl Counter {
         for (variant, count) in stats.variants {
             if let Some(variant) = storable_name(variant) {
                 let name = name(&variant);
-                counter.add_variant(variant, Variant { count, name_status: name, reservation: Reservation::default() });
+                counter.add_variant(
+                    variant,
+                    Variant { count, name_status: name, reservation: Reservation::default() },
+                );
             }
         }
         (counter, lost)
@@ -234,7 +237,8 @@ impl Counter {
 
     /// Adds to a variant. Unknown variants beyond the limit are merged.
     fn add_variant(&mut self, name: Arc<str>, variant: Variant) {
-        let is_full = self.variants.len() >= MAX_VARIANTS && variant.name_status == NameStatus::Unknown;
+        let is_full =
+            self.variants.len() >= MAX_VARIANTS && variant.name_status == NameStatus::Unknown;
         let is_separate = !is_full || self.variants.contains_key(&name);
         match self.variants.entry(if is_separate { name } else { MERGED_NAME.into() }) {
             Entry::Occupied(present) => {
@@ -315,7 +319,8 @@ mod tests {
         let check = |app: usize, flag: usize, sdk: usize, weight: usize| {
             let metadata =
                 SdkMetadata { sdk_version: Some("s".repeat(sdk).into()), ..SdkMetadata::default() };
-            let counter = Counter::from_stats(ToggleStats::default(), &Arc::new(metadata), name_status).0;
+            let counter =
+                Counter::from_stats(ToggleStats::default(), &Arc::new(metadata), name_status).0;
             assert_eq!(counter.weight(&key(&"a".repeat(app), &"f".repeat(flag))), weight);
         };
         check(10, 30, 20, 1);

@@ -9,7 +9,7 @@ use std::collections::{
     btree_map::{self, Entry},
 };
 
-use super::counter::{Counter, CounterKey, Hour, Overflow, MERGED_NAME};
+use super::counter::{Counter, CounterKey, Hour, MERGED_NAME, Overflow};
 
 /// Counters by key.
 #[derive(Clone, Debug, Default)]
@@ -70,7 +70,8 @@ impl Counters {
     /// Merges the applications of an hour into one; returns what exceeds the counters' limits.
     fn merge_applications(&mut self, hour: Hour) -> Overflow {
         let named = |key: &CounterKey, _: &mut Counter| &*key.app != MERGED_NAME;
-        let separate: Vec<_> = self.by_key.extract_if(CounterKey::hour_range(hour), named).collect();
+        let separate: Vec<_> =
+            self.by_key.extract_if(CounterKey::hour_range(hour), named).collect();
         self.rekey(separate, |key| CounterKey { app: MERGED_NAME.into(), ..key })
     }
 
@@ -130,7 +131,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{usage::counter::NameStatus, wire::usage::ToggleStats};
+    use crate::{protocol::usage::ToggleStats, usage::counter::NameStatus};
 
     fn hour(nth: u8) -> Hour {
         Hour::of(Timestamp::from_second(3600 * i64::from(nth)).unwrap())

@@ -18,8 +18,8 @@ use std::{
 use jiff::Timestamp;
 use xxhash_rust::xxh3::Xxh3Default;
 
-use super::pool::Reservation;
-use crate::wire::usage::{
+use super::memory_pool::Reservation;
+use crate::protocol::usage::{
     HistogramSample, ImpactMetric, Labels, MAX_INTEGER, MAX_NUMBER, NumericSample, Samples,
     UpperBound,
 };
@@ -140,7 +140,12 @@ impl ImpactSeries {
             let key = SeriesKey { kind, name: Arc::clone(&name), app: Arc::clone(app), labels };
             let at = times.next().flatten();
             let no_reservation = Reservation::default();
-            let mut series = Series { help: Arc::clone(&help), sample, reported_at: at, reservation: no_reservation };
+            let mut series = Series {
+                help: Arc::clone(&help),
+                sample,
+                reported_at: at,
+                reservation: no_reservation,
+            };
             if !self.series.contains_key(&key) {
                 let Some(reservation) = reserve(memory_size(&key, &series)) else {
                     lost += 1;
@@ -247,12 +252,14 @@ impl ImpactSeries {
 
 /// Approximate bytes that a series takes.
 fn memory_size(key: &SeriesKey, series: &Series) -> usize {
-    let labels = key.labels.iter().map(|(name, value)| 2 * TEXT_OVERHEAD_BYTES + name.len() + value.len());
+    let labels =
+        key.labels.iter().map(|(name, value)| 2 * TEXT_OVERHEAD_BYTES + name.len() + value.len());
     let buckets = match &series.sample {
         Sample::Counter(_) | Sample::Gauge(_) => 0,
         Sample::Histogram { buckets, .. } => buckets.len(),
     };
-    let texts = 2 * TEXT_OVERHEAD_BYTES + key.name.len() + series.help.len() + labels.sum::<usize>();
+    let texts =
+        2 * TEXT_OVERHEAD_BYTES + key.name.len() + series.help.len() + labels.sum::<usize>();
     size_of::<(SeriesKey, Series)>() + texts + buckets * BUCKET_BYTES
 }
 
@@ -261,7 +268,9 @@ impl Sample {
     /// `reservation` cannot grow.
     fn merge(&mut self, later: Self, reservation: &mut Reservation) {
         match (self, later) {
-            (Self::Counter(sum), Self::Counter(value)) => *sum = clamp_to_upstream_range(*sum + value),
+            (Self::Counter(sum), Self::Counter(value)) => {
+                *sum = clamp_to_upstream_range(*sum + value)
+            }
             (Self::Gauge(last), Self::Gauge(value)) => *last = value,
             (
                 Self::Histogram { count, sum, buckets },
@@ -316,7 +325,7 @@ fn to_samples(kind: MetricKind, samples: Vec<(Labels, Sample)>) -> Samples {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{token::TokenDigest, usage::pool::MemoryPool};
+    use crate::{token::TokenDigest, usage::memory_pool::MemoryPool};
 
     fn metric(kind: &str, samples: &str) -> ImpactMetric {
         let json = format!(r#"{{"name":"n","help":"h","type":"{kind}","samples":{samples}}}"#);
@@ -331,12 +340,9 @@ mod tests {
         let mut series = ImpactSeries::default();
         for samples in reports {
             assert_eq!(
-                series.record(
-                    &"app".into(),
-                    metric(kind, samples),
-                    [],
-                    |_| Some(Reservation::default())
-                ),
+                series.record(&"app".into(), metric(kind, samples), [], |_| Some(
+                    Reservation::default()
+                )),
                 0
             );
         }

@@ -9,13 +9,13 @@ use serde_json::{Value, json};
 use tokio::sync::Notify;
 
 use super::{
+    aggregator::Aggregator,
     batch::ItemKind,
     counter::{Counter, CounterKey},
-    lane::BatchId,
-    ledger::Aggregator,
-    meter,
-    outbox::{OutgoingBatch, DeliveryQueue, SendOutcome, Revision, DeliveryTotals},
+    delivery_queue::{DeliveryQueue, DeliveryTotals, OutgoingBatch, Revision, SendOutcome},
+    environment_queue::BatchId,
     spool::{self, Restored},
+    usage_metrics,
 };
 
 /// A copy of the pending usage, for a store.
@@ -58,7 +58,13 @@ impl Pipeline {
         self.lock_queue().next_batch(now)
     }
 
-    pub(super) fn record_outcome(&self, id: BatchId, outcome: SendOutcome, now: Instant, draw: f64) {
+    pub(super) fn record_outcome(
+        &self,
+        id: BatchId,
+        outcome: SendOutcome,
+        now: Instant,
+        draw: f64,
+    ) {
         let mut delivery_queue = self.lock_queue();
         delivery_queue.record_outcome(id, outcome, now, draw);
         if delivery_queue.is_store_outdated() {
@@ -69,7 +75,10 @@ impl Pipeline {
     /// Updates the gauges of pending usage.
     pub(super) fn update_gauges(&self, now: Instant) {
         let delivery_queue = self.lock_queue();
-        meter::set_pending(self.aggregator.len() + delivery_queue.len(), delivery_queue.oldest_age(now));
+        usage_metrics::set_pending(
+            self.aggregator.len() + delivery_queue.len(),
+            delivery_queue.oldest_age(now),
+        );
     }
 
     pub(super) fn next_retry_at(&self) -> Option<Instant> {
@@ -120,7 +129,7 @@ impl Pipeline {
     pub(super) fn restore(&self, bytes: &[u8], now: Instant) -> Result<(), spool::RestoreError> {
         let registrations = self.aggregator.restored_registrations_quota();
         let Restored { queues, unreadable } = spool::decode(bytes, &registrations)?;
-        meter::count_dropped_items("spool", unreadable);
+        usage_metrics::count_dropped_items("spool", unreadable);
         if unreadable > 0 {
             tracing::warn!(unreadable, "Some items of stored usage cannot be read and are lost");
         }
@@ -146,7 +155,9 @@ impl Pipeline {
             for item in items.chain(&queue.serialized).chain(&queue.deferred) {
                 let value = serde_json::from_str(&item.json).unwrap_or_default();
                 match item.kind {
-                    ItemKind::Application | ItemKind::ApplicationWithoutStrategies => applications.push(value),
+                    ItemKind::Application | ItemKind::ApplicationWithoutStrategies => {
+                        applications.push(value)
+                    }
                     ItemKind::Metric => metrics.push(with_key(&value)),
                     ItemKind::ImpactMetric => {}
                 }
@@ -154,7 +165,9 @@ impl Pipeline {
             applications.extend(queue.applications.values().map(|it| json!(it.application())));
             let counters = queue.counters.iter();
             metrics.extend(
-                counters.map(|(key, counter)| with_key(&metric_json(environment.as_str(), key, counter))),
+                counters.map(|(key, counter)| {
+                    with_key(&metric_json(environment.as_str(), key, counter))
+                }),
             );
         }
         json!({ "applications": applications, "metrics": metrics })

@@ -12,8 +12,8 @@ use tokio::time::{MissedTickBehavior, interval_at, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    lane::BatchId,
-    outbox::{OutgoingBatch, SendOutcome},
+    delivery_queue::{OutgoingBatch, SendOutcome},
+    environment_queue::BatchId,
     pipeline::Pipeline,
 };
 
@@ -91,7 +91,11 @@ pub(super) async fn run<F>(
 }
 
 /// Drops usage after each `interval` until `shutdown`, because there is no destination.
-pub(super) async fn discard_at_interval(pipeline: &Pipeline, interval: Duration, shutdown: &CancellationToken) {
+pub(super) async fn discard_at_interval(
+    pipeline: &Pipeline,
+    interval: Duration,
+    shutdown: &CancellationToken,
+) {
     let mut ticks = interval_at(tokio::time::Instant::now() + interval, interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while !shutdown.is_cancelled() {
@@ -145,12 +149,12 @@ mod tests {
 
     use super::*;
     use crate::{
+        protocol::usage::ToggleStats,
         token::{Environment, TokenDigest},
         usage::{
-            counter::{Counter, CounterKey, Hour, Overflow, NameStatus},
-            ledger::ReportedCounter,
+            aggregator::ReportedCounter,
+            counter::{Counter, CounterKey, Hour, NameStatus, Overflow},
         },
-        wire::usage::ToggleStats,
     };
 
     const MINUTE: Duration = Duration::from_mins(1);
@@ -162,7 +166,8 @@ mod tests {
         let key = CounterKey { hour, app: "a".into(), flag: "f".into() };
         let counted = vec![ReportedCounter { key, name_status: NameStatus::Known, counter }];
         let token = TokenDigest::of("token");
-        let result = pipeline.aggregator.record_counters(&Environment::new("dev"), counted, &token, hour);
+        let result =
+            pipeline.aggregator.record_counters(&Environment::new("dev"), counted, &token, hour);
         assert_eq!(result, Ok(Overflow(0)));
     }
 
@@ -197,10 +202,16 @@ mod tests {
     async fn usage_is_sent_at_each_interval_and_at_shutdown() {
         let pipeline = Pipeline::new(10);
         count(&pipeline, 1);
-        assert_eq!(attempts(&pipeline, 2 * MINUTE + MINUTE / 2, &[]).await, [(60, SendOutcome::Sent)]);
+        assert_eq!(
+            attempts(&pipeline, 2 * MINUTE + MINUTE / 2, &[]).await,
+            [(60, SendOutcome::Sent)]
+        );
         count(&pipeline, 1);
         assert_eq!(attempts(&pipeline, MINUTE / 2, &[]).await, [(30, SendOutcome::Sent)]);
-        assert_eq!(pipeline.totals(), crate::usage::outbox::DeliveryTotals { sent: 2, dropped: 0 });
+        assert_eq!(
+            pipeline.totals(),
+            crate::usage::delivery_queue::DeliveryTotals { sent: 2, dropped: 0 }
+        );
     }
 
     #[tokio::test(start_paused = true)]
@@ -225,7 +236,10 @@ mod tests {
             attempts(&pipeline, MINUTE * 3 / 2, &[]).await,
             [(0, SendOutcome::Sent), (60, SendOutcome::Sent)]
         );
-        assert_eq!(pipeline.totals(), crate::usage::outbox::DeliveryTotals { sent: 7, dropped: 0 });
+        assert_eq!(
+            pipeline.totals(),
+            crate::usage::delivery_queue::DeliveryTotals { sent: 7, dropped: 0 }
+        );
     }
 
     #[tokio::test(start_paused = true)]

@@ -18,14 +18,14 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use super::{
-    lane::BatchId,
-    meter,
-    outbox::{OutgoingBatch, SendOutcome},
+    delivery_queue::{OutgoingBatch, SendOutcome},
+    environment_queue::BatchId,
+    usage_metrics,
 };
 use crate::{
     telemetry::error_chain,
     token::{Environment, Token, TokenKind},
-    upstream::{TokenAccess, Credentials, Error, Retry, Upstream},
+    upstream::{Credentials, Error, Retry, TokenAccess, Upstream},
 };
 
 /// Interval between warnings for environments in which only usage is rejected.
@@ -137,7 +137,9 @@ pub(super) fn deliver_upstream(
             let other = match current.filter(|current| *current != token) {
                 // Another task that fetches flags has replaced it.
                 Some(other) => Some(other),
-                None => replace_token(&upstream, &credentials, &refusals, &environment, &token).await,
+                None => {
+                    replace_token(&upstream, &credentials, &refusals, &environment, &token).await
+                }
             };
             if let Some(other) = other {
                 result = upstream.send_usage(&other, body).await;
@@ -217,11 +219,13 @@ pub(super) fn deliver_to_registry(
         let outcome = match outcome.await {
             Ok(DeliveryOutcome::Stored) if sent.is_ok() => {
                 // A registry does not store them.
-                meter::count_dropped_items("impact_metric_not_kept", impact);
+                usage_metrics::count_dropped_items("impact_metric_not_kept", impact);
                 SendOutcome::Sent
             }
             Ok(DeliveryOutcome::Rejected) => SendOutcome::Rejected,
-            Ok(DeliveryOutcome::Stored | DeliveryOutcome::Failed) | Err(_) => SendOutcome::Retry(None),
+            Ok(DeliveryOutcome::Stored | DeliveryOutcome::Failed) | Err(_) => {
+                SendOutcome::Retry(None)
+            }
         };
         (id, outcome)
     }
@@ -332,7 +336,8 @@ mod tests {
             };
             let credentials = credentials(tokens);
             let before = credentials.usage_token(&Environment::new("dev"));
-            let (_, outcome) = deliver_upstream(&upstream, &credentials, &FailureLog::default(), batch).await;
+            let (_, outcome) =
+                deliver_upstream(&upstream, &credentials, &FailureLog::default(), batch).await;
             assert_eq!(outcome, expected, "{tokens:?}");
             assert_eq!(std::mem::take(&mut *seen.lock().unwrap()), shown, "{tokens:?}");
             let after = credentials.usage_token(&Environment::new("dev"));
@@ -377,7 +382,8 @@ mod tests {
                     delivery.reply.send(reply).unwrap();
                 }
             };
-            let ((_, outcome), ()) = tokio::join!(deliver_to_registry(&registry, batch), registry_task);
+            let ((_, outcome), ()) =
+                tokio::join!(deliver_to_registry(&registry, batch), registry_task);
             assert_eq!(outcome, expected, "{reply:?}");
         };
         check(Some(DeliveryOutcome::Stored), SendOutcome::Sent).await;
@@ -413,7 +419,11 @@ mod tests {
     fn response_status_decides_the_outcome_of_a_batch() {
         let check = |status: u16, expected| {
             let status = StatusCode::from_u16(status).unwrap();
-            assert_eq!(outcome_of_error(&Error::Status { status, retry_after: None }), expected, "{status}");
+            assert_eq!(
+                outcome_of_error(&Error::Status { status, retry_after: None }),
+                expected,
+                "{status}"
+            );
         };
         check(400, SendOutcome::Rejected);
         check(422, SendOutcome::Rejected);

@@ -15,13 +15,13 @@ use super::{
     applications::Registration,
     batch::{Batch, Item, ItemKind},
     counter::{Counter, CounterKey, Hour, NameStatus},
+    environment_queue::{Age, BatchId, EnvironmentQueue},
     impact::AppMetric,
-    lane::{Age, BatchId, EnvironmentQueue},
-    pool::{Quota, Reservation},
+    memory_pool::{Quota, Reservation},
 };
 use crate::{
+    protocol::usage::{BulkMetric, ClientApplication, ImpactMetric, Samples},
     token::Environment,
-    wire::usage::{ClientApplication, BulkMetric, ImpactMetric, Samples},
 };
 
 const VERSION: u32 = 1;
@@ -137,8 +137,9 @@ pub(super) fn decode(bytes: &[u8], registrations: &Quota) -> Result<Restored, Re
 }
 
 fn encode_environment(environment: &Environment, queue: &EnvironmentQueue) -> EnvironmentRecord {
-    let metric =
-        |(key, counter): (&CounterKey, &Counter)| to_raw_json(&counter.to_bulk_metric(environment.as_str(), key));
+    let metric = |(key, counter): (&CounterKey, &Counter)| {
+        to_raw_json(&counter.to_bulk_metric(environment.as_str(), key))
+    };
     let mut series = queue.impact.clone();
     let mut impact = Vec::new();
     while let Some(AppMetric { app, metric, reported_at: mut times }) = series.pop_for_app() {
@@ -149,7 +150,8 @@ fn encode_environment(environment: &Environment, queue: &EnvironmentQueue) -> En
     }
     let piece = |item: &Item| to_raw_json(&ItemRecord::from_item(item));
     let pieces = |batch: &Batch| batch.items().iter().map(piece).collect();
-    let left = |(id, batch): &(BatchId, Batch)| BatchRecord { id: id.to_string(), batch: pieces(batch) };
+    let left =
+        |(id, batch): &(BatchId, Batch)| BatchRecord { id: id.to_string(), batch: pieces(batch) };
     EnvironmentRecord {
         batch: queue.in_flight.as_ref().map(|(_, batch)| pieces(batch)).unwrap_or_default(),
         batch_id: queue.in_flight.as_ref().map(|(id, _)| id.to_string()),
@@ -166,11 +168,16 @@ fn to_raw_json(item: &impl Serialize) -> Box<RawValue> {
 }
 
 /// Decodes an environment, skipping and counting unreadable items.
-fn decode_environment(record: &EnvironmentRecord, registrations: &Quota, unreadable: &mut usize) -> EnvironmentQueue {
+fn decode_environment(
+    record: &EnvironmentRecord,
+    registrations: &Quota,
+    unreadable: &mut usize,
+) -> EnvironmentQueue {
     let mut queue = EnvironmentQueue::default();
     queue.in_flight = decode_batch(record.batch_id.as_deref(), &record.batch, unreadable);
     let left = record.left.iter();
-    queue.restored_batches = left.filter_map(|it| decode_batch(Some(&it.id), &it.batch, unreadable)).collect();
+    queue.restored_batches =
+        left.filter_map(|it| decode_batch(Some(&it.id), &it.batch, unreadable)).collect();
     queue.serialized = decode_items(&record.pieces, decode_item, unreadable).into();
     for application in decode_items(&record.applications, decode_application, unreadable) {
         let registration = Registration::restored(application, registrations);
@@ -180,7 +187,8 @@ fn decode_environment(record: &EnvironmentRecord, registrations: &Quota, unreada
         let hour = Hour::of(metric.timestamp);
         let key = CounterKey { hour, app: metric.app_name, flag: metric.feature_name };
         // Everything stored has been accepted before, so its names count as known.
-        let (counter, _) = Counter::from_stats(metric.stats, &Arc::new(metric.metadata), |_| NameStatus::Known);
+        let (counter, _) =
+            Counter::from_stats(metric.stats, &Arc::new(metric.metadata), |_| NameStatus::Known);
         let _ = queue.counters.add(key, counter);
     }
     for (app, metric, times) in decode_items(&record.impact, decode_impact, unreadable) {
@@ -240,7 +248,12 @@ impl ItemRecord {
             ItemKind::ImpactMetric => "impact",
         };
         let json = RawValue::from_string(item.json.to_string()).expect("an item is JSON");
-        Self { part: part.to_owned(), count: item.evaluations, json, times: item.reported_at.clone() }
+        Self {
+            part: part.to_owned(),
+            count: item.evaluations,
+            json,
+            times: item.reported_at.clone(),
+        }
     }
 
     /// The item; `None` if its kind is unknown.
@@ -252,7 +265,10 @@ impl ItemRecord {
             "impact" => ItemKind::ImpactMetric,
             _ => return None,
         };
-        Some(Item { reported_at: self.times, ..Item::new(part, self.json.get().into(), self.count) })
+        Some(Item {
+            reported_at: self.times,
+            ..Item::new(part, self.json.get().into(), self.count)
+        })
     }
 }
 
@@ -261,7 +277,7 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use crate::usage::pool::MemoryPool;
+    use crate::usage::memory_pool::MemoryPool;
 
     fn decode(bytes: &[u8]) -> Result<Restored, RestoreError> {
         super::decode(bytes, &MemoryPool::new(0).unowned_quota())

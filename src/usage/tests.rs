@@ -7,8 +7,8 @@ use metrics_exporter_prometheus::PrometheusBuilder;
 use proptest::prelude::*;
 use serde_json::json;
 
-use super::{outbox::SendOutcome, *};
-use crate::{token::Projects, wire::features::Document};
+use super::{delivery_queue::SendOutcome, *};
+use crate::{protocol::features::Document, token::Projects};
 
 fn usage(max_counters: usize) -> Usage {
     let config = Config { interval: Duration::from_mins(1), max_counters };

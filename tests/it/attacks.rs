@@ -8,7 +8,7 @@ use std::time::Duration;
 use reqwest::{Client, StatusCode};
 use serde_json::json;
 
-use crate::local::{CLIENT, FRONTEND, InProcessParapet};
+use crate::in_process::{CLIENT, FRONTEND, InProcessParapet};
 use crate::rig::{Parapet, secrets, wait_until};
 
 const FLAGS: &str =
@@ -49,7 +49,8 @@ async fn compression_bombs_are_cheap_to_reject_and_throttle_their_sender() {
     };
     let (attacker, other) = (client_at(2), client_at(3));
     // Two megabytes, the start of a list of 700,000 texts.
-    let bombs = ["\"\",", " ", "[", "{\"tokens\":[\"\",\"\",\"\","].map(|text| compression_bomb(text, 2 << 20));
+    let bombs = ["\"\",", " ", "[", "{\"tokens\":[\"\",\"\",\"\","]
+        .map(|text| compression_bomb(text, 2 << 20));
     assert!(bombs.iter().all(|bomb| bomb.len() < 100));
     let list = format!(r#"{{"tokens":["{}"]}}"#, [""; 1001].join(r#"",""#));
     let ordinary = format!(r#"{{"tokens":["{CLIENT}"]}}"#);

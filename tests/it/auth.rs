@@ -3,7 +3,9 @@
 use reqwest::{Method, StatusCode};
 use serde_json::json;
 
-use crate::local::{FullResponse, CLIENT, FRONTEND, InProcessParapet, WEB_CLIENT, WEB_FRONTEND, send};
+use crate::in_process::{
+    CLIENT, FRONTEND, FullResponse, InProcessParapet, WEB_CLIENT, WEB_FRONTEND, send,
+};
 
 const FLAGS: &str = r#"{"features":[
     {"name":"frontend","enabled":true,"strategies":[]},
@@ -41,7 +43,12 @@ const FRONTEND_ROUTES: [(Method, &str); 10] = [
     (Method::GET, "/api/frontend/features/client%2F"),
 ];
 
-async fn request_with_token(parapet: &InProcessParapet, method: &Method, path: &str, token: &str) -> FullResponse {
+async fn request_with_token(
+    parapet: &InProcessParapet,
+    method: &Method,
+    path: &str,
+    token: &str,
+) -> FullResponse {
     let request = parapet.request(method.clone(), path).header("authorization", token);
     send(request.header("content-type", "application/json")).await
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use crate::local::{CLIENT, FRONTEND, InProcessParapet, send};
+use crate::in_process::{CLIENT, FRONTEND, InProcessParapet, send};
 use crate::rig::{Parapet, http, wait_until};
 
 const BYTE_ORDER_MARK: &str = "\u{feff}";
@@ -61,7 +61,8 @@ const ADMIN: &str = "*:*.byte-order-mark-0123456789abcdef0123456789abcdef";
 
 #[tokio::test]
 async fn admin_api_accepts_body_with_byte_order_mark() {
-    let parapet = InProcessParapet::standalone(FLAGS, &[], &[("INIT_ADMIN_API_TOKENS", ADMIN)]).await;
+    let parapet =
+        InProcessParapet::standalone(FLAGS, &[], &[("INIT_ADMIN_API_TOKENS", ADMIN)]).await;
     let post = async |path: &str, body: Value| {
         let request = parapet.admin_request(Method::POST, path).header("authorization", ADMIN);
         let request = request.header("content-type", "application/json");

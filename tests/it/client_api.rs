@@ -7,7 +7,9 @@ use reqwest::{Method, StatusCode};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::local::{FullResponse, CLIENT, InProcessParapet, ClientSpecHeader as _, WEB_CLIENT, send};
+use crate::in_process::{
+    CLIENT, ClientSpecHeader as _, FullResponse, InProcessParapet, WEB_CLIENT, send,
+};
 
 const FEATURES: &str = "/api/client/features";
 
@@ -95,7 +97,8 @@ async fn unknown_fields_pass_through_unchanged() {
 async fn get_post_and_head_respond_alike() {
     let parapet = InProcessParapet::offline(&flags()).await;
     let ask = |method| {
-        let request = parapet.request(method, FEATURES).header("authorization", CLIENT).with_client_spec();
+        let request =
+            parapet.request(method, FEATURES).header("authorization", CLIENT).with_client_spec();
         send(request)
     };
     let get = ask(Method::GET).await;

@@ -10,8 +10,10 @@ use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::process::Command;
 use tokio::task::JoinSet;
 
-use crate::control::run;
-use crate::rig::{Driver, Parapet, Sdk, Unleash, UnleashVersion, http, node, secrets, tests_dir, wait_until};
+use crate::control_plane::run_parapet;
+use crate::rig::{
+    Driver, Parapet, Sdk, Unleash, UnleashVersion, http, node, secrets, tests_dir, wait_until,
+};
 
 const OWNER: &str = "admin";
 const PASSWORD: &str = "correct horse battery";
@@ -429,7 +431,8 @@ async fn malformed_flag_is_shown_as_far_as_possible() {
     let parapet = standalone_with(&file).await;
     let mut console = Console::open(&parapet.admin_url()).await;
     console.sign_in(OWNER, PASSWORD).await;
-    let odd = MALFORMED_PARTS.iter().enumerate().map(|(at, (_, text))| (format!("flag-{at}"), *text));
+    let odd =
+        MALFORMED_PARTS.iter().enumerate().map(|(at, (_, text))| (format!("flag-{at}"), *text));
     for (name, text) in odd.chain(steps.map(|name| (name.to_owned(), "Everyone"))) {
         console.open_section("Flags").await;
         console.call("open_flag", json!({ "flag": name })).await;
@@ -487,7 +490,8 @@ async fn overview_shows_that_upstream_refuses_the_admin_token() {
     let standalone = standalone().await;
     let data_dir = standalone.data_dir();
     let token_command = |args: &[&str]| {
-        run(&[&["token"], args, &["--data-dir", data_dir.to_str().unwrap()]].concat(), "").unwrap()
+        run_parapet(&[&["token"], args, &["--data-dir", data_dir.to_str().unwrap()]].concat(), "")
+            .unwrap()
     };
     let token = token_command(&["create", "--name", "edge", "--type", "admin"]);
     let edge = Parapet::edge(&standalone.admin_url()).admin_token(token.trim());
@@ -506,7 +510,7 @@ async fn overview_shows_that_upstream_refuses_the_admin_token() {
 #[tokio::test]
 async fn console_of_an_edge_shows_its_standalone_upstream() {
     let standalone = standalone().await;
-    let token = run(
+    let token = run_parapet(
         &[
             &["token", "create", "--name", "edge", "--type", "admin"][..],
             &["--data-dir", standalone.data_dir().to_str().unwrap()],

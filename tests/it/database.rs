@@ -1,12 +1,12 @@
 //! The control plane in this process; every test runs on SQLite and on PostgreSQL.
 
-mod bed;
-mod people;
-mod records;
-mod several;
+mod accounts;
+mod audit_and_usage;
+mod fixture;
+mod instances_and_versions;
 mod tokens;
 
-use bed::TestDatabase;
+use fixture::TestDatabase;
 
 /// Generates a test for each database from functions that take an empty one.
 macro_rules! on_both {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use parapet::engine::{Context, Engine};
-use parapet::wire::features::Document;
+use parapet::protocol::features::Document;
 use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::strategy::ValueTree as _;
@@ -12,7 +12,7 @@ use proptest::test_runner::TestRunner;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use crate::rig::{Driver, TokenKind, Parapet, Unleash, UnleashVersion, http, node, wait_until};
+use crate::rig::{Driver, Parapet, TokenKind, Unleash, UnleashVersion, http, node, wait_until};
 
 /// Dates that Unleash saves and people write, and similar texts.
 const DATE_TEXTS: [&str; 68] = [
@@ -204,7 +204,8 @@ async fn dates_saved_by_unleash_evaluate_as_in_its_frontend_api() {
         unleash.enable(&name, HERE).await;
     }
     let token = unleash.create_token(TokenKind::Frontend, HERE, &["*"], "dates").await;
-    let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).with_short_intervals();
+    let edge =
+        Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).with_short_intervals();
     let parapet = edge.flag("--fleet-name", "dates").start().await;
     let enabled = async |server: &str| -> Vec<String> {
         let request = http().get(format!("{server}/api/frontend"));

@@ -10,7 +10,9 @@ use futures_util::future::join_all;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use crate::rig::{Evaluation, TokenKind, Parapet, STORE_TIMEOUT, Sdk, Unleash, UnleashVersion, http, wait_until};
+use crate::rig::{
+    Evaluation, Parapet, STORE_TIMEOUT, Sdk, TokenKind, Unleash, UnleashVersion, http, wait_until,
+};
 
 const ENVIRONMENTS: [&str; 2] = ["development", "production"];
 
@@ -107,7 +109,10 @@ async fn create_flags(unleash: &Unleash) {
         ),
         (
             "edge.one-of-two",
-            vec![with_constraints(rollout(0, "default"), json!([])), with_constraints(rollout(60, "sessionId"), json!([]))],
+            vec![
+                with_constraints(rollout(0, "default"), json!([])),
+                with_constraints(rollout(60, "sessionId"), json!([])),
+            ],
         ),
     ];
     for (flag, strategies) in flags {
@@ -189,8 +194,10 @@ async fn compare_and_use(
         .await;
     }
     for context in contexts() {
-        let (expected, actual) =
-            (own_evaluations(&mut direct, &context).await, own_evaluations(&mut through, &context).await);
+        let (expected, actual) = (
+            own_evaluations(&mut direct, &context).await,
+            own_evaluations(&mut through, &context).await,
+        );
         assert_eq!(actual, expected, "{app_name} of {:?} sees for {context}", unleash.version());
         seen.push(expected);
     }
@@ -216,7 +223,8 @@ async fn edge_with_admin_token_only_serves_every_sdk_and_delivers_usage() {
         join_all(known.map(|(flag, environment)| unleash.wait_until_counted(flag, environment)))
             .await;
 
-        let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).with_short_intervals();
+        let edge =
+            Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).with_short_intervals();
         let parapet = edge.flag("--fleet-name", "edge-story").start().await;
         let each = ENVIRONMENTS.map(async |environment| {
             for flavour in SdkKind::ALL {
@@ -242,18 +250,24 @@ async fn edge_with_admin_token_only_serves_every_sdk_and_delivers_usage() {
                 4,
                 "{app_name}"
             );
-            wait_until(&format!("{app_name} has registered as what it is"), STORE_TIMEOUT, async || {
-                let path = format!("/api/admin/metrics/applications/{app_name}/overview");
-                let overview = unleash.admin_request(reqwest::Method::GET, &path, &Value::Null).await.1;
-                let environments = overview["environments"].as_array()?;
-                let here = environments.iter().find(|it| it["name"] == *environment)?;
-                let has = |list: &str| here[list].as_array().is_some_and(|sdks| !sdks.is_empty());
-                match flavour.kind() {
-                    TokenKind::Backend => has("backendSdks") && !has("frontendSdks"),
-                    TokenKind::Frontend => has("frontendSdks") && !has("backendSdks"),
-                }
-                .then_some(())
-            })
+            wait_until(
+                &format!("{app_name} has registered as what it is"),
+                STORE_TIMEOUT,
+                async || {
+                    let path = format!("/api/admin/metrics/applications/{app_name}/overview");
+                    let overview =
+                        unleash.admin_request(reqwest::Method::GET, &path, &Value::Null).await.1;
+                    let environments = overview["environments"].as_array()?;
+                    let here = environments.iter().find(|it| it["name"] == *environment)?;
+                    let has =
+                        |list: &str| here[list].as_array().is_some_and(|sdks| !sdks.is_empty());
+                    match flavour.kind() {
+                        TokenKind::Backend => has("backendSdks") && !has("frontendSdks"),
+                        TokenKind::Frontend => has("frontendSdks") && !has("backendSdks"),
+                    }
+                    .then_some(())
+                },
+            )
             .await;
         }
 
@@ -288,13 +302,18 @@ async fn edge_without_admin_token_uses_configured_tokens() {
         let flag = "given.flag";
         unleash.create_enabled_flag(flag, "production", &[]).await;
         unleash.wait_until_counted(flag, "production").await;
-        let configured = unleash.create_token(TokenKind::Backend, "production", &["*"], "given").await;
-        let other = unleash.create_token(TokenKind::Backend, "production", &["*"], "given-other").await;
+        let configured =
+            unleash.create_token(TokenKind::Backend, "production", &["*"], "given").await;
+        let other =
+            unleash.create_token(TokenKind::Backend, "production", &["*"], "given-other").await;
         let frontend =
             unleash.create_token(TokenKind::Frontend, "production", &["*"], "given-frontend").await;
 
-        let parapet =
-            Parapet::edge(&unleash.url()).with_short_intervals().env("TOKENS", &configured).start().await;
+        let parapet = Parapet::edge(&unleash.url())
+            .with_short_intervals()
+            .env("TOKENS", &configured)
+            .start()
+            .await;
         // It is ready, so it has flags for every token of that environment.
         for token in [&configured, &other] {
             let flags = first_response(&parapet, "/api/client/features", token).await;
@@ -319,9 +338,11 @@ async fn edge_without_tokens_fetches_flags_with_the_first_sdk_token() {
         let flag = "brought.flag";
         unleash.create_enabled_flag(flag, "development", &[]).await;
         unleash.wait_until_counted(flag, "development").await;
-        let frontend =
-            unleash.create_token(TokenKind::Frontend, "development", &["*"], "brought-frontend").await;
-        let backend = unleash.create_token(TokenKind::Backend, "development", &["*"], "brought").await;
+        let frontend = unleash
+            .create_token(TokenKind::Frontend, "development", &["*"], "brought-frontend")
+            .await;
+        let backend =
+            unleash.create_token(TokenKind::Backend, "development", &["*"], "brought").await;
 
         let parapet = Parapet::edge(&unleash.url())
             .with_short_intervals()

@@ -21,8 +21,8 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
 use crate::rig::{
-    TokenKind, Parapet, STORE_TIMEOUT, Setup, Unleash, UnleashVersion, FakeWallClock, build_hanging_disk_library, http, secrets,
-    wait_until,
+    FakeWallClock, Parapet, STORE_TIMEOUT, Setup, TokenKind, Unleash, UnleashVersion,
+    build_hanging_disk_library, http, secrets, wait_until,
 };
 
 const ALL: &str = "*:development.all-projects-0123456789abcdef0123456789";
@@ -240,7 +240,8 @@ async fn flags_of_unused_tokens_are_removed_after_a_restart() {
     wait_until("flags that only a revoked token has seen are removed", TIMEOUT, async || {
         // When an SDK presents it, validation finds that it is revoked.
         let _ = served_flags(&parapet, ALL).await;
-        (served_flags(&parapet, C_FRONTEND).await == Err(StatusCode::SERVICE_UNAVAILABLE)).then_some(())
+        (served_flags(&parapet, C_FRONTEND).await == Err(StatusCode::SERVICE_UNAVAILABLE))
+            .then_some(())
     })
     .await;
     wait_until_confirmed(&parapet).await;
@@ -353,8 +354,10 @@ async fn newest_state_is_served_when_two_tokens_see_a_project() {
         upstream.set_flags(A_AND_B, &one);
         upstream.set_flags(B_AND_C, &two);
         wait_until("the first token's change is served to both", TIMEOUT, async || {
-            let both =
-                [served_flags(&parapet, A_AND_B).await.ok()?, served_flags(&parapet, B_AND_C).await.ok()?];
+            let both = [
+                served_flags(&parapet, A_AND_B).await.ok()?,
+                served_flags(&parapet, B_AND_C).await.ok()?,
+            ];
             both.iter().all(|names| names.contains(&name(b))).then_some(())
         })
         .await;
@@ -401,7 +404,11 @@ async fn restart_with_stale_replica(has_revisions: bool) {
     parapet.restart();
     parapet.wait_until_ready().await;
     upstream.wait_until_polled(&[A]).await;
-    assert_eq!(served_flags(&parapet, A).await, Ok(vec!["a2".to_owned()]), "an older state is served");
+    assert_eq!(
+        served_flags(&parapet, A).await,
+        Ok(vec!["a2".to_owned()]),
+        "an older state is served"
+    );
     for (flag, revision) in [("a/a2", 12), ("a/a3", 13)] {
         show(flag, revision);
         wait_until("the newest state is served", TIMEOUT, async || {
@@ -555,7 +562,8 @@ async fn wall_clock_set_back_stops_neither_polls_nor_revocations_nor_usage() {
     let unleash = Unleash::shared(UnleashVersion::V8).await;
     unleash.create_enabled_flag(BEFORE, "development", &[]).await;
     unleash.wait_until_counted(BEFORE, "development").await;
-    let token = async |name| unleash.create_token(TokenKind::Backend, "development", &["*"], name).await;
+    let token =
+        async |name| unleash.create_token(TokenKind::Backend, "development", &["*"], name).await;
     let (own, reporter, first, second) = (
         token("clock-own").await,
         token("clock-reporter").await,

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use crate::local::{FullResponse, FRONTEND, InProcessParapet, WEB_FRONTEND, send};
+use crate::in_process::{FRONTEND, FullResponse, InProcessParapet, WEB_FRONTEND, send};
 
 /// A flag of the project `web` that is on if this constraint holds.
 fn constrained_flag(name: &str, field: &str, value: &str) -> Value {
@@ -250,7 +250,12 @@ async fn remote_address_is_the_peers_or_from_a_trusted_proxy() {
         let path = format!("/api/frontend{query}");
         let request = parapet.request(Method::GET, &path).header("authorization", FRONTEND);
         let request = headers.iter().fold(request, |it, (name, value)| it.header(*name, *value));
-        assert_enabled(&send(request).await, on, &regardless, &format!("{args:?} {headers:?} {query}"));
+        assert_enabled(
+            &send(request).await,
+            on,
+            &regardless,
+            &format!("{args:?} {headers:?} {query}"),
+        );
     };
     let forwarded = [("x-forwarded-for", "203.0.113.7")];
     check(&[], &[], "", &here).await;

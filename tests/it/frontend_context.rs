@@ -14,8 +14,8 @@ use rand::{RngExt as _, SeedableRng as _};
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use crate::local::{FRONTEND, InProcessParapet};
-use crate::rig::{TokenKind, Parapet, Unleash, UnleashVersion, http, wait_until};
+use crate::in_process::{FRONTEND, InProcessParapet};
+use crate::rig::{Parapet, TokenKind, Unleash, UnleashVersion, http, wait_until};
 
 const ENVIRONMENT: &str = "development";
 
@@ -148,7 +148,8 @@ async fn edge_reads_contexts_as_unleash_does() {
         unleash.create_enabled_flag(name, ENVIRONMENT, std::slice::from_ref(strategy)).await;
     }
     let token = unleash.create_token(TokenKind::Frontend, ENVIRONMENT, &["*"], "context").await;
-    let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).with_short_intervals();
+    let edge =
+        Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).with_short_intervals();
     let edge = edge.flag("--fleet-name", "context").start().await;
     let (theirs, ours) = (unleash.url(), edge.url());
     let everybody = "userId=7&sessionId=A&environment=A&appName=A&plan=A&the+region=A";
@@ -214,7 +215,10 @@ async fn edge_reads_contexts_as_unleash_does() {
             ("half", "disabled"),
             ("half-of-sessions", "disabled"),
         ] {
-            assert!((1..RANDOM_SAMPLES).contains(&count(name, variant)), "{name} {variant}: {counts:?}");
+            assert!(
+                (1..RANDOM_SAMPLES).contains(&count(name, variant)),
+                "{name} {variant}: {counts:?}"
+            );
         }
     }
 }
@@ -243,7 +247,7 @@ async fn requests_without_session_are_distributed_and_etags_match_bodies() {
     for _ in 0..RANDOM_SAMPLES {
         let request = parapet.request(reqwest::Method::GET, "/api/frontend");
         let request = request.header("authorization", FRONTEND).header("if-none-match", tag);
-        let answer = crate::local::send(request).await;
+        let answer = crate::in_process::send(request).await;
         if answer.status == StatusCode::OK {
             assert_eq!(answer.text(), other, "what the client has is not sent again");
         }

@@ -8,7 +8,7 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use crate::local::{CLIENT, FRONTEND, InProcessParapet, send};
+use crate::in_process::{CLIENT, FRONTEND, InProcessParapet, send};
 use crate::rig::{Parapet, wait_until};
 
 const FLAGS: &str =
@@ -27,7 +27,13 @@ const BODY_ROUTES: [(&str, &str); 9] = [
     ("/edge/validate", ""),
 ];
 
-async fn post(parapet: &InProcessParapet, path: &str, token: &str, coding: &str, body: Vec<u8>) -> StatusCode {
+async fn post(
+    parapet: &InProcessParapet,
+    path: &str,
+    token: &str,
+    coding: &str,
+    body: Vec<u8>,
+) -> StatusCode {
     let request = parapet.request(Method::POST, path).header("authorization", token);
     let request =
         if coding.is_empty() { request } else { request.header("content-encoding", coding) };

@@ -5,7 +5,7 @@ use std::time::Duration;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use crate::local::{FullResponse, CLIENT, FRONTEND, InProcessParapet, WEB_FRONTEND, send};
+use crate::in_process::{CLIENT, FRONTEND, FullResponse, InProcessParapet, WEB_FRONTEND, send};
 use crate::rig::{Driver, EventStream, node, tests_dir, wait_until};
 
 const BULK_PATH: &str = "/ofrep/v1/evaluate/flags";
@@ -227,7 +227,8 @@ async fn tokens_are_read_from_every_header_and_errors_conform_to_the_protocol() 
     assert_eq!(check(BULK_PATH, raw(FRONTEND), &long, 400).await["errorCode"], "INVALID_CONTEXT");
 
     // The entity tag depends on the outcome and on the token.
-    let first = ask(BULK_PATH, raw(FRONTEND), r#"{"context":{"targetingKey":"7","plan":"x"}}"#).await;
+    let first =
+        ask(BULK_PATH, raw(FRONTEND), r#"{"context":{"targetingKey":"7","plan":"x"}}"#).await;
     assert_eq!(first.header("cache-control"), "private, no-cache");
     let etag = first.header("etag").to_owned();
     let again = async |token: &str, body: &str, expect: StatusCode| {
@@ -333,7 +334,8 @@ async fn stream_sends_refetch_for_its_own_context_only() {
         answer
     };
     let gold = || json!({ "targetingKey": "7", "plan": "gold" });
-    let (plain, golden) = (event_stream_path(&ask(json!({})).await), event_stream_path(&ask(gold()).await));
+    let (plain, golden) =
+        (event_stream_path(&ask(json!({})).await), event_stream_path(&ask(gold()).await));
     assert!(plain.starts_with("/edge/ofrep/v1/events?ticket="), "{plain}");
     assert_eq!(event_stream_path(&ask(gold()).await), golden, "the same question, the same stream");
     assert!(!golden.contains("gold") && !golden.contains(FRONTEND));

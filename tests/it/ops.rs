@@ -6,7 +6,7 @@ use std::time::Duration;
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 
-use crate::local::{CLIENT, FRONTEND, InProcessParapet, send};
+use crate::in_process::{CLIENT, FRONTEND, InProcessParapet, send};
 use crate::rig::{Parapet, http, wait_until};
 
 const FLAGS: &str = r#"{"features":[{"name":"a","enabled":true,"strategies":[]}]}"#;
@@ -366,7 +366,9 @@ async fn admin_listener_shows_flags_and_usage_without_tokens() {
         assert!(page.json().is_object(), "{path}");
         pages.push_str(page.text());
     }
-    for secret in [ADMIN, CLIENT_TOKEN, FRONTEND_TOKEN].map(|token| token.split_once('.').unwrap().1) {
+    for secret in
+        [ADMIN, CLIENT_TOKEN, FRONTEND_TOKEN].map(|token| token.split_once('.').unwrap().1)
+    {
         assert!(!pages.contains(&secret[..8]), "more than four characters of a secret are shown");
     }
     let status = parapet.admin_request(Method::GET, "/status").header("authorization", ADMIN);
@@ -442,13 +444,27 @@ async fn client_input_is_never_a_metric_label() {
             send(&made_up.to_uppercase(), format!("/{made_up}"), "", String::new()).await;
             send(&made_up.to_uppercase(), "/api/frontend".to_owned(), "", String::new()).await;
             send("GET", "/api/frontend".to_owned(), &unknown, String::new()).await;
-            send("GET", format!("/api/frontend/features/{made_up}"), FRONTEND_TOKEN, String::new()).await;
-            send("GET", format!("/api/client/features/{made_up}"), CLIENT_TOKEN, String::new()).await;
-            send("GET", format!("/api/client/features?project={made_up}"), CLIENT_TOKEN, String::new())
+            send("GET", format!("/api/frontend/features/{made_up}"), FRONTEND_TOKEN, String::new())
                 .await;
+            send("GET", format!("/api/client/features/{made_up}"), CLIENT_TOKEN, String::new())
+                .await;
+            send(
+                "GET",
+                format!("/api/client/features?project={made_up}"),
+                CLIENT_TOKEN,
+                String::new(),
+            )
+            .await;
             send("POST", "/api/client/metrics".to_owned(), CLIENT_TOKEN, report.to_string()).await;
-            send("POST", "/api/proxy/client/metrics".to_owned(), FRONTEND_TOKEN, report.to_string()).await;
-            send("POST", "/api/client/register".to_owned(), CLIENT_TOKEN, registration.to_string()).await;
+            send(
+                "POST",
+                "/api/proxy/client/metrics".to_owned(),
+                FRONTEND_TOKEN,
+                report.to_string(),
+            )
+            .await;
+            send("POST", "/api/client/register".to_owned(), CLIENT_TOKEN, registration.to_string())
+                .await;
             send("POST", "/edge/validate".to_owned(), "", json!({"tokens": [unknown]}).to_string())
                 .await;
         }

@@ -9,7 +9,10 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::rig::{TokenKind, Parapet, Unleash, UnleashVersion, build_hanging_disk_library, http, secrets, wait_until};
+use crate::rig::{
+    Parapet, TokenKind, Unleash, UnleashVersion, build_hanging_disk_library, http, secrets,
+    wait_until,
+};
 
 const FLAGS: &str = r#"{"version":2,"features":[
     {"name":"first","project":"default","enabled":true,"strategies":[{"name":"default"}]}]}"#;
@@ -91,7 +94,11 @@ async fn own_tokens(unleash: &Unleash, fleet: &str) -> Vec<(String, String)> {
     tokens
 }
 
-async fn admin_token_is_replaced(version: UnleashVersion, second: &'static str, other: &'static str) {
+async fn admin_token_is_replaced(
+    version: UnleashVersion,
+    second: &'static str,
+    other: &'static str,
+) {
     const FLEET: &str = "rotation";
     let unleash = Unleash::start(version).await;
     let first = unleash.admin_token();
@@ -112,7 +119,8 @@ async fn admin_token_is_replaced(version: UnleashVersion, second: &'static str, 
 
     unleash.insert_admin_token(other).await;
     unleash.delete_admin_token(other).await;
-    wait_for_status_page(&parapet, first, StatusCode::UNAUTHORIZED, UNLEASH_REVOCATION_TIMEOUT).await;
+    wait_for_status_page(&parapet, first, StatusCode::UNAUTHORIZED, UNLEASH_REVOCATION_TIMEOUT)
+        .await;
     assert_eq!(parapet.metric(ADMIN_TOKEN_REFUSED).await, Some(1.0));
     wait_until_logged(&parapet, "Upstream refuses the admin token").await;
     // Flags stay served.
@@ -226,7 +234,8 @@ async fn create_backend_token(server: &Parapet, admin: &str, name: &str) -> Stri
 async fn create_token(server: &Parapet, admin: &str, name: &str, kind: &str) -> String {
     let new_token =
         json!({ "tokenName": name, "type": kind, "environment": "development", "projects": ["*"] });
-    let made = admin_request(server, admin, Method::POST, "/api/admin/api-tokens", &new_token).await;
+    let made =
+        admin_request(server, admin, Method::POST, "/api/admin/api-tokens", &new_token).await;
     let secret = made["secret"].as_str().unwrap().to_owned();
     secrets::register(&secret);
     secret
@@ -339,7 +348,8 @@ async fn rejected_admin_token_opens_nothing_while_the_disk_hangs() {
     let mut secret = MountedSecret::new(FIRST);
     let marker = folder.path().join("hangs");
     let edge = Parapet::edge(&upstream.admin_url()).env("UPSTREAM_ADMIN_TOKEN_FILE", secret.path());
-    let edge = edge.env("HANG", &marker).env("LD_PRELOAD", build_hanging_disk_library(folder.path()));
+    let edge =
+        edge.env("HANG", &marker).env("LD_PRELOAD", build_hanging_disk_library(folder.path()));
     let edge = edge.with_short_intervals().start().await;
     fs::write(&marker, "").unwrap();
     secret.replace(WRONG);
@@ -368,10 +378,17 @@ async fn sighup_replaces_the_tokens_that_fetch_flags() {
     wait_for_features_status(&edge, &first, StatusCode::OK).await;
     // Upstream no longer accepts it; the second one continues to fetch.
     let listed =
-        admin_request(&upstream, ADMIN, Method::GET, "/api/admin/api-tokens/first", &json!({})).await;
+        admin_request(&upstream, ADMIN, Method::GET, "/api/admin/api-tokens/first", &json!({}))
+            .await;
     let id = listed["tokens"][0]["secret"].as_str().unwrap();
-    admin_request(&upstream, ADMIN, Method::DELETE, &format!("/api/admin/api-tokens/{id}"), &json!({}))
-        .await;
+    admin_request(
+        &upstream,
+        ADMIN,
+        Method::DELETE,
+        &format!("/api/admin/api-tokens/{id}"),
+        &json!({}),
+    )
+    .await;
     fs::write(folder.path().join("flags.json"), FLAGS.replace("first", "renamed")).unwrap();
     wait_until("the edge serves what has changed since", TIMEOUT, async || {
         let (_, flags) = edge.get("/api/client/features", &second).await;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use reqwest::{Method, StatusCode};
 
-use crate::rig::{TokenKind, Parapet, Sdk, Unleash, http, secrets};
+use crate::rig::{Parapet, Sdk, TokenKind, Unleash, http, secrets};
 
 const ENVIRONMENT: &str = "development";
 
@@ -15,13 +15,16 @@ const ENVIRONMENT: &str = "development";
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
 async fn no_token_appears_in_errors_logs_files_or_pages() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
-        let backend = unleash.create_token(TokenKind::Backend, ENVIRONMENT, &["*"], "secrecy").await;
-        let frontend = unleash.create_token(TokenKind::Frontend, ENVIRONMENT, &["*"], "secrecy").await;
+        let backend =
+            unleash.create_token(TokenKind::Backend, ENVIRONMENT, &["*"], "secrecy").await;
+        let frontend =
+            unleash.create_token(TokenKind::Frontend, ENVIRONMENT, &["*"], "secrecy").await;
         let unknown = format!("*:{ENVIRONMENT}.secrecy-0f1e2d3c4b5a69788796a5b4c3d2e1f0");
         let malformed = "secrecy-without-a-dot-0f1e2d3c4b5a6978";
         secrets::register(&unknown);
         secrets::register(malformed);
-        let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).with_short_intervals();
+        let edge =
+            Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).with_short_intervals();
         let edge = edge.flag("--fleet-name", "secrecy").flag("--log", "debug,parapet=trace");
         let parapet = edge.start().await;
         unleash.register_tokens_named("parapet-secrecy").await;

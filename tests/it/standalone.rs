@@ -185,7 +185,8 @@ async fn first_start_without_flags_writes_an_example_and_later_starts_require_fl
     assert!(parapet.terminate().await.success());
     std::fs::remove_file(&file).unwrap();
     parapet.restart();
-    let ended = wait_until("it ends", Duration::from_secs(30), async || parapet.exit_status()).await;
+    let ended =
+        wait_until("it ends", Duration::from_secs(30), async || parapet.exit_status()).await;
     assert_eq!(ended.code(), Some(64), "{}", parapet.log());
     assert!(!file.exists() && parapet.log().contains("config/flags.json does not exist"));
 }
@@ -318,8 +319,10 @@ async fn edited_flag_file_is_served_and_invalid_edit_is_ignored() {
     let limit = Duration::from_secs(20);
     home.write_flags(&FLAGS.replace("first", "second"));
     let shows = async |name: &'static str| {
-        wait_until("the edit is served", limit, async || served().await.contains(name).then_some(()))
-            .await;
+        wait_until("the edit is served", limit, async || {
+            served().await.contains(name).then_some(())
+        })
+        .await;
     };
     shows("second").await;
     home.write_flags("{ this is no flag file");
@@ -341,7 +344,8 @@ async fn probe_commands_query_a_running_instance() {
     let parapet = home.start(&[]).await;
     for probe in ["health", "ready"] {
         for place in [["--edge-url".to_owned(), parapet.url()], port_args(&parapet)] {
-            let output = run_parapet(&[&[probe], &place.each_ref().map(String::as_str)[..]].concat(), &[]);
+            let output =
+                run_parapet(&[&[probe], &place.each_ref().map(String::as_str)[..]].concat(), &[]);
             assert_eq!(output.status.code(), Some(0), "{probe} {place:?}: {output:?}");
         }
     }
@@ -378,8 +382,10 @@ async fn terminated_instance_is_not_ready_first_and_serves_until_it_ends() {
 
 #[test]
 fn unusable_data_directory_exits_1() {
-    let output =
-        run_parapet(&["--flags=flags.json", "--port=0", "--admin-port=0", "--data-dir=flags.json"], &[]);
+    let output = run_parapet(
+        &["--flags=flags.json", "--port=0", "--admin-port=0", "--data-dir=flags.json"],
+        &[],
+    );
     let printed = String::from_utf8(output.stderr).unwrap();
     assert_eq!((output.status.code(), printed.lines().count()), (Some(1), 1), "{printed}");
     assert!(printed.contains("flags.json"), "{printed}");

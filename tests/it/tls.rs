@@ -3,9 +3,9 @@
 //! `connections` covers HTTP connections and how they end.
 
 mod authority;
+mod certificate_rotation;
 mod client_certificates;
-mod replaced;
-mod tools;
+mod external_clients;
 
 use std::ffi::OsString;
 use std::fmt::Debug;
@@ -24,8 +24,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use self::authority::{TestAuthority, CertificateFiles};
-use crate::local::CLIENT;
+use self::authority::{CertificateFiles, TestAuthority};
+use crate::in_process::CLIENT;
 use crate::rig::{Parapet, Setup, http, wait_until};
 
 const FLAGS: &str =
@@ -184,7 +184,11 @@ async fn server_name_selects_the_certificate() {
     let files: Vec<_> = files.map(|(name, issued)| issued.write_files(&authority, name)).collect();
     let parapet = TlsParapet::start(offline(&authority, &files)).await;
     for (name, index) in [("b.test", 1), ("x.c.test", 2), ("other.test", 0), ("127.0.0.1", 0)] {
-        assert_eq!(parapet.presented_certificate(&authority, name).await, *issued[index].der(), "{name}");
+        assert_eq!(
+            parapet.presented_certificate(&authority, name).await,
+            *issued[index].der(),
+            "{name}"
+        );
     }
     // An unknown name gets the first certificate, which the client rejects.
     let refused = parapet.connect(authority.client_config(), "nobody.test").await.unwrap_err();
@@ -234,7 +238,11 @@ fn client_hello(authority: &TestAuthority) -> Vec<u8> {
 
 /// Opens `each` connections that send half of their first message, and as many that send all of it, and
 /// then nothing.
-async fn stall_handshakes(authority: &TestAuthority, parapet: &TlsParapet, each: usize) -> Vec<TcpStream> {
+async fn stall_handshakes(
+    authority: &TestAuthority,
+    parapet: &TlsParapet,
+    each: usize,
+) -> Vec<TcpStream> {
     let hello = client_hello(authority);
     let mut stalled = Vec::new();
     for sent in [&hello[..hello.len() / 2], &hello] {
@@ -319,7 +327,10 @@ async fn handshakes_and_expiry_appear_in_metrics_status_and_log() {
     }
     let expiry = |listener: &str, file: &str| {
         let name = "parapet_tls_certificate_expiry_seconds";
-        sample_value::<f64>(&page, &format!("{name}{{listener=\"{listener}\",certificate=\"{file}\"}}"))
+        sample_value::<f64>(
+            &page,
+            &format!("{name}{{listener=\"{listener}\",certificate=\"{file}\"}}"),
+        )
     };
     let day = 86_400.0;
     assert!((9.0 * day..=10.0 * day).contains(&expiry("data", &soon_file)), "{page}");

@@ -46,7 +46,7 @@ use std::collections::HashMap;
 
 use jiff::Timestamp;
 use parapet::engine::{Context, Defect, Engine, FieldId, Relevance};
-use parapet::wire::features::Document;
+use parapet::protocol::features::Document;
 use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
 use serde_json::{Value, json};
@@ -267,7 +267,10 @@ fn context() -> impl Strategy<Value = unleash_yggdrasil::Context> {
         })
 }
 
-fn assert_same_results(document: &Value, context: &unleash_yggdrasil::Context) -> Result<(), TestCaseError> {
+fn assert_same_results(
+    document: &Value,
+    context: &unleash_yggdrasil::Context,
+) -> Result<(), TestCaseError> {
     let peer = EngineState::default();
     let warnings = peer
         .take_state(UpdateMessage::FullResponse(serde_json::from_value(document.clone()).unwrap()));

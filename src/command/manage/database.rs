@@ -6,13 +6,13 @@
 use super::{
     error::Error,
     input::{read_first_line, read_password},
-    told::{AccountRow, TokenRow, Output},
+    output::{AccountRow, Output, TokenRow},
 };
 use crate::{
     config::ManageTask,
-    control::{
-        Account, Actor, ApiToken, ControlPlane, PermissionChange, DatabaseLocation, NewAccount, NewToken, Operator,
-        Permission,
+    control_plane::{
+        Account, Actor, ApiToken, ControlPlane, DatabaseLocation, NewAccount, NewToken, Operator,
+        Permission, PermissionChange,
     },
     token::{Environment, Projects, TokenKind},
 };
@@ -51,11 +51,12 @@ pub(super) async fn run(location: DatabaseLocation, task: ManageTask) -> Result<
                 Some(identifier) => identifier,
                 None => read_first_line("-")?,
             };
-            let deleted = control.delete_token(&actor, &identifier).await?.ok_or(Error::TokenNotFound)?;
+            let deleted =
+                control.delete_token(&actor, &identifier).await?.ok_or(Error::TokenNotFound)?;
             Ok(Output::RevokedToken { name: deleted.name, masked: deleted.masked.to_string() })
         }
         ManageTask::AddAccount { username, role, name, email, password } => {
-            let (password, shown) = self::read_password(password)?;
+            let (password, shown) = read_password(password)?;
             let new = NewAccount { username, name, email, role, password };
             let account = control.create_account(&actor, new).await?;
             Ok(Output::CreatedAccount { account: account_row(account), password: shown })
@@ -67,22 +68,29 @@ pub(super) async fn run(location: DatabaseLocation, task: ManageTask) -> Result<
         ManageTask::Grant { username, permissions, revoke } => {
             let account = find_account(&control, &actor, username).await?;
             let permissions = permissions.into_iter().collect();
-            let change =
-                if revoke { PermissionChange::Remove(permissions) } else { PermissionChange::Add(permissions) };
+            let change = if revoke {
+                PermissionChange::Remove(permissions)
+            } else {
+                PermissionChange::Add(permissions)
+            };
             let changed = control.update_permissions(&actor, account.id, change).await?;
             let account = changed.ok_or(Error::AccountNotFound(account.username))?;
             Ok(Output::ChangedPermissions(account_row(account)))
         }
         ManageTask::SetPassword { username, password } => {
             let account = find_account(&control, &actor, username).await?;
-            let (password, shown) = self::read_password(password)?;
+            let (password, shown) = read_password(password)?;
             control.set_password(&actor, account.id, password).await?;
             Ok(Output::NewPassword { username: account.username, password: shown })
         }
     }
 }
 
-async fn find_account(control: &ControlPlane, actor: &Actor, username: String) -> Result<Account, Error> {
+async fn find_account(
+    control: &ControlPlane,
+    actor: &Actor,
+    username: String,
+) -> Result<Account, Error> {
     let accounts = control.accounts(&actor.operator).await?;
     let key = username.to_lowercase();
     let mut found = accounts.into_iter().filter(|it| it.username.to_lowercase() == key);

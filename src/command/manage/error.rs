@@ -3,7 +3,7 @@
 use std::{fmt, io};
 
 use crate::{
-    control::{Error as Failed, PasswordError},
+    control_plane::{Error as Failed, PasswordError},
     token::ParseError,
 };
 

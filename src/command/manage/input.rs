@@ -3,7 +3,10 @@
 use std::io::{self, Read as _};
 
 use super::error::Error;
-use crate::{config::PasswordSource, control::Password, wire::text::remove_byte_order_mark};
+use crate::{
+    config::PasswordSource, control_plane::Password,
+    protocol::byte_order_mark::remove_byte_order_mark,
+};
 
 /// Reads or generates a password; the second value is its plaintext if it was generated and must be
 /// shown.

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::{collection::vec, prelude::*, sample::subsequence};
 use serde_json::{Value, json};
 
-use super::{Document, RECOMPILE_SLACK, Flag, Problem};
+use super::{Document, Flag, Problem, RECOMPILE_SLACK};
 use crate::engine::{
     Context, Engine, Outcome,
     arbitrary::{ArbitraryContext, arbitrary_context, arbitrary_definitions},
@@ -47,15 +47,14 @@ struct Change {
 fn change() -> impl Strategy<Value = Change> {
     let names: Vec<_> = (0..5).map(|n| format!("f{n}")).collect();
     let malformed = malformed_flags();
-    (arbitrary_definitions(), prop::bool::weighted(0.2), subsequence(names, 0..2), malformed).prop_flat_map(
-        |((flags, segments), has_segments, removed, malformed)| {
+    (arbitrary_definitions(), prop::bool::weighted(0.2), subsequence(names, 0..2), malformed)
+        .prop_flat_map(|((flags, segments), has_segments, removed, malformed)| {
             let Value::Array(mut flags) = flags else { unreachable!("flags are a list") };
             flags.extend(malformed);
             let count = flags.len();
             (subsequence(flags, 0..=count), Just((has_segments.then_some(segments), removed)))
                 .prop_map(|(replaced, (segments, removed))| Change { replaced, segments, removed })
-        },
-    )
+        })
 }
 
 fn malformed_flags() -> impl Strategy<Value = Vec<Value>> {
@@ -87,7 +86,11 @@ fn check(compiled: &Compiled, contexts: &[ArbitraryContext]) -> Result<(), TestC
             prop_assert_eq!(outcome, whole.evaluate(id, &expect_bound));
             let names = |engine: &Engine| {
                 let variant = engine.flag(id).variant(outcome);
-                (engine.flag(id).name().to_string(), format!("{variant:?}"), engine.constant_outcome(id))
+                (
+                    engine.flag(id).name().to_string(),
+                    format!("{variant:?}"),
+                    engine.constant_outcome(id),
+                )
             };
             prop_assert_eq!(names(engine), names(&whole));
             // Compared by name: ids differ.

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::super::Engine;
-use super::super::arbitrary::{arbitrary_json, arbitrary_context, arbitrary_definitions};
+use super::super::arbitrary::{arbitrary_context, arbitrary_definitions, arbitrary_json};
 use super::*;
 
 fn compile(features: &Value, segments: &Value) -> (Engine, Document) {

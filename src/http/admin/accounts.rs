@@ -5,15 +5,16 @@ use std::collections::BTreeSet;
 use bytes::Bytes;
 
 use super::{
-    body::{self, QueryParams},
     operation::MAX_ACCOUNTS,
+    request::{self, QueryParams},
 };
 use crate::{
-    control::{
-        Account, AccountChange, Actor, ControlPlane, PermissionChange, NewAccount, Operator, Permission, RootRole,
+    control_plane::{
+        Account, AccountChange, Actor, ControlPlane, NewAccount, Operator, Permission,
+        PermissionChange, RootRole,
     },
-    http::reply::{self, HttpError, HttpResponse},
-    wire::admin::{self as wire, Field, FieldErrors, RoleRef, Rfc3339Millis},
+    http::response::{self, HttpError, HttpResponse},
+    protocol::admin::{self as wire, Field, FieldErrors, Rfc3339Millis, RoleRef},
 };
 
 /// Lists all accounts or a page of them, and all roles.
@@ -38,11 +39,15 @@ pub(super) async fn list(
         },
         r#type: "root",
     });
-    Ok(reply::json_document(&wire::Users { users, root_roles: root_roles.into() }))
+    Ok(response::json_document(&wire::Users { users, root_roles: root_roles.into() }))
 }
 
 /// Returns one account.
-pub(super) async fn get(control: &ControlPlane, actor: &Actor, id: &str) -> Result<HttpResponse, HttpError> {
+pub(super) async fn get(
+    control: &ControlPlane,
+    actor: &Actor,
+    id: &str,
+) -> Result<HttpResponse, HttpError> {
     account_response(control.account(actor, parse_account_id(id)?).await?)
 }
 
@@ -52,7 +57,7 @@ pub(super) async fn create(
     actor: &Actor,
     body: &Bytes,
 ) -> Result<HttpResponse, HttpError> {
-    let request: wire::CreateUser = body::parse_object(body)?;
+    let request: wire::CreateUser = request::parse_object(body)?;
     let mut problems = FieldErrors::default();
     let may_be_missing = !matches!(request.username, Field::Invalid(_));
     let username = problems.optional("username", request.username).and_then(|it| it.0);
@@ -60,7 +65,7 @@ pub(super) async fn create(
     let email = problems.optional("email", request.email).and_then(|it| it.0).map(|email| email.0);
     let role = parse_root_role(&mut problems, request.root_role, true);
     let password = problems.required("password", request.password);
-    let password = body::new_password(&mut problems, password.as_ref());
+    let password = request::new_password(&mut problems, password.as_ref());
     let username = username.map(|name| name.0).or_else(|| email.clone());
     if username.is_none() && may_be_missing {
         problems.add("username", "is missing");
@@ -71,7 +76,7 @@ pub(super) async fn create(
     };
     let account = control.create_account(actor, problems.into_result(new())?).await?;
     let location = account.id.to_string();
-    Ok(reply::created(&account_json(account), &location))
+    Ok(response::created(&account_json(account), &location))
 }
 
 /// Changes the name, email address, role or password of an account.
@@ -81,22 +86,26 @@ pub(super) async fn update(
     id: &str,
     body: &Bytes,
 ) -> Result<HttpResponse, HttpError> {
-    let request: wire::UpdateUser = body::parse_object(body)?;
+    let request: wire::UpdateUser = request::parse_object(body)?;
     let mut problems = FieldErrors::default();
     let name = problems.optional("name", request.name).map(|it| it.0.map(|name| name.0));
     let email = problems.optional("email", request.email).map(|it| it.0.map(|email| email.0));
     let role = parse_root_role(&mut problems, request.root_role, false);
     let password = problems.optional("password", request.password);
-    let password = body::new_password(&mut problems, password.as_ref());
+    let password = request::new_password(&mut problems, password.as_ref());
     problems.finish()?;
     let change = AccountChange { name, email, role, password };
     account_response(control.update_account(actor, parse_account_id(id)?, change).await?)
 }
 
 /// Deletes an account.
-pub(super) async fn delete(control: &ControlPlane, actor: &Actor, id: &str) -> Result<HttpResponse, HttpError> {
+pub(super) async fn delete(
+    control: &ControlPlane,
+    actor: &Actor,
+    id: &str,
+) -> Result<HttpResponse, HttpError> {
     control.delete_account(actor, parse_account_id(id)?).await?.ok_or_else(account_not_found)?;
-    Ok(reply::empty_ok())
+    Ok(response::empty_ok())
 }
 
 /// Sets the permissions of an account beyond those of its role.
@@ -106,7 +115,7 @@ pub(super) async fn set_permissions(
     id: &str,
     body: &Bytes,
 ) -> Result<HttpResponse, HttpError> {
-    let request: wire::SetPermissions = body::parse_object(body)?;
+    let request: wire::SetPermissions = request::parse_object(body)?;
     let mut problems = FieldErrors::default();
     let names = problems.required("permissions", request.permissions).unwrap_or_default();
     let mut permissions = BTreeSet::new();
@@ -120,7 +129,15 @@ pub(super) async fn set_permissions(
         }
     }
     problems.finish()?;
-    account_response(control.update_permissions(actor, parse_account_id(id)?, PermissionChange::Replace(permissions)).await?)
+    account_response(
+        control
+            .update_permissions(
+                actor,
+                parse_account_id(id)?,
+                PermissionChange::Replace(permissions),
+            )
+            .await?,
+    )
 }
 
 /// Sets a new password for an account.
@@ -130,16 +147,16 @@ pub(super) async fn reset_password(
     id: &str,
     body: &Bytes,
 ) -> Result<HttpResponse, HttpError> {
-    let request: wire::ResetPassword = body::parse_object(body)?;
+    let request: wire::ResetPassword = request::parse_object(body)?;
     let mut problems = FieldErrors::default();
     let password = problems.required("password", request.password);
-    let password = body::new_password(&mut problems, password.as_ref());
+    let password = request::new_password(&mut problems, password.as_ref());
     let password = problems.into_result(password)?;
     control
         .set_password(actor, parse_account_id(id)?, password)
         .await?
         .ok_or_else(account_not_found)?;
-    Ok(reply::empty_ok())
+    Ok(response::empty_ok())
 }
 
 fn parse_root_role(
@@ -174,7 +191,9 @@ fn account_not_found() -> HttpError {
 }
 
 fn account_response(account: Option<Account>) -> Result<HttpResponse, HttpError> {
-    account.map(|account| reply::json_document(&account_json(account))).ok_or_else(account_not_found)
+    account
+        .map(|account| response::json_document(&account_json(account)))
+        .ok_or_else(account_not_found)
 }
 
 fn account_json(account: Account) -> wire::User {

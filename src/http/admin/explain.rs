@@ -5,16 +5,17 @@
 use jiff::Timestamp;
 
 use crate::{
-    answers::explained::{self, UnknownFlag},
-    http::reply::{self, HttpError, HttpResponse},
+    evaluation::explain::{self, UnknownFlag},
+    http::response::{self, HttpError, HttpResponse},
+    protocol::explain::ExplainRequest,
     snapshot::Snapshots,
     token::Environment,
-    wire::explain::ExplainRequest,
 };
 
 /// Parses a request body and returns an [`Explanation`](crate::engine::explanation::Explanation).
 pub(super) fn explain(snapshots: &Snapshots, body: &[u8]) -> Result<HttpResponse, HttpError> {
-    let question = ExplainRequest::parse(body).map_err(|error| HttpError::Malformed(error.to_string()))?;
+    let question =
+        ExplainRequest::parse(body).map_err(|error| HttpError::Malformed(error.to_string()))?;
     let Some(snapshot) = snapshots.load(&Environment::new(&question.environment)) else {
         let names = snapshots.environments();
         let names: Vec<_> = names.iter().map(Environment::as_str).collect();
@@ -24,8 +25,8 @@ pub(super) fn explain(snapshots: &Snapshots, body: &[u8]) -> Result<HttpResponse
         )));
     };
     let (now, draw) = (Timestamp::now(), rand::random());
-    match explained::explain(&snapshot, &question.flag, &question.context, now, draw) {
-        Ok(explanation) => Ok(reply::json_document(&explanation)),
+    match explain::explain(&snapshot, &question.flag, &question.context, now, draw) {
+        Ok(explanation) => Ok(response::json_document(&explanation)),
         Err(UnknownFlag { similar_names: alike }) if alike.is_empty() => {
             Err(HttpError::ResourceNotFound("there is no such flag in this environment".to_owned()))
         }
@@ -43,9 +44,9 @@ mod tests {
 
     use super::*;
     use crate::{
+        protocol::features::Document,
         snapshot::Snapshot,
         token::{Projects, Scope},
-        wire::features::Document,
     };
 
     async fn assert_response(body: &Value, status: u16, field: &str, expect: &str) {
@@ -54,7 +55,8 @@ mod tests {
         let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
         let document = Document::parse(flags.to_string().as_bytes()).unwrap();
         snapshots.swap(Snapshot::build(scope, document, None));
-        let reply = explain(&snapshots, body.to_string().as_bytes()).unwrap_or_else(HttpResponse::from);
+        let reply =
+            explain(&snapshots, body.to_string().as_bytes()).unwrap_or_else(HttpResponse::from);
         assert_eq!(reply.status().as_u16(), status, "{body}");
         let text = reply.into_body().collect().await.unwrap().to_bytes();
         let document: Value = serde_json::from_slice(&text).unwrap();

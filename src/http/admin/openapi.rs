@@ -3,17 +3,17 @@
 //! Schemas are derived from the types of request and response bodies. Those of the SDK endpoints are
 //! written by hand in `sdk_operations`.
 
-mod parts;
-mod sdks;
+mod helpers;
+mod sdk_operations;
 
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
 
-use self::parts::{path_parameters, success_response};
+use self::helpers::{path_parameters, success_response};
 use super::operation::{
     Access, OPERATIONS, Operation, ParameterType, QueryParameter, ResponseSpec,
 };
-use crate::wire::admin::Error;
+use crate::protocol::admin::Error;
 
 /// Generates the document.
 pub(super) fn document() -> Value {
@@ -42,11 +42,11 @@ pub(super) fn document() -> Value {
         let body = row.body.map(|shape| shape(&mut generator).to_value());
         add(row.path, row.method.as_str(), operation_json(row, success, body, &error));
     }
-    for (path, method, operation) in sdks::operations(&error) {
+    for (path, method, operation) in sdk_operations::operations(&error) {
         add(path, method, operation);
     }
     let mut schemas = generator.take_definitions(true);
-    schemas.extend(sdks::schemas());
+    schemas.extend(sdk_operations::schemas());
     json!({
         "openapi": "3.1.0",
         "info": {

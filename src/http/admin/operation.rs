@@ -12,7 +12,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator};
 use crate::{
     engine::explanation::Explanation,
     http::route::OptionalEndpoint,
-    wire::{admin as wire, explain::ExplainRequest},
+    protocol::{admin as wire, explain::ExplainRequest},
 };
 
 /// Identifies an operation. The variants group operations by their requirements; the `Debug` text is the

@@ -19,15 +19,15 @@ use percent_encoding::percent_decode_str;
 use tracing::warn;
 
 use super::{
-    caller::{BACKGROUND_HEADER, presented_token},
-    origin::is_same_origin,
+    authentication::{BACKGROUND_HEADER, presented_token},
+    csrf::is_same_origin,
 };
 use crate::{
     auth::Authenticator,
-    http::reply::{self, HttpError, HttpResponse},
+    http::response::{self, HttpError, HttpResponse},
+    protocol::{tokens::ListedSecret, user::User},
     telemetry::error_chain,
     upstream::Upstream,
-    wire::{person::User, tokens::ListedSecret},
 };
 
 /// Relays requests to an upstream server.
@@ -110,7 +110,7 @@ impl Relay {
         }
         let (mut head, body) = answer.into_parts();
         head.headers = end_to_end_headers(&head.headers);
-        Ok(reply::relayed(head, body))
+        Ok(response::relayed(head, body))
     }
 
     /// The user that is signed in upstream with these cookies.

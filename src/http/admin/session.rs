@@ -6,17 +6,17 @@ use bytes::Bytes;
 use hyper::HeaderMap;
 
 use super::{
-    body,
-    caller::{
+    authentication::{
         AuthenticatedCaller, DEVICE_COOKIE, SECURE_SESSION_COOKIE, SESSION_COOKIE, cookie,
         is_encrypted, session_cookie,
     },
-    origin::is_same_origin,
+    csrf::is_same_origin,
+    request,
 };
 use crate::{
-    control::{Account, ControlPlane, Operator, RootRole, SignInAttempt},
-    http::reply::{self, HttpError, HttpResponse},
-    wire::admin::{self as wire, FieldErrors},
+    control_plane::{Account, ControlPlane, Operator, RootRole, SignInAttempt},
+    http::response::{self, HttpError, HttpResponse},
+    protocol::admin::{self as wire, FieldErrors},
 };
 
 /// The lifetime of the device cookie, in seconds: one year.
@@ -34,11 +34,11 @@ pub(super) async fn sign_in(
     if headers.contains_key("origin") && !is_same_origin(headers) {
         return Err(HttpError::CrossOrigin);
     }
-    let request: wire::Login = body::parse_object(body)?;
+    let request: wire::Login = request::parse_object(body)?;
     let mut problems = FieldErrors::default();
     let username = problems.required("username", request.username);
     let password = problems.required("password", request.password);
-    let password = body::current_password(&mut problems, "password", password.as_ref());
+    let password = request::current_password(&mut problems, "password", password.as_ref());
     let (username, password) = problems.into_result(username.zip(password))?;
     let device = cookie(headers, DEVICE_COOKIE);
     let attempt = SignInAttempt { username: &username.0, password: &password, address, device };
@@ -54,8 +54,8 @@ pub(super) async fn sign_in(
     let device = format!(
         "{DEVICE_COOKIE}={device}; Path=/auth; Max-Age={DEVICE_COOKIE_MAX_AGE_SECONDS}; HttpOnly; SameSite=Strict{secure}"
     );
-    let reply = reply::json_document(&account_json(&signed_in.account));
-    Ok(reply::with_cookie(reply::with_cookie(reply, &session), &device))
+    let reply = response::json_document(&account_json(&signed_in.account));
+    Ok(response::with_cookie(response::with_cookie(reply, &session), &device))
 }
 
 /// Ends the session, if there is one.
@@ -73,8 +73,8 @@ pub(super) async fn sign_out(
     }
     // Both names: a browser deletes the one it has, and accepts the prefixed one only over TLS.
     let expired = |name| format!("{name}=; Path=/; Max-Age=0; HttpOnly; SameSite=Strict");
-    let reply = reply::with_cookie(reply::no_content(), &expired(SESSION_COOKIE));
-    Ok(reply::with_cookie(reply, &format!("{}; Secure", expired(SECURE_SESSION_COOKIE))))
+    let reply = response::with_cookie(response::no_content(), &expired(SESSION_COOKIE));
+    Ok(response::with_cookie(reply, &format!("{}; Secure", expired(SECURE_SESSION_COOKIE))))
 }
 
 /// Returns the caller and their permissions.
@@ -85,7 +85,7 @@ pub(super) fn current_user(caller: &AuthenticatedCaller) -> HttpResponse {
         None => token_json(operator),
     };
     let permissions = operator.permission_names();
-    reply::json_document(&wire::Me {
+    response::json_document(&wire::Me {
         user,
         permissions: permissions.map(|permission| wire::Permission { permission }).collect(),
         feedback: Vec::new(),
@@ -124,10 +124,10 @@ pub(super) async fn change_password(
     if caller.account.is_none() {
         return Err(HttpError::Malformed("an API token has no password".to_owned()));
     }
-    let request: wire::ChangePassword = body::parse_object(body)?;
+    let request: wire::ChangePassword = request::parse_object(body)?;
     let mut problems = FieldErrors::default();
     let old = problems.required("oldPassword", request.old_password);
-    let old = body::current_password(&mut problems, "oldPassword", old.as_ref());
+    let old = request::current_password(&mut problems, "oldPassword", old.as_ref());
     let new = problems.required("password", request.password);
     let again = problems.optional("confirmPassword", request.confirm_password);
     if let (Some(new), Some(again)) = (&new, &again)
@@ -135,8 +135,8 @@ pub(super) async fn change_password(
     {
         problems.add("confirmPassword", "does not match the password");
     }
-    let new = body::new_password(&mut problems, new.as_ref());
+    let new = request::new_password(&mut problems, new.as_ref());
     let (old, new) = problems.into_result(old.zip(new))?;
     control.change_own_password(&caller.actor, &old, new).await?;
-    Ok(reply::empty_ok())
+    Ok(response::empty_ok())
 }

@@ -3,12 +3,15 @@
 use bytes::Bytes;
 use jiff::Timestamp;
 
-use super::{body, catalogue::FlagCatalogue};
+use super::{flags::FlagCatalogue, request};
 use crate::{
-    control::{Actor, ApiToken, ControlPlane, NewToken},
-    http::reply::{self, HttpError, HttpResponse},
+    control_plane::{Actor, ApiToken, ControlPlane, NewToken},
+    http::response::{self, HttpError, HttpResponse},
+    protocol::admin::{
+        self as wire, Field, FieldErrors, MAX_PROJECTS, Rfc3339, Rfc3339Millis, ScopeId,
+        SecretOrIdentifier,
+    },
     token::{Environment, Project, Projects, TokenKind},
-    wire::admin::{self as wire, Field, ScopeId, Rfc3339, MAX_PROJECTS, FieldErrors, SecretOrIdentifier, Rfc3339Millis},
 };
 
 /// The environment of a new token if the request names none.
@@ -33,7 +36,7 @@ pub(super) fn list(control: &ControlPlane, actor: &Actor, filter: TokenFilter<'_
         TokenFilter::InProject(project) => is_visible_in(token, project),
     };
     let tokens = control.tokens(&actor.operator).into_iter().filter(is_selected).map(token_json);
-    reply::json_document(&wire::ApiTokens { tokens: tokens.collect() })
+    response::json_document(&wire::ApiTokens { tokens: tokens.collect() })
 }
 
 fn is_visible_in(token: &ApiToken, project: &str) -> bool {
@@ -52,7 +55,7 @@ pub(super) async fn create(
     project: Option<&str>,
     body: &Bytes,
 ) -> Result<HttpResponse, HttpError> {
-    let request: wire::CreateToken = body::parse_object(body)?;
+    let request: wire::CreateToken = request::parse_object(body)?;
     let kind = match &request.r#type {
         Field::Valid(kind) => Some(kind.0),
         Field::Missing | Field::Invalid(_) => None,
@@ -61,8 +64,9 @@ pub(super) async fn create(
     control.require_create_token(actor, kind).await?;
     let new = parse_new_token(request, catalogue, project)?;
     let (token, created) = control.create_token(actor, new).await?;
-    let created = wire::ApiToken { secret: SecretOrIdentifier::Secret(token), ..token_json(created) };
-    Ok(reply::created(&created, "api-tokens"))
+    let created =
+        wire::ApiToken { secret: SecretOrIdentifier::Secret(token), ..token_json(created) };
+    Ok(response::created(&created, "api-tokens"))
 }
 
 fn parse_new_token(
@@ -175,13 +179,13 @@ pub(super) async fn update(
     token: &str,
     body: &Bytes,
 ) -> Result<HttpResponse, HttpError> {
-    let request: wire::UpdateToken = body::parse_object(body)?;
+    let request: wire::UpdateToken = request::parse_object(body)?;
     let mut problems = FieldErrors::default();
     let end = problems.required("expiresAt", request.expires_at);
     problems.finish()?;
     let end = end.flatten().map(|end| end.0);
     control.update_token(actor, token, end).await?;
-    Ok(reply::empty_ok())
+    Ok(response::empty_ok())
 }
 
 /// Deletes a token. As in Unleash, a token that does not exist is no error.
@@ -191,7 +195,7 @@ pub(super) async fn delete(
     token: &str,
 ) -> Result<HttpResponse, HttpError> {
     control.delete_token(actor, token).await?;
-    Ok(reply::empty_ok())
+    Ok(response::empty_ok())
 }
 
 /// Deletes a token that has access to this project only.
@@ -202,7 +206,8 @@ pub(super) async fn delete_from_project(
     token: &str,
 ) -> Result<HttpResponse, HttpError> {
     let found = control.token(&actor.operator, token);
-    let found = found.ok_or_else(|| HttpError::ResourceNotFound("there is no such token".to_owned()))?;
+    let found =
+        found.ok_or_else(|| HttpError::ResourceNotFound("there is no such token".to_owned()))?;
     let only = Projects::Only([Project::new(project)].into());
     if found.projects != only {
         return Err(HttpError::Malformed("the token has access to other projects too".to_owned()));

@@ -2,11 +2,11 @@
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::{body::QueryParams, operation::MAX_USAGE_HOURS};
+use super::{operation::MAX_USAGE_HOURS, request::QueryParams};
 use crate::{
-    control::{ApplicationSummary, ControlPlane, UsageHour},
-    http::reply::{self, HttpError, HttpResponse},
-    wire::admin::{self as wire, FieldErrors, Rfc3339Millis},
+    control_plane::{ApplicationSummary, ControlPlane, UsageHour},
+    http::response::{self, HttpError, HttpResponse},
+    protocol::admin::{self as wire, FieldErrors, Rfc3339Millis},
 };
 
 /// The default period of flag usage, in hours.
@@ -17,7 +17,7 @@ pub(super) async fn list_applications(control: &ControlPlane) -> Result<HttpResp
     let applications = control.applications().await?;
     let applications: Vec<_> = applications.into_iter().map(application_json).collect();
     let total = applications.len();
-    Ok(reply::json_document(&wire::Applications { applications, total }))
+    Ok(response::json_document(&wire::Applications { applications, total }))
 }
 
 fn application_json(application: ApplicationSummary) -> wire::Application {
@@ -45,7 +45,12 @@ pub(super) async fn flag_usage(
     let since = Timestamp::now() - SignedDuration::from_hours(i64::from(hours));
     let data = control.flag_usage(flag, since).await?.into_iter().map(usage_hour_json).collect();
     let feature_name = flag.to_owned();
-    Ok(reply::json_document(&wire::FlagUsage { version: 1, maturity: "stable", feature_name, data }))
+    Ok(response::json_document(&wire::FlagUsage {
+        version: 1,
+        maturity: "stable",
+        feature_name,
+        data,
+    }))
 }
 
 fn usage_hour_json(hour: UsageHour) -> wire::UsageHour {

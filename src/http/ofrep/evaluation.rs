@@ -8,10 +8,10 @@ use bytes::Bytes;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::{
-    answers::ofrep_hash,
     engine::{Context, Engine, FlagId, Outcome},
-    snapshot::{Snapshot, FrontendView},
-    wire::ofrep::{EvaluationSuccess, Metadata, Reason, Value, payload_value},
+    evaluation::ofrep_hash,
+    protocol::ofrep::{EvaluationSuccess, Metadata, Reason, Value, payload_value},
+    snapshot::{FrontendView, Snapshot},
 };
 
 /// The JSON of an OFREP document.
@@ -20,7 +20,11 @@ pub(super) fn to_json(document: &impl serde::Serialize) -> Bytes {
 }
 
 /// A hash of the OFREP evaluations of all flags in `view` for one context.
-pub(super) fn hash_outcomes(snapshot: &Snapshot, view: &FrontendView, context: &Context<'_>) -> u128 {
+pub(super) fn hash_outcomes(
+    snapshot: &Snapshot,
+    view: &FrontendView,
+    context: &Context<'_>,
+) -> u128 {
     let engine = snapshot.engine();
     ofrep_hash(snapshot, view, context, |id, outcome| {
         xxh3_64(&to_json(&to_evaluation(engine, id, outcome)))
@@ -28,7 +32,11 @@ pub(super) fn hash_outcomes(snapshot: &Snapshot, view: &FrontendView, context: &
 }
 
 /// The OFREP evaluation of a flag with this outcome.
-pub(super) fn to_evaluation(engine: &Engine, id: FlagId, outcome: Outcome) -> EvaluationSuccess<'_> {
+pub(super) fn to_evaluation(
+    engine: &Engine,
+    id: FlagId,
+    outcome: Outcome,
+) -> EvaluationSuccess<'_> {
     let flag = engine.flag(id);
     let variant = flag.variant(outcome);
     let payload = variant.and_then(|variant| variant.payload.as_ref());

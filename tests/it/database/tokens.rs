@@ -3,13 +3,16 @@
 use std::collections::BTreeSet;
 
 use jiff::{SignedDuration, Timestamp};
-use parapet::control::{
-    AccountChange, Actor, ApiToken, ControlPlane, Error, RegistryBootstrap, PermissionChange, NewAccount, NewToken,
-    Operator, Permission, RootRole, InitialTokens,
+use parapet::control_plane::{
+    AccountChange, Actor, ApiToken, ControlPlane, Error, InitialTokens, NewAccount, NewToken,
+    Operator, Permission, PermissionChange, RegistryBootstrap, RootRole,
 };
 use parapet::token::{Environment, Projects, Token, TokenKind};
 
-use super::bed::{RunningInstance, SHELL, TestDatabase, sign_in_actor, actor_of_session, sign_in_first_admin, event_kinds, password};
+use super::fixture::{
+    RunningInstance, SHELL, TestDatabase, actor_of_session, event_kinds, password, sign_in_actor,
+    sign_in_first_admin,
+};
 
 super::on_both!(
     token_is_created_listed_changed_and_deleted,
@@ -94,7 +97,8 @@ async fn token_is_valid_at_once_and_until_it_expires(db: TestDatabase) {
     assert!(!instance.accepts(&secret).await);
     assert!(instance.accepts(&other).await);
 
-    let brief = NewToken { expires_at: Some(in_one_hour()), ..new_token("brief", TokenKind::Client) };
+    let brief =
+        NewToken { expires_at: Some(in_one_hour()), ..new_token("brief", TokenKind::Client) };
     let (brief, _) = control.create_token(&SHELL, brief).await.unwrap();
     instance.wait_until(&brief, false).await;
     assert_eq!(control.token_name(&brief.digest()), None);
@@ -147,7 +151,11 @@ async fn account_with(
         password: password.clone(),
     };
     let made = control.create_account(&SHELL, new).await.unwrap();
-    control.update_permissions(&SHELL, made.id, PermissionChange::Replace(permissions)).await.unwrap().unwrap();
+    control
+        .update_permissions(&SHELL, made.id, PermissionChange::Replace(permissions))
+        .await
+        .unwrap()
+        .unwrap();
     sign_in_actor(control, username, &password).await
 }
 
@@ -214,7 +222,11 @@ async fn token_change_after_permission_revocation_is_denied(db: TestDatabase) {
     let lost = Permission::ALL.into_iter().collect();
     let lost = account_with(&control, "lost", RootRole::Viewer, lost).await;
     let none = PermissionChange::Replace(BTreeSet::new());
-    control.update_permissions(&SHELL, lost.operator.account_id().unwrap(), none).await.unwrap().unwrap();
+    control
+        .update_permissions(&SHELL, lost.operator.account_id().unwrap(), none)
+        .await
+        .unwrap()
+        .unwrap();
     let deleted = account_with(&control, "deleted", RootRole::Admin, [].into()).await;
     control.delete_account(&SHELL, deleted.operator.account_id().unwrap()).await.unwrap().unwrap();
     let first = sign_in_first_admin(&control).await.session;
@@ -227,7 +239,8 @@ async fn token_change_after_permission_revocation_is_denied(db: TestDatabase) {
     control.delete_token(&SHELL, admin.expose()).await.unwrap().unwrap();
 
     let before = control.tokens(&SHELL.operator);
-    let is_refused = |error: &Error| matches!(error, Error::MissingPermission(_) | Error::SessionEnded);
+    let is_refused =
+        |error: &Error| matches!(error, Error::MissingPermission(_) | Error::SessionEnded);
     for actor in [&demoted, &lost, &deleted, &ended, &signed_out] {
         for kind in [TokenKind::Admin, TokenKind::Client, TokenKind::Frontend] {
             let made = control.create_token(actor, new_token("stale", kind)).await;
@@ -259,7 +272,8 @@ async fn initial_tokens_fill_empty_registry_once(db: TestDatabase) {
         client: client.to_vec(),
         frontend: vec![token("[]:development.some-other-secret")],
     };
-    let (control, opened) = db.open_with(parapet::control::Config { initial_tokens: seed, ..db.config() }).await;
+    let (control, opened) =
+        db.open_with(parapet::control_plane::Config { initial_tokens: seed, ..db.config() }).await;
     assert!(matches!(opened.tokens, RegistryBootstrap::Seeded), "{opened:?}");
     let tokens = control.tokens(&SHELL.operator);
     assert_eq!(tokens.len(), 3);
@@ -269,7 +283,8 @@ async fn initial_tokens_fill_empty_registry_once(db: TestDatabase) {
     assert_eq!(control.token_name(&token(&old).digest()).as_deref(), Some(&*tokens[0].name));
 
     let seed = InitialTokens { client: vec![token("*:staging.later")], ..InitialTokens::default() };
-    let (control, opened) = db.open_with(parapet::control::Config { initial_tokens: seed, ..db.config() }).await;
+    let (control, opened) =
+        db.open_with(parapet::control_plane::Config { initial_tokens: seed, ..db.config() }).await;
     assert!(matches!(opened.tokens, RegistryBootstrap::Existing), "{opened:?}");
     assert_eq!(control.tokens(&SHELL.operator), tokens);
 }

@@ -73,7 +73,12 @@ impl ChaosProxy {
         let (listens, mut listening) = watch::channel(false);
         let seen = Arc::<Mutex<Vec<RecordedRequest>>>::default();
         let (holds, held) = watch::channel(0);
-        let line = ProxyWorker { upstream: upstream.to_owned(), faults, recorded: Arc::clone(&seen), blocked: holds };
+        let line = ProxyWorker {
+            upstream: upstream.to_owned(),
+            faults,
+            recorded: Arc::clone(&seen),
+            blocked: holds,
+        };
         tokio::spawn(line.run(address, listens));
         listening.wait_for(|&listening| listening).await.expect("the proxy runs");
         Self { address, fault, listening, recorded: seen, blocked: held }
@@ -185,7 +190,8 @@ impl ProxyWorker {
         let (head, body) = request.into_parts();
         let body = body.collect().await.map_err(|_| ResponseDropped)?.to_bytes();
         let path = head.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
-        let seen = RecordedRequest { method: head.method.clone(), path: path.clone(), body: body.clone() };
+        let seen =
+            RecordedRequest { method: head.method.clone(), path: path.clone(), body: body.clone() };
         self.recorded.lock().unwrap_or_else(PoisonError::into_inner).push(seen);
 
         let fault = self.faults.borrow().clone();
@@ -272,7 +278,8 @@ impl ProxyWorker {
         let pieces = stream::unfold((answer, self.faults), async |(mut answer, mut faults)| {
             let piece = answer.chunk().await;
             faults.wait_for(|fault| *fault != Fault::Stall).await.ok()?;
-            let piece = piece.map(|it| it.map(Frame::data)).map_err(|_| ResponseDropped).transpose()?;
+            let piece =
+                piece.map(|it| it.map(Frame::data)).map_err(|_| ResponseDropped).transpose()?;
             Some((piece, (answer, faults)))
         });
         StreamBody::new(pieces).boxed_unsync()
@@ -328,8 +335,11 @@ mod tests {
         assert_eq!(answer.status(), StatusCode::ACCEPTED);
         assert_eq!(answer.headers()["etag"], "\"1\"");
         assert_eq!(answer.text().await.unwrap(), "hello");
-        let question =
-            RecordedRequest { method: Method::POST, path: "/a/b?c=d".to_owned(), body: "question".into() };
+        let question = RecordedRequest {
+            method: Method::POST,
+            path: "/a/b?c=d".to_owned(),
+            body: "question".into(),
+        };
         assert_eq!(proxy.requests(), std::slice::from_ref(&question));
         assert_eq!(upstream.requests(), [question]);
     }
@@ -350,9 +360,11 @@ mod tests {
         proxy.stall().await;
         let stalled = post(&proxy);
         let cut = async {
-            super::super::net::wait_until("the request has come", Duration::from_secs(10), async || {
-                (proxy.request_count("/a") == 1).then_some(())
-            })
+            super::super::net::wait_until(
+                "the request has come",
+                Duration::from_secs(10),
+                async || (proxy.request_count("/a") == 1).then_some(()),
+            )
             .await;
             proxy.disconnect().await;
         };

@@ -49,7 +49,13 @@ impl Driver {
         });
         let commands = child.stdin.take().expect("it is piped");
         let answers = BufReader::new(child.stdout.take().expect("it is piped")).lines();
-        let mut driver = Self { name: name.to_owned(), child, commands, responses: answers, stderr_buffer: complaints };
+        let mut driver = Self {
+            name: name.to_owned(),
+            child,
+            commands,
+            responses: answers,
+            stderr_buffer: complaints,
+        };
         assert_eq!(driver.read_response().await, json!({ "ready": true }));
         driver
     }

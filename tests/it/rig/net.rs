@@ -13,7 +13,8 @@ const PORT_RANGE: std::ops::Range<u16> = 12_000..32_000;
 pub(crate) fn free_port() -> u16 {
     static NEXT: LazyLock<AtomicU16> = LazyLock::new(|| {
         // Test processes that run concurrently start at different ports.
-        let spread = std::process::id().wrapping_mul(97) % u32::from(PORT_RANGE.end - PORT_RANGE.start);
+        let spread =
+            std::process::id().wrapping_mul(97) % u32::from(PORT_RANGE.end - PORT_RANGE.start);
         AtomicU16::new(u16::try_from(spread).expect("the spread is below the number of ports"))
     });
     loop {

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 use super::certificate::SelfSignedCertificate;
 use super::net::{free_port, http, wait_until};
-use super::process::{OnParentExit, ProcessOutput, Process};
+use super::process::{OnParentExit, Process, ProcessOutput};
 use super::secrets;
 
 /// How to start an instance. [`Parapet`] stores it to start the instance again in the same way.
@@ -208,8 +208,12 @@ impl Parapet {
 
     /// The Prometheus page.
     pub(crate) async fn metrics(&self) -> String {
-        let answer =
-            self.http_client().get(self.url() + "/internal-backstage/metrics").send().await.unwrap();
+        let answer = self
+            .http_client()
+            .get(self.url() + "/internal-backstage/metrics")
+            .send()
+            .await
+            .unwrap();
         assert_eq!(answer.status(), StatusCode::OK);
         answer.text().await.unwrap()
     }
@@ -342,7 +346,11 @@ impl Parapet {
     }
 
     /// Starts it again with another value of an environment variable.
-    pub(crate) fn restart_with_env(&mut self, name: impl Into<OsString>, value: impl Into<OsString>) {
+    pub(crate) fn restart_with_env(
+        &mut self,
+        name: impl Into<OsString>,
+        value: impl Into<OsString>,
+    ) {
         self.setup.environment.push((name.into(), value.into()));
         self.launch();
     }
@@ -402,8 +410,9 @@ impl Parapet {
         let (data, admin) = (["/internal-backstage/metrics"].as_slice(), ADMIN_PATHS);
         for (port, pages) in [(self.port, data), (self.admin_port, admin)] {
             let token = self.operator_token();
-            shown
-                .extend(pages.iter().map(|page| ((*page).to_owned(), fetch_raw(port, page, &token))));
+            shown.extend(
+                pages.iter().map(|page| ((*page).to_owned(), fetch_raw(port, page, &token))),
+            );
         }
         secrets::assert_none_in(&name, &shown);
     }

@@ -163,8 +163,10 @@ impl Shared {
     async fn accept(self: &Arc<Self>, listener: &TcpListener, connections: &mut JoinSet<()>) {
         loop {
             let Ok((client, _)) = listener.accept().await else { continue };
-            let line =
-                Arc::new(ProxiedConnection { statements: Mutex::default(), is_silent: watch::Sender::new(false) });
+            let line = Arc::new(ProxiedConnection {
+                statements: Mutex::default(),
+                is_silent: watch::Sender::new(false),
+            });
             lock(&self.connections).push(Arc::clone(&line));
             let shared = Arc::clone(self);
             connections.spawn(async move {
@@ -186,7 +188,12 @@ impl Shared {
     }
 
     /// Forwards the client's messages one by one.
-    async fn forward_client(&self, line: &ProxiedConnection, mut client: OwnedReadHalf, mut server: OwnedWriteHalf) {
+    async fn forward_client(
+        &self,
+        line: &ProxiedConnection,
+        mut client: OwnedReadHalf,
+        mut server: OwnedWriteHalf,
+    ) {
         /// Requests TLS; the startup message follows.
         const SSL_REQUEST: [u8; 4] = 80_877_103_u32.to_be_bytes();
         let mut statements = HashMap::new();
@@ -231,14 +238,17 @@ impl Shared {
     /// Takes the armed [`SilencePoint`] if `text` matches it.
     fn take_armed(&self, text: &str) -> Option<SilencePoint> {
         let mut trap = lock(&self.armed);
-        let is_caught =
-            matches!(&*trap, Some(SilencePoint::BeforeStatement(it) | SilencePoint::AfterStatement(it)) if text.contains(it));
+        let is_caught = matches!(&*trap, Some(SilencePoint::BeforeStatement(it) | SilencePoint::AfterStatement(it)) if text.contains(it));
         if is_caught { trap.take() } else { None }
     }
 }
 
 /// Forwards the server's bytes until the connection goes silent.
-async fn forward_server(line: &ProxiedConnection, mut server: OwnedReadHalf, mut client: OwnedWriteHalf) {
+async fn forward_server(
+    line: &ProxiedConnection,
+    mut server: OwnedReadHalf,
+    mut client: OwnedWriteHalf,
+) {
     let mut silence = line.is_silent.subscribe();
     let mut bytes = vec![0; 1 << 16];
     loop {

@@ -116,7 +116,13 @@ impl Sdk {
 
     /// Records impact metrics with this name and the suffixes `_counter`, `_gauge` and `_histogram`
     /// (buckets 10, 100). Node only.
-    pub(crate) async fn record_impact_metrics(&mut self, name: &str, add: u32, set: u32, observe: u32) {
+    pub(crate) async fn record_impact_metrics(
+        &mut self,
+        name: &str,
+        add: u32,
+        set: u32,
+        observe: u32,
+    ) {
         let impact = json!({ "name": name, "add": add, "set": set, "observe": observe });
         self.0.call("impact", impact).await;
     }

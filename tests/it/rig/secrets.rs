@@ -59,7 +59,7 @@ pub(crate) fn read_files(directory: &Path) -> Vec<(String, Vec<u8>)> {
     let Ok(entries) = std::fs::read_dir(directory) else { return files };
     for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
         if path.is_dir() {
-            files.extend(self::read_files(&path));
+            files.extend(read_files(&path));
         } else if let Ok(bytes) = std::fs::read(&path) {
             files.push((path.display().to_string(), bytes));
         }

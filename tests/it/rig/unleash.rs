@@ -125,8 +125,8 @@ impl Unleash {
     /// Runs a test against the shared server of every version, concurrently.
     pub(crate) async fn on_every_version(test: impl AsyncFn(Arc<Self>)) {
         let test = &test;
-        let each =
-            UnleashVersion::ALL.map(|version| async move { test(Self::shared(version).await).await });
+        let each = UnleashVersion::ALL
+            .map(|version| async move { test(Self::shared(version).await).await });
         join_all(each).await;
     }
 
@@ -271,11 +271,13 @@ impl Unleash {
 
     /// Enables a flag. Without strategies it gets the default one, which is on for all users.
     pub(crate) async fn enable(&self, flag: &str, environment: &str) {
-        self.admin_post(&format!("{}/on", flag_environment_path(flag, environment)), &json!({})).await;
+        self.admin_post(&format!("{}/on", flag_environment_path(flag, environment)), &json!({}))
+            .await;
     }
 
     pub(crate) async fn disable(&self, flag: &str, environment: &str) {
-        self.admin_post(&format!("{}/off", flag_environment_path(flag, environment)), &json!({})).await;
+        self.admin_post(&format!("{}/off", flag_environment_path(flag, environment)), &json!({}))
+            .await;
     }
 
     /// Creates a segment with these constraints and returns its id.
@@ -384,7 +386,11 @@ impl Unleash {
                 .await
                 .unwrap();
             assert_eq!(posted.status(), StatusCode::ACCEPTED);
-            self.all_flag_usage(flag).await.iter().any(|hour| hour.app_name == PROBE_APP).then_some(())
+            self.all_flag_usage(flag)
+                .await
+                .iter()
+                .any(|hour| hour.app_name == PROBE_APP)
+                .then_some(())
         })
         .await;
         self.delete_token(&token).await;
@@ -401,7 +407,8 @@ impl Unleash {
     async fn all_flag_usage(&self, flag: &str) -> Vec<HourlyUsage> {
         let stored =
             self.admin_get(&format!("/api/admin/client-metrics/features/{flag}/raw")).await;
-        let mut usage: Vec<HourlyUsage> = stored["data"].as_array().unwrap().iter().map(parse_usage).collect();
+        let mut usage: Vec<HourlyUsage> =
+            stored["data"].as_array().unwrap().iter().map(parse_usage).collect();
         usage.retain(|hour| hour.yes > 0 || hour.no > 0);
         usage.sort();
         usage

@@ -8,19 +8,20 @@ use std::time::Duration;
 
 use hyper::Request;
 use hyper::body::Incoming;
-use parapet::http::listener::{
+use parapet::http::response;
+use parapet::http::server::{
     self, ConnectionInfo, ConnectionLimits, Drain, HttpService, ServiceResponse,
 };
-use parapet::http::reply;
 use parapet::tls::{self, ClientAuth, ClientVerification, KeyPairFiles, NegotiatedTls};
 use reqwest::StatusCode;
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 use tokio::net::TcpListener;
 
-use super::authority::{TestAuthority, IssuedCertificate};
+use super::authority::{IssuedCertificate, TestAuthority};
 use super::{
-    ADMIN, CLIENT, TlsParapet, FEATURES, FLAGS, TIMEOUT, features_status, handshake_sample, offline, run_parapet,
+    ADMIN, CLIENT, FEATURES, FLAGS, TIMEOUT, TlsParapet, features_status, handshake_sample,
+    offline, run_parapet,
 };
 use crate::rig::{Parapet, Setup, wait_until};
 
@@ -119,7 +120,7 @@ impl HttpService for ConnectionInfoService {
         };
         let client = client.as_ref().map(|it| (it.subject(), it.names(), it.fingerprint()));
         let description = format!("{} {} {alpn:?} {client:?}", peer.ip(), version.as_str());
-        ServiceResponse::Ready(reply::json_text(description))
+        ServiceResponse::Ready(response::json_text(description))
     }
 }
 
@@ -147,10 +148,11 @@ async fn handler_gets_tls_version_protocol_and_client_certificate() {
         max_age: None,
     };
     let tls = Some(tls::TlsAcceptor::new(config).unwrap());
-    let config = listener::Config { limits, load_balancers: Vec::new(), tls };
+    let config = server::Config { limits, load_balancers: Vec::new(), tls };
     let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("https://{}", socket.local_addr().unwrap());
-    let served = listener::serve(socket, Arc::new(ConnectionInfoService), config, Drain::default(), TIMEOUT);
+    let served =
+        server::serve(socket, Arc::new(ConnectionInfoService), config, Drain::default(), TIMEOUT);
     let requests = async {
         let ask = async |client: reqwest::ClientBuilder| {
             client.build().unwrap().get(&url).send().await.unwrap().text().await.unwrap()

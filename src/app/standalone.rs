@@ -1,0 +1,205 @@
+//! The modes without an upstream: flags from files, and tokens from the configuration or the registry.
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    io::Write as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use tokio::sync::{Mutex, mpsc};
+use tracing::{info, warn};
+
+use super::{
+    mode::{Error, FlagSource, ModeParts},
+    persistence::SaveLog,
+    reload::Reloadable,
+};
+use crate::{
+    auth::Validator,
+    config::{FlagsPath, OfflineConfig, StandaloneConfig},
+    control_plane::{
+        BootstrapReport, ControlPlane, DatabaseLocation, InitialSetting, grant_from_token,
+    },
+    secret_file::parent_dir,
+    snapshot::Snapshots,
+    store::{RecordKey, Store},
+    sync::file_source::FileSource,
+    telemetry::{Latch, error_chain},
+    token::{Environment, Grant, Token, TokenDigest, TokenKind},
+    usage::Sink,
+};
+
+/// The environment of configured tokens that name none.
+const DEFAULT_ENVIRONMENT: &str = "development";
+
+/// The grants of offline mode's configured tokens, and the environments of its SDK tokens.
+pub(super) fn static_tokens(
+    offline: &OfflineConfig,
+) -> (Vec<(TokenDigest, Grant)>, BTreeSet<Environment>) {
+    let fallback = Environment::new(DEFAULT_ENVIRONMENT);
+    let grants = |kind, tokens: &[Token]| {
+        let grant = |token| grant_from_token(kind, token, &fallback);
+        tokens.iter().map(|token| (token.digest(), grant(token))).collect::<Vec<_>>()
+    };
+    let mut tokens = grants(TokenKind::Client, &offline.client_tokens);
+    tokens.extend(grants(TokenKind::Frontend, &offline.frontend_tokens));
+    tokens.extend(grants(TokenKind::Admin, &offline.admin_tokens));
+    let environments = sdk_environments(&tokens);
+    (tokens, environments)
+}
+
+/// Offline mode: flags from a file, tokens from the command line.
+pub(super) async fn build_offline(
+    offline: OfflineConfig,
+    snapshots: &Snapshots,
+    latch: Latch,
+) -> Result<ModeParts, Error> {
+    let (tokens, environments) = static_tokens(&offline);
+    let path = offline.bootstrap_file;
+    let files = FileSource::new(path, environments, snapshots.clone(), offline.reload_interval);
+    let reloadable = Reloadable::Offline(files.reload_handle());
+    parts_from_files("offline", files, tokens, Store::memory(), latch, reloadable).await
+}
+
+/// Number of usage batches that may be queued for the registry.
+const DELIVERY_CHANNEL_CAPACITY: usize = 16;
+
+/// Standalone mode: an independent server. Calls `announce` once, after the first start has created
+/// accounts and tokens.
+pub(super) async fn build_standalone(
+    standalone: StandaloneConfig,
+    data_dir: &Path,
+    snapshots: &Snapshots,
+    latch: Latch,
+    announce: impl FnOnce(&BootstrapReport),
+) -> Result<ModeParts, Error> {
+    let store = Store::directory(data_dir)?;
+    // Comes before the database is created, so that a start that fails here is not the first one.
+    let flags = prepare_flags_path(standalone.flags)?;
+    // A SQLite database is a local file, so a copy would not be more available than the file.
+    let is_remote = matches!(standalone.control.location, DatabaseLocation::Postgres(_));
+    let copy = if is_remote { load_registry_copy(&store).await } else { None };
+    let (control, opened) =
+        ControlPlane::open(standalone.control, copy.as_deref(), announce).await?;
+    let tokens = control.grants();
+    let named = sdk_environments(&tokens);
+    let served = named.iter().cloned().chain(standalone.environments).collect();
+    let files = FileSource::new(flags, served, snapshots.clone(), None);
+    let reloadable = Reloadable::Standalone(files.reload_handle());
+    let mut parts = parts_from_files("standalone", files, tokens, store, latch, reloadable).await?;
+    let (deliver, deliveries) = mpsc::channel(DELIVERY_CHANNEL_CAPACITY);
+    parts.usage_sink = Sink::Registry(deliver);
+    parts.saves_registry_copies = is_remote;
+    parts.control_plane = Some((control, Arc::new(Mutex::new(deliveries))));
+    for environment in named.difference(&snapshots.environments()) {
+        warn!(%environment, "Tokens exist for an environment that no file has flags of");
+    }
+    for setting in opened.ignored_settings {
+        match setting {
+            InitialSetting::Tokens => warn!(
+                "INIT_*_API_TOKENS have changed since the first start and are ignored: the registry already has tokens"
+            ),
+            InitialSetting::Password => warn!(
+                "UNLEASH_DEFAULT_ADMIN_PASSWORD has changed since the first start and is ignored; set another password with `parapet account password`"
+            ),
+        }
+    }
+    Ok(parts)
+}
+
+/// The path of the flags; writes an example if there are none.
+fn prepare_flags_path(flags: FlagsPath) -> Result<PathBuf, Error> {
+    /// Example flags for every feature.
+    const EXAMPLE: &[u8] = include_bytes!("../../config/flags.json");
+    let path = match flags {
+        FlagsPath::Existing(path) => return Ok(path),
+        FlagsPath::Example(path) => path,
+    };
+    let write = || {
+        fs::create_dir_all(parent_dir(&path))?;
+        File::create_new(&path)?.write_all(EXAMPLE)
+    };
+    match write() {
+        Ok(()) => {
+            let file = path.display();
+            info!(%file, "No flags found; wrote an example to edit");
+            Ok(path)
+        }
+        Err(source) => Err(Error::ExampleFlags { path, source }),
+    }
+}
+
+/// Serves flags from files. The instance is ready once any environment has flags.
+async fn parts_from_files(
+    name: &'static str,
+    files: FileSource,
+    tokens: Vec<(TokenDigest, Grant)>,
+    store: Store,
+    latch: Latch,
+    reloadable: Reloadable,
+) -> Result<ModeParts, Error> {
+    let source = FlagSource::Files(files.start(latch).await?);
+    let (validator, usage_sink, upstream) = (Validator::StaticOnly, Sink::Discard, None);
+    Ok(ModeParts {
+        name,
+        flag_source: source,
+        validator,
+        static_tokens: tokens,
+        usage_sink,
+        upstream,
+        admin_token: None,
+        reloadable: Some(reloadable),
+        relays_admin_api: false,
+        control_plane: None,
+        saves_registry_copies: false,
+        store,
+    })
+}
+
+/// The copy of the registry's tokens from an earlier run.
+async fn load_registry_copy(store: &Store) -> Option<Vec<u8>> {
+    let copy = store.load(&RecordKey::Registry).await;
+    copy.unwrap_or_else(|error| {
+        warn!(error = error_chain(&error), "Cannot read the copy of the registry's tokens");
+        None
+    })
+}
+
+/// Saves copies of the registry's tokens until dropped, so that a start can serve them while the
+/// database is unavailable.
+pub(super) async fn save_registry_copies(control: &ControlPlane, store: &Store) {
+    /// Delay before a failed save is retried.
+    const RETRY: Duration = Duration::from_secs(5);
+    let mut changes = control.subscribe_to_tokens();
+    let (mut saved, mut log) = (None, SaveLog::new("The copy of the registry's tokens"));
+    loop {
+        changes.borrow_and_update();
+        let copy = Bytes::from(control.token_snapshot());
+        if saved.as_ref() != Some(&copy) {
+            match store.save(&RecordKey::Registry, copy.clone()).await {
+                Ok(()) => {
+                    saved = Some(copy);
+                    log.record_success();
+                }
+                Err(error) => {
+                    log.record_failure(&error);
+                    tokio::time::sleep(RETRY).await;
+                    continue;
+                }
+            }
+        }
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// The environments of SDK tokens.
+fn sdk_environments(tokens: &[(TokenDigest, Grant)]) -> BTreeSet<Environment> {
+    let sdk = tokens.iter().filter(|(_, grant)| grant.kind != TokenKind::Admin);
+    sdk.map(|(_, grant)| grant.scope.environment.clone()).collect()
+}

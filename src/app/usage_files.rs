@@ -1,0 +1,485 @@
+//! Stores unsent usage; each process that shares a folder has its own record.
+//!
+//! Two processes sharing one record would lose each other's counts or send them twice. A process
+//! acquires the first record that is not locked, and recovers usage from all other unlocked records:
+//! their processes ended in a crash or while upstream was unavailable.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use sha2::{Digest as _, Sha256};
+use tracing::{info, warn};
+
+use crate::{
+    store::{Error, RecordKey, RecordLock, SlotId, Store},
+    telemetry::error_chain,
+    usage::Usage,
+};
+
+/// Number of failed locks after which the search for a slot ends.
+const MAX_LOCK_FAILURES: usize = 8;
+
+/// Why usage is not stored.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum SaveError {
+    /// The record cannot be written.
+    #[error(transparent)]
+    Store(#[from] Error),
+    /// This process has no slot.
+    #[error("other instances use this folder and no slot is left")]
+    NoSlot,
+}
+
+/// The record of this process, and the records that it has recovered from others.
+#[derive(Debug)]
+pub(super) struct UsageFiles {
+    /// The store of the folder, which other processes may share.
+    store: Store,
+    own_slot: Mutex<OwnSlot>,
+    /// Records that were recovered, and must be emptied once their usage is stored again.
+    recovered: Mutex<Vec<(SlotId, RecordLock)>>,
+    /// Digest of the record that this process last read or wrote in the first slot without a lock. While
+    /// the record has this digest, its usage is also in memory here.
+    unlocked_digest: Mutex<Option<RecordDigest>>,
+}
+
+/// The digest of a record's bytes.
+type RecordDigest = [u8; 32];
+
+fn digest(bytes: &[u8]) -> RecordDigest {
+    Sha256::digest(bytes).into()
+}
+
+/// The slot where this process stores usage.
+#[derive(Clone, Debug)]
+enum OwnSlot {
+    /// A slot that is locked for this process.
+    Locked { slot: SlotId, _claim: Arc<RecordLock> },
+    /// The first slot of a folder where no slot can be locked and none is locked by others. Other
+    /// processes may be using it, so their usage is not recovered.
+    Unlocked,
+    /// None: other processes have locked slots, and no other slot can be locked.
+    NoSlot,
+}
+
+impl OwnSlot {
+    /// Acquires the first free slot; also returns the first error on the way.
+    ///
+    /// A slot that cannot be locked may belong to another process. It is not used if any other slot
+    /// shows that locks work in this folder.
+    async fn acquire(folder: &Store) -> (Self, Option<Error>) {
+        let mut is_shared = false;
+        let mut failure = None;
+        let mut failures = 0;
+        for slot in SlotId::all() {
+            match folder.try_lock(&RecordKey::Usage(slot)).await {
+                Ok(Some(lock)) => {
+                    return (Self::Locked { slot, _claim: Arc::new(lock) }, failure);
+                }
+                Ok(None) => is_shared = true,
+                Err(error) => {
+                    failure.get_or_insert(error);
+                    failures += 1;
+                    if failures == MAX_LOCK_FAILURES {
+                        break;
+                    }
+                }
+            }
+        }
+        (if is_shared { Self::NoSlot } else { Self::Unlocked }, failure)
+    }
+
+    /// Logs a warning unless this process has the first slot to itself.
+    fn log_degradation(&self, failure: Option<&Error>) {
+        let error = failure.map(|error| error_chain(error));
+        match self {
+            Self::Locked { slot: SlotId::FIRST, .. } => {}
+            Self::Locked { .. } => warn!(
+                error,
+                "Another instance uses this folder: usage is stored separately, validated tokens and flags are shared"
+            ),
+            Self::Unlocked => warn!(
+                error,
+                "Cannot determine whether another instance uses this folder: two would lose or double stored usage"
+            ),
+            Self::NoSlot => warn!(
+                error,
+                "Other instances use this folder and no slot is left: usage still unsent at shutdown is lost"
+            ),
+        }
+    }
+
+    fn slot(&self) -> Option<SlotId> {
+        match self {
+            Self::Locked { slot, .. } => Some(*slot),
+            Self::Unlocked => Some(SlotId::FIRST),
+            Self::NoSlot => None,
+        }
+    }
+}
+
+impl UsageFiles {
+    /// Acquires a slot and restores its usage.
+    pub(super) async fn open(folder: Store, usage: &Usage) -> Self {
+        let (own, failure) = OwnSlot::acquire(&folder).await;
+        own.log_degradation(failure.as_ref());
+        let slot = own.slot();
+        let files = Self {
+            store: folder,
+            own_slot: Mutex::new(own),
+            recovered: Mutex::default(),
+            unlocked_digest: Mutex::default(),
+        };
+        if let Some(slot) = slot {
+            files.restore_slot(slot, usage).await;
+        }
+        files
+    }
+
+    /// Recovers the usage of processes that have ended; whether everything must be stored at once.
+    ///
+    /// A process without a locked slot first tries to acquire one, and recovers nothing until it has
+    /// one.
+    pub(super) async fn recover_orphans(&self, usage: &Usage) -> bool {
+        let mut any = self.retry_acquire(usage).await;
+        let OwnSlot::Locked { slot: own, .. } = self.own_slot() else { return any };
+        let slots = self.store.usage_slots().await.unwrap_or_else(|error| {
+            warn!(
+                error = error_chain(&error),
+                "Cannot list slots; usage of ended instances is not recovered"
+            );
+            Vec::new()
+        });
+        for slot in slots.into_iter().filter(|slot| *slot != own && !self.is_recovered(*slot)) {
+            match self.store.try_lock(&RecordKey::Usage(slot)).await {
+                Ok(Some(lock)) => {
+                    if self.restore_slot(slot, usage).await {
+                        self.lock_recovered().push((slot, lock));
+                        any = true;
+                    }
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    warn!(
+                        error = error_chain(&error),
+                        "Cannot lock a slot; its usage is not recovered"
+                    );
+                }
+            }
+        }
+        any
+    }
+
+    /// Tries again to lock a slot if none could be locked before; true if there is one now.
+    async fn retry_acquire(&self, usage: &Usage) -> bool {
+        let before = self.own_slot();
+        if matches!(before, OwnSlot::Locked { .. }) {
+            return false;
+        }
+        let (own, failure) = OwnSlot::acquire(&self.store).await;
+        *self.own_slot.lock().unwrap_or_else(PoisonError::into_inner) = own.clone();
+        let is_locked = matches!(own, OwnSlot::Locked { .. });
+        if is_locked {
+            info!("A slot could be locked; unsent usage is stored in it from now on");
+        } else if own.slot() != before.slot() {
+            own.log_degradation(failure.as_ref());
+        }
+        if let Some(slot) = own.slot().filter(|slot| is_locked || before.slot() != Some(*slot)) {
+            self.restore_slot(slot, usage).await;
+        }
+        is_locked
+    }
+
+    /// Stores all pending usage. It includes recovered usage, whose former records are then emptied.
+    pub(super) async fn save(&self, bytes: Vec<u8>) -> Result<(), SaveError> {
+        let own = self.own_slot();
+        let Some(slot) = own.slot() else {
+            return if bytes.is_empty() { Ok(()) } else { Err(SaveError::NoSlot) };
+        };
+        let written = matches!(own, OwnSlot::Unlocked).then(|| digest(&bytes));
+        self.store.save(&RecordKey::Usage(slot), bytes).await?;
+        if slot == SlotId::FIRST {
+            *self.lock_unlocked_digest() = written;
+        } else {
+            self.clear_unlocked_copy().await;
+        }
+        let recovered = std::mem::take(&mut *self.lock_recovered());
+        for (slot, lock) in recovered {
+            if let Err(error) = self.store.save(&RecordKey::Usage(slot), Vec::new()).await {
+                warn!(
+                    error = error_chain(&error),
+                    "Cannot empty the record of an ended instance yet"
+                );
+                // Kept locked, so that no other process sends it meanwhile.
+                self.lock_recovered().push((slot, lock));
+            }
+        }
+        Ok(())
+    }
+
+    /// Empties the first slot if it still contains what this process stored there before it had a locked
+    /// slot.
+    async fn clear_unlocked_copy(&self) {
+        if self.lock_unlocked_digest().is_none() || self.is_recovered(SlotId::FIRST) {
+            return;
+        }
+        let first = RecordKey::Usage(SlotId::FIRST);
+        // Kept until the end if available. If the slot cannot be locked, it is used without a lock once
+        // more.
+        let _lock = match self.store.try_lock(&first).await {
+            Ok(Some(lock)) => Some(lock),
+            Ok(None) => return,
+            Err(_) => None,
+        };
+        let Ok(saved) = self.store.load(&first).await else { return };
+        let is_ours =
+            saved.is_some_and(|saved| *self.lock_unlocked_digest() == Some(digest(&saved)));
+        if is_ours && let Err(error) = self.store.save(&first, Vec::new()).await {
+            return warn!(error = error_chain(&error), "Cannot empty the former copy of usage yet");
+        }
+        *self.lock_unlocked_digest() = None;
+    }
+
+    /// Restores the usage in a slot; whether there was any, which the next save replaces.
+    async fn restore_slot(&self, slot: SlotId, usage: &Usage) -> bool {
+        match self.store.load(&RecordKey::Usage(slot)).await {
+            Ok(Some(saved)) if !saved.is_empty() => {
+                if slot == SlotId::FIRST {
+                    let fingerprint = digest(&saved);
+                    if *self.lock_unlocked_digest() == Some(fingerprint) {
+                        // This process already has it.
+                        return true;
+                    }
+                    if matches!(self.own_slot(), OwnSlot::Unlocked) {
+                        *self.lock_unlocked_digest() = Some(fingerprint);
+                    }
+                }
+                match usage.restore(&saved) {
+                    Ok(()) => info!("Restored usage of an earlier run; it will be sent"),
+                    Err(error) => {
+                        warn!(
+                            error = error_chain(&error),
+                            "Stored usage cannot be used and is lost"
+                        );
+                    }
+                }
+                true
+            }
+            Ok(_) => false,
+            Err(error) => {
+                warn!(error = error_chain(&error), "Cannot read stored usage");
+                false
+            }
+        }
+    }
+
+    fn own_slot(&self) -> OwnSlot {
+        self.own_slot.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn is_recovered(&self, slot: SlotId) -> bool {
+        self.lock_recovered().iter().any(|(recovered, _)| *recovered == slot)
+    }
+
+    fn lock_unlocked_digest(&self) -> MutexGuard<'_, Option<RecordDigest>> {
+        self.unlocked_digest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_recovered(&self) -> MutexGuard<'_, Vec<(SlotId, RecordLock)>> {
+        self.recovered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs,
+        path::{Path, PathBuf},
+        time::Duration,
+    };
+
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::{protocol::usage::ConnectVia, usage::Config};
+
+    /// Five pending evaluations.
+    const STORED: &[u8] = br#"{"version":1,"environments":{"dev":{"batch":[],"pieces":[],
+        "applications":[],"impact":[],"metrics":[{"featureName":"f","appName":"a",
+        "environment":"dev","timestamp":"2026-01-02T04:00:00Z","yes":5,"no":0,"variants":{}}]}}}"#;
+
+    fn usage() -> Usage {
+        let config = Config { interval: Duration::from_mins(1), max_counters: 100 };
+        Usage::new(&config, ConnectVia { app_name: "parapet".into(), instance_id: "i".into() })
+    }
+
+    fn pending_metrics(usage: &Usage) -> usize {
+        usage.pending()["metrics"].as_array().unwrap().len()
+    }
+
+    /// Makes locking a slot fail, like a lock file that belongs to another user.
+    fn block_lock_file(folder: &Path, slot: usize) -> PathBuf {
+        let name = if slot == 1 { "usage.lock".to_owned() } else { format!("usage-{slot}.lock") };
+        let path = folder.join(name);
+        fs::create_dir(&path).unwrap();
+        path
+    }
+
+    /// A store in a folder where no slot can be locked, and the obstacle for each slot.
+    fn store_without_locks() -> (TempDir, Store, Vec<PathBuf>) {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::directory(folder.path()).unwrap();
+        let obstacles = (1..20).map(|slot| block_lock_file(folder.path(), slot)).collect();
+        (folder, store, obstacles)
+    }
+
+    fn slot(n: usize) -> SlotId {
+        SlotId::all().nth(n - 1).unwrap()
+    }
+
+    #[tokio::test]
+    async fn slot_that_cannot_be_locked_is_skipped() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::directory(folder.path()).unwrap();
+        let _other = store.try_lock(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap();
+        store.save(&RecordKey::Usage(SlotId::FIRST), STORED).await.unwrap();
+        block_lock_file(folder.path(), 2);
+        let usage = usage();
+        let files = UsageFiles::open(store.clone(), &usage).await;
+        assert_eq!(files.own_slot().slot(), Some(slot(3)));
+        files.recover_orphans(&usage).await;
+        files.save(b"ours".to_vec()).await.unwrap();
+        assert_eq!(pending_metrics(&usage), 0);
+        assert_eq!(store.load(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap(), STORED);
+        assert_eq!(store.load(&RecordKey::Usage(slot(3))).await.unwrap().unwrap(), b"ours");
+    }
+
+    #[tokio::test]
+    async fn first_slot_is_not_used_unlocked_if_another_can_be_locked() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::directory(folder.path()).unwrap();
+        store.save(&RecordKey::Usage(SlotId::FIRST), STORED).await.unwrap();
+        block_lock_file(folder.path(), 1);
+        let usage = usage();
+        let files = UsageFiles::open(store.clone(), &usage).await;
+        files.recover_orphans(&usage).await;
+        files.save(b"ours".to_vec()).await.unwrap();
+        assert_eq!((files.own_slot().slot(), pending_metrics(&usage)), (Some(slot(2)), 0));
+        assert_eq!(store.load(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap(), STORED);
+    }
+
+    #[tokio::test]
+    async fn without_a_slot_nothing_is_stored_until_one_can_be_locked() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::directory(folder.path()).unwrap();
+        let other = store.try_lock(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap();
+        store.save(&RecordKey::Usage(SlotId::FIRST), STORED).await.unwrap();
+        let obstacles: Vec<_> = (2..20).map(|slot| block_lock_file(folder.path(), slot)).collect();
+        let usage = usage();
+        let files = UsageFiles::open(store.clone(), &usage).await;
+        assert!(!files.recover_orphans(&usage).await);
+        assert!(matches!(files.save(b"ours".to_vec()).await, Err(SaveError::NoSlot)));
+        assert_eq!(store.load(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap(), STORED);
+
+        fs::remove_dir(&obstacles[0]).unwrap();
+        assert!(files.recover_orphans(&usage).await);
+        assert_eq!((files.own_slot().slot(), pending_metrics(&usage)), (Some(slot(2)), 0));
+        drop(other);
+        assert!(files.recover_orphans(&usage).await);
+        assert_eq!(pending_metrics(&usage), 1);
+    }
+
+    #[tokio::test]
+    async fn folder_without_locks_uses_first_slot_until_locks_work() {
+        let (_folder, store, obstacles) = store_without_locks();
+        store.save(&RecordKey::Usage(SlotId::FIRST), STORED).await.unwrap();
+        let usage = usage();
+        let files = UsageFiles::open(store.clone(), &usage).await;
+        assert_eq!(pending_metrics(&usage), 1);
+        assert!(!files.recover_orphans(&usage).await);
+        files.save(b"ours".to_vec()).await.unwrap();
+        assert_eq!(store.load(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap(), b"ours");
+
+        for obstacle in obstacles {
+            fs::remove_dir(obstacle).unwrap();
+        }
+        // Another process was faster.
+        let other = store.try_lock(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap();
+        assert!(files.recover_orphans(&usage).await);
+        assert_eq!((files.own_slot().slot(), pending_metrics(&usage)), (Some(slot(2)), 1));
+        drop(other);
+    }
+
+    #[tokio::test]
+    async fn own_usage_in_an_unlocked_slot_is_counted_once() {
+        let (_folder, store, mut obstacles) = store_without_locks();
+        store.save(&RecordKey::Usage(SlotId::FIRST), STORED).await.unwrap();
+        let usage = usage();
+        let files = UsageFiles::open(store.clone(), &usage).await;
+        let evaluations = || usage.pending()["metrics"][0]["bucket"]["yes"].as_u64();
+        assert_eq!(evaluations(), Some(5));
+
+        // The second slot can be locked; the first still cannot.
+        fs::remove_dir(obstacles.remove(1)).unwrap();
+        assert!(files.recover_orphans(&usage).await);
+        assert_eq!((files.own_slot().slot(), evaluations()), (Some(slot(2)), Some(5)));
+        for is_stored in [false, true] {
+            if is_stored {
+                files.save(usage.serialize().unwrap()).await.unwrap();
+            }
+            for obstacle in obstacles.drain(..) {
+                fs::remove_dir(obstacle).unwrap();
+            }
+            files.recover_orphans(&usage).await;
+            assert_eq!(evaluations(), Some(5), "{is_stored}");
+        }
+        files.save(usage.serialize().unwrap()).await.unwrap();
+        // The next run finds it in one place.
+        drop(files);
+        let next = self::usage();
+        UsageFiles::open(store, &next).await.recover_orphans(&next).await;
+        assert_eq!(next.pending()["metrics"][0]["bucket"]["yes"].as_u64(), Some(5));
+    }
+
+    #[tokio::test]
+    async fn own_usage_is_removed_from_the_unlocked_slot() {
+        let (_folder, store, mut obstacles) = store_without_locks();
+        let usage = usage();
+        let files = UsageFiles::open(store.clone(), &usage).await;
+        files.save(STORED.to_vec()).await.unwrap();
+        fs::remove_dir(obstacles.remove(1)).unwrap();
+        assert!(files.recover_orphans(&usage).await);
+        files.save(STORED.to_vec()).await.unwrap();
+        let load =
+            async |slot| store.load(&RecordKey::Usage(slot)).await.unwrap().unwrap_or_default();
+        assert_eq!((load(slot(1)).await, load(slot(2)).await), (Vec::new(), STORED.to_vec()));
+
+        // Data that another process wrote there is preserved.
+        let files = UsageFiles { unlocked_digest: Mutex::new(Some(digest(STORED))), ..files };
+        store.save(&RecordKey::Usage(slot(1)), "theirs").await.unwrap();
+        files.save(STORED.to_vec()).await.unwrap();
+        assert_eq!(load(slot(1)).await, b"theirs");
+    }
+
+    #[tokio::test]
+    async fn saving_without_a_slot_fails_and_usage_is_not_restored_twice() {
+        let (_folder, store, mut obstacles) = store_without_locks();
+        store.save(&RecordKey::Usage(SlotId::FIRST), STORED).await.unwrap();
+        let usage = usage();
+        let files = UsageFiles::open(store.clone(), &usage).await;
+        // Another process has locked a slot, so this one may no longer use the first.
+        fs::remove_dir(obstacles.remove(1)).unwrap();
+        let _other = store.try_lock(&RecordKey::Usage(slot(2))).await.unwrap().unwrap();
+        assert!(!files.recover_orphans(&usage).await);
+        assert_eq!(files.own_slot().slot(), None);
+        let refused = files.save(usage.serialize().unwrap()).await;
+        assert!(matches!(refused, Err(SaveError::NoSlot)), "{refused:?}");
+        files.save(Vec::new()).await.unwrap();
+
+        fs::remove_dir(obstacles.remove(0)).unwrap();
+        assert!(files.recover_orphans(&usage).await);
+        assert_eq!(files.own_slot().slot(), Some(slot(1)));
+        assert_eq!(usage.pending()["metrics"][0]["bucket"]["yes"].as_u64(), Some(5));
+        files.save(b"ours".to_vec()).await.unwrap();
+        assert_eq!(store.load(&RecordKey::Usage(slot(1))).await.unwrap().unwrap(), b"ours");
+    }
+}

@@ -1,0 +1,134 @@
+//! Prepared data of a snapshot for each set of projects (the scope of a token). It is built on first use
+//! and then read without a lock, because nearly every request reads it.
+//!
+//! Filtered bodies are not here. Clients can send any number of filters, so those are in a cache that
+//! evicts the least used.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, OnceLock},
+};
+
+use arc_swap::ArcSwap;
+use foldhash::fast::RandomState;
+
+use super::{body::PreparedBody, client_features::SegmentFormat, frontend_view::FrontendView};
+use crate::token::Projects;
+
+/// Memory limit of a snapshot's scopes, in bytes. Beyond it all scopes but the newest are evicted and
+/// built again on their next use.
+const MAX_BYTES: usize = 128 << 20;
+
+/// Maximum number of scopes; the next one evicts all others. A deployment has as many scopes as its
+/// tokens have distinct sets of projects.
+const MAX_SCOPES: usize = 1_000;
+
+/// The prepared data for one set of projects.
+#[derive(Debug, Default)]
+pub(super) struct ScopeData {
+    frontend_view: OnceLock<Arc<FrontendView>>,
+    separate: OnceLock<Arc<PreparedBody>>,
+    inlined: OnceLock<Arc<PreparedBody>>,
+}
+
+impl ScopeData {
+    /// The flags, prepared for evaluation.
+    pub(super) fn frontend_view(&self) -> &OnceLock<Arc<FrontendView>> {
+        &self.frontend_view
+    }
+
+    /// The unfiltered flag configuration.
+    pub(super) fn client_features(&self, segments: SegmentFormat) -> &OnceLock<Arc<PreparedBody>> {
+        match segments {
+            SegmentFormat::Separate => &self.separate,
+            SegmentFormat::Inlined => &self.inlined,
+        }
+    }
+
+    fn weight(&self) -> usize {
+        let bodies = [&self.separate, &self.inlined].into_iter().filter_map(OnceLock::get);
+        let bodies: usize = bodies.map(|body| body.weight()).sum();
+        size_of::<Self>() + bodies + self.frontend_view.get().map_or(0, |view| view.weight())
+    }
+}
+
+/// The scopes that have been requested.
+#[derive(Debug, Default)]
+pub(super) struct ScopeCache(ArcSwap<HashMap<Projects, Arc<ScopeData>, RandomState>>);
+
+impl ScopeCache {
+    /// The data of `projects`, empty on first use.
+    pub(super) fn get_or_insert(&self, projects: &Projects) -> Arc<ScopeData> {
+        if let Some(scope) = self.0.load().get(projects) {
+            return Arc::clone(scope);
+        }
+        let new = Arc::<ScopeData>::default();
+        self.0.rcu(|scopes| {
+            let mut scopes = HashMap::clone(scopes);
+            if scopes.len() >= MAX_SCOPES {
+                scopes.clear();
+            }
+            scopes.entry(projects.clone()).or_insert_with(|| Arc::clone(&new));
+            scopes
+        });
+        self.0.load().get(projects).map_or(new, Arc::clone)
+    }
+
+    /// Evicts all scopes but that of `projects` if they exceed the memory limit. Call it after a scope
+    /// has grown.
+    pub(super) fn enforce_limit(&self, projects: &Projects) {
+        if self.0.load().values().map(|scope| scope.weight()).sum::<usize>() > MAX_BYTES {
+            self.0.rcu(|scopes| {
+                let newest = scopes.get_key_value(projects);
+                let newest = newest.map(|(projects, scope)| (projects.clone(), Arc::clone(scope)));
+                newest.into_iter().collect::<HashMap<_, _, _>>()
+            });
+        }
+    }
+
+    /// All scopes by their projects.
+    pub(super) fn all(&self) -> Arc<HashMap<Projects, Arc<ScopeData>, RandomState>> {
+        self.0.load_full()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::token::Project;
+
+    fn only(n: usize) -> Projects {
+        Projects::Only([Project::new(&format!("p{n}"))].into())
+    }
+
+    #[test]
+    fn scopes_are_limited_in_number_and_in_bytes() {
+        let scopes = ScopeCache::default();
+        let first = scopes.get_or_insert(&only(0));
+        assert!(Arc::ptr_eq(&first, &scopes.get_or_insert(&only(0))));
+        for n in 0..3 * MAX_SCOPES {
+            scopes.get_or_insert(&only(n));
+            assert!(scopes.all().len() <= MAX_SCOPES);
+        }
+        let fill = |n: usize| {
+            let large = || Arc::new(PreparedBody::new(Bytes::from(vec![b'x'; MAX_BYTES / 5])));
+            scopes
+                .get_or_insert(&only(n))
+                .client_features(SegmentFormat::Inlined)
+                .get_or_init(large);
+            scopes.enforce_limit(&only(n));
+        };
+        fill(1);
+        fill(2);
+        assert!(
+            scopes.get_or_insert(&only(1)).client_features(SegmentFormat::Inlined).get().is_some()
+        );
+        fill(3);
+        assert_eq!(scopes.all().len(), 1, "three with their codings are more than the bound");
+        assert!(
+            scopes.get_or_insert(&only(3)).client_features(SegmentFormat::Inlined).get().is_some()
+        );
+    }
+}

@@ -1,0 +1,81 @@
+//! The format of a record on disk: a header line, then the bytes.
+//!
+//! The header is `parapet <version> <length> <checksum>`. The checksum is the XXH3-128 of the bytes in
+//! hexadecimal: it detects damage, not tampering.
+
+use xxhash_rust::xxh3::xxh3_128;
+
+const MAGIC: &str = "parapet";
+const VERSION: u32 = 1;
+
+/// Why a record cannot be decoded.
+#[derive(Debug, Eq, PartialEq)]
+pub(super) enum DecodeError {
+    /// It differs from what was written.
+    Damaged,
+    /// It has a format version that only newer versions of Parapet support.
+    UnsupportedVersion(u32),
+}
+
+/// The bytes of `record`; reuses its memory.
+pub(super) fn decode(mut record: Vec<u8>) -> Result<Vec<u8>, DecodeError> {
+    let end = record.iter().position(|&byte| byte == b'\n').ok_or(DecodeError::Damaged)?;
+    let (found, bytes) = record.split_at(end + 1);
+    if found != header(bytes).as_bytes() {
+        return Err(
+            newer_version(found).map_or(DecodeError::Damaged, DecodeError::UnsupportedVersion)
+        );
+    }
+    record.drain(..=end);
+    Ok(record)
+}
+
+/// The header for `bytes`; followed by them it forms their record.
+pub(super) fn header(bytes: &[u8]) -> String {
+    format!("{MAGIC} {VERSION} {} {:032x}\n", bytes.len(), xxh3_128(bytes))
+}
+
+/// The format version in a header, if it is newer.
+fn newer_version(head: &[u8]) -> Option<u32> {
+    let mut words = str::from_utf8(head).ok()?.split_whitespace();
+    let version = words.next().filter(|&name| name == MAGIC).and(words.next())?.parse().ok()?;
+    (version > VERSION).then_some(version)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn encode(bytes: &[u8]) -> Vec<u8> {
+        [header(bytes).as_bytes(), bytes].concat()
+    }
+
+    #[test]
+    fn version_1_record_is_decoded() {
+        let record = b"parapet 1 12 3bb56003d51430a7d562f0f0edb90540\nhello\nworld\x00";
+        assert_eq!(
+            String::from_utf8_lossy(&encode(b"hello\nworld\x00")),
+            String::from_utf8_lossy(record)
+        );
+        assert_eq!(decode(record.to_vec()), Ok(b"hello\nworld\x00".to_vec()));
+    }
+
+    proptest! {
+        #[test]
+        fn records_round_trip_and_any_damage_is_detected(
+            bytes in prop::collection::vec(any::<u8>(), 0..64),
+            at in any::<prop::sample::Index>(),
+            flip in 1..=u8::MAX,
+        ) {
+            let record = encode(&bytes);
+            prop_assert_eq!(decode(record.clone()), Ok(bytes));
+            let at = at.index(record.len());
+            prop_assert!(decode(record[..at].to_vec()).is_err());
+            let mut damaged = record;
+            damaged[at] ^= flip;
+            prop_assert!(decode(damaged).is_err());
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! Synchronises flags from upstream: finds the environments and runs one `EnvironmentSync` for each.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    pin::pin,
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{
+    sync::{Notify, oneshot, watch},
+    task::{Id, JoinSet},
+    time::sleep,
+};
+use tracing::{error, warn};
+
+use super::{
+    backoff::Backoff,
+    environment::{Config, Dependencies, EnvironmentSync},
+    environment_list::EnvironmentList,
+    publish::publish,
+    stream_pool,
+};
+use crate::{
+    background_writer::BackgroundWriter,
+    protocol::features::{Document, query_projects},
+    snapshot::{EnvironmentFilter, Snapshots},
+    store::{RecordKey, Store},
+    telemetry::{Latch, error_chain},
+    token::{Environment, Scope},
+    upstream::{AdminToken, Credentials, Upstream},
+};
+
+/// The interval at which upstream's environments are listed.
+const LIST_INTERVAL: Duration = Duration::from_mins(1);
+
+/// How long to wait before the sync of an environment is restarted after a panic.
+const RESTART_DELAY: Duration = Duration::from_secs(1);
+
+/// Which environments are synchronised.
+#[derive(Clone, Debug)]
+pub enum EnvironmentSelection {
+    /// All environments enabled upstream, listed with this admin token.
+    Enabled(AdminToken),
+    /// A fixed set.
+    Named(BTreeSet<Environment>),
+    /// The environments of configured tokens and of tokens that SDKs presented.
+    FromTokens,
+}
+
+/// Synchronises all selected environments with upstream.
+#[derive(Clone, Debug)]
+pub struct EnvironmentManager {
+    /// Interval and mode.
+    pub config: Config,
+    /// The environments to synchronise.
+    pub selection: EnvironmentSelection,
+    /// The upstream client.
+    pub upstream: Upstream,
+    /// The tokens to fetch flags with.
+    pub credentials: Credentials,
+    /// Notified when a new token widens what can be fetched.
+    pub token_added: Arc<Notify>,
+    /// The served snapshots.
+    pub snapshots: Snapshots,
+    /// The store to restore flags from at a start without upstream.
+    pub store: Store,
+    /// Saves flags to that store in the background.
+    pub saver: BackgroundWriter,
+}
+
+impl EnvironmentManager {
+    /// Serves the stored flags of the selected environments until upstream responds. Damaged records are
+    /// skipped.
+    pub async fn restore(&self) {
+        if let EnvironmentSelection::Named(wanted) = &self.selection {
+            self.snapshots.set_environments(&EnvironmentFilter::Only(wanted.clone()));
+        }
+        let stored = match self.store.environments().await {
+            Ok(stored) => stored,
+            Err(error) => {
+                return warn!(
+                    error = error_chain(&error),
+                    "Listing stored flags failed; starting without them"
+                );
+            }
+        };
+        for environment in stored {
+            match self.store.load(&RecordKey::Flags(environment.clone())).await {
+                Ok(Some(bytes)) => {
+                    let scope = Scope { environment, projects: query_projects(&bytes) };
+                    self.serve_stored(scope, &bytes).await;
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    warn!(
+                        error = error_chain(&error),
+                        "Reading stored flags failed; they are skipped"
+                    );
+                }
+            }
+        }
+    }
+
+    /// Serves stored flags of `scope`, unless the environment already has flags or is not selected.
+    pub async fn serve_stored(&self, scope: Scope, text: &[u8]) {
+        let environment = scope.environment.clone();
+        if self.snapshots.load(&environment).is_some() || !self.snapshots.is_served(&environment) {
+            return;
+        }
+        let published = match Document::parse_stored(text) {
+            // Unconfirmed: upstream has not responded since this process started.
+            Ok(document) => publish(&self.snapshots, scope, None, || document).await,
+            Err(error) => {
+                return warn!(
+                    %environment,
+                    error = error_chain(&error),
+                    "Parsing stored flags failed; they are skipped"
+                );
+            }
+        };
+        if let Err(error) = published {
+            warn!(
+                %environment,
+                error = error_chain(&error),
+                "Compiling stored flags failed; they are skipped"
+            );
+        }
+    }
+
+    /// Synchronises every selected environment until dropped. Environments that were removed or disabled
+    /// upstream are neither synchronised nor served. Releases the latch once each initially selected
+    /// environment has had flags and at least one environment is served.
+    pub async fn run(self, latch: &Latch) {
+        stream_pool::describe();
+        let (sender, initial) = oneshot::channel();
+        tokio::join!(self.sync_all(sender), self.await_initial_flags(initial, latch));
+    }
+
+    /// Releases the latch once each initial environment has had flags or is no longer served.
+    async fn await_initial_flags(
+        &self,
+        initial: oneshot::Receiver<BTreeSet<Environment>>,
+        latch: &Latch,
+    ) {
+        if self.is_environment_required() {
+            latch.describe("upstream's list of environments");
+        }
+        // `sync_all` sends them; it runs concurrently and never ends.
+        let Ok(initial) = initial.await else { return };
+        for environment in &initial {
+            latch.describe(format!("the first flags of environment {environment}"));
+            self.snapshots.wait_for(environment).await;
+        }
+        latch.describe(
+            "a valid client token to fetch the first flags with: none is configured, or upstream \
+             accepts none of them",
+        );
+        self.snapshots.wait_for_any().await;
+        latch.release();
+    }
+
+    async fn sync_all(&self, sender: oneshot::Sender<BTreeSet<Environment>>) {
+        let mut sender = Some(sender);
+        let mut loops = JoinSet::new();
+        let mut followed: BTreeMap<Environment, Id> = BTreeMap::new();
+        let poll_request = watch::Sender::new(());
+        let mut backoff = Backoff::new(LIST_INTERVAL);
+        let mut environment_list = EnvironmentList::default();
+        loop {
+            let (found, pause) = self.list_environments(&mut backoff, &mut environment_list).await;
+            if matches!(self.selection, EnvironmentSelection::Enabled(_))
+                && self
+                    .snapshots
+                    .set_environments(&EnvironmentFilter::Except(environment_list.removed()))
+            {
+                // The syncs of removed environments notice and end.
+                poll_request.send_replace(());
+            }
+            for environment in found.iter().flatten() {
+                if !followed.contains_key(environment) {
+                    let follow =
+                        self.environment_sync(environment.clone()).run(poll_request.subscribe());
+                    let task = loops.spawn(follow);
+                    followed.insert(environment.clone(), task.id());
+                }
+            }
+            // Readiness waits for the environments of the first list.
+            if let Some(found) = found
+                && (!found.is_empty() || !self.is_environment_required())
+                && let Some(sender) = sender.take()
+            {
+                // The receiver lives as long as this loop.
+                let _ = sender.send(found);
+            }
+            let mut next = pin!(sleep(pause));
+            loop {
+                tokio::select! {
+                    () = &mut next => break,
+                    () = self.token_added.notified() => {
+                        poll_request.send_replace(());
+                        break;
+                    }
+                    Some(ended) = loops.join_next_with_id() => match ended {
+                        // Its environment was removed: the next list is fetched on schedule.
+                        Ok((id, ())) => followed.retain(|_, task| *task != id),
+                        Err(error) => {
+                            error!(
+                                error = error_chain(&error),
+                                "Synchronising an environment panicked; it restarts in 1 s"
+                            );
+                            followed.retain(|_, task| *task != error.id());
+                            sleep(RESTART_DELAY).await;
+                            break;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether readiness waits until at least one environment is found.
+    fn is_environment_required(&self) -> bool {
+        !matches!(self.selection, EnvironmentSelection::FromTokens)
+    }
+
+    /// Lists the environments to synchronise; `None` if that fails and none is served. Also returns the
+    /// delay until the next list.
+    async fn list_environments(
+        &self,
+        backoff: &mut Backoff,
+        environment_list: &mut EnvironmentList,
+    ) -> (Option<BTreeSet<Environment>>, Duration) {
+        let admin = match &self.selection {
+            EnvironmentSelection::Named(named) => return (Some(named.clone()), LIST_INTERVAL),
+            EnvironmentSelection::FromTokens => {
+                return (Some(self.credentials.environments()), LIST_INTERVAL);
+            }
+            EnvironmentSelection::Enabled(admin) => admin,
+        };
+        let served = self.snapshots.environments();
+        let retry_after = match self.upstream.list_environments(admin).await {
+            Ok(list) => {
+                if let Some(enabled) = environment_list.update(&list, served.clone()) {
+                    return (Some(enabled), backoff.after_success(rand::random()));
+                }
+                if backoff.failures() == 0 {
+                    warn!("Upstream lists no enabled environment; the list is ignored");
+                }
+                None
+            }
+            Err(error) => {
+                if backoff.failures() == 0 {
+                    warn!(
+                        error = error_chain(&error),
+                        "Listing upstream's environments failed; the known environments stay"
+                    );
+                }
+                error.retry().retry_after()
+            }
+        };
+        let pause = backoff.after_failure(retry_after, rand::random());
+        (Some(served).filter(|served| !served.is_empty()), pause)
+    }
+
+    fn environment_sync(&self, environment: Environment) -> EnvironmentSync {
+        let Self { config, upstream, credentials, snapshots, saver, .. } = self.clone();
+        EnvironmentSync::new(
+            environment,
+            Dependencies { config, upstream, credentials, snapshots, saver },
+        )
+    }
+}

@@ -1,0 +1,525 @@
+//! Adds up reports from many threads, and hands over the sums when drained.
+//!
+//! **Why no increment is lost.** A counter is in the shard that its key's hash selects. To add to it, a
+//! thread holds that shard's lock. Draining replaces the shard's map with an empty one under the same
+//! lock. An increment is therefore either in the drained map or in the new one.
+//!
+//! **Bounds.** Counters use two pools, and each token has a quota in both. Counters of flags and
+//! variants in the token's snapshot are never rejected: beyond the quota they are merged under a common
+//! application name and the present hour, so that there are at most as many as the snapshot has flags.
+//! Counters of other names, which may be newer than the snapshot or invented, use a smaller pool. Beyond
+//! its quota they are merged: into one counter for all flags of an hour, and one variant for all of a
+//! flag. A report without any known flag can simply be reported again, so it is rejected as a whole
+//! instead.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    hash::{BuildHasher, Hash, RandomState},
+    iter::repeat,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Instant,
+};
+
+use jiff::Timestamp;
+
+use super::{
+    applications::{Applications, InstanceKey, Registration},
+    counter::{Counter, CounterKey, Hour, MERGED_NAME, NameStatus, Overflow},
+    impact::ImpactSeries,
+    memory_pool::{MemoryPool, Quota},
+};
+use crate::{
+    protocol::usage::{ClientApplication, ImpactMetric},
+    token::{Environment, TokenDigest},
+};
+
+/// Memory for registrations in bytes: about fifteen thousand of ordinary size for one token.
+const REGISTRATION_POOL_BYTES: usize = 24 * 1024 * 1024;
+/// Memory for samples of impact metrics, in bytes.
+const SAMPLE_POOL_BYTES: usize = 16 * 1024 * 1024;
+/// The fraction of the counter limit for flags and variants in no snapshot is one in this many.
+const UNKNOWN_DIVISOR: usize = 32;
+/// Enough that threads rarely contend for one.
+const SHARDS: usize = 64;
+
+/// Counters, impact metrics and registrations, by environment.
+#[derive(Debug)]
+pub(super) struct Aggregator {
+    shards: Box<[Mutex<Shard>]>,
+    hasher: RandomState,
+    /// The weight of the counters in all shards.
+    total_weight: AtomicUsize,
+    /// Weight of counters, in the shards and queued for upstream.
+    counter_pool: MemoryPool,
+    /// The same for counters and variants with unknown names.
+    unknown_pool: MemoryPool,
+    /// Bytes of samples, in the shards and queued for upstream.
+    sample_pool: MemoryPool,
+    /// Bytes of registrations, in the shards and queued for upstream.
+    registration_pool: MemoryPool,
+}
+
+#[derive(Debug, Default)]
+struct Shard {
+    counters: HashMap<(Environment, CounterKey), Counter>,
+    impact: HashMap<Environment, ImpactSeries>,
+    applications: Applications,
+}
+
+/// A report's counter for one flag.
+#[derive(Debug)]
+pub(super) struct ReportedCounter {
+    pub(super) key: CounterKey,
+    pub(super) name_status: NameStatus,
+    pub(super) counter: Counter,
+}
+
+impl ReportedCounter {
+    /// Moves it to the counter that merges flags without room, in this hour.
+    fn use_merged_key(&mut self, now: Hour) {
+        self.key = CounterKey { hour: now, app: MERGED_NAME.into(), flag: MERGED_NAME.into() };
+        self.counter = std::mem::take(&mut self.counter).counts_only();
+    }
+}
+
+/// The report exceeds its token's quota and names no known flag.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct OverQuota;
+
+/// The quotas of one token, which are looked up only when something new is added.
+#[derive(Clone, Copy, Debug)]
+struct TokenQuotas<'a> {
+    aggregator: &'a Aggregator,
+    token: &'a TokenDigest,
+}
+
+impl TokenQuotas<'_> {
+    fn counters(self) -> Quota {
+        self.aggregator.counter_pool.quota_of(self.token)
+    }
+
+    fn unknown(self) -> Quota {
+        self.aggregator.unknown_pool.quota_of(self.token)
+    }
+}
+
+/// Usage reported for an environment since the previous drain.
+#[derive(Debug, Default)]
+pub(super) struct Drained {
+    pub(super) counters: Vec<(CounterKey, Counter)>,
+    pub(super) impact: ImpactSeries,
+    pub(super) applications: Vec<Arc<Registration>>,
+}
+
+impl Aggregator {
+    pub(super) fn new(max_counters: usize) -> Self {
+        Self {
+            shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            hasher: RandomState::new(),
+            total_weight: AtomicUsize::new(0),
+            counter_pool: MemoryPool::new(max_counters),
+            unknown_pool: MemoryPool::new(max_counters / UNKNOWN_DIVISOR),
+            sample_pool: MemoryPool::new(SAMPLE_POOL_BYTES),
+            registration_pool: MemoryPool::new(REGISTRATION_POOL_BYTES),
+        }
+    }
+
+    /// Adds the counters of a report that arrives in the hour `now`; returns what exceeds the counters'
+    /// limits.
+    ///
+    /// Adds either all counters or none. A report with a known flag is always added, with unknown flags
+    /// merged if they exceed the quota.
+    pub(super) fn record_counters(
+        &self,
+        environment: &Environment,
+        mut counters: Vec<ReportedCounter>,
+        token: &TokenDigest,
+        now: Hour,
+    ) -> Result<Overflow, OverQuota> {
+        let shares = TokenQuotas { aggregator: self, token };
+        let has_known = counters.iter().any(|it| it.name_status == NameStatus::Known);
+        for counted in &mut counters {
+            if self.try_reserve_unknown(environment, counted, shares) {
+                continue;
+            }
+            if !has_known {
+                return Err(OverQuota);
+            }
+            counted.use_merged_key(now);
+        }
+        let mut lost = 0_u64;
+        for counted in counters {
+            lost = lost.saturating_add(self.add_counter(environment, counted, shares, now).0);
+        }
+        Ok(Overflow(lost))
+    }
+
+    /// Adds an application's impact metrics; returns how many samples exceed the quota.
+    pub(super) fn record_impact_metrics(
+        &self,
+        environment: &Environment,
+        app: &Arc<str>,
+        metrics: Vec<ImpactMetric>,
+        token: &TokenDigest,
+        now: Timestamp,
+    ) -> usize {
+        if metrics.is_empty() {
+            return 0;
+        }
+        let quota = self.sample_pool.quota_of(token);
+        let add = |metric: ImpactMetric| {
+            // A metric always uses the same shard, so that the last value of a gauge is well defined.
+            let mut shard = self.shard(&(environment, &metric.name));
+            let series = shard.impact.entry(environment.clone()).or_default();
+            series.record(app, metric, repeat(Some(now)), |bytes| quota.try_reserve(bytes))
+        };
+        metrics.into_iter().map(add).sum()
+    }
+
+    /// Records a registration; false if it exceeds the token's quota.
+    pub(super) fn register(
+        &self,
+        key: InstanceKey,
+        app: ClientApplication,
+        token: &TokenDigest,
+        now: Instant,
+    ) -> bool {
+        let quota = self.registration_pool.quota_of(token);
+        self.shard(&key).applications.register(key, app, &quota, now)
+    }
+
+    /// The quota for registrations of earlier runs, which are not attributed to tokens.
+    pub(super) fn restored_registrations_quota(&self) -> Quota {
+        self.registration_pool.unowned_quota()
+    }
+
+    /// Marks an instance as active; false if it is not tracked.
+    pub(super) fn touch(&self, key: &InstanceKey, now: Instant) -> bool {
+        self.shard(key).applications.touch(key, now)
+    }
+
+    /// Removes all usage, by environment.
+    pub(super) fn drain(&self, now: Instant) -> BTreeMap<Environment, Drained> {
+        let mut drained = BTreeMap::<Environment, Drained>::new();
+        for shard in &self.shards {
+            let (counters, impact, applications) = {
+                let mut shard = lock_shard(shard);
+                let counters = std::mem::take(&mut shard.counters);
+                let weight = counters.iter().map(|((_, key), it)| it.weight(key)).sum();
+                self.total_weight.fetch_sub(weight, Ordering::Relaxed);
+                let impact = std::mem::take(&mut shard.impact);
+                (counters, impact, shard.applications.take_due(now))
+            };
+            for ((environment, key), counter) in counters {
+                drained.entry(environment).or_default().counters.push((key, counter));
+            }
+            for (environment, series) in impact {
+                drained.entry(environment).or_default().impact.merge(series);
+            }
+            for (environment, application) in applications {
+                drained.entry(environment).or_default().applications.push(application);
+            }
+        }
+        for pool in
+            [&self.counter_pool, &self.unknown_pool, &self.sample_pool, &self.registration_pool]
+        {
+            pool.remove_unused();
+        }
+        drained
+    }
+
+    /// The weight of the counters in all shards; variants count too.
+    pub(super) fn len(&self) -> usize {
+        self.total_weight.load(Ordering::Relaxed)
+    }
+
+    /// A copy of the counters, for operators.
+    pub(super) fn copy_counters(&self) -> Vec<((Environment, CounterKey), Counter)> {
+        let copy = |shard| -> Vec<_> {
+            lock_shard(shard)
+                .counters
+                .iter()
+                .map(|(key, counter)| (key.clone(), counter.clone()))
+                .collect()
+        };
+        self.shards.iter().flat_map(copy).collect()
+    }
+
+    /// The registrations that the next drain will remove, for operators.
+    pub(super) fn due_registrations(&self, now: Instant) -> Vec<Arc<Registration>> {
+        let copy =
+            |shard| -> Vec<_> { lock_shard(shard).applications.iter_due(now).cloned().collect() };
+        self.shards.iter().flat_map(copy).collect()
+    }
+
+    /// Reserves memory for the unknown names of a counter that are new; false if its flag exceeds the
+    /// quota.
+    fn try_reserve_unknown(
+        &self,
+        environment: &Environment,
+        ReportedCounter { key, name_status: name, counter }: &mut ReportedCounter,
+        shares: TokenQuotas<'_>,
+    ) -> bool {
+        if *name == NameStatus::Known && !counter.has_unknown_variants() {
+            return true;
+        }
+        let quota = shares.unknown();
+        let place = (environment.clone(), key.clone());
+        let shard = self.shard(&place);
+        let present = shard.counters.get(&place);
+        if *name == NameStatus::Unknown && present.is_none() {
+            let Some(reservation) = quota.try_reserve(counter.base_weight(key)) else {
+                return false;
+            };
+            counter.set_reservation(reservation);
+        }
+        counter.reserve_unknown_variants(present, &quota);
+        true
+    }
+
+    fn add_counter(
+        &self,
+        environment: &Environment,
+        ReportedCounter { key, name_status: name, mut counter }: ReportedCounter,
+        shares: TokenQuotas<'_>,
+        now: Hour,
+    ) -> Overflow {
+        let key = (environment.clone(), key);
+        let mut shard = self.shard(&key);
+        if let Some(present) = shard.counters.get_mut(&key) {
+            return self.merge_counter(present, counter, shares);
+        }
+        let weight = counter.base_weight(&key.1);
+        if name == NameStatus::Known {
+            let Some(reservation) = shares.counters().try_reserve(weight) else {
+                drop(shard);
+                return self.add_merged_counter(key, counter, shares, now);
+            };
+            counter.set_reservation(reservation);
+        } else if !counter.has_reservation() {
+            // A merged counter, or one that existed when its report was checked and was drained since.
+            counter.set_reservation(shares.unknown().reserve_unchecked(weight));
+        }
+        self.insert_counter(&mut shard, key, counter, shares);
+        Overflow(0)
+    }
+
+    /// Adds a counter of a known flag to the one that merges all applications and hours.
+    fn add_merged_counter(
+        &self,
+        (environment, key): (Environment, CounterKey),
+        mut counter: Counter,
+        shares: TokenQuotas<'_>,
+        now: Hour,
+    ) -> Overflow {
+        let key = (environment, CounterKey { hour: now, app: MERGED_NAME.into(), ..key });
+        let mut shard = self.shard(&key);
+        if let Some(present) = shard.counters.get_mut(&key) {
+            return self.merge_counter(present, counter, shares);
+        }
+        counter.set_reservation(shares.counters().reserve_unchecked(counter.base_weight(&key.1)));
+        self.insert_counter(&mut shard, key, counter, shares);
+        Overflow(0)
+    }
+
+    fn merge_counter(
+        &self,
+        present: &mut Counter,
+        counter: Counter,
+        shares: TokenQuotas<'_>,
+    ) -> Overflow {
+        let before = present.variant_count();
+        let lost = present.add(counter);
+        let new = present.variant_count() - before;
+        if new > 0 {
+            present.reserve_variants(&shares.counters(), &shares.unknown());
+            self.total_weight.fetch_add(new, Ordering::Relaxed);
+        }
+        lost
+    }
+
+    fn insert_counter(
+        &self,
+        shard: &mut Shard,
+        key: (Environment, CounterKey),
+        mut counter: Counter,
+        shares: TokenQuotas<'_>,
+    ) {
+        counter.reserve_variants(&shares.counters(), &shares.unknown());
+        self.total_weight.fetch_add(counter.weight(&key.1), Ordering::Relaxed);
+        shard.counters.insert(key, counter);
+    }
+
+    fn shard(&self, key: &impl Hash) -> MutexGuard<'_, Shard> {
+        #[expect(clippy::cast_possible_truncation, reason = "only a few bits are wanted")]
+        let hash = self.hasher.hash_one(key) as usize;
+        lock_shard(&self.shards[hash % SHARDS])
+    }
+}
+
+/// A poisoned lock is still consistent: nothing in here panics halfway through an update.
+fn lock_shard(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
+    shard.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::usage::ToggleStats;
+
+    fn hour(nth: i64) -> Hour {
+        Hour::of(Timestamp::from_second(3600 * nth).unwrap())
+    }
+
+    /// Reports with one token, in the tenth hour.
+    struct Client<'a> {
+        aggregator: &'a Aggregator,
+        environment: Environment,
+        token: TokenDigest,
+    }
+
+    impl<'a> Client<'a> {
+        fn new(aggregator: &'a Aggregator, token: &str) -> Self {
+            let environment = Environment::new("dev");
+            Self { aggregator, environment, token: TokenDigest::of(token) }
+        }
+
+        fn report(
+            &self,
+            counted: impl IntoIterator<Item = ReportedCounter>,
+        ) -> Result<Overflow, OverQuota> {
+            let counted = counted.into_iter().collect();
+            self.aggregator.record_counters(&self.environment, counted, &self.token, hour(10))
+        }
+    }
+
+    fn reported_counter(
+        of_hour: i64,
+        app: &str,
+        flag: &str,
+        variants: &[&str],
+        yes: u64,
+    ) -> ReportedCounter {
+        let name = |text: &str| {
+            if text.starts_with('?') { NameStatus::Unknown } else { NameStatus::Known }
+        };
+        let variants = variants.iter().map(|variant| (Arc::from(*variant), yes)).collect();
+        let stats = ToggleStats { yes, no: 0, variants };
+        let counter = Counter::from_stats(stats, &Arc::default(), name).0;
+        let key = CounterKey { hour: hour(of_hour), app: app.into(), flag: flag.into() };
+        ReportedCounter { key, name_status: name(flag), counter }
+    }
+
+    fn yes(app: &str, flag: &str, yes: u64) -> [ReportedCounter; 1] {
+        [reported_counter(10, app, flag, &[], yes)]
+    }
+
+    fn total(drained: &BTreeMap<Environment, Drained>) -> u64 {
+        let counters = drained.values().flat_map(|drained| &drained.counters);
+        counters.map(|(_, counter)| counter.total()).sum()
+    }
+
+    #[test]
+    fn no_increment_is_lost_between_two_drains() {
+        const THREADS: u64 = 4;
+        const REPORTS: u64 = 20_000;
+        let aggregator = Aggregator::new(1000);
+        let client = Client::new(&aggregator, "token");
+        let drained = std::thread::scope(|scope| {
+            let recorders: Vec<_> = (0..THREADS)
+                .map(|_| {
+                    scope.spawn(|| {
+                        for report in 0..REPORTS {
+                            let flag = (report % 7).to_string();
+                            assert_eq!(client.report(yes("a", &flag, 1)), Ok(Overflow(0)));
+                        }
+                    })
+                })
+                .collect();
+            let mut drained = 0;
+            while !recorders.iter().all(std::thread::ScopedJoinHandle::is_finished) {
+                drained += total(&aggregator.drain(Instant::now()));
+            }
+            drained
+        });
+        let rest = total(&aggregator.drain(Instant::now()));
+        assert_eq!(drained + rest, THREADS * REPORTS);
+        assert_eq!(aggregator.len(), 0);
+    }
+
+    /// Evaluations by hour, application and flag.
+    fn counts_by_key(aggregator: &Aggregator) -> BTreeMap<(Hour, Arc<str>, Arc<str>), u64> {
+        let counters = aggregator.copy_counters().into_iter();
+        counters
+            .map(|((_, key), counter)| ((key.hour, key.app, key.flag), counter.total()))
+            .collect()
+    }
+
+    #[test]
+    fn snapshot_flags_beyond_the_quota_are_merged_under_one_application_and_hour() {
+        let aggregator = Aggregator::new(100);
+        let client = Client::new(&aggregator, "token");
+        for report in 0..1000 {
+            let app = report.to_string();
+            for flag in ["f", "g"] {
+                let counted = reported_counter(report % 7, &app, flag, &["v"], 1);
+                assert_eq!(client.report([counted]), Ok(Overflow(0)));
+            }
+        }
+        let counts = counts_by_key(&aggregator);
+        // Four fifths of the limit, including the merged counters.
+        assert!((60..90).contains(&aggregator.len()), "{}", aggregator.len());
+        let merged = |flag: &str| counts[&(hour(10), MERGED_NAME.into(), flag.into())];
+        assert!(merged("f") > 900 && merged("g") > 900, "{counts:?}");
+        assert_eq!(total(&aggregator.drain(Instant::now())), 2000);
+    }
+
+    #[test]
+    fn unknown_flags_use_a_small_pool_and_cost_snapshot_flags_no_counts() {
+        let aggregator = Aggregator::new(100 * UNKNOWN_DIVISOR);
+        let [client, other] = ["token", "other"].map(|token| Client::new(&aggregator, token));
+        let names = |range: std::ops::Range<u32>| {
+            range.map(|nth| reported_counter(10, "a", &format!("?{nth}"), &[], 1))
+        };
+        assert_eq!(client.report(names(0..50)), Ok(Overflow(0)));
+        assert_eq!(client.report(names(50..90)), Err(OverQuota));
+        assert_eq!(client.report(names(50..80).chain(yes("a", "f", 1))), Ok(Overflow(0)));
+        assert_eq!(client.report(names(80..81)), Err(OverQuota));
+        for _ in 0..100 {
+            assert_eq!(client.report(names(79..85).chain(yes("a", "f", 1))), Ok(Overflow(0)));
+        }
+        // Existing counters need no additional memory, and other tokens have a quota left.
+        assert_eq!(client.report(names(0..80).chain(yes("a", "f", 1))), Ok(Overflow(0)));
+        assert_eq!(other.report(names(80..90)), Ok(Overflow(0)));
+        let counts = counts_by_key(&aggregator);
+        assert_eq!(counts[&(hour(10), "a".into(), "f".into())], 102);
+        assert_eq!(counts[&(hour(10), MERGED_NAME.into(), MERGED_NAME.into())], 500);
+        assert_eq!(counts.len(), 90 + 2);
+
+        let drained = aggregator.drain(Instant::now());
+        assert_eq!(total(&drained), 80 + 80 + 10 + 2 + 7 * 100);
+        // Drained counters use the quota until they are sent.
+        assert_eq!(client.report(names(100..101)), Err(OverQuota));
+        drop(drained);
+        assert_eq!(client.report(names(100..180)), Ok(Overflow(0)));
+    }
+
+    #[test]
+    fn only_unknown_variants_share_the_pool_of_unknown_flags() {
+        let aggregator = Aggregator::new(10 * UNKNOWN_DIVISOR);
+        let client = Client::new(&aggregator, "token");
+        let variants = |names: &[&str]| client.report([reported_counter(10, "a", "f", names, 1)]);
+        assert_eq!(variants(&["?1", "?2", "?3", "?4"]), Ok(Overflow(0)));
+        assert_eq!(variants(&["?1", "?5", "?6", "?7", "?8", "v"]), Ok(Overflow(0)));
+        assert_eq!(variants(&["?9", "w"]), Ok(Overflow(0)));
+        assert_eq!(variants(&["?1", "?10", "?11", "w"]), Ok(Overflow(0)));
+        let (place, counter) = aggregator.copy_counters().pop().unwrap();
+        let stats = counter.to_bulk_metric("dev", &place.1).stats;
+        assert_eq!((stats.yes, stats.variants["?1"], stats.variants[MERGED_NAME]), (4, 3, 3));
+        // The flag, eight unknown variants, two known ones, and one for the others.
+        assert_eq!(aggregator.len(), 12);
+    }
+}

@@ -1,0 +1,732 @@
+//! A database that goes silent, is locked, or is unavailable. Two instances share it, each behind its
+//! own proxy.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+use sqlx::{Connection as _, Executor as _, PgConnection};
+
+use super::{
+    DatabaseKind, FLAGS, Installation, NEW_PASSWORD, OWNER, PASSWORD, Session, features_status,
+    sign_in,
+};
+use crate::rig::{Parapet, Postgres, PostgresProxy, SilencePoint, http, secrets, wait_until};
+
+/// Two instances on one database.
+struct InstancePair {
+    one: Parapet,
+    two: Parapet,
+    proxy_of_one: PostgresProxy,
+    proxy_of_two: PostgresProxy,
+    /// Signed in at the first instance.
+    owner: Session,
+    /// The database URL, without the proxies.
+    url: String,
+    _places: [Installation; 2],
+}
+
+impl InstancePair {
+    async fn start() -> Self {
+        Self::start_with(&[]).await
+    }
+
+    /// Two instances, with a high limit of tokens, and these arguments for the first.
+    async fn start_with(arguments: &[&str]) -> Self {
+        let room = ["--unleash-api-tokens-limit", "100000"];
+        let postgres = Postgres::shared().await;
+        let name = postgres.create_database().await;
+        let url = format!("postgres://postgres@127.0.0.1:{}/{name}", postgres.port());
+        let proxy_of_one = PostgresProxy::start(postgres.port()).await;
+        let proxy_of_two = PostgresProxy::start(postgres.port()).await;
+        let places =
+            [installation_behind(&proxy_of_one, &name), installation_behind(&proxy_of_two, &name)];
+        let one = places[0].start_with(&[&room, arguments].concat()).await;
+        let two = places[1].start_with(&room).await;
+        let Session { cookies, .. } = sign_in(&two, OWNER, PASSWORD).await.unwrap();
+        let owner = Session { url: one.admin_url(), cookies };
+        Self { one, two, proxy_of_one, proxy_of_two, owner, url, _places: places }
+    }
+
+    /// The owner's session at the second instance.
+    fn owner_of_two(&self) -> Session {
+        Session { url: self.two.admin_url(), cookies: self.owner.cookies.clone() }
+    }
+
+    /// A token that both instances accept.
+    async fn token(&self, name: &str) -> String {
+        let secret = create_token(&self.owner, name).await;
+        wait_until("the token is known", Duration::from_secs(10), async || {
+            (features_status(&self.two, &secret).await == StatusCode::OK).then_some(())
+        })
+        .await;
+        secret
+    }
+}
+
+fn installation_behind(proxy: &PostgresProxy, database: &str) -> Installation {
+    secrets::register(PASSWORD);
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("flags.json"), FLAGS).unwrap();
+    let port = proxy.port();
+    let url = format!("postgres://postgres@127.0.0.1:{port}/{database}?sslmode=disable");
+    Installation { folder, database: Some(url) }
+}
+
+/// Creates a token and returns its secret.
+async fn create_token(session: &Session, name: &str) -> String {
+    let (status, made) = session.create_token("client", name).await;
+    assert_eq!(status, StatusCode::CREATED, "{made}");
+    made["secret"].as_str().unwrap().to_owned()
+}
+
+async fn delete(session: &Session, secret: &str) -> StatusCode {
+    let path = format!("/api/admin/api-tokens/{secret}");
+    session.call(Method::DELETE, &path, &Value::Null).await.0
+}
+
+/// Waits until `parapet` rejects a token.
+async fn wait_until_rejected(parapet: &Parapet, secret: &str, limit: Duration) {
+    wait_until("the revocation takes effect", limit, async || {
+        (features_status(parapet, secret).await == StatusCode::UNAUTHORIZED).then_some(())
+    })
+    .await;
+}
+
+/// Waits until a token can be created.
+async fn wait_until_token_created(session: &Session, limit: Duration) {
+    wait_until("a token is made", limit, async || {
+        (session.create_token("client", "after").await.0 == StatusCode::CREATED).then_some(())
+    })
+    .await;
+}
+
+async fn database_status(session: &Session) -> Value {
+    session.get("/status").await["database"].clone()
+}
+
+/// The server goes silent while an instance reads the tokens.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn revocation_takes_effect_when_the_token_query_gets_no_response() {
+    let pair = InstancePair::start().await;
+    let secret = pair.token("revoked").await;
+    // An admin token needs no database query, unlike a session.
+    let (_, admin) = pair.owner.create_token("admin", "watch").await;
+    let admin = admin["secret"].as_str().unwrap();
+    wait_until("the admin token is known", Duration::from_secs(10), async || {
+        (pair.two.admin_get_as("/status", admin).await.0 == StatusCode::OK).then_some(())
+    })
+    .await;
+
+    pair.proxy_of_two.silence_next_at(SilencePoint::BeforeStatement("SELECT * FROM tokens"));
+    create_token(&pair.owner, "cause").await;
+    pair.proxy_of_two.wait_until_silenced(1).await;
+    assert_eq!(delete(&pair.owner, &secret).await, StatusCode::OK);
+    // Meanwhile it reports the age of its data.
+    wait_until("the age of the registry's data is reported", Duration::from_secs(10), async || {
+        let (_, reported) = pair.two.admin_get_as("/status", admin).await;
+        let age = pair.two.metric("parapet_registry_age_seconds").await?;
+        (age > 2.0 && reported["database"]["registryAgeSeconds"].as_u64()? >= 2).then_some(())
+    })
+    .await;
+    wait_until_rejected(&pair.two, &secret, Duration::from_secs(10)).await;
+    wait_until_token_created(&pair.owner_of_two(), Duration::from_secs(10)).await;
+    assert!(pair.two.log().contains("no response within"), "{}", pair.two.log());
+}
+
+/// The machine of an instance disappears in the middle of a transaction; its database session stays,
+/// with its locks.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn instance_lost_during_commit_blocks_others_for_seconds_only() {
+    let pair = InstancePair::start().await;
+    pair.token("first").await;
+    pair.proxy_of_one.silence_next_at(SilencePoint::BeforeStatement("COMMIT"));
+    let made = pair.owner.create_token("client", "never");
+    let vanish = async {
+        pair.proxy_of_one.wait_until_silenced(1).await;
+        pair.proxy_of_one.silence_connections("");
+    };
+    let ((status, _), ()) = tokio::join!(made, vanish);
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+    pair.one.kill();
+    wait_until_token_created(&pair.owner_of_two(), Duration::from_secs(15)).await;
+    pair.one.restart();
+    pair.one.wait_until_ready().await;
+    let names = pair.owner.token_names().await;
+    assert!(!names.contains(&"never".to_owned()), "{names:?}");
+}
+
+/// A firewall drops the idle connection that listens for changes.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn silent_listening_connection_is_replaced() {
+    let pair = InstancePair::start().await;
+    pair.token("first").await;
+    let before = pair.proxy_of_two.connection_count("LISTEN");
+    pair.proxy_of_two.silence_connections("LISTEN");
+    pair.proxy_of_two.wait_until_statement_seen("LISTEN", before + 1).await;
+    for number in 0..5 {
+        let secret = pair.token(&format!("number {number}")).await;
+        assert_eq!(delete(&pair.owner, &secret).await, StatusCode::OK);
+        wait_until_rejected(&pair.two, &secret, Duration::from_secs(2)).await;
+    }
+}
+
+/// Another session locks the tables, as `VACUUM FULL` does.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn requests_waiting_for_locked_table_get_a_response() {
+    // Shorter than the database's lock timeout.
+    let pair = InstancePair::start_with(&["--edge-request-timeout", "2"]).await;
+    let secret = create_token(&pair.owner_of_two(), "first").await;
+    wait_until("the token is known", Duration::from_secs(10), async || {
+        (features_status(&pair.one, &secret).await == StatusCode::OK).then_some(())
+    })
+    .await;
+    let mut holder = PgConnection::connect(&pair.url).await.unwrap();
+    let lock = "BEGIN; LOCK TABLE tokens, accounts, sessions, events, applications, flag_usage";
+    holder.execute(lock).await.unwrap();
+
+    let token = json!({ "tokenName": "it", "type": "client", "environment": "development" });
+    let attempt = json!({ "username": OWNER, "password": PASSWORD });
+    let (there, user) = (format!("/api/admin/api-tokens/{secret}"), "/api/admin/user-admin");
+    let account = json!({ "username": "ann", "rootRole": 1, "password": NEW_PASSWORD });
+    for (method, path, body) in [
+        (Method::POST, "/api/admin/api-tokens", &token),
+        (Method::DELETE, &*there, &Value::Null),
+        (Method::GET, "/api/admin/events", &Value::Null),
+        (Method::GET, "/api/admin/metrics/applications", &Value::Null),
+        (Method::GET, "/api/admin/client-metrics/features/first/raw", &Value::Null),
+        (Method::GET, user, &Value::Null),
+        (Method::POST, user, &account),
+        (Method::POST, "/auth/simple/login", &attempt),
+        (Method::POST, "/logout", &Value::Null),
+    ] {
+        let (status, answer) = pair.owner.call(method, path, body).await;
+        let reported = answer["message"].as_str().unwrap_or_default();
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{path}: {answer}");
+        assert!(reported.contains("longer than a request may"), "{path}: {answer}");
+    }
+    let (status, answer) = pair.owner_of_two().call(Method::POST, user, &account).await;
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{answer}");
+    assert!(answer.to_string().contains("is busy"), "the response has the reason: {answer}");
+    assert_eq!(features_status(&pair.one, &secret).await, StatusCode::OK, "flags need no database");
+    holder.execute("ROLLBACK").await.unwrap();
+    wait_until_token_created(&pair.owner, Duration::from_secs(15)).await;
+}
+
+async fn post_usage(parapet: &Parapet, secret: &str, times: u64) {
+    post_usage_as(parapet, secret, "shop", times).await;
+}
+
+async fn post_usage_as(parapet: &Parapet, secret: &str, app: &str, times: u64) {
+    let now = jiff::Timestamp::now().to_string();
+    let toggles = json!({ "first": { "yes": times, "no": 0 } });
+    let bucket = json!({ "start": now, "stop": now, "toggles": toggles });
+    let report = json!({ "appName": app, "instanceId": "i", "bucket": bucket });
+    let post = http().post(parapet.url() + "/api/client/metrics").header("authorization", secret);
+    let post = post.header("content-type", "application/json").body(report.to_string());
+    assert_eq!(post.send().await.unwrap().status(), StatusCode::ACCEPTED);
+}
+
+async fn wait_until_counted(session: &Session, times: u64, limit: Duration) {
+    wait_until(&format!("{times} uses are stored"), limit, async || {
+        let usage = session.get("/api/admin/client-metrics/features/first/raw").await;
+        let hours = usage["data"].as_array().unwrap().iter();
+        let sum = hours.map(|hour| hour["yes"].as_u64().unwrap()).sum::<u64>();
+        (sum == times).then_some(())
+    })
+    .await;
+}
+
+/// The server goes silent while usage is stored, and the session keeps its lock.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn usage_is_stored_on_all_instances_after_one_connection_went_silent() {
+    let pair = InstancePair::start().await;
+    let secret = pair.token("first").await;
+    pair.proxy_of_two.silence_next_at(SilencePoint::BeforeStatement("INSERT INTO flag_usage"));
+    post_usage(&pair.two, &secret, 1).await;
+    pair.proxy_of_two.wait_until_silenced(1).await;
+    post_usage(&pair.one, &secret, 10).await;
+    wait_until("the log reports that usage waits", Duration::from_secs(15), async || {
+        (pair.two.metric("parapet_usage_storing").await? == 0.0).then_some(())
+    })
+    .await;
+    assert!(pair.two.log().contains("Usage could not be stored"), "{}", pair.two.log());
+    wait_until_counted(&pair.owner, 11, Duration::from_secs(30)).await;
+    wait_until("the log reports that usage is stored", Duration::from_secs(15), async || {
+        (database_status(&pair.owner_of_two()).await["usageWaitsSince"].is_null()).then_some(())
+    })
+    .await;
+    assert!(pair.two.log().contains("Usage is stored again"), "{}", pair.two.log());
+}
+
+/// The server is stopped for a while.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn unavailable_database_is_reported_at_once_with_reason() {
+    let pair = InstancePair::start().await;
+    let secret = pair.token("first").await;
+    let (_, admin) = pair.owner.create_token("admin", "watch").await;
+    let admin = admin["secret"].as_str().unwrap();
+    assert_eq!(pair.one.metric("parapet_database_reachable").await, Some(1.0));
+    let before = pair.one.log().len();
+    pair.proxy_of_one.refuse().await;
+
+    // Each request fails at once, without waiting for a server that refuses connections: together they
+    // take no longer than one that waits.
+    let attempts = async {
+        for _ in 0..20 {
+            let (status, reported) = pair.owner.create_token("client", "more").await;
+            assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{reported}");
+            assert!(reported.to_string().contains("cannot be reached"), "{reported}");
+        }
+    };
+    let attempts = tokio::time::timeout(Duration::from_secs(5), attempts).await;
+    attempts.expect("a refused connection is no reason to wait");
+    let (_, reported) = pair.one.admin_get_as("/status", admin).await;
+    let reported = &reported["database"];
+    assert_eq!(reported["reachable"], false, "{reported}");
+    assert!(reported["awaySince"].is_string(), "{reported}");
+    assert!(reported["lastError"]["error"].as_str().unwrap().contains("refused"), "{reported}");
+    assert_eq!(reported["connections"]["limit"], 5, "{reported}");
+    let (status, ready) = pair.one.get("/internal-backstage/ready", "").await;
+    assert_eq!((status, ready["status"].as_str()), (StatusCode::OK, Some("READY")), "{ready}");
+    assert!(ready["warning"].as_str().unwrap().contains("database"), "{ready}");
+    assert_eq!(pair.one.metric("parapet_database_reachable").await, Some(0.0));
+    assert_eq!(features_status(&pair.one, &secret).await, StatusCode::OK, "flags need no database");
+    wait_until("the reason is logged", Duration::from_secs(10), async || {
+        pair.one.log()[before..].contains("refused").then_some(())
+    })
+    .await;
+
+    pair.proxy_of_one.restore().await;
+    wait_until_token_created(&pair.owner, Duration::from_secs(10)).await;
+    let log = wait_until("that it is back is logged", Duration::from_secs(10), async || {
+        let log = pair.one.log().split_off(before);
+        log.contains("is back").then_some(log)
+    })
+    .await;
+    assert!(log.lines().count() < 8, "twenty requests are no reason for many lines: {log}");
+    let (_, ready) = pair.one.get("/internal-backstage/ready", "").await;
+    assert_eq!(ready, json!({ "status": "READY" }));
+    let statements = r#"parapet_database_seconds_count{operation="statement"}"#;
+    assert!(pair.one.metric(statements).await.is_some_and(|count| count > 0.0));
+}
+
+/// The file is deleted under a running instance.
+#[cfg(unix)]
+#[tokio::test]
+async fn deleted_database_file_accepts_no_changes() {
+    let place = Installation::new(DatabaseKind::Sqlite).await;
+    let parapet = place.start().await;
+    let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
+    let secret = create_token(&owner, "first").await;
+    let (_, admin) = owner.create_token("admin", "watch").await;
+    let admin = [("authorization", admin["secret"].as_str().unwrap())];
+    let file = parapet.data_dir().join("parapet.db");
+    let aside = parapet.data_dir().join("aside.db");
+
+    std::fs::rename(&file, &aside).unwrap();
+    let token = json!({ "tokenName": "lost", "type": "client", "environment": "development" });
+    let make = async || owner.call_as(Method::POST, "/api/admin/api-tokens", &token, &admin).await;
+    let (status, reported) = make().await;
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{reported}");
+    assert!(reported.to_string().contains("deleted or replaced"), "{reported}");
+    assert!(parapet.log().contains("parapet.db was deleted or replaced"), "{}", parapet.log());
+    assert_eq!(features_status(&parapet, &secret).await, StatusCode::OK, "flags need no database");
+    std::fs::write(&file, "").unwrap();
+    assert_eq!(make().await.0, StatusCode::SERVICE_UNAVAILABLE, "another file is not that one");
+    std::fs::rename(&aside, &file).unwrap();
+    let (status, made) = make().await;
+    assert_eq!(status, StatusCode::CREATED, "it is back: {made}");
+
+    assert!(parapet.terminate().await.success());
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    assert_eq!(features_status(&parapet, &secret).await, StatusCode::OK);
+    assert_eq!(features_status(&parapet, made["secret"].as_str().unwrap()).await, StatusCode::OK);
+}
+
+/// The local copy of the tokens serves SDKs only.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn start_without_database_accepts_cached_tokens() {
+    let postgres = Postgres::shared().await;
+    let name = postgres.create_database().await;
+    let proxy = PostgresProxy::start(postgres.port()).await;
+    let place = installation_behind(&proxy, &name);
+    let mut parapet = place.start().await;
+    let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
+    let (kept, revoked) =
+        (create_token(&owner, "kept").await, create_token(&owner, "revoked").await);
+    assert_eq!(delete(&owner, &revoked).await, StatusCode::OK);
+    create_token(&owner, "the last one").await;
+    parapet.wait_until_stored("the last one").await;
+    assert!(parapet.terminate().await.success());
+    let copy = parapet.data_dir().join("registry.parapet");
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt as _;
+        let mode = std::fs::metadata(&copy).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+    assert!(!std::fs::read_to_string(&copy).unwrap().contains("\"revoked\""));
+
+    proxy.refuse().await;
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    assert_eq!(features_status(&parapet, &kept).await, StatusCode::OK);
+    assert_eq!(features_status(&parapet, &revoked).await, StatusCode::UNAUTHORIZED);
+    let refused = sign_in(&parapet, OWNER, PASSWORD).await.err();
+    assert_eq!(refused, Some(StatusCode::SERVICE_UNAVAILABLE));
+    assert!(parapet.log().contains("serving with a saved copy of the tokens"), "{}", parapet.log());
+
+    proxy.restore().await;
+    wait_until("an account signs in", Duration::from_secs(15), async || {
+        sign_in(&parapet, OWNER, PASSWORD).await.ok()
+    })
+    .await;
+    let after = create_token(&owner, "after").await;
+    assert_eq!(features_status(&parapet, &after).await, StatusCode::OK);
+
+    // A copy of another database does not count.
+    assert!(parapet.terminate().await.success());
+    proxy.refuse().await;
+    let other = format!("postgres://postgres@127.0.0.1:{}/another", proxy.port());
+    parapet.restart_with_env("DATABASE_URL", other);
+    let ended =
+        wait_until("the start fails", Duration::from_secs(30), async || parapet.exit_status())
+            .await;
+    assert!(!ended.success());
+}
+
+/// An instance on the database behind `proxy` whose first start generates a password. It may fail before
+/// that.
+fn first_start_behind(proxy: &PostgresProxy, place: &Installation, database: &str) -> Parapet {
+    let url = format!("postgres://postgres@127.0.0.1:{}/{database}?sslmode=disable", proxy.port());
+    let flags = place.folder.path().join("flags.json");
+    Parapet::mode("standalone").flag("--flags", flags).env("DATABASE_URL", url).spawn()
+}
+
+/// Waits until a start has failed, and deletes its remaining data.
+async fn wait_until_exited(parapet: &Parapet, limit: Duration) {
+    let ended = wait_until("the start fails", limit, async || parapet.exit_status()).await;
+    assert!(!ended.success());
+    parapet.kill();
+}
+
+/// The server goes silent after the first start has created an account, before the start is complete.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn first_start_that_fails_after_creating_account_has_shown_the_password() {
+    let postgres = Postgres::shared().await;
+    let name = postgres.create_database().await;
+    let proxy = PostgresProxy::start(postgres.port()).await;
+    let place = installation_behind(&proxy, &name);
+    proxy.silence_next_at(SilencePoint::BeforeStatement("SELECT * FROM tokens"));
+    let parapet = first_start_behind(&proxy, &place, &name);
+    proxy.wait_until_silenced(1).await;
+    wait_until_exited(&parapet, Duration::from_secs(30)).await;
+
+    let file = parapet.data_dir().join("first-start.txt");
+    let text = std::fs::read_to_string(&file).expect("the first start's secrets are in a file");
+    std::fs::remove_file(&file).unwrap();
+    let word_after = |name: &str| {
+        let line = text.lines().find_map(|line| line.trim().strip_prefix(name));
+        let word = line.unwrap().split_whitespace().next().unwrap().to_owned();
+        secrets::register(&word);
+        word
+    };
+    let (password, client) = (word_after("password "), word_after("client "));
+    parapet.restart();
+    parapet.wait_until_ready().await;
+    assert!(sign_in(&parapet, OWNER, &password).await.is_ok());
+    assert_eq!(features_status(&parapet, &client).await, StatusCode::OK);
+    assert!(!file.exists(), "nothing is made a second time");
+}
+
+/// The server goes silent while the schema is created, before a statement and after it.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn start_fails_within_seconds_when_migration_gets_no_response() {
+    let postgres = Postgres::shared().await;
+    let proxy = PostgresProxy::start(postgres.port()).await;
+    let statement = "CREATE TABLE accounts";
+    for (count, moment) in
+        [SilencePoint::BeforeStatement(statement), SilencePoint::AfterStatement(statement)]
+            .iter()
+            .enumerate()
+    {
+        let name = postgres.create_database().await;
+        let place = installation_behind(&proxy, &name);
+        proxy.silence_next_at(*moment);
+        let parapet = first_start_behind(&proxy, &place, &name);
+        proxy.wait_until_silenced(count + 1).await;
+        wait_until_exited(&parapet, Duration::from_secs(30)).await;
+        assert!(parapet.log().contains("no response within"), "{moment:?}: {}", parapet.log());
+        parapet.restart();
+        parapet.wait_until_ready().await;
+    }
+}
+
+/// Another instance migrates, and takes longer than any request may.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn start_waits_for_slow_migration_of_another_instance() {
+    /// The advisory lock for migrations.
+    const LOCK: i64 = 0x7061_7261_7065_7401;
+    let postgres = Postgres::shared().await;
+    let name = postgres.create_database().await;
+    let proxy = PostgresProxy::start(postgres.port()).await;
+    let place = installation_behind(&proxy, &name);
+    let url = format!("postgres://postgres@127.0.0.1:{}/{name}", postgres.port());
+    let mut other = PgConnection::connect(&url).await.unwrap();
+    other.execute("BEGIN").await.unwrap();
+    let lock = sqlx::query("SELECT pg_advisory_xact_lock($1)").bind(LOCK);
+    lock.execute(&mut other).await.unwrap();
+
+    let parapet = first_start_behind(&proxy, &place, &name);
+    wait_until("the server was checked twice", Duration::from_secs(30), async || {
+        assert!(parapet.exit_status().is_none(), "{}", parapet.log());
+        (proxy.connection_count("pg_stat_activity") >= 2).then_some(())
+    })
+    .await;
+    other.execute("ROLLBACK").await.unwrap();
+    parapet.wait_until_ready().await;
+}
+
+/// Of several servers the first writable one is used, and another one when that becomes unavailable.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn writable_server_is_selected_among_several() {
+    let (writable, standby) = (Postgres::shared().await, Postgres::start().await);
+    let name = writable.create_database().await;
+    standby.execute("postgres", &format!("create database {name}")).await;
+    standby.execute("postgres", "alter system set default_transaction_read_only = on").await;
+    standby.execute("postgres", "select pg_reload_conf()").await;
+    let url = format!("postgres://postgres@127.0.0.1:{}/{name}", standby.port());
+    wait_until("the standby is read-only", Duration::from_secs(10), async || {
+        let mut connection = PgConnection::connect(&url).await.unwrap();
+        let make = connection.execute("CREATE TABLE may_not_be (id INT)").await;
+        make.is_err().then_some(())
+    })
+    .await;
+
+    let first = PostgresProxy::start(writable.port()).await;
+    let second = PostgresProxy::start(writable.port()).await;
+    let hosts = [standby.port(), first.port(), second.port()].map(|it| format!("127.0.0.1:{it}"));
+    let mut place = installation_behind(&first, &name);
+    let access = "target_session_attrs=read-write&sslmode=disable";
+    place.database = Some(format!("postgres://postgres@{}/{name}?{access}", hosts.join(",")));
+    let parapet = place.start().await;
+    let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
+    create_token(&owner, "at the first").await;
+    let shown = database_status(&owner).await["location"].clone();
+    assert_eq!(shown, format!("postgres://{}/{name}", hosts.join(",")));
+
+    first.refuse().await;
+    wait_until_token_created(&owner, Duration::from_secs(15)).await;
+    second.wait_until_statement_seen("LISTEN", 1).await;
+    first.restore().await;
+    second.refuse().await;
+    wait_until_token_created(&owner, Duration::from_secs(15)).await;
+}
+
+/// Pseudo-random numbers from a seed.
+struct SeededRandom(u64);
+
+impl SeededRandom {
+    fn below(&mut self, sides: u64) -> u64 {
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % sides
+    }
+}
+
+/// The responses to a writer.
+#[derive(Default)]
+struct WriterLog {
+    /// Tokens that were created: their names and secrets.
+    created: Vec<(String, String)>,
+    /// Secrets of tokens that were deleted.
+    deleted: Vec<String>,
+    /// Names of tokens whose outcome is unknown.
+    uncertain: Vec<String>,
+}
+
+/// Creates and deletes tokens until `end`.
+async fn write_until(parapet: &Parapet, session: &Session, name: &str, end: Instant) -> WriterLog {
+    let mut reported = WriterLog::default();
+    let mut count = 0;
+    while Instant::now() < end {
+        count += 1;
+        let name = format!("{name} {count}");
+        let (status, made) = session.create_token("client", &name).await;
+        if status != StatusCode::CREATED {
+            assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{made}");
+            reported.uncertain.push(name);
+            // As a client does that retries later.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        }
+        let secret = made["secret"].as_str().unwrap().to_owned();
+        assert_eq!(
+            features_status(parapet, &secret).await,
+            StatusCode::OK,
+            "what is made is in force"
+        );
+        if count % 2 == 0 {
+            reported.created.push((name, secret));
+            continue;
+        }
+        match delete(session, &secret).await {
+            StatusCode::OK => {
+                let status = features_status(parapet, &secret).await;
+                assert_eq!(status, StatusCode::UNAUTHORIZED, "what is deleted is refused");
+                reported.deleted.push(secret);
+            }
+            // A deletion without a response may have been done.
+            StatusCode::NOT_FOUND | StatusCode::SERVICE_UNAVAILABLE => {
+                reported.uncertain.push(name)
+            }
+            other => panic!("{other}"),
+        }
+    }
+    reported
+}
+
+/// Uses a flag until `end`, each time as a new application. Returns the names of the applications whose
+/// usage was acknowledged.
+async fn use_flag(parapet: &Parapet, secret: &str, name: &str, end: Instant) -> Vec<String> {
+    let mut acknowledged = Vec::new();
+    while Instant::now() < end {
+        let app = format!("{name} {}", acknowledged.len());
+        post_usage_as(parapet, secret, &app, 1).await;
+        acknowledged.push(app);
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+    acknowledged
+}
+
+/// The number of uses of the flag by application.
+async fn usage_by_application(session: &Session) -> BTreeMap<String, u64> {
+    let usage = session.get("/api/admin/client-metrics/features/first/raw").await;
+    let mut uses = BTreeMap::new();
+    for hour in usage["data"].as_array().unwrap() {
+        let app = hour["appName"].as_str().unwrap().to_owned();
+        *uses.entry(app).or_default() += hour["yes"].as_u64().unwrap();
+    }
+    uses
+}
+
+/// Injects one fault after the other until `end`.
+async fn inject_faults(proxies: &[PostgresProxy], dice: &mut SeededRandom, end: Instant) {
+    let moments = [
+        "COMMIT",
+        "SELECT * FROM tokens",
+        "INSERT INTO tokens",
+        "pg_advisory",
+        "DELETE",
+        "INSERT INTO usage_batches",
+        "INSERT INTO flag_usage",
+    ];
+    while Instant::now() < end {
+        let proxy = &proxies[usize::try_from(dice.below(2)).unwrap()];
+        let moment = moments[usize::try_from(dice.below(7)).unwrap()];
+        match dice.below(5) {
+            0 => proxy.silence_next_at(SilencePoint::BeforeStatement(moment)),
+            1 => proxy.silence_next_at(SilencePoint::AfterStatement(moment)),
+            2 => proxy.silence_connections(""),
+            3 => proxy.silence_connections("LISTEN"),
+            _ => {
+                proxy.refuse().await;
+                tokio::time::sleep(Duration::from_millis(dice.below(2000))).await;
+                proxy.restore().await;
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(4000 + dice.below(5000))).await;
+    }
+    for proxy in proxies {
+        proxy.restore().await;
+    }
+}
+
+/// One minute of faults while both instances write.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn random_silence_loses_no_acknowledged_write_and_instances_agree() {
+    let pair = InstancePair::start().await;
+    let seed = u64::from(std::process::id());
+    println!("seed {seed}");
+    let end = Instant::now() + Duration::from_mins(1);
+    let proxies = [pair.proxy_of_one.clone(), pair.proxy_of_two.clone()];
+    let (owner, owner_of_two) = (&pair.owner, pair.owner_of_two());
+    let user = pair.token("user").await;
+    let mut dice = SeededRandom(seed);
+    let (of_one, of_two, more, used_at_one, used_at_two, ()) = tokio::join!(
+        write_until(&pair.one, owner, "one", end),
+        write_until(&pair.two, &owner_of_two, "two", end),
+        write_until(&pair.one, owner, "more", end),
+        use_flag(&pair.one, &user, "one", end),
+        use_flag(&pair.two, &user, "two", end),
+        inject_faults(&proxies, &mut dice, end),
+    );
+    wait_until_token_created(owner, Duration::from_secs(20)).await;
+    wait_until_token_created(&owner_of_two, Duration::from_secs(20)).await;
+    let reported = [of_one, of_two, more];
+    let made: usize = reported.iter().map(|reported| reported.created.len()).sum();
+    let deleted: usize = reported.iter().map(|reported| reported.deleted.len()).sum();
+    println!("made {made}, deleted {deleted}");
+    assert!(made > 20 && deleted > 20, "there was some success: {made}, {deleted}");
+
+    let names = |mut names: Vec<String>| {
+        names.sort();
+        names
+    };
+    let at_one = wait_until("both have the same tokens", Duration::from_secs(20), async || {
+        let at_one = names(owner.token_names().await);
+        (at_one == names(owner_of_two.token_names().await)).then_some(at_one)
+    })
+    .await;
+    for parapet in [&pair.one, &pair.two] {
+        for reported in &reported {
+            for (name, secret) in &reported.created {
+                assert_eq!(
+                    features_status(parapet, secret).await,
+                    StatusCode::OK,
+                    "{name}, seed {seed}"
+                );
+            }
+            for secret in &reported.deleted {
+                let status = features_status(parapet, secret).await;
+                assert_eq!(status, StatusCode::UNAUTHORIZED, "seed {seed}");
+            }
+        }
+    }
+    for reported in &reported {
+        for (name, _) in &reported.created {
+            let count = at_one.iter().filter(|it| *it == name).count();
+            assert_eq!(count, 1, "{name}, seed {seed}");
+        }
+        for name in &reported.uncertain {
+            let count = at_one.iter().filter(|it| *it == name).count();
+            assert!(count <= 1, "{name}: {count}, seed {seed}");
+        }
+    }
+    // Batches are stored again until the database acknowledges them, and are still counted once.
+    let used: Vec<String> = [used_at_one, used_at_two].concat();
+    assert!(used.len() > 200, "flags were used: {}", used.len());
+    let stored = wait_until("all usage is stored", Duration::from_mins(2), async || {
+        let stored = usage_by_application(owner).await;
+        (stored.len() >= used.len()).then_some(stored)
+    })
+    .await;
+    let once: BTreeMap<_, _> = used.into_iter().map(|app| (app, 1)).collect();
+    assert_eq!(stored, once, "seed {seed}");
+    assert_eq!(usage_by_application(&owner_of_two).await, once, "seed {seed}");
+}

@@ -1,0 +1,636 @@
+//! The log of a standalone on PostgreSQL and of an edge in front of it, during many faults. Every line
+//! must be expected, must not appear more often than useful, and must show no secret.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use regex::Regex;
+use reqwest::{Method, StatusCode};
+use serde_json::{Map, Value, json};
+use sqlx::{Connection as _, Executor as _, PgConnection};
+
+use crate::rig::{ChaosProxy, Fault, Parapet, Postgres, PostgresProxy, http, secrets, wait_until};
+
+/// Longer than the retry delays, which grow during an outage.
+const TIMEOUT: Duration = Duration::from_mins(1);
+
+/// The number of each kind of request during each fault: one log line for each would be too many.
+const REQUESTS_PER_FAULT: usize = 20;
+
+const FEATURES: &str = "/api/client/features";
+
+fn flags(enabled: bool) -> String {
+    let strategy = json!([{ "name": "default" }]);
+    let flag = json!({ "name": "shop", "enabled": enabled, "strategies": strategy });
+    json!({ "version": 2, "features": [flag] }).to_string()
+}
+
+/// The instances, and the proxies between them.
+struct Scenario {
+    standalone: Parapet,
+    edge: Parapet,
+    /// Between the standalone and its database.
+    database: PostgresProxy,
+    /// The name of the database.
+    name: String,
+    /// Between the edge and the standalone.
+    upstream: ChaosProxy,
+    admin: String,
+    client: String,
+    frontend: String,
+    folder: tempfile::TempDir,
+}
+
+impl Scenario {
+    async fn start() -> Self {
+        let postgres = Postgres::shared().await;
+        let name = postgres.create_database().await;
+        let database = PostgresProxy::start(postgres.port()).await;
+        let url =
+            format!("postgres://postgres@127.0.0.1:{}/{name}?sslmode=disable", database.port());
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("flags.json"), flags(true)).unwrap();
+        let standalone = Parapet::mode("standalone")
+            .flag("--flags", folder.path().join("flags.json"))
+            .flag("--metrics-interval-seconds", "1")
+            .flag("--max-streams", "8")
+            .flag("--log-format", "json")
+            .env("DATABASE_URL", url)
+            .start()
+            .await;
+        let file = standalone.data_dir().join("first-start.txt");
+        let text = std::fs::read_to_string(&file).unwrap();
+        std::fs::remove_file(&file).unwrap();
+        let word_after = |name: &str| {
+            let line = text.lines().find_map(|line| line.trim().strip_prefix(name)).unwrap();
+            let word = line.split_whitespace().next().unwrap().to_owned();
+            secrets::register(&word);
+            word
+        };
+        word_after("password ");
+        let [admin, client, frontend] = ["admin ", "client ", "frontend "].map(word_after);
+        let upstream = ChaosProxy::start(&standalone.admin_url()).await;
+        let edge = Parapet::edge(&upstream.url()).admin_token(&admin).with_short_intervals();
+        let edge = edge.flag("--log-format", "json").flag("--max-streams", "8").start().await;
+        Self { standalone, edge, database, name, upstream, admin, client, frontend, folder }
+    }
+
+    fn instances(&self) -> [&Parapet; 2] {
+        [&self.standalone, &self.edge]
+    }
+
+    /// Ordinary requests of clients, valid and invalid ones.
+    async fn send_client_requests(&self) {
+        for parapet in self.instances() {
+            for _ in 0..REQUESTS_PER_FAULT {
+                let made_up = format!("*:development.{:032x}", rand::random::<u128>());
+                secrets::register(&made_up);
+                for token in [&*self.client, &made_up, "no token", ""] {
+                    parapet.get(FEATURES, token).await;
+                    parapet.admin_get_as("/status", token).await;
+                }
+                parapet.get("/api/frontend?userId=7", &self.frontend).await;
+                parapet.get("/nowhere/../%00", &self.client).await;
+                self.report(parapet).await;
+            }
+            let large = "x".repeat(2 << 20);
+            let attempt =
+                json!({ "username": "admin", "password": "a wrong password" }).to_string();
+            let question = json!({ "tokens": ["*:development.of-nobody"] }).to_string();
+            for body in [&*large, "{", "[]", &attempt, &question] {
+                for path in ["/api/client/metrics", "/api/client/register", "/edge/validate"] {
+                    self.post(&(parapet.url() + path), body).await;
+                }
+                for path in ["/auth/simple/login", "/api/admin/api-tokens"] {
+                    self.post(&(parapet.admin_url() + path), body).await;
+                }
+            }
+            let streams = (0..REQUESTS_PER_FAULT).map(|_| {
+                let open = http().get(parapet.url() + "/api/client/streaming");
+                open.header("authorization", &self.client).send()
+            });
+            let streams = join_all(streams).await;
+            drop(streams);
+        }
+    }
+
+    async fn report(&self, parapet: &Parapet) {
+        let now = jiff::Timestamp::now().to_string();
+        let toggles = json!({ "shop": { "yes": 1, "no": 0 }, "unknown": { "yes": 1, "no": 0 } });
+        let bucket = json!({ "start": now, "stop": now, "toggles": toggles });
+        let report = json!({ "appName": "till", "instanceId": "i", "bucket": bucket }).to_string();
+        self.post(&(parapet.url() + "/api/client/metrics"), &report).await;
+    }
+
+    /// The status, if there is a response: the server may not read a body that is too long to its end.
+    async fn post(&self, url: &str, body: &str) -> Option<StatusCode> {
+        let post = http().post(url).header("authorization", &self.client);
+        let post = post.header("content-type", "application/json").body(body.to_owned());
+        post.send().await.ok().map(|answer| answer.status())
+    }
+
+    /// Tries to create a token at the standalone.
+    async fn create_token(&self) -> StatusCode {
+        let token = json!({ "tokenName": "it", "type": "client", "environment": "development" });
+        let create =
+            http().request(Method::POST, self.standalone.admin_url() + "/api/admin/api-tokens");
+        let create =
+            create.header("authorization", &self.admin).header("content-type", "application/json");
+        let answer = create.body(token.to_string()).send().await.unwrap();
+        let (status, made) = (answer.status(), answer.text().await.unwrap());
+        if status == StatusCode::CREATED {
+            let made: Value = serde_json::from_str(&made).unwrap();
+            secrets::register(made["secret"].as_str().unwrap());
+        }
+        status
+    }
+
+    /// Many concurrent attempts to create tokens.
+    async fn send_operator_requests(&self) {
+        join_all((0..REQUESTS_PER_FAULT).map(|_| self.create_token())).await;
+    }
+
+    async fn wait_until_token_created(&self) {
+        wait_until("a token is made", TIMEOUT, async || {
+            (self.create_token().await == StatusCode::CREATED).then_some(())
+        })
+        .await;
+    }
+
+    async fn wait_until_storing(&self, is_storing: bool) {
+        let expected = if is_storing { 1.0 } else { 0.0 };
+        wait_until("usage is stored, or is not", TIMEOUT, async || {
+            self.report(&self.standalone).await;
+            let storing = self.standalone.metric("parapet_usage_storing").await?;
+            (storing.total_cmp(&expected).is_eq()).then_some(())
+        })
+        .await;
+    }
+
+    /// Waits until a request of the edge to upstream has failed.
+    async fn wait_until_upstream_fails(&self) {
+        let begin = jiff::Timestamp::now();
+        wait_until("the edge misses its upstream", TIMEOUT, async || {
+            let (code, status) = self.edge.admin_get("/status").await;
+            if code == StatusCode::UNAUTHORIZED {
+                return Some(());
+            }
+            let failed = status["upstream"]["lastError"]["at"].as_str()?;
+            (failed.parse::<jiff::Timestamp>().unwrap() > begin).then_some(())
+        })
+        .await;
+    }
+
+    /// Waits until upstream has confirmed the edge's flags.
+    async fn wait_until_upstream_recovers(&self) {
+        let begin = jiff::Timestamp::now();
+        wait_until("the edge has its upstream back", TIMEOUT, async || {
+            let (_, status) = self.edge.admin_get("/status").await;
+            let confirmed = status["environments"][0]["confirmed"].as_str()?;
+            (confirmed.parse::<jiff::Timestamp>().unwrap() > begin).then_some(())
+        })
+        .await;
+    }
+
+    async fn fail_upstream(&self, fault: Fault) {
+        let is_seen = fault != Fault::Disconnect;
+        self.upstream.set_fault(fault).await;
+        self.send_client_requests().await;
+        self.wait_until_upstream_fails().await;
+        self.send_client_requests().await;
+        if is_seen {
+            // Some operations retry for longer than a failure takes to be noticed.
+            let before = self.upstream.request_count("/");
+            wait_until("it was tried again", TIMEOUT, async || {
+                (self.upstream.request_count("/") >= before + 5).then_some(())
+            })
+            .await;
+        }
+        self.upstream.restore().await;
+        self.wait_until_upstream_recovers().await;
+    }
+
+    async fn fail_database(&self) {
+        let postgres = Postgres::shared().await;
+        let set_read_only = async |is_read_only: bool| {
+            let sql = format!(
+                "ALTER DATABASE {name} SET default_transaction_read_only = {is_read_only}; \
+                 SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'",
+                name = self.name,
+            );
+            postgres.execute("postgres", &sql).await;
+        };
+        set_read_only(true).await;
+        self.send_operator_requests().await;
+        self.wait_until_storing(false).await;
+        self.send_operator_requests().await;
+        set_read_only(false).await;
+        self.wait_until_storing(true).await;
+        self.wait_until_token_created().await;
+
+        let url = format!("postgres://postgres@127.0.0.1:{}/{}", postgres.port(), self.name);
+        let mut holder = PgConnection::connect(&url).await.unwrap();
+        holder.execute("BEGIN; LOCK TABLE tokens, events").await.unwrap();
+        self.send_operator_requests().await;
+        self.send_client_requests().await;
+        holder.execute("ROLLBACK").await.unwrap();
+        self.wait_until_token_created().await;
+
+        self.database.refuse().await;
+        self.send_operator_requests().await;
+        self.send_client_requests().await;
+        self.wait_until_storing(false).await;
+        self.database.restore().await;
+        self.wait_until_token_created().await;
+        self.wait_until_storing(true).await;
+
+        self.database.silence_connections("");
+        self.send_operator_requests().await;
+        self.send_client_requests().await;
+        self.wait_until_token_created().await;
+        self.wait_until_storing(true).await;
+    }
+
+    /// Replaces the data directory by a file for a while, as if a volume were full or missing.
+    async fn fail_disk(&self) {
+        let folders = self.instances().map(|parapet| {
+            let there = parapet.data_dir();
+            let away = there.with_file_name("away");
+            std::fs::rename(&there, &away).unwrap();
+            std::fs::write(&there, "It is no folder.").unwrap();
+            (there, away)
+        });
+        // Usage waits for upstream, and would be stored.
+        self.upstream.disconnect().await;
+        for parapet in self.instances() {
+            wait_until("several saves have failed", TIMEOUT, async || {
+                self.wait_until_token_created().await;
+                self.report(parapet).await;
+                let page = parapet.metrics().await;
+                let failures = "parapet_store_save_failures_total{";
+                let failures = page.lines().filter(|it| it.starts_with(failures));
+                let failures = failures.map(|it| it.rsplit(' ').next().unwrap());
+                let failures: u64 = failures.map(|it| it.parse::<u64>().unwrap()).sum();
+                (failures >= 3).then_some(())
+            })
+            .await;
+        }
+        for (there, away) in folders {
+            std::fs::remove_file(&there).unwrap();
+            std::fs::rename(away, there).unwrap();
+        }
+        for parapet in self.instances() {
+            wait_until("the log reports that saves succeed again", TIMEOUT, async || {
+                self.report(parapet).await;
+                parapet.log().contains("can be stored again").then_some(())
+            })
+            .await;
+        }
+        self.upstream.restore().await;
+        self.wait_until_upstream_recovers().await;
+    }
+
+    async fn fail_flag_file(&self) {
+        let path = self.folder.path().join("flags.json");
+        let change = |text: &str| std::fs::write(&path, text).unwrap();
+        change("{");
+        wait_until_logged(&self.standalone, "Reloading flags failed", 1).await;
+        for _ in 0..3 {
+            self.standalone.send_sighup();
+            self.send_client_requests().await;
+        }
+        change(&flags(false));
+        wait_until_logged(&self.standalone, "is readable again", 1).await;
+        wait_until("the change has arrived", TIMEOUT, async || {
+            let (_, body) = self.edge.get(FEATURES, &self.client).await;
+            (body["features"][0]["enabled"] == false).then_some(())
+        })
+        .await;
+    }
+}
+
+async fn wait_until_logged(parapet: &Parapet, text: &str, times: usize) {
+    wait_until(&format!("{text:?} is logged"), TIMEOUT, async || {
+        (parapet.log().matches(text).count() >= times).then_some(())
+    })
+    .await;
+}
+
+/// A pattern of log lines.
+struct ExpectedLine {
+    level: &'static str,
+    /// A regular expression for the whole message.
+    message: &'static str,
+    /// The names of the other fields.
+    fields: &'static [&'static str],
+    /// The limit for the whole test.
+    at_most: usize,
+}
+
+const fn expected_line(
+    level: &'static str,
+    message: &'static str,
+    fields: &'static [&'static str],
+    at_most: usize,
+) -> ExpectedLine {
+    ExpectedLine { level, message, fields, at_most }
+}
+
+/// Lines of both.
+const COMMON: &[ExpectedLine] = &[
+    expected_line("INFO", "Parapet listens", &["mode", "data", "admin", "upstream?", "version"], 2),
+    expected_line("INFO", "New flags", &["environment", "flags", "revision?", "problems"], 4),
+    expected_line("INFO", "Shutdown requested; readiness withdrawn", &["drain_delay"], 2),
+    expected_line("INFO", "Shutdown complete", &[], 2),
+    expected_line(
+        "WARN",
+        "Requests in flight did not finish in time and were dropped",
+        &["grace"],
+        2,
+    ),
+    // The disk.
+    expected_line(
+        "WARN",
+        "(The copy of|Pending usage|Validated tokens).* cannot be stored",
+        &["error"],
+        3,
+    ),
+    expected_line(
+        "INFO",
+        "(The copy of|Pending usage|Validated tokens).* can be stored again",
+        &[],
+        3,
+    ),
+    expected_line("WARN", "Saving flags or credentials failed; retrying every 5 s", &["error"], 1),
+    expected_line("INFO", "Saving flags and credentials works again", &[], 1),
+    expected_line(
+        "WARN",
+        "Cannot list slots; usage of ended instances is not recovered",
+        &["error"],
+        2,
+    ),
+];
+
+/// Lines of a standalone.
+const STANDALONE: &[ExpectedLine] = &[
+    expected_line("INFO", "First start: created an admin account", &["username", "console"], 1),
+    expected_line("WARN", "The generated password and tokens are in a file .*", &["file"], 1),
+    // The database: one fault has several effects, each with a line.
+    expected_line(
+        "WARN",
+        "The control plane's database is unreachable; tokens stay as last read",
+        &["error"],
+        DATABASE_FAULTS * 2,
+    ),
+    expected_line(
+        "INFO",
+        "The control plane's database is reachable again",
+        &["away_for"],
+        DATABASE_FAULTS,
+    ),
+    expected_line(
+        "INFO",
+        "The connection for change notifications was lost; reconnecting",
+        &["error"],
+        DATABASE_FAULTS,
+    ),
+    expected_line(
+        "WARN",
+        "Usage could not be stored; it stays queued",
+        &["error"],
+        DATABASE_FAULTS,
+    ),
+    expected_line("INFO", "Usage is stored again", &[], DATABASE_FAULTS),
+    expected_line(
+        "ERROR",
+        "The control plane's database failed; requests for accounts and tokens get a 503",
+        &["error", "more_since_last_line?"],
+        DATABASE_FAULTS,
+    ),
+    expected_line(
+        "WARN",
+        "A denial could not be written to the audit log",
+        &["error"],
+        DATABASE_FAULTS,
+    ),
+    // The flag file, once and with each SIGHUP.
+    expected_line("WARN", "Reloading flags failed; the last known flags stay", &["error"], 4),
+    expected_line("INFO", ".*flags.json is readable again", &[], 1),
+    expected_line("INFO", "Reloaded: nothing has changed; flags are read again", &[], 3),
+];
+
+/// Lines of an edge. Each fault of upstream has one line for each operation, with its end.
+const EDGE: &[ExpectedLine] = &[
+    expected_line(
+        "INFO",
+        "Exchanging the admin token for one token per environment",
+        &["fleet", "list_interval"],
+        2,
+    ),
+    expected_line(
+        "INFO",
+        "(Created|Found) token .{1,30}\\*{4} for environment development",
+        &[],
+        3,
+    ),
+    expected_line("INFO", "Restored tokens validated in an earlier run", &["count"], 1),
+    expected_line("INFO", "Restored usage of an earlier run; it will be sent", &[], 1),
+    expected_line(
+        "WARN",
+        "Fetching flags failed and is retried; the last known flags stay",
+        &["environment", "error"],
+        ALL_FAULTS,
+    ),
+    expected_line("INFO", "Upstream responds again", &["environment"], ALL_FAULTS),
+    expected_line(
+        "INFO",
+        "Upstream's event stream is open; polling stops",
+        &["environment"],
+        ALL_FAULTS,
+    ),
+    expected_line(
+        "INFO",
+        "Polling upstream again: its stream was lost",
+        &["environment", "error"],
+        ALL_FAULTS,
+    ),
+    expected_line(
+        "WARN",
+        "Upstream's token list could not be read; known tokens are validated one by one",
+        &["error"],
+        ALL_FAULTS,
+    ),
+    expected_line("INFO", "Upstream's token list is read again", &[], ALL_FAULTS),
+    expected_line(
+        "INFO",
+        "Upstream's tokens changed",
+        &["changes.learned", "changes.revoked"],
+        ALL_FAULTS,
+    ),
+    expected_line(
+        "WARN",
+        "Token validation at upstream failed; requests with first-seen tokens get 503",
+        &["error"],
+        ALL_FAULTS,
+    ),
+    expected_line("INFO", "Upstream validates tokens again", &[], ALL_FAULTS),
+    expected_line(
+        "WARN",
+        "Listing upstream's environments failed; the known environments stay",
+        &["error"],
+        ALL_FAULTS,
+    ),
+    expected_line(
+        "WARN",
+        "Upstream is unreachable for another reason than before",
+        &["error"],
+        ALL_FAULTS,
+    ),
+    expected_line(
+        "WARN",
+        "Sending a batch of usage failed; it will be retried.*",
+        &["environment", "error"],
+        ALL_FAULTS * 2,
+    ),
+    expected_line("INFO", "Upstream accepts usage again", &["environment"], ALL_FAULTS),
+    expected_line("WARN", "Shutdown ended before all usage was sent", &["grace"], 1),
+    // Upstream rejects every token, including the admin token.
+    expected_line(
+        "WARN",
+        "Upstream refuses the edge's token for environment development; looking for another",
+        &[],
+        8,
+    ),
+    expected_line("WARN", "Upstream refuses the admin token: .*", &["token"], 2),
+    expected_line("INFO", "Upstream accepts the admin token", &["token"], 4),
+];
+
+/// The number of faults of the database.
+const DATABASE_FAULTS: usize = 4;
+/// The number of faults of upstream: its own, those of its database, and restarts.
+const ALL_FAULTS: usize = 16;
+
+/// A report of every unexpected line.
+fn check_log(name: &str, log: &str, expected: &[&ExpectedLine]) -> String {
+    let patterns: Vec<_> =
+        expected.iter().map(|it| Regex::new(&format!("^(?:{})$", it.message)).unwrap()).collect();
+    let (mut complaints, mut counts) = (String::new(), BTreeMap::<usize, Vec<&str>>::new());
+    for line in log.lines() {
+        let wrong = match parse_log_line(line) {
+            Err(wrong) => wrong,
+            Ok((level, message, fields)) => {
+                let fits = |(at, it): (usize, &&ExpectedLine)| {
+                    it.level == level
+                        && patterns[at].is_match(&message)
+                        && has_fields(it.fields, &fields)
+                };
+                match expected.iter().enumerate().position(fits) {
+                    Some(at) => {
+                        counts.entry(at).or_default().push(line);
+                        continue;
+                    }
+                    None => "it is unexpected".to_owned(),
+                }
+            }
+        };
+        writeln!(complaints, "{name}: {wrong}: {line}").unwrap();
+    }
+    for (at, lines) in counts {
+        let ExpectedLine { level, message, at_most, .. } = expected[at];
+        if lines.len() > *at_most {
+            let lines = lines.join("\n  ");
+            writeln!(complaints, "{name}: more than {at_most} of {level} {message}:\n  {lines}")
+                .unwrap();
+        }
+    }
+    complaints
+}
+
+/// Whether a line has exactly these fields. A field with a question mark is optional.
+fn has_fields(names: &[&str], fields: &Map<String, Value>) -> bool {
+    let is_there = |name: &&str| name.ends_with('?') || fields.contains_key(*name);
+    let is_known = |field: &String| names.iter().any(|name| name.trim_end_matches('?') == field);
+    names.iter().all(is_there) && fields.keys().all(is_known)
+}
+
+/// The level, the message and the other fields of a line.
+fn parse_log_line(line: &str) -> Result<(String, String, Map<String, Value>), String> {
+    if line.len() > 4096 {
+        return Err(format!("it is {} bytes long", line.len()));
+    }
+    let mut fields: Map<String, Value> =
+        serde_json::from_str(line).map_err(|error| format!("it is no JSON: {error}"))?;
+    let mut text = |name: &str| match fields.remove(name) {
+        Some(Value::String(text)) if !text.is_empty() => Ok(text),
+        other => Err(format!("its {name} is {other:?}")),
+    };
+    let (time, target) = (text("timestamp")?, text("target")?);
+    time.parse::<jiff::Timestamp>().map_err(|error| format!("its time cannot be read: {error}"))?;
+    if !target.starts_with("parapet") {
+        return Err("it is of another's making".to_owned());
+    }
+    Ok((text("level")?, text("message")?, fields))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL"]
+async fn every_log_line_during_faults_is_expected_and_limited() {
+    let day = Scenario::start().await;
+    day.send_client_requests().await;
+    let answer = |status, headers: &[(&'static str, &'static str)], body| Fault::Respond {
+        status,
+        headers: headers.to_vec(),
+        body,
+    };
+    for fault in [
+        Fault::Disconnect,
+        Fault::Stall,
+        Fault::DropResponses,
+        answer(StatusCode::INTERNAL_SERVER_ERROR, &[], "it failed"),
+        answer(
+            StatusCode::OK,
+            &[("content-type", "text/html")],
+            "<html>Log in to this network</html>",
+        ),
+        answer(StatusCode::FOUND, &[("location", "http://portal.example/sign-in")], ""),
+        answer(StatusCode::TOO_MANY_REQUESTS, &[("retry-after", "1")], ""),
+        answer(StatusCode::UNAUTHORIZED, &[], ""),
+    ] {
+        println!("{fault:?}");
+        day.fail_upstream(fault).await;
+    }
+    println!("database");
+    day.fail_database().await;
+    println!("files");
+    day.fail_flag_file().await;
+    println!("disk");
+    day.fail_disk().await;
+
+    // A crash and a start while upstream is unavailable, and an orderly end of both.
+    day.upstream.disconnect().await;
+    day.edge.kill();
+    day.edge.restart();
+    day.edge.wait_until_ready().await;
+    day.send_client_requests().await;
+    day.upstream.restore().await;
+    day.wait_until_upstream_recovers().await;
+    assert!(day.standalone.terminate().await.success());
+    day.standalone.restart();
+    day.standalone.wait_until_ready().await;
+    day.wait_until_upstream_recovers().await;
+    day.send_client_requests().await;
+    assert!(day.edge.terminate().await.success());
+    assert!(day.standalone.terminate().await.success());
+
+    let logs = [("standalone", day.standalone.log(), STANDALONE), ("edge", day.edge.log(), EDGE)];
+    let mut complaints = String::new();
+    for (name, log, own) in &logs {
+        let shown = [("its log".to_owned(), log.clone().into_bytes())];
+        secrets::assert_none_in(name, &shown);
+        let expected: Vec<_> = COMMON.iter().chain(*own).collect();
+        complaints += &check_log(name, log, &expected);
+    }
+    assert!(complaints.is_empty(), "{complaints}");
+}

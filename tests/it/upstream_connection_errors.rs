@@ -1,0 +1,174 @@
+//! Obstacles between an edge and its upstream, and what the edge reports about them: redirects,
+//! certificates, tokens in the wrong place, damaged records.
+
+use std::net::SocketAddr;
+use std::process::Command;
+use std::time::Duration;
+
+use reqwest::StatusCode;
+use tempfile::TempDir;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::in_process::CLIENT;
+use crate::rig::{Parapet, wait_until};
+
+const ADMIN: &str = "*:*.reach-0123456789abcdef0123456789abcdef0123456789ab";
+const FLAGS: &str =
+    r#"{"features":[{"name":"here","enabled":true,"strategies":[{"name":"default"}]}]}"#;
+
+const TIMEOUT: Duration = Duration::from_mins(1);
+
+/// A real server as upstream, with a client token and this admin token.
+pub(crate) async fn start_upstream(folder: &TempDir, admin: &str) -> Parapet {
+    let file = folder.path().join("flags.json");
+    std::fs::write(&file, FLAGS).unwrap();
+    let standalone = Parapet::mode("standalone").flag("--flags", file);
+    standalone
+        .env("INIT_ADMIN_API_TOKENS", admin)
+        .env("INIT_CLIENT_API_TOKENS", CLIENT)
+        .start()
+        .await
+}
+
+/// A server in front of `upstream` that redirects every path to one below `to`, from which requests are
+/// forwarded.
+async fn start_redirector(upstream: &Parapet, to: Option<String>) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let target = upstream.admin_url().replace("http://", "");
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            let (target, to) = (target.clone(), to.clone());
+            tokio::spawn(async move {
+                let mut head = Vec::new();
+                while !head.windows(4).any(|it| it == b"\r\n\r\n") {
+                    if client.read_buf(&mut head).await? == 0 {
+                        return Ok(());
+                    }
+                }
+                let head = String::from_utf8_lossy(&head).into_owned();
+                let path = head.split(' ').nth(1).unwrap_or_default();
+                if let Some(rest) = path.strip_prefix("/moved") {
+                    let head = head.replacen(path, rest, 1);
+                    let head = head.replacen("\r\n", "\r\nconnection: close\r\n", 1);
+                    let mut server = TcpStream::connect(target).await?;
+                    server.write_all(head.as_bytes()).await?;
+                    copy_bidirectional(&mut client, &mut server).await?;
+                } else {
+                    let to = to.unwrap_or_else(|| "/moved".to_owned());
+                    let answer = format!(
+                        "HTTP/1.1 308 Permanent Redirect\r\nlocation: {to}{path}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+                    );
+                    client.write_all(answer.as_bytes()).await?;
+                }
+                Ok::<_, std::io::Error>(())
+            });
+        }
+    });
+    address
+}
+
+/// Waits until a log line contains `text`, and returns that line.
+async fn wait_for_log_line(parapet: &Parapet, text: &str) -> String {
+    wait_until(&format!("the log contains {text}"), TIMEOUT, async || {
+        parapet.log().lines().find(|line| line.contains(text)).map(str::to_owned)
+    })
+    .await
+}
+
+#[tokio::test]
+async fn redirect_within_the_origin_is_followed() {
+    let folder = tempfile::tempdir().unwrap();
+    let upstream = start_upstream(&folder, ADMIN).await;
+    let redirector = start_redirector(&upstream, None).await;
+    let url = format!("http://{redirector}");
+    let edge = Parapet::edge(&url).env("TOKENS", CLIENT).with_short_intervals().start().await;
+    let (status, flags) = edge.get("/api/client/features", CLIENT).await;
+    assert_eq!((status, &flags["features"][0]["name"]), (StatusCode::OK, &"here".into()));
+    assert!(wait_for_log_line(&edge, "Parapet listens").await.contains(&url), "it names upstream");
+}
+
+#[tokio::test]
+async fn redirect_to_another_origin_is_reported_and_gets_no_token() {
+    let folder = tempfile::tempdir().unwrap();
+    let upstream = start_upstream(&folder, ADMIN).await;
+    let elsewhere = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let to = format!("http://{}/unleash", elsewhere.local_addr().unwrap());
+    let redirector = start_redirector(&upstream, Some(to.clone())).await;
+    let edge = Parapet::edge(&format!("http://{redirector}")).env("UPSTREAM_ADMIN_TOKEN", ADMIN);
+    let edge = edge.with_short_intervals().start_listening().await;
+    let logged = wait_for_log_line(&edge, "308 Permanent Redirect").await;
+    assert!(logged.contains(&format!("a redirect to {to}: --upstream-url")), "{logged}");
+    let redirected =
+        "parapet_upstream_requests_total{purpose=\"environments\",outcome=\"redirected\"}";
+    wait_until("it was redirected again and again", TIMEOUT, async || {
+        edge.metric(redirected).await.filter(|it| *it > 2.0)
+    })
+    .await;
+    let visitor = tokio::time::timeout(Duration::ZERO, elsewhere.accept()).await;
+    assert!(visitor.is_err(), "{visitor:?}");
+}
+
+#[tokio::test]
+async fn untrusted_certificate_is_logged_once_even_after_another_failure() {
+    let folder = tempfile::tempdir().unwrap();
+    let (key, certificate) = (folder.path().join("key.pem"), folder.path().join("cert.pem"));
+    let mut make = Command::new("openssl");
+    make.args(["req", "-x509", "-nodes", "-newkey", "rsa:2048", "-subj", "/CN=localhost"]);
+    make.arg("-keyout").arg(&key).arg("-out").arg(&certificate);
+    assert!(make.output().unwrap().status.success(), "openssl makes a certificate");
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let edge = Parapet::edge(&format!("https://localhost:{port}")).env("TOKENS", CLIENT);
+    let edge = edge.with_short_intervals().start_listening().await;
+    wait_for_log_line(&edge, "Connection refused").await;
+
+    let mut serve = Command::new("openssl");
+    serve.args(["s_server", "-quiet", "-www", "-accept", &format!("127.0.0.1:{port}")]);
+    serve.arg("-key").arg(&key).arg("-cert").arg(&certificate);
+    serve.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null());
+    let _server = ChildProcess(serve.stderr(std::process::Stdio::null()).spawn().unwrap());
+    let logged = wait_for_log_line(&edge, "certificate").await;
+    assert!(logged.contains("unreachable for another reason than before"), "{logged}");
+    let failed = "parapet_upstream_requests_total{purpose=\"validate\",outcome=\"unreachable\"}";
+    let before = edge.metric(failed).await.unwrap();
+    wait_until("many handshakes have failed", TIMEOUT, async || {
+        edge.metric(failed).await.filter(|it| *it > before + 10.0)
+    })
+    .await;
+    let log = edge.log();
+    let logged = log.lines().filter(|line| line.contains("certificate")).count();
+    assert_eq!(logged, 1, "{log}");
+}
+
+/// Killed when dropped.
+struct ChildProcess(std::process::Child);
+
+impl Drop for ChildProcess {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[tokio::test]
+async fn admin_token_in_tokens_setting_is_reported_with_the_right_setting() {
+    let folder = tempfile::tempdir().unwrap();
+    let upstream = start_upstream(&folder, ADMIN).await;
+    let edge = Parapet::edge(&upstream.admin_url()).env("TOKENS", ADMIN);
+    let edge = edge.with_short_intervals().start_listening().await;
+    let logged = wait_for_log_line(&edge, "A token of --tokens cannot be used").await;
+    assert!(logged.contains("belongs in --upstream-admin-token"), "{logged}");
+}
+
+#[tokio::test]
+async fn damaged_token_cache_record_is_set_aside_and_logged() {
+    let edge = Parapet::edge("http://127.0.0.1:1").env("UPSTREAM_ADMIN_TOKEN", ADMIN);
+    let edge = edge.start_listening().await;
+    assert!(edge.terminate().await.success());
+    std::fs::write(edge.data_dir().join("backup/verdicts.parapet"), "no verdicts").unwrap();
+    edge.restart();
+    edge.wait_until_listening().await;
+    let logged = wait_for_log_line(&edge, "verdicts.damaged").await;
+    assert!(logged.contains("Stored tokens cannot be used"), "{logged}");
+}
