@@ -91,9 +91,11 @@ pub async fn serve<S: HttpService>(
                 continue;
             }
         };
+        // An accepted connection is served if there is room, also when the listener closes meanwhile.
         let slot = tokio::select! {
-            () = &mut closing => break,
+            biased;
             slot = server.limiter.acquire(server.client_address(peer)) => slot,
+            () = &mut closing => break,
         };
         match slot {
             Ok(slot) => {
