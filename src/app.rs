@@ -343,7 +343,7 @@ impl App {
         workers.spawn("auth", persistence.auth.clone(), |auth| async move { auth.run().await });
         workers.spawn("feed", feed, |feed| async move { feed.run().await });
         workers.spawn("streams", streams.clone(), |streams| async move {
-            streams.close_revoked().await
+            streams.close_revoked().await;
         });
         workers.spawn("metrics", registry, run_metrics_upkeep);
         for server in tls.into_iter().flatten() {

@@ -514,7 +514,7 @@ impl Inner {
                 Some(ValidationResult::Invalid) => {
                     match self.token_cache.record_denial(token, start) {
                         RejectOutcome::NeedsRecheck => {
-                            self.token_cache.postpone_revalidation(&token.digest(), RECHECK_DELAY)
+                            self.token_cache.postpone_revalidation(&token.digest(), RECHECK_DELAY);
                         }
                         // The rejection expires soon: if upstream was wrong, the token is validated
                         // again after that.
@@ -600,7 +600,7 @@ impl Inner {
         for (digest, grant, is_validated, access) in probes {
             match access {
                 Ok(TokenAccess::Granted) => {
-                    drop(results.insert(digest, ValidationResult::Valid(grant)))
+                    drop(results.insert(digest, ValidationResult::Valid(grant)));
                 }
                 Ok(TokenAccess::Forbidden) if is_validated => {
                     results.insert(digest, ValidationResult::Forbidden(grant));

@@ -21,7 +21,7 @@
 //! | layer | modules | contents |
 //! |---|---|---|
 //! | assembly | [`app`], [`config`], [`command`], [`probe`] | the parts of each mode, the configuration, subcommands of the command line, the container health check |
-//! | surface | [`server`], [`http`] | connections and TLS termination; routes, handlers and responses, the only place that chooses status codes |
+//! | surface | [`http`] | connections and TLS termination ([`http::server`]); routes, handlers and responses, the only place that chooses status codes |
 //! | control plane | [`control_plane`] | accounts, tokens, sessions, the audit log and the usage of a standalone instance, in SQL |
 //! | services | [`sync`], [`auth`], [`usage`], [`evaluation`], [`changes`] | background tasks with their state, and the functions that work on the state below |
 //! | state | [`snapshot`], [`upstream`], [`store`], [`background_writer`], [`tls`] | the flags being served, the client of the upstream server, persistent records and writing them in the background, the listeners' certificates |
@@ -35,7 +35,7 @@
 //!
 //! # Walkthroughs
 //!
-//! **A connection.** [`server`] admits it within its limits, and closes an idle connection to make room
+//! **A connection.** [`http::server`] admits it within its limits, and closes an idle connection to make room
 //! if necessary. It reads the client's address from a load balancer (PROXY protocol), terminates TLS
 //! with the certificates of [`tls`], and serves HTTP with hyper, through hyper's public API only. One
 //! policy decides when a connection has lasted long enough; it reads counters and no clock. While the

@@ -288,7 +288,7 @@ impl Usage {
                 sender::run(pipeline, *interval, &ending, send).await;
             }
             Sink::Discard => {
-                sender::discard_at_interval(pipeline, *interval, &ending.requested).await
+                sender::discard_at_interval(pipeline, *interval, &ending.requested).await;
             }
         }
     }

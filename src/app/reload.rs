@@ -153,7 +153,7 @@ impl Reloader {
                 refetch.notify_one();
             }
             (Reloadable::Offline(rereader) | Reloadable::Standalone(rereader), _) => {
-                rereader.reload()
+                rereader.reload();
             }
             (Reloadable::Edge { .. }, Mode::Offline(_) | Mode::Standalone(_)) => {}
         }

@@ -153,7 +153,7 @@ pub(super) async fn record_token_uses(registry: &TokenRegistry, auth: &Authentic
                 debug!(
                     error = error_chain(&error),
                     "Token uses could not be stored; retrying later"
-                )
+                );
             }
         }
     }

@@ -261,7 +261,7 @@ pub(super) async fn applications(database: &Database) -> Result<Vec<ApplicationS
             "sdk" => summary.sdk_versions.push(value),
             "strategy" => summary.strategies.push(value),
             "instance" => {
-                summary.instances += u64::from(here.duration_since(seen) < INSTANCE_ACTIVE_FOR)
+                summary.instances += u64::from(here.duration_since(seen) < INSTANCE_ACTIVE_FOR);
             }
             _ => {}
         }

@@ -274,11 +274,11 @@ impl FlagExplainer<'_, '_, '_> {
         obstacles.extend(failing.map(|it| format!("the constraint fails: {}", it.why)));
         match &strategy.segments {
             Lenient::Valid(ids) => {
-                explained.segments = ids.iter().map(|id| self.explain_segment(*id)).collect()
+                explained.segments = ids.iter().map(|id| self.explain_segment(*id)).collect();
             }
             Lenient::Missing => {}
             Lenient::Malformed => {
-                obstacles.push(self.report_problem(Defect::Malformed(DefinitionPart::Strategy)))
+                obstacles.push(self.report_problem(Defect::Malformed(DefinitionPart::Strategy)));
             }
         }
         let failing = explained.segments.iter().filter(|segment| !segment.holds);

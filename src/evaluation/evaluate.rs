@@ -206,7 +206,7 @@ fn evaluate_partly_random<'a>(
     let cached = |_| *deterministic.next().expect("there is one outcome for each such flag");
     let evaluated = |flag| engine.evaluate(flag, &bound);
     for_each_flag_with(all, view, include, (cached, evaluated), |fragment| {
-        fragments.push(all.get(fragment))
+        fragments.push(all.get(fragment));
     });
     fragments
 }

@@ -107,7 +107,7 @@ const RELAYED_TEMPLATE: &str = "/api/admin/{relayed}";
 const REQUEST_TIMED_OUT: HttpError =
     HttpError::Unavailable { what: "the request timed out", retry_after: Duration::from_secs(5) };
 
-/// The path templates of all operations, for [`RequestMetrics`](super::meter::RequestMetrics).
+/// The path templates of all operations, for [`RequestMetrics`](super::request_metrics::RequestMetrics).
 pub fn path_templates() -> impl Iterator<Item = &'static str> {
     let operations = operation::OPERATIONS.iter().map(|operation| operation.path);
     operations.chain([CONSOLE_TEMPLATE, RELAYED_TEMPLATE])

@@ -99,7 +99,7 @@ pub async fn serve<S: HttpService>(
         };
         match slot {
             Ok(slot) => {
-                server.tasks.spawn(Arc::clone(&server).handle_connection(slot, stream, peer))
+                server.tasks.spawn(Arc::clone(&server).handle_connection(slot, stream, peer));
             }
             Err(_) => server.refused_connections.increment(1),
         }

@@ -299,7 +299,7 @@ impl EnvironmentSync {
             };
             match action {
                 NextAction::Poll | NextAction::Reconnect(Reconnect { poll_now: true, .. }) => {
-                    due = Instant::now()
+                    due = Instant::now();
                 }
                 NextAction::Reconnect(_) if was_synced => {
                     due = Instant::now() + self.backoff.after_success(rand::random());
@@ -431,7 +431,7 @@ impl EnvironmentSync {
                 warn!(%environment, "Polling upstream although --upstream-mode is stream: {why}");
             }
             (Transport::Streaming, _) => {
-                info!(%environment, error, "Polling upstream again: {why}")
+                info!(%environment, error, "Polling upstream again: {why}");
             }
             (Transport::Polling | Transport::PollingBecause(_), _) => {
                 info!(%environment, error, "Polling upstream: {why}");

@@ -114,7 +114,7 @@ impl TestAuthority {
     ) -> TlsAcceptor {
         let ca_file = self.write("ca.crt", &self.issuer.pem());
         self.acceptor(|config| {
-            config.client_verification = Some(ClientVerification { ca_file, auth, crl_file })
+            config.client_verification = Some(ClientVerification { ca_file, auth, crl_file });
         })
     }
 

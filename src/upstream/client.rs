@@ -430,7 +430,7 @@ impl Upstream {
                 admin.mark_refused(&token);
             }
             (Err(Error::Status { status: StatusCode::UNAUTHORIZED, .. }), _) => {
-                admin.request_reload()
+                admin.request_reload();
             }
             (Ok(_) | Err(_), _) => {}
         }

@@ -269,7 +269,7 @@ impl Sample {
     fn merge(&mut self, later: Self, reservation: &mut Reservation) {
         match (self, later) {
             (Self::Counter(sum), Self::Counter(value)) => {
-                *sum = clamp_to_upstream_range(*sum + value)
+                *sum = clamp_to_upstream_range(*sum + value);
             }
             (Self::Gauge(last), Self::Gauge(value)) => *last = value,
             (

@@ -156,7 +156,7 @@ impl Pipeline {
                 let value = serde_json::from_str(&item.json).unwrap_or_default();
                 match item.kind {
                     ItemKind::Application | ItemKind::ApplicationWithoutStrategies => {
-                        applications.push(value)
+                        applications.push(value);
                     }
                     ItemKind::Metric => metrics.push(with_key(&value)),
                     ItemKind::ImpactMetric => {}

@@ -61,7 +61,7 @@ struct EnvironmentRecord {
     left: Vec<BatchRecord>,
     /// Serialized items that were not sent, each an [`ItemRecord`].
     pieces: Vec<Box<RawValue>>,
-    /// Each an [`Application`].
+    /// Each a [`ClientApplication`].
     applications: Vec<Box<RawValue>>,
     /// Each a [`BulkMetric`].
     metrics: Vec<Box<RawValue>>,

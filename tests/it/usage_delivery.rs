@@ -219,7 +219,7 @@ impl ReplyDroppingProxy {
                 let server = TcpStream::connect(("127.0.0.1", server)).await.unwrap();
                 let count = Arc::clone(&count);
                 tokio::spawn(async move {
-                    forward_dropping_replies(client, server, &count, losses).await
+                    forward_dropping_replies(client, server, &count, losses).await;
                 });
             }
         });

@@ -631,7 +631,7 @@ mod interleavings {
             }
             match model.newest() {
                 Some(TokenEvent::Invalid) => {
-                    prop_assert!(admitted.is_none(), "denied: {}", context)
+                    prop_assert!(admitted.is_none(), "denied: {}", context);
                 }
                 Some(TokenEvent::Listed(_) | TokenEvent::Valid(_)) => {
                     let grant = model.project().map(|project| Arc::new(grant_of(project)));

@@ -21,17 +21,16 @@ impl From<Error> for HttpError {
     fn from(error: Error) -> Self {
         match error {
             Error::MissingPermission(missing) => Self::MissingPermission(missing),
-            Error::NameTaken(field) => Self::InvalidFields(vec![FieldError {
-                field: field,
-                reason: "is taken".to_owned(),
-            }]),
+            Error::NameTaken(field) => {
+                Self::InvalidFields(vec![FieldError { field, reason: "is taken".to_owned() }])
+            }
             Error::LastAdmin => Self::OperationDenied(error.to_string()),
             Error::LimitReached { .. } => Self::Malformed(error.to_string()),
             Error::RateLimited(pause) => Self::RateLimited(pause),
             Error::WrongPassword => Self::WrongPassword,
             Error::SessionEnded => Self::SignInRequired,
             Error::InvalidField { field, reason } => {
-                Self::InvalidFields(vec![FieldError { field: field, reason }])
+                Self::InvalidFields(vec![FieldError { field, reason }])
             }
             Error::FileReplaced(_) => {
                 log_database_error(&error);

@@ -592,7 +592,7 @@ async fn write_until(parapet: &Parapet, session: &Session, name: &str, end: Inst
             }
             // A deletion without a response may have been done.
             StatusCode::NOT_FOUND | StatusCode::SERVICE_UNAVAILABLE => {
-                reported.uncertain.push(name)
+                reported.uncertain.push(name);
             }
             other => panic!("{other}"),
         }
