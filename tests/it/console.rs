@@ -277,7 +277,7 @@ async fn first_line(program: &Path, arguments: &[&str], input: &str) -> String {
     drop(stdin);
     let mut line = String::new();
     let mut output = BufReader::new(process.stdout.take().unwrap());
-    let read = tokio::time::timeout(Duration::from_secs(30), output.read_line(&mut line)).await;
+    let read = tokio::time::timeout(Duration::from_secs(150), output.read_line(&mut line)).await;
     read.unwrap_or_else(|_| panic!("{} prints nothing", program.display())).unwrap();
     line.trim().to_owned()
 }
@@ -719,7 +719,7 @@ async fn empty_wrong_and_unavailable_states_are_described() {
         (
             "#/flags/nothing?environment=production",
             "nothing",
-            "production has no flag of this name",
+            "production has no flag with this name",
         ),
         ("#/flags?q=nothing-like-that", "Flags", "No flag matches"),
         ("#/api-access?q=nothing-like-that", "API access", "No token matches"),

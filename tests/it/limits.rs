@@ -258,7 +258,8 @@ async fn connection_with_unfinished_head_is_closed() {
     ];
     let ends = half_heads.map(|head| parapet.send_raw(head));
     // [`InProcessParapet::send_raw`] returns when the server closes the connection.
-    let ended = tokio::time::timeout(Duration::from_secs(20), futures_util::future::join_all(ends));
+    let ended =
+        tokio::time::timeout(Duration::from_secs(100), futures_util::future::join_all(ends));
     let ended = ended.await.expect("the server closes every connection");
     for whole in &ended[5..] {
         assert!(whole.starts_with(b"HTTP/1.1 200"), "what was whole is answered");

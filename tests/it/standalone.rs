@@ -175,7 +175,7 @@ async fn first_start_without_flags_writes_an_example_and_later_starts_require_fl
     assert_eq!(std::fs::read("config/flags.json").unwrap(), std::fs::read(&file).unwrap());
     let printed = async || {
         let log = parapet.log();
-        let line = log.lines().find(|line| line.contains("an example of them is written"));
+        let line = log.lines().find(|line| line.contains("wrote an example to edit"));
         line.map(|line| assert!(line.contains("config/flags.json"), "{line}"))
     };
     wait_until("it is reported", Duration::from_secs(10), printed).await;

@@ -19,7 +19,7 @@ if (session) await context.addCookies([{ name: 'parapet-session', value: session
 await context.grantPermissions(['clipboard-read', 'clipboard-write'], { origin: url });
 const page = await context.newPage();
 /** The timeout for any action, in milliseconds. */
-const PATIENCE = 20_000;
+const PATIENCE = 100_000;
 page.setDefaultTimeout(PATIENCE);
 
 /** Errors of the page: failed scripts, and violations of its content security policy. */

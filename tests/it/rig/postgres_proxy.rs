@@ -83,8 +83,8 @@ impl PostgresProxy {
     pub(crate) async fn wait_until_silenced(&self, count: usize) {
         let mut caught = self.shared.silenced_count.subscribe();
         let wait = caught.wait_for(|caught| *caught >= count);
-        let caught = tokio::time::timeout(Duration::from_secs(30), wait).await;
-        caught.expect("no connection went silent for 30 s").expect("the proxy runs");
+        let caught = tokio::time::timeout(Duration::from_secs(150), wait).await;
+        caught.expect("no connection went silent in time").expect("the proxy runs");
     }
 
     /// Makes the open connections go silent whose clients have sent a statement that contains `text`.
