@@ -308,7 +308,7 @@ async fn unavailable_database_is_reported_at_once_with_reason() {
     wait_until_token_created(&pair.owner, Duration::from_secs(10)).await;
     let log = wait_until("that it is back is logged", Duration::from_secs(10), async || {
         let log = pair.one.log().split_off(before);
-        log.contains("is back").then_some(log)
+        log.contains("is reachable again").then_some(log)
     })
     .await;
     assert!(log.lines().count() < 8, "twenty requests are no reason for many lines: {log}");
