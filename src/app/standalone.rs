@@ -104,7 +104,7 @@ pub(super) async fn build_standalone(
                 "INIT_*_API_TOKENS have changed since the first start and are ignored: the registry already has tokens"
             ),
             InitialSetting::Password => warn!(
-                "UNLEASH_DEFAULT_ADMIN_PASSWORD has changed since the first start and is ignored; set another password with `parapet account password`"
+                "UNLEASH_DEFAULT_ADMIN_PASSWORD has changed since the first start and is ignored; change the password with `parapet account password`"
             ),
         }
     }

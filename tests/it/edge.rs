@@ -377,7 +377,7 @@ async fn terminated_edge_serves_during_drain_delay_and_sends_its_usage() {
     // The metrics interval is so long that usage is sent only at the end.
     let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token());
     let edge = edge.flag("--fleet-name", "drain").flag("--metrics-interval-seconds", "3600");
-    let parapet = edge.flag("--drain-delay-seconds", "4").start().await;
+    let parapet = edge.flag("--drain-delay-seconds", "20").start().await;
     let mut before = Sdk::node(&parapet.url(), &token, "drain-before").await;
     before.use_flag(flag, 3).await;
     before.flush().await;
@@ -386,7 +386,7 @@ async fn terminated_edge_serves_during_drain_delay_and_sends_its_usage() {
     let ready = async || http().get(&ready).send().await.unwrap().status();
     assert_eq!(ready().await, StatusCode::OK);
     let meanwhile = async {
-        wait_until("it is no longer ready", Duration::from_secs(3), async || {
+        wait_until("it is no longer ready", Duration::from_secs(4), async || {
             (ready().await == StatusCode::SERVICE_UNAVAILABLE).then_some(())
         })
         .await;
