@@ -11,7 +11,12 @@ use std::{
 };
 
 use bytes::Bytes;
-use hyper::{HeaderMap, Method, Request, body::Incoming, header::HeaderName, http::request::Parts};
+use hyper::{
+    HeaderMap, Method, Request,
+    body::Incoming,
+    header::{HeaderName, HeaderValue},
+    http::request::Parts,
+};
 use jiff::Timestamp;
 
 use super::{
@@ -542,9 +547,12 @@ impl SdkService {
 
     /// The text of the request's token, unparsed.
     fn presented_token<'a>(&self, headers: &'a HeaderMap) -> Result<&'a str, HttpError> {
-        let header = headers.get(&self.settings.token_header);
-        let header = header.or_else(|| headers.get(API_KEY)).and_then(|value| value.to_str().ok());
-        header.ok_or(HttpError::Unauthorized)
+        let header = headers.get(&self.settings.token_header).or_else(|| headers.get(API_KEY));
+        match header.map(HeaderValue::to_str) {
+            None | Some(Ok("")) => Err(HttpError::MissingToken),
+            Some(Ok(token)) => Ok(token),
+            Some(Err(_)) => Err(HttpError::InvalidToken),
+        }
     }
 
     /// Authenticates the request's token and checks that the route accepts its kind and that this
@@ -723,7 +731,7 @@ fn parse_context<'a>(
 impl From<AuthError> for HttpError {
     fn from(denied: AuthError) -> Self {
         match denied {
-            AuthError::Unknown => Self::Unauthorized,
+            AuthError::Unknown => Self::InvalidToken,
             AuthError::Forbidden => Self::ForbiddenUpstream,
             AuthError::Unavailable => Self::Unavailable {
                 what: "the token cannot be judged at the moment",

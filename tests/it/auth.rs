@@ -13,6 +13,7 @@ const FLAGS: &str = r#"{"features":[
 
 /// Measured on Unleash 7.5.1 and 8.2.0.
 const NO_TOKEN: &str = "This endpoint requires an API token. Please add an authorization header to your request with a valid token";
+const INVALID_TOKEN: &str = "this API token is unknown or has been revoked";
 const WRONG_KIND: &str = "invalid token: expected a different token type for this endpoint";
 
 /// Routes that require a client token. The last ones contain parts of the other API in their path.
@@ -89,7 +90,8 @@ async fn every_route_without_valid_token_requires_one() {
         assert_error(&none, method, StatusCode::UNAUTHORIZED, NO_TOKEN);
         for token in unknown {
             let answer = request_with_token(&parapet, method, path, token).await;
-            assert_error(&answer, method, StatusCode::UNAUTHORIZED, NO_TOKEN);
+            let expected = if token.is_empty() { NO_TOKEN } else { INVALID_TOKEN };
+            assert_error(&answer, method, StatusCode::UNAUTHORIZED, expected);
         }
     }
 }

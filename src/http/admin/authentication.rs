@@ -68,7 +68,7 @@ impl Authentication<'_> {
         changes: bool,
     ) -> Result<AuthenticatedCaller, HttpError> {
         if let Some(header) = presented_token(&head.headers, self.token_header) {
-            let header = header.to_str().map_err(|_| HttpError::Unauthorized)?;
+            let header = header.to_str().map_err(|_| HttpError::InvalidToken)?;
             return self.authenticate_token(header, address).await;
         }
         let is_foreign = changes && !is_same_origin(&head.headers);
@@ -80,7 +80,7 @@ impl Authentication<'_> {
                 Ok(upstream_caller(&person, address))
             };
         }
-        let control = self.control_plane.ok_or(HttpError::Unauthorized)?;
+        let control = self.control_plane.ok_or(HttpError::MissingToken)?;
         let cookie = session_cookie(&head.headers, self.is_tls).ok_or(HttpError::SignInRequired)?;
         if is_foreign {
             return Err(HttpError::CrossOrigin);
@@ -103,7 +103,7 @@ impl Authentication<'_> {
             TokenKind::Admin => {}
             TokenKind::Client | TokenKind::Frontend => return Err(HttpError::WrongTokenKind),
         }
-        let token = Token::from_header(header).map_err(|_| HttpError::Unauthorized)?;
+        let token = Token::from_header(header).map_err(|_| HttpError::InvalidToken)?;
         let named = self.control_plane.and_then(|control| control.token_name(&token.digest()));
         let name = named.unwrap_or_else(|| token.masked().to_string());
         let operator = Operator::Token { name, digest: token.digest() };

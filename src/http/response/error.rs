@@ -15,13 +15,15 @@ use crate::{
 /// Why a request is not served.
 #[derive(Debug, thiserror::Error)]
 pub enum HttpError {
-    /// No authorization header, or an unknown token. The text is Unleash's own, because SDK users search
-    /// for it.
+    /// No authorization header. The text is Unleash's own, because SDK users search for it.
     #[error(
         "This endpoint requires an API token. Please add an authorization header to your request \
          with a valid token"
     )]
-    Unauthorized,
+    MissingToken,
+    /// A token that is malformed, unknown or revoked; the response does not say which.
+    #[error("this API token is unknown or has been revoked")]
+    InvalidToken,
     /// A stream ticket that is invalid or has expired.
     #[error("the event stream URL has expired; evaluate the flags again to obtain a new one")]
     InvalidStreamTicket,
@@ -128,9 +130,10 @@ impl HttpError {
     /// The status, and Unleash's name for this kind of error.
     fn status_and_name(&self) -> (StatusCode, &'static str) {
         match self {
-            Self::Unauthorized | Self::SignInRequired | Self::InvalidStreamTicket => {
-                (StatusCode::UNAUTHORIZED, "AuthenticationRequired")
-            }
+            Self::MissingToken
+            | Self::InvalidToken
+            | Self::SignInRequired
+            | Self::InvalidStreamTicket => (StatusCode::UNAUTHORIZED, "AuthenticationRequired"),
             Self::WrongPassword => (StatusCode::UNAUTHORIZED, "PasswordMismatch"),
             Self::WrongTokenKind
             | Self::EnvironmentNotServed
@@ -212,7 +215,9 @@ impl HttpError {
                 let methods = HeaderValue::from_str(methods).expect("methods are words");
                 Some((ALLOW, methods))
             }
-            Self::Unauthorized => Some((WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"))),
+            Self::MissingToken | Self::InvalidToken => {
+                Some((WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")))
+            }
             _ => None,
         }
     }
