@@ -65,7 +65,7 @@ fn execute(command: Command) -> anyhow::Result<()> {
             write!(io::stdout(), "{output}").context("cannot write")
         }
         Command::Explain(request) => {
-            write!(io::stdout(), "{}", command::explain(&request)?).context("cannot write")
+            write!(io::stdout(), "{}", command::explain::run(&request)?).context("cannot write")
         }
         Command::Probe(probe) => Ok(build_runtime()?.block_on(probe::check(&probe))?),
         Command::Run(config) => {
