@@ -38,7 +38,7 @@ use crate::{
     http::{
         admin::{self, AdminService, DataEndpoint, InstanceIdentity, InstanceStatus, Relay},
         cors::Cors,
-        failed_attempts::FailedAttempts,
+        failed_attempts::FailedRequestLimiter,
         health::HealthEndpoints,
         https_redirect::HttpsRedirect,
         ofrep::{StreamTicketKey, StreamTickets},
@@ -122,7 +122,7 @@ impl App {
                 );
                 let (base_path, data_dir) = (&config.data.base_path, &config.data_dir);
                 let announce = |opened: &_| {
-                    banner::announce_first_start(
+                    banner::announce_initial_credentials(
                         opened,
                         addresses,
                         base_path,
@@ -161,7 +161,7 @@ impl App {
         let deadline = config.auth.deadline.min(config.data.request_timeout / 3);
         let settings = auth::Config { deadline, ..config.auth };
         let auth =
-            Authenticator::new(settings, mode.take_validator(), mode.static_tokens.drain(..));
+            Authenticator::new(settings, mode.take_validator(), mode.local_tokens.drain(..));
         let hop = ConnectVia {
             app_name: identity.app_name.as_str().into(),
             instance_id: identity.instance_id.as_str().into(),
@@ -206,7 +206,7 @@ impl App {
             usage: usage.clone(),
             health: ops.clone(),
             request_metrics: meter,
-            failed_attempts: FailedAttempts::default(),
+            failed_attempts: FailedRequestLimiter::default(),
         };
         info!(
             mode = mode.name,
@@ -414,12 +414,12 @@ impl App {
         drop(service);
         let mut shutdown = pin!(async {
             readiness.drain();
-            drain.begin();
+            drain.begin_draining();
             tokio::select! {
                 () = sleep(drain_delay) => {}
                 () = force.cancelled() => {}
             }
-            drain.close();
+            drain.begin_closing();
             streams.close_all(grace);
             let served = async { while listeners.join_next().await.is_some() {} };
             tokio::select! {

@@ -32,7 +32,7 @@ pub use self::{
 };
 use self::{
     pending::{PendingValidations, Priority},
-    static_tokens::StaticTokens,
+    static_tokens::LocalTokens,
     token_cache::{InsertOutcome, RejectOutcome, RequestStart, TokenCache},
 };
 use crate::{
@@ -109,7 +109,7 @@ pub struct Authenticator(Arc<Inner>);
 struct Inner {
     config: Config,
     validator: Validator,
-    static_tokens: StaticTokens,
+    local_tokens: LocalTokens,
     token_cache: TokenCache,
     pending: PendingValidations,
     metrics: Metrics,
@@ -132,7 +132,7 @@ impl Authenticator {
     ) -> Self {
         Self(Arc::new(Inner {
             token_cache: TokenCache::new(config.capacity, config.forget_invalid_after),
-            static_tokens: StaticTokens::new(given),
+            local_tokens: LocalTokens::new(given),
             pending: PendingValidations::default(),
             metrics: Metrics::new(),
             list_refresh: Notify::new(),
@@ -190,7 +190,7 @@ impl Authenticator {
     fn lookup_cached(&self, header: &str) -> CacheLookup {
         let inner = &*self.0;
         let digest = TokenDigest::of(Token::strip_bearer(header));
-        if let Some(grant) = inner.static_tokens.get_and_mark_used(&digest) {
+        if let Some(grant) = inner.local_tokens.get_and_mark_used(&digest) {
             inner.metrics.known.increment(1);
             return CacheLookup::Decided(Ok(AuthenticatedToken {
                 grant,
@@ -229,19 +229,19 @@ impl Authenticator {
     /// as a use of the token.
     pub fn current_grant(&self, digest: &TokenDigest) -> Option<Arc<Grant>> {
         let cached = || Some(Arc::clone(self.0.token_cache.valid(digest)?.grant()));
-        self.0.static_tokens.get_and_mark_used(digest).or_else(cached)
+        self.0.local_tokens.get_and_mark_used(digest).or_else(cached)
     }
 
     /// Replaces all static tokens.
     ///
     /// Takes time linear in the number of tokens; concurrent requests see the previous set until then.
-    pub fn set_static_tokens(&self, given: impl IntoIterator<Item = (TokenDigest, Grant)>) {
-        self.0.static_tokens.replace(given);
+    pub fn set_local_tokens(&self, given: impl IntoIterator<Item = (TokenDigest, Grant)>) {
+        self.0.local_tokens.replace(given);
     }
 
     /// The static tokens that were presented since the last call.
-    pub fn take_used(&self) -> Vec<TokenDigest> {
-        self.0.static_tokens.take_used()
+    pub fn take_used_local_tokens(&self) -> Vec<TokenDigest> {
+        self.0.local_tokens.take_used()
     }
 
     /// Validates tokens on behalf of another client, for instance another edge. The results are in the
@@ -369,7 +369,7 @@ impl Authenticator {
 
     /// The grant of each static token, for display to operators.
     pub fn static_grants(&self) -> Vec<Arc<Grant>> {
-        self.0.static_tokens.grants()
+        self.0.local_tokens.grants()
     }
 
     /// The number of tokens that are currently rejected from the cache.

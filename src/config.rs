@@ -25,7 +25,7 @@ pub use self::{
     error::{ConfigError, ConfigErrors},
     manage::{ManageTask, PasswordSource, RemoteServer},
     model::{
-        AdminListenerConfig, ArchiveAction, ArchiveOptions, BackupFolder, Config, Credentials,
+        AdminListenerConfig, BackupAction, BackupOptions, BackupFolder, Config, Credentials,
         DataListenerConfig, EdgeConfig, ExplainOptions, FlagsPath, InstanceInfo, ManageOptions,
         Mode, OfflineConfig, ProbeOptions, ProbeTrust, ShutdownConfig, StandaloneConfig, Target,
     },
@@ -42,7 +42,7 @@ pub enum Command {
     /// Manage tokens or accounts.
     Manage(ManageOptions),
     /// Back up the database of the control plane, or restore it.
-    Archive(ArchiveOptions),
+    Backup(BackupOptions),
     /// Explain the result of a flag.
     Explain(ExplainOptions),
     /// Print a text: help, the version, or the effective configuration without secrets.
@@ -73,10 +73,10 @@ impl Command {
                 let settings = RawSettings::merge(verb, flags, variable);
                 return validate::manage(settings, errand).map(Self::Manage);
             }
-            Invocation::Archive { command: order, values: flags } => {
+            Invocation::Backup { command: order, values: flags } => {
                 let verb = Subcommand::Serve(cli::ServeMode::Standalone);
                 let settings = RawSettings::merge(verb, flags, variable);
-                return validate::archive(settings, order).map(Self::Archive);
+                return validate::backup(settings, order).map(Self::Backup);
             }
             Invocation::RunOrProbe { subcommand: verb, purpose, values: flags } => {
                 (verb, purpose, flags)

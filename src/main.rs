@@ -60,7 +60,7 @@ fn execute(command: Command) -> anyhow::Result<()> {
             let output = build_runtime()?.block_on(command::manage::run(command))?;
             write!(io::stdout(), "{output}").context("cannot write")
         }
-        Command::Archive(command) => {
+        Command::Backup(command) => {
             let output = build_runtime()?.block_on(command::backup::run(command))?;
             write!(io::stdout(), "{output}").context("cannot write")
         }

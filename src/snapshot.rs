@@ -407,7 +407,7 @@ impl Snapshots {
     }
 
     /// Whether the environment has a snapshot or may get one.
-    pub fn is_served(&self, environment: &Environment) -> bool {
+    pub fn is_environment_allowed(&self, environment: &Environment) -> bool {
         self.0.current.load().environment_filter.contains(environment)
     }
 
@@ -473,7 +473,7 @@ impl Snapshots {
         let mut swaps = self.0.swap_count.subscribe();
         loop {
             let found = find();
-            if found.is_some() || !self.is_served(environment) {
+            if found.is_some() || !self.is_environment_allowed(environment) {
                 return found;
             }
             if swaps.changed().await.is_err() {

@@ -21,7 +21,7 @@ mod token_exchange;
 
 pub use admin_token::{AdminToken, Error as AdminTokenError, State as AdminTokenState};
 pub use client::{FeaturesResponse, FetchResult, TokenAccess, Upstream};
-pub use client_certificate::{ClientCertificate, Error as IdentityError, Passphrase};
+pub use client_certificate::{ClientIdentity, Error as IdentityError, Passphrase};
 pub use credentials::Credentials;
 pub use error::{Error, Fault, Retry};
 pub use health::Health;

@@ -258,7 +258,7 @@ impl Usage {
 
     /// Records the state that a downstream edge reports. A report that exceeds the size limit is dropped
     /// and counted.
-    pub fn record_edge_instance(
+    pub fn track_downstream_edge(
         &self,
         reporter: &Reporter<'_>,
         edge: &EdgeInstance,
@@ -305,7 +305,7 @@ impl Usage {
     }
 
     /// The latest report of each downstream edge.
-    pub fn edge_instances(&self) -> Vec<Value> {
+    pub fn downstream_edge_reports(&self) -> Vec<Value> {
         self.shared.downstream_edges.reports()
     }
 
@@ -327,8 +327,8 @@ impl Usage {
     /// stored would send it again.
     ///
     /// For a single waiter. Changes before the call are remembered, and dropping the future loses none.
-    pub async fn wait_until_store_outdated(&self) {
-        self.shared.pipeline.wait_until_store_outdated().await;
+    pub async fn wait_until_stored_usage_delivered(&self) {
+        self.shared.pipeline.wait_until_stored_usage_delivered().await;
     }
 
     /// All unsent usage as bytes for a store; `None` if there is none. The usage also remains here.

@@ -139,7 +139,7 @@ impl AdminTokenWatcher {
     /// Grants the token access to the edge's own admin listener unless upstream rejects it.
     fn update_admin_grant(&self, state: &AdminTokenState) {
         let grant = (!state.is_refused()).then(|| admin_grant(state.token()));
-        self.auth.set_static_tokens(grant);
+        self.auth.set_local_tokens(grant);
         if state.is_refused() {
             // Token lists have validated it too.
             self.auth.revoke(&ListedSecret::Full(Token::clone(state.token())));

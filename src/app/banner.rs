@@ -28,7 +28,7 @@ pub(super) struct ListenerAddress {
 }
 
 /// Announces what was created, once, with commands that work when pasted.
-pub(super) fn announce_first_start(
+pub(super) fn announce_initial_credentials(
     opened: &BootstrapReport,
     addresses: (ListenerAddress, ListenerAddress),
     base_path: &str,

@@ -121,7 +121,7 @@ pub(super) async fn build(
             token_added,
         }),
         reloadable: Some(reloadable),
-        static_tokens,
+        local_tokens: static_tokens,
         usage_sink: Sink::Upstream { upstream: upstream.clone(), credentials },
         upstream: Some(upstream),
         relays_admin_api: edge.admin_relay,

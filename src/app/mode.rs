@@ -61,7 +61,7 @@ pub(super) struct ModeParts {
     pub(super) name: &'static str,
     pub(super) flag_source: FlagSource,
     pub(super) validator: Validator,
-    pub(super) static_tokens: Vec<(TokenDigest, Grant)>,
+    pub(super) local_tokens: Vec<(TokenDigest, Grant)>,
     pub(super) usage_sink: Sink,
     pub(super) upstream: Option<Upstream>,
     /// The admin token for upstream, with everything that depends on it.

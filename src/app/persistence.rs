@@ -83,7 +83,7 @@ impl Persistence {
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = sleep(SAVE_INTERVAL) => {}
-                () = self.usage.wait_until_store_outdated() => {}
+                () = self.usage.wait_until_stored_usage_delivered() => {}
             }
             if last_scan.elapsed() >= ORPHAN_SCAN_INTERVAL {
                 last_scan = Instant::now();

@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use tokio::sync::{Notify, watch};
 use tracing::{error, info, warn};
 
-use super::standalone::static_tokens;
+use super::standalone::offline_tokens;
 use crate::{
     auth::Authenticator,
     config::{Config, ConfigErrors, Credentials, EffectiveSettings, Mode},
@@ -129,8 +129,8 @@ impl Reloader {
             (Reloadable::Offline(rereader), Mode::Offline(offline))
                 if OFFLINE_TOKEN_OPTIONS.contains(&name) =>
             {
-                let (tokens, environments) = static_tokens(offline);
-                self.auth.set_static_tokens(tokens);
+                let (tokens, environments) = offline_tokens(offline);
+                self.auth.set_local_tokens(tokens);
                 rereader.set_environments(environments);
             }
             _ => return false,

@@ -37,7 +37,7 @@ use crate::{
 const DEFAULT_ENVIRONMENT: &str = "development";
 
 /// The grants of offline mode's configured tokens, and the environments of its SDK tokens.
-pub(super) fn static_tokens(
+pub(super) fn offline_tokens(
     offline: &OfflineConfig,
 ) -> (Vec<(TokenDigest, Grant)>, BTreeSet<Environment>) {
     let fallback = Environment::new(DEFAULT_ENVIRONMENT);
@@ -58,7 +58,7 @@ pub(super) async fn build_offline(
     snapshots: &Snapshots,
     latch: Latch,
 ) -> Result<ModeParts, Error> {
-    let (tokens, environments) = static_tokens(&offline);
+    let (tokens, environments) = offline_tokens(&offline);
     let path = offline.bootstrap_file;
     let files = FileSource::new(path, environments, snapshots.clone(), offline.reload_interval);
     let reloadable = Reloadable::Offline(files.reload_handle());
@@ -148,7 +148,7 @@ async fn parts_from_files(
         name,
         flag_source: source,
         validator,
-        static_tokens: tokens,
+        local_tokens: tokens,
         usage_sink,
         upstream,
         admin_token: None,

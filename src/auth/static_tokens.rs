@@ -17,20 +17,20 @@ use foldhash::fast::RandomState;
 
 use crate::token::{Grant, TokenDigest};
 
-type TokenTable = HashMap<TokenDigest, Arc<StaticToken>, RandomState>;
+type TokenTable = HashMap<TokenDigest, Arc<LocalToken>, RandomState>;
 
 /// The current set of static tokens.
 #[derive(Debug)]
-pub(super) struct StaticTokens(ArcSwap<TokenTable>);
+pub(super) struct LocalTokens(ArcSwap<TokenTable>);
 
 #[derive(Debug)]
-struct StaticToken {
+struct LocalToken {
     grant: Arc<Grant>,
     /// Whether the token was presented since the last [`StaticTokens::take_used`].
     is_used: AtomicBool,
 }
 
-impl StaticTokens {
+impl LocalTokens {
     pub(super) fn new(given: impl IntoIterator<Item = (TokenDigest, Grant)>) -> Self {
         Self(ArcSwap::from_pointee(build_table(given, &TokenTable::default())))
     }
@@ -72,7 +72,7 @@ fn build_table(
     let entry = |(digest, grant)| {
         let unchanged = before.get(&digest).filter(|known| *known.grant == grant).map(Arc::clone);
         let fresh =
-            || Arc::new(StaticToken { grant: Arc::new(grant), is_used: AtomicBool::new(false) });
+            || Arc::new(LocalToken { grant: Arc::new(grant), is_used: AtomicBool::new(false) });
         (digest, unchanged.unwrap_or_else(fresh))
     };
     given.into_iter().map(entry).collect()
@@ -91,7 +91,7 @@ mod tests {
     #[test]
     fn replace_adds_removes_and_changes_tokens() {
         let (a, b) = (token("a", TokenKind::Client), token("b", TokenKind::Client));
-        let given = StaticTokens::new([a.clone(), b.clone()]);
+        let given = LocalTokens::new([a.clone(), b.clone()]);
         assert!(given.get_and_mark_used(&a.0).is_some() && given.get_and_mark_used(&b.0).is_some());
         let changed = token("b", TokenKind::Frontend);
         given.replace([changed, token("c", TokenKind::Client)]);
@@ -102,7 +102,7 @@ mod tests {
     #[test]
     fn uses_are_reported_once_and_survive_a_replacement() {
         let (a, b) = (token("a", TokenKind::Client), token("b", TokenKind::Client));
-        let given = StaticTokens::new([a.clone(), b.clone()]);
+        let given = LocalTokens::new([a.clone(), b.clone()]);
         assert_eq!(given.take_used(), []);
         given.get_and_mark_used(&a.0);
         given.get_and_mark_used(&a.0);

@@ -18,5 +18,5 @@ pub async fn run(command: ManageOptions) -> Result<String, Error> {
         Target::Database(location) => database::run(location, command.task).await?,
         Target::Server(server) => admin_api::run(server, command.task).await?,
     };
-    Ok(if command.json { output.json() } else { output.text() })
+    Ok(if command.json { output.to_json() } else { output.to_text() })
 }

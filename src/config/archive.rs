@@ -6,20 +6,20 @@ use std::path::PathBuf;
 
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
-use super::model::ArchiveAction;
+use super::model::BackupAction;
 
 const FILE: &str = "file";
 const FORCE: &str = "force";
 
 /// The parsed command line of `backup` or `restore`.
 #[derive(Clone, Debug)]
-pub(super) struct ArchiveCommand {
-    pub(super) action: ArchiveAction,
+pub(super) struct BackupCommand {
+    pub(super) action: BackupAction,
     pub(super) file: PathBuf,
     pub(super) replace: bool,
 }
 
-impl ArchiveAction {
+impl BackupAction {
     const ALL: [Self; 2] = [Self::Backup, Self::Restore];
 
     pub(super) fn name(self) -> &'static str {
@@ -64,12 +64,12 @@ impl ArchiveAction {
 
 /// The subcommands `backup` and `restore`.
 pub(super) fn commands() -> [Command; 2] {
-    ArchiveAction::ALL.map(ArchiveAction::clap_command)
+    BackupAction::ALL.map(BackupAction::clap_command)
 }
 
 /// Parses the arguments of `backup` or `restore`.
-pub(super) fn parse(action: ArchiveAction, matches: &ArgMatches) -> ArchiveCommand {
-    ArchiveCommand {
+pub(super) fn parse(action: BackupAction, matches: &ArgMatches) -> BackupCommand {
+    BackupCommand {
         action,
         file: matches.get_one::<PathBuf>(FILE).expect("clap requires it").clone(),
         replace: matches.get_flag(FORCE),

@@ -10,10 +10,10 @@ use clap::{
 };
 
 use super::{
-    archive::{self, ArchiveCommand},
+    archive::{self, BackupCommand},
     error::{ConfigError, ConfigErrors},
     manage::{self, ManageCommand},
-    model::{ArchiveAction, ExplainOptions},
+    model::{BackupAction, ExplainOptions},
     options::{
         Arity, CONFIG, CommandScope, Compatibility, DATA_DIR, DATABASE_URL, OPTIONS, OptionSpec,
     },
@@ -38,7 +38,7 @@ pub(super) enum Invocation {
     /// A task of the control plane.
     Manage { command: ManageCommand, values: CliValues },
     /// Back up the control plane, or restore it.
-    Archive { command: ArchiveCommand, values: CliValues },
+    Backup { command: BackupCommand, values: CliValues },
     /// Serve, probe, or print the configuration; needs the settings.
     RunOrProbe { subcommand: Subcommand, purpose: Purpose, values: CliValues },
 }
@@ -161,11 +161,11 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
             if matches!(name, "token" | "account") {
                 return parse_manage(name, &matches, below);
             }
-            if let Some(action) = ArchiveAction::from_name(name) {
+            if let Some(action) = BackupAction::from_name(name) {
                 let order = archive::parse(action, below);
                 reject_config_flags(name, below)?;
                 let flags = location_values(name, &[below, &matches])?;
-                return Ok(Invocation::Archive { command: order, values: flags });
+                return Ok(Invocation::Backup { command: order, values: flags });
             }
             if name == EXPLAIN {
                 return parse_explain(&matches, below).map(Invocation::Explain);

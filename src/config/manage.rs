@@ -9,7 +9,7 @@ use reqwest::Url;
 
 use super::error::ConfigError;
 use crate::{
-    control_plane::{Permission, RootRole},
+    control_plane::{TokenPermission, RootRole},
     protocol::timestamp,
     token::TokenKind,
 };
@@ -60,7 +60,7 @@ pub enum ManageTask {
         /// The account.
         username: String,
         /// The permissions to grant or revoke.
-        permissions: Vec<Permission>,
+        permissions: Vec<TokenPermission>,
         /// Whether to revoke them instead of granting them.
         revoke: bool,
     },
@@ -307,8 +307,8 @@ fn parse_task(command: &str, below: &ArgMatches) -> Result<ManageTask, ConfigErr
         (_, "grant") => {
             let mut permissions = Vec::new();
             for name in args.get_many::<String>("permission").into_iter().flatten() {
-                let granted = Permission::from_grant_name(name).ok_or_else(|| {
-                    let known = Permission::ALL.map(Permission::as_str).join(", ");
+                let granted = TokenPermission::from_grant_name(name).ok_or_else(|| {
+                    let known = TokenPermission::ALL.map(TokenPermission::as_str).join(", ");
                     wrong("PERMISSION", format!("expected {known} or CREATE_API_TOKEN"))
                 })?;
                 permissions.extend(granted);

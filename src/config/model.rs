@@ -270,9 +270,9 @@ pub enum Target {
 
 /// The options of the `backup` and `restore` commands.
 #[derive(Clone, Debug)]
-pub struct ArchiveOptions {
+pub struct BackupOptions {
     /// Backup or restore.
-    pub action: ArchiveAction,
+    pub action: BackupAction,
     /// The file of the backup.
     pub file: PathBuf,
     /// Whether existing data may be replaced: the file, or the contents of the database.
@@ -283,7 +283,7 @@ pub struct ArchiveOptions {
 
 /// Writing a backup, or restoring it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum ArchiveAction {
+pub enum BackupAction {
     /// `backup`
     Backup,
     /// `restore`

@@ -319,7 +319,7 @@ impl RawSettings {
     }
 
     /// The parsed value of `key`, or of its default. `None` if there is neither, or if it is invalid.
-    pub(super) fn read<T>(
+    pub(super) fn parse_optional<T>(
         &mut self,
         key: &OptionSpec,
         expected: &str,
@@ -334,19 +334,19 @@ impl RawSettings {
     }
 
     /// The parsed value of a key that has a default. The default replaces an invalid value.
-    pub(super) fn value<T>(
+    pub(super) fn parse_or_default<T>(
         &mut self,
         key: &OptionSpec,
         expected: &str,
         parse: impl Fn(&str) -> Option<T>,
     ) -> T {
-        self.read(key, expected, &parse)
+        self.parse_optional(key, expected, &parse)
             .or_else(|| parse(key.default?))
             .expect("options read by this method have a valid default")
     }
 
     /// The valid values of a list.
-    pub(super) fn list<T>(
+    pub(super) fn parse_list<T>(
         &mut self,
         key: &OptionSpec,
         expected: &str,
@@ -377,12 +377,12 @@ impl RawSettings {
 
     /// Whether a switch is on.
     pub(super) fn switch(&mut self, key: &OptionSpec) -> bool {
-        self.value(key, "true or false", parse_bool)
+        self.parse_or_default(key, "true or false", parse_bool)
     }
 
     /// A number of at least 1.
     pub(super) fn count(&mut self, key: &OptionSpec) -> usize {
-        self.value(key, EXPECTED_COUNT, parse_positive)
+        self.parse_or_default(key, EXPECTED_COUNT, parse_positive)
     }
 
     /// A number of at least 1; `otherwise` if it is not set.
@@ -392,12 +392,12 @@ impl RawSettings {
 
     /// A number of at least 1, if it is set.
     pub(super) fn optional_count(&mut self, key: &OptionSpec) -> Option<usize> {
-        self.read(key, EXPECTED_COUNT, parse_positive)
+        self.parse_optional(key, EXPECTED_COUNT, parse_positive)
     }
 
     /// A time that may be 0.
     pub(super) fn delay(&mut self, key: &OptionSpec) -> Duration {
-        self.value(key, "a number of seconds, at most a year", |text| {
+        self.parse_or_default(key, "a number of seconds, at most a year", |text| {
             parse_seconds(text, MAX_WAIT_SECONDS)
         })
     }
@@ -405,17 +405,17 @@ impl RawSettings {
     /// A retention time, which may be 0.
     pub(super) fn retention(&mut self, key: &OptionSpec) -> Duration {
         let expected = "a number of seconds, at most a hundred years";
-        self.value(key, expected, |text| parse_seconds(text, MAX_RETENTION_SECONDS))
+        self.parse_or_default(key, expected, |text| parse_seconds(text, MAX_RETENTION_SECONDS))
     }
 
     /// A time above 0.
     pub(super) fn interval(&mut self, key: &OptionSpec) -> Duration {
-        self.value(key, EXPECTED_INTERVAL, parse_interval)
+        self.parse_or_default(key, EXPECTED_INTERVAL, parse_interval)
     }
 
     /// A time above 0, if it is set.
     pub(super) fn optional_interval(&mut self, key: &OptionSpec) -> Option<Duration> {
-        self.read(key, EXPECTED_INTERVAL, parse_interval)
+        self.parse_optional(key, EXPECTED_INTERVAL, parse_interval)
     }
 
     /// A list of tokens. An error names the position of the token, not its text.

@@ -485,21 +485,21 @@ fn tls_options_without_tls_warn() {
 
 #[test]
 fn client_certificate_for_upstream_has_three_forms() {
-    use crate::upstream::{ClientCertificate, Passphrase};
+    use crate::upstream::{ClientIdentity, Passphrase};
     let Certificates { certificate, key, both, pkcs12, .. } = &certificates();
-    let check = |env: &[(&str, &str)], expected: ClientCertificate| {
+    let check = |env: &[(&str, &str)], expected: ClientIdentity| {
         assert_eq!(edge(EDGE, env).upstream.client_certificate, Some(expected));
     };
     let pair =
         [("PKCS8_CLIENT_CERTIFICATE_FILE", &**certificate), ("PKCS8_CLIENT_KEY_FILE", &**key)];
     check(
         &pair,
-        ClientCertificate::PemPair { certificate_file: certificate.into(), key_file: key.into() },
+        ClientIdentity::PemPair { certificate_file: certificate.into(), key_file: key.into() },
     );
-    check(&[("PEM_CERT_FILE", both)], ClientCertificate::PemFile(both.into()));
+    check(&[("PEM_CERT_FILE", both)], ClientIdentity::PemFile(both.into()));
     let passphrase = Passphrase::new("word");
     let env = [("PKCS12_IDENTITY_FILE", &**pkcs12), ("PKCS12_PASSPHRASE", "word")];
-    check(&env, ClientCertificate::Pkcs12 { file: pkcs12.into(), passphrase });
+    check(&env, ClientIdentity::Pkcs12 { file: pkcs12.into(), passphrase });
 
     let messages = errors(EDGE, &[("PKCS12_IDENTITY_FILE", pkcs12), ("PKCS12_PASSPHRASE", "w0rd")]);
     assert_eq!(messages, [format!("PKCS12_PASSPHRASE: the passphrase does not open {pkcs12}")]);

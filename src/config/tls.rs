@@ -75,7 +75,7 @@ pub(super) fn requires_client_certificates(s: &mut RawSettings, keys: &ListenerO
 }
 
 fn client_auth(s: &mut RawSettings, keys: &ListenerOptions) -> ClientAuth {
-    s.value(keys.client_auth, "required or optional", ClientAuth::parse)
+    s.parse_or_default(keys.client_auth, "required or optional", ClientAuth::parse)
 }
 
 /// Warns of options that apply to both listeners if neither has TLS.
@@ -97,12 +97,12 @@ fn warn_no_effect_without(s: &mut RawSettings, key: &OptionSpec, other: &OptionS
 }
 
 fn listener(s: &mut RawSettings, keys: &ListenerOptions, is_enabled: bool) -> Option<Config> {
-    let certificates = s.list(keys.certificate, EXPECTED_PEM_PATH, parse_file_path);
-    let private_keys = s.list(keys.private_key, EXPECTED_PEM_PATH, parse_file_path);
-    let ca_file = s.read(keys.client_ca, EXPECTED_PEM_PATH, parse_file_path);
+    let certificates = s.parse_list(keys.certificate, EXPECTED_PEM_PATH, parse_file_path);
+    let private_keys = s.parse_list(keys.private_key, EXPECTED_PEM_PATH, parse_file_path);
+    let ca_file = s.parse_optional(keys.client_ca, EXPECTED_PEM_PATH, parse_file_path);
     let auth = client_auth(s, keys);
-    let crl_file = s.read(keys.crl, EXPECTED_PEM_PATH, parse_file_path);
-    let min_version = s.value(&options::TLS_MIN_VERSION, "1.2 or 1.3", Version::parse);
+    let crl_file = s.parse_optional(keys.crl, EXPECTED_PEM_PATH, parse_file_path);
+    let min_version = s.parse_or_default(&options::TLS_MIN_VERSION, "1.2 or 1.3", Version::parse);
     let handshake_timeout = s.interval(&options::TLS_HANDSHAKE_TIMEOUT_SECONDS);
     let half = std::thread::available_parallelism().map_or(1, NonZero::get).div_ceil(2);
     let max_handshakes = s.count_or(&options::TLS_MAX_HANDSHAKES, half);

@@ -14,12 +14,12 @@ use reqwest::{
 };
 
 use super::{
-    archive::ArchiveCommand,
+    archive::BackupCommand,
     cli::{Probe, ServeMode, Subcommand},
     error::ConfigErrors,
     manage::{ManageCommand, RemoteServer},
     model::{
-        AdminListenerConfig, ArchiveOptions, BackupFolder, Config, Credentials, DataListenerConfig,
+        AdminListenerConfig, BackupOptions, BackupFolder, Config, Credentials, DataListenerConfig,
         EdgeConfig, FlagsPath, InstanceInfo, ManageOptions, Mode, OfflineConfig, ProbeOptions,
         ProbeTrust, ShutdownConfig, StandaloneConfig, Target,
     },
@@ -70,8 +70,8 @@ pub(super) fn config(s: &mut RawSettings, role: ServeMode) -> Result<Config, Con
         max_counters: s.count(&options::USAGE_MAX_COUNTERS),
     };
     let log = telemetry::Config {
-        format: s.value(&options::LOG_FORMAT, "plain, json or pretty", telemetry::LogFormat::parse),
-        filter: s.value(&options::LOG, EXPECTED_LOG_FILTER, telemetry::Config::parse_filter),
+        format: s.parse_or_default(&options::LOG_FORMAT, "plain, json or pretty", telemetry::LogFormat::parse),
+        filter: s.parse_or_default(&options::LOG, EXPECTED_LOG_FILTER, telemetry::Config::parse_filter),
     };
     let shutdown = ShutdownConfig {
         drain_delay: s.delay(&options::DRAIN_DELAY_SECONDS),
@@ -97,11 +97,11 @@ pub(super) fn config(s: &mut RawSettings, role: ServeMode) -> Result<Config, Con
 
 /// Validates the settings of `health` and `ready`.
 pub(super) fn probe(s: &mut RawSettings, question: Probe) -> Result<ProbeOptions, ConfigErrors> {
-    let ca_file = s.read(&options::CA_CERTIFICATE_FILE, EXPECTED_FILE, existing_file);
+    let ca_file = s.parse_optional(&options::CA_CERTIFICATE_FILE, EXPECTED_FILE, existing_file);
     let sdk_path =
         format!("{}/internal-backstage/{}", base_path(s), Subcommand::Probe(question).name());
     let (url, path, trust) = if s.is_set(&options::EDGE_URL) {
-        let url = s.read(&options::EDGE_URL, EXPECTED_HTTP_URL, parse_http_url);
+        let url = s.parse_optional(&options::EDGE_URL, EXPECTED_HTTP_URL, parse_http_url);
         (url, sdk_path, ProbeTrust::Platform(ca_file))
     } else {
         let trust = ca_file.map_or(ProbeTrust::Any, ProbeTrust::Authority);
@@ -155,11 +155,11 @@ fn identity(s: &mut RawSettings) -> InstanceInfo {
     const HOSTINGS: [&str; 3] = ["self-hosted", "hosted", "enterprise-self-hosted"];
     let header = |text: &str| HeaderValue::from_str(text).ok().map(|_| text.to_owned());
     InstanceInfo {
-        app_name: s.value(&options::APP_NAME, "a name of visible characters", header),
+        app_name: s.parse_or_default(&options::APP_NAME, "a name of visible characters", header),
         instance_id: s
-            .read(&options::INSTANCE_ID, "a name of visible characters", header)
+            .parse_optional(&options::INSTANCE_ID, "a name of visible characters", header)
             .unwrap_or_else(|| format!("parapet@{}", ulid::Ulid::generate())),
-        hosting: s.value(
+        hosting: s.parse_or_default(
             &options::HOSTING,
             "self-hosted, hosted or enterprise-self-hosted",
             |text| HOSTINGS.contains(&text).then(|| text.to_owned()),
@@ -173,7 +173,7 @@ fn edge(s: &mut RawSettings, identity: &InstanceInfo, data_dir: &Path) -> Option
     let upstream = upstream(s, identity);
     let sync = sync::Config {
         interval: s.interval(&options::FEATURES_REFRESH_INTERVAL_SECONDS),
-        mode: s.value(&options::UPSTREAM_MODE, "auto, poll or stream", sync::UpstreamMode::parse),
+        mode: s.parse_or_default(&options::UPSTREAM_MODE, "auto, poll or stream", sync::UpstreamMode::parse),
     };
     let backup_folder = backup_folder(s, data_dir);
     let admin_relay = s.switch(&options::ADMIN_RELAY);
@@ -199,10 +199,10 @@ fn backup_folder(s: &RawSettings, data_dir: &Path) -> BackupFolder {
 
 fn credentials(s: &mut RawSettings) -> Option<Credentials> {
     let tokens = s.tokens(&options::TOKENS);
-    let environments = s.list(&options::ENVIRONMENTS, "names of environments", |text| {
+    let environments = s.parse_list(&options::ENVIRONMENTS, "names of environments", |text| {
         (!text.is_empty()).then(|| Environment::new(text))
     });
-    let fleet = s.value(&options::FLEET_NAME, "letters, digits, `-`, `_` or `.`", |text| {
+    let fleet = s.parse_or_default(&options::FLEET_NAME, "letters, digits, `-`, `_` or `.`", |text| {
         let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
         (!text.is_empty() && text.len() <= 64 && text.chars().all(fits)).then(|| text.to_owned())
     });
@@ -255,12 +255,12 @@ fn upstream(s: &mut RawSettings, identity: &InstanceInfo) -> Option<upstream::Co
     }
     let (_, token_header) = token_headers(s);
     let extra_headers =
-        s.list(&options::CUSTOM_CLIENT_HEADERS, "headers, `Name: value`", parse_header);
+        s.parse_list(&options::CUSTOM_CLIENT_HEADERS, "headers, `Name: value`", parse_header);
     let request_timeout = s.interval(&options::UPSTREAM_REQUEST_TIMEOUT);
     let connect_timeout = s.interval(&options::UPSTREAM_SOCKET_TIMEOUT);
     let keepalive = s.interval(&options::CLIENT_KEEPALIVE_TIMEOUT);
     let certificate_file =
-        s.read(&options::UPSTREAM_CERTIFICATE_FILE, EXPECTED_FILE, existing_file);
+        s.parse_optional(&options::UPSTREAM_CERTIFICATE_FILE, EXPECTED_FILE, existing_file);
     Some(upstream::Config {
         url: url?,
         token_header,
@@ -278,15 +278,15 @@ fn upstream(s: &mut RawSettings, identity: &InstanceInfo) -> Option<upstream::Co
 }
 
 /// The client certificate for upstream, in one of three forms.
-fn client_identity(s: &mut RawSettings) -> Option<upstream::ClientCertificate> {
+fn client_identity(s: &mut RawSettings) -> Option<upstream::ClientIdentity> {
     use options::{
         PEM_CERT_FILE, PKCS8_CLIENT_CERTIFICATE_FILE, PKCS8_CLIENT_KEY_FILE, PKCS12_IDENTITY_FILE,
         PKCS12_PASSPHRASE,
     };
-    let certificate = s.read(&PKCS8_CLIENT_CERTIFICATE_FILE, EXPECTED_PEM_PATH, parse_file_path);
-    let key = s.read(&PKCS8_CLIENT_KEY_FILE, EXPECTED_PEM_PATH, parse_file_path);
-    let pkcs12 = s.read(&PKCS12_IDENTITY_FILE, "the path of a file (PKCS #12)", parse_file_path);
-    let pem = s.read(&PEM_CERT_FILE, EXPECTED_PEM_PATH, parse_file_path);
+    let certificate = s.parse_optional(&PKCS8_CLIENT_CERTIFICATE_FILE, EXPECTED_PEM_PATH, parse_file_path);
+    let key = s.parse_optional(&PKCS8_CLIENT_KEY_FILE, EXPECTED_PEM_PATH, parse_file_path);
+    let pkcs12 = s.parse_optional(&PKCS12_IDENTITY_FILE, "the path of a file (PKCS #12)", parse_file_path);
+    let pem = s.parse_optional(&PEM_CERT_FILE, EXPECTED_PEM_PATH, parse_file_path);
     match (s.is_set(&PKCS8_CLIENT_CERTIFICATE_FILE), s.is_set(&PKCS8_CLIENT_KEY_FILE)) {
         (true, false) => s.report_error(&PKCS8_CLIENT_KEY_FILE, "is required with a certificate"),
         (false, true) => s.report_error(&PKCS8_CLIENT_CERTIFICATE_FILE, "is required with a key"),
@@ -304,22 +304,22 @@ fn client_identity(s: &mut RawSettings) -> Option<upstream::ClientCertificate> {
     }
     let identity = match (certificate.zip(key), pkcs12, pem) {
         (Some((certificate_file, key_file)), ..) => {
-            upstream::ClientCertificate::PemPair { certificate_file, key_file }
+            upstream::ClientIdentity::PemPair { certificate_file, key_file }
         }
         (_, Some(file), _) => {
             let passphrase = Passphrase::new(s.text(&PKCS12_PASSPHRASE).unwrap_or_default());
-            upstream::ClientCertificate::Pkcs12 { file, passphrase }
+            upstream::ClientIdentity::Pkcs12 { file, passphrase }
         }
-        (_, _, Some(file)) => upstream::ClientCertificate::PemFile(file),
+        (_, _, Some(file)) => upstream::ClientIdentity::PemFile(file),
         (None, None, None) => return None,
     };
     if let Err(error) = identity.load() {
         let key = match (&identity, &error) {
             (_, IdentityError::Passphrase { .. }) => &PKCS12_PASSPHRASE,
-            (upstream::ClientCertificate::Pkcs12 { .. }, _) => &PKCS12_IDENTITY_FILE,
-            (upstream::ClientCertificate::PemFile(_), _) => &PEM_CERT_FILE,
+            (upstream::ClientIdentity::Pkcs12 { .. }, _) => &PKCS12_IDENTITY_FILE,
+            (upstream::ClientIdentity::PemFile(_), _) => &PEM_CERT_FILE,
             (_, IdentityError::Key(_)) => &PKCS8_CLIENT_KEY_FILE,
-            (upstream::ClientCertificate::PemPair { .. }, _) => &PKCS8_CLIENT_CERTIFICATE_FILE,
+            (upstream::ClientIdentity::PemPair { .. }, _) => &PKCS8_CLIENT_CERTIFICATE_FILE,
         };
         s.report_error(key, error_chain(&error));
     }
@@ -368,14 +368,14 @@ fn standalone(s: &mut RawSettings, data_dir: &Path) -> Option<StandaloneConfig> 
         client,
         frontend: s.tokens(&options::INIT_FRONTEND_API_TOKENS),
     };
-    let environments = s.list(&options::FLAG_ENVIRONMENTS, "names of environments", |text| {
+    let environments = s.parse_list(&options::FLAG_ENVIRONMENTS, "names of environments", |text| {
         (!text.is_empty()).then(|| Environment::new(text))
     });
-    let username = s.value(&options::UNLEASH_DEFAULT_ADMIN_USERNAME, "a name", |text| {
+    let username = s.parse_or_default(&options::UNLEASH_DEFAULT_ADMIN_USERNAME, "a name", |text| {
         (!text.is_empty()).then(|| text.to_owned())
     });
     let expected = "a password of at least 10 characters";
-    let password = s.read(&options::UNLEASH_DEFAULT_ADMIN_PASSWORD, expected, |text| {
+    let password = s.parse_optional(&options::UNLEASH_DEFAULT_ADMIN_PASSWORD, expected, |text| {
         Password::parse(text).ok()
     });
     let event_retention = s.retention(&options::AUDIT_RETENTION_SECONDS);
@@ -396,7 +396,7 @@ fn standalone(s: &mut RawSettings, data_dir: &Path) -> Option<StandaloneConfig> 
 /// The path of the flags. On a first start without configuration it is a path for an example. With an
 /// existing database, or one that instances share, a missing file is an error.
 fn flags_path(s: &mut RawSettings, location: Option<&DatabaseLocation>) -> FlagsPath {
-    let path = s.value(&options::FLAGS, "a file or folder", |text| Some(PathBuf::from(text)));
+    let path = s.parse_or_default(&options::FLAGS, "a file or folder", |text| Some(PathBuf::from(text)));
     if path.exists() {
         return FlagsPath::Existing(path);
     }
@@ -415,17 +415,17 @@ fn database_location(s: &mut RawSettings, data_dir: &Path) -> Option<DatabaseLoc
         return Some(DatabaseLocation::Sqlite(data_dir.join("parapet.db")));
     }
     let expected = "postgres://user:password@host:port/database";
-    let url = s.read(&options::DATABASE_URL, expected, |text| DatabaseUrl::parse(text).ok());
+    let url = s.parse_optional(&options::DATABASE_URL, expected, |text| DatabaseUrl::parse(text).ok());
     url.map(DatabaseLocation::Postgres)
 }
 
 /// Validates the settings of `backup` and `restore`.
-pub(super) fn archive(
+pub(super) fn backup(
     settings: RawSettings,
-    order: ArchiveCommand,
-) -> Result<ArchiveOptions, ConfigErrors> {
-    let ArchiveCommand { action, file, replace } = order;
-    Ok(ArchiveOptions { action, file, replace, location: database(settings)? })
+    order: BackupCommand,
+) -> Result<BackupOptions, ConfigErrors> {
+    let BackupCommand { action, file, replace } = order;
+    Ok(BackupOptions { action, file, replace, location: database(settings)? })
 }
 
 /// The database for a command; a running instance may use it at the same time.
@@ -483,7 +483,7 @@ fn listeners(s: &mut RawSettings) -> (DataListenerConfig, AdminListenerConfig) {
     }
     let (token_header, _) = token_headers(s);
     let streams = streams(s);
-    let ticket_key = s.read(&options::OFREP_TICKET_SECRET, "at least 16 characters", |text| {
+    let ticket_key = s.parse_optional(&options::OFREP_TICKET_SECRET, "at least 16 characters", |text| {
         (text.len() >= 16).then(|| StreamTicketKey::derive(text))
     });
     let access = access(s);
@@ -537,7 +537,7 @@ fn limits(s: &mut RawSettings, access: &client_address::Config) -> ConnectionLim
 }
 
 fn streams(s: &mut RawSettings) -> streaming::Config {
-    let fetch_mode = s.read(&options::SDK_FETCH_MODE, "polling or streaming", FetchMode::parse);
+    let fetch_mode = s.parse_optional(&options::SDK_FETCH_MODE, "polling or streaming", FetchMode::parse);
     let most = s.count(&options::MAX_STREAMS);
     let streams = streaming::Config {
         max_streams: most,
@@ -559,7 +559,7 @@ fn streams(s: &mut RawSettings) -> streaming::Config {
 /// The headers that carry tokens: from SDKs, and to upstream.
 fn token_headers(s: &mut RawSettings) -> (HeaderName, HeaderName) {
     let parse = |text: &str| text.parse::<HeaderName>().ok();
-    if let Some(both) = s.read(&options::TOKEN_HEADER, EXPECTED_HEADER_NAME, parse) {
+    if let Some(both) = s.parse_optional(&options::TOKEN_HEADER, EXPECTED_HEADER_NAME, parse) {
         for key in [&options::EDGE_AUTH_HEADER, &options::UPSTREAM_AUTH_HEADER] {
             if s.is_set(key) {
                 s.report_error(key, "cannot be combined with --token-header");
@@ -568,8 +568,8 @@ fn token_headers(s: &mut RawSettings) -> (HeaderName, HeaderName) {
         return (both.clone(), both);
     }
     (
-        s.value(&options::EDGE_AUTH_HEADER, EXPECTED_HEADER_NAME, parse),
-        s.value(&options::UPSTREAM_AUTH_HEADER, EXPECTED_HEADER_NAME, parse),
+        s.parse_or_default(&options::EDGE_AUTH_HEADER, EXPECTED_HEADER_NAME, parse),
+        s.parse_or_default(&options::UPSTREAM_AUTH_HEADER, EXPECTED_HEADER_NAME, parse),
     )
 }
 
@@ -621,7 +621,7 @@ fn list_or_any<T>(
     expected: &str,
     parse: impl Fn(&str) -> Option<T>,
 ) -> Option<Vec<T>> {
-    let items = s.list(key, expected, |text| match text {
+    let items = s.parse_list(key, expected, |text| match text {
         "*" => Some(None),
         text => parse(text).map(Some),
     });
@@ -636,11 +636,11 @@ fn load_balancers(s: &mut RawSettings, key: &OptionSpec) -> Vec<IpNet> {
     if !s.is_set(&options::PROXY_TRUSTED_SERVERS) {
         s.report_error(key, "requires the load balancers in --proxy-trusted-servers");
     }
-    s.list(&options::PROXY_TRUSTED_SERVERS, EXPECTED_NETWORKS, parse_network)
+    s.parse_list(&options::PROXY_TRUSTED_SERVERS, EXPECTED_NETWORKS, parse_network)
 }
 
 fn access(s: &mut RawSettings) -> client_address::Config {
-    let servers = s.list(&options::PROXY_TRUSTED_SERVERS, EXPECTED_NETWORKS, parse_network);
+    let servers = s.parse_list(&options::PROXY_TRUSTED_SERVERS, EXPECTED_NETWORKS, parse_network);
     let trust = s.switch(&options::TRUST_PROXY);
     let reads_header =
         s.switch(&options::PROXY_PROTOCOL) || s.switch(&options::ADMIN_PROXY_PROTOCOL);
@@ -664,8 +664,8 @@ fn access(s: &mut RawSettings) -> client_address::Config {
         }
     };
     client_address::Config {
-        allow: s.list(&options::ALLOW_LIST, EXPECTED_NETWORKS, parse_network),
-        deny: s.list(&options::DENY_LIST, EXPECTED_NETWORKS, parse_network),
+        allow: s.parse_list(&options::ALLOW_LIST, EXPECTED_NETWORKS, parse_network),
+        deny: s.parse_list(&options::DENY_LIST, EXPECTED_NETWORKS, parse_network),
         proxies,
     }
 }
@@ -680,7 +680,7 @@ fn required<T>(
     if !s.is_set(key) {
         s.report_error(key, format!("is required: {expected}"));
     }
-    s.read(key, expected, parse)
+    s.parse_optional(key, expected, parse)
 }
 
 const EXPECTED_HTTP_URL: &str =
@@ -690,7 +690,7 @@ const EXPECTED_HEADER_NAME: &str = "the name of a header";
 const EXPECTED_NETWORKS: &str = "networks or addresses, as in `10.0.0.0/8`";
 
 fn path(s: &mut RawSettings, key: &OptionSpec) -> PathBuf {
-    s.value(key, "a path", |text| (!text.is_empty()).then(|| PathBuf::from(text)))
+    s.parse_or_default(key, "a path", |text| (!text.is_empty()).then(|| PathBuf::from(text)))
 }
 
 fn existing_file(text: &str) -> Option<PathBuf> {
@@ -711,7 +711,7 @@ fn port(s: &mut RawSettings, key: &OptionSpec) -> u16 {
         s.report_error(key, reason);
         return 0;
     }
-    s.value(key, expected, |text| text.parse().ok())
+    s.parse_or_default(key, expected, |text| text.parse().ok())
 }
 
 /// Whether a value looks like a pretrusted token of Unleash Edge: `<token>` or `<token>@<environment>`.
@@ -723,14 +723,14 @@ fn is_pretrusted_token(s: &RawSettings, key: &OptionSpec) -> bool {
 }
 
 fn interface(s: &mut RawSettings, key: &OptionSpec) -> IpAddr {
-    s.value(key, "an IP address or localhost", |text| match text {
+    s.parse_or_default(key, "an IP address or localhost", |text| match text {
         "localhost" => Some(Ipv4Addr::LOCALHOST.into()),
         text => text.trim_start_matches('[').trim_end_matches(']').parse().ok(),
     })
 }
 
 fn base_path(s: &mut RawSettings) -> String {
-    s.value(&options::BASE_PATH, "a path as in `/flags`", |text| {
+    s.parse_or_default(&options::BASE_PATH, "a path as in `/flags`", |text| {
         let path = text.trim_matches('/');
         let fits = |c: char| c.is_ascii_graphic() && !"?#%".contains(c);
         path.chars().all(fits).then(|| match path {

@@ -17,7 +17,7 @@ use super::{
     database::{Connection, Database, WriteLock, now, timestamp_from_millis},
     error::Error,
     password::Password,
-    permissions::{Actor, Operator, Permission, RootRole},
+    permissions::{Actor, Operator, TokenPermission, RootRole},
     sessions::SessionRef,
 };
 use crate::protocol::admin::{Email, Name, Username};
@@ -36,7 +36,7 @@ pub struct Account {
     /// Its role.
     pub role: RootRole,
     /// Permissions in addition to its role.
-    pub permissions: BTreeSet<Permission>,
+    pub permissions: BTreeSet<TokenPermission>,
     /// The time of its creation.
     pub created_at: Timestamp,
     /// The time of its last sign-in.
@@ -51,7 +51,7 @@ impl Account {
             account_id: self.id,
             username,
             role: self.role,
-            permission_names: permissions,
+            granted_permissions: permissions,
             session,
         }
     }
@@ -107,15 +107,15 @@ pub struct AccountChange {
 #[derive(Clone, Debug)]
 pub enum PermissionChange {
     /// Sets the permissions to these.
-    Replace(BTreeSet<Permission>),
+    Replace(BTreeSet<TokenPermission>),
     /// Adds these permissions.
-    Add(BTreeSet<Permission>),
+    Add(BTreeSet<TokenPermission>),
     /// Removes these permissions.
-    Remove(BTreeSet<Permission>),
+    Remove(BTreeSet<TokenPermission>),
 }
 
 impl PermissionChange {
-    fn apply(&self, granted: &BTreeSet<Permission>) -> BTreeSet<Permission> {
+    fn apply(&self, granted: &BTreeSet<TokenPermission>) -> BTreeSet<TokenPermission> {
         match self {
             Self::Replace(these) => these.clone(),
             Self::Add(these) => granted | these,
@@ -424,7 +424,7 @@ fn read_account(row: &AnyRow, grants: &[AnyRow]) -> Result<Account, sqlx::Error>
     let mut permissions = BTreeSet::new();
     for grant in grants {
         // Permissions that only a later version knows are ignored.
-        permissions.extend(Permission::parse(grant.try_get("permission")?));
+        permissions.extend(TokenPermission::parse(grant.try_get("permission")?));
     }
     Ok(Account {
         id: row.try_get("id")?,

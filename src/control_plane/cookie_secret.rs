@@ -20,9 +20,9 @@ const SELECTOR_LEN: usize = 22;
 
 /// The value of a cookie: wiped when dropped, and never printed.
 #[derive(Clone)]
-pub struct CookieSecret(Zeroizing<String>);
+pub struct CookieToken(Zeroizing<String>);
 
-impl CookieSecret {
+impl CookieToken {
     /// Generates a random secret.
     pub(super) fn generate() -> Self {
         Self(Zeroizing::new(format!(
@@ -38,12 +38,12 @@ impl CookieSecret {
     }
 
     /// The stored form.
-    pub(super) fn hash(&self) -> SecretHash {
-        SecretHash::parse(&self.0).expect("a generated secret has the form of one")
+    pub(super) fn hash(&self) -> CookieTokenHash {
+        CookieTokenHash::parse(&self.0).expect("a generated secret has the form of one")
     }
 }
 
-impl fmt::Debug for CookieSecret {
+impl fmt::Debug for CookieToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Secret(..)")
     }
@@ -51,14 +51,14 @@ impl fmt::Debug for CookieSecret {
 
 /// The stored form of a secret.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
-pub(super) struct SecretHash {
+pub(super) struct CookieTokenHash {
     /// The key for lookup.
     pub(super) selector: String,
     /// The digest of the whole secret, 64 hexadecimal digits.
     pub(super) digest: String,
 }
 
-impl SecretHash {
+impl CookieTokenHash {
     /// The hash of the secret in a cookie; `None` if the text is malformed.
     pub(super) fn parse(cookie: &str) -> Option<Self> {
         const LEN: usize = SELECTOR_LEN + 1 + 43;
@@ -94,18 +94,18 @@ mod tests {
 
     #[test]
     fn a_secret_hash_matches_its_own_digest_only() {
-        let secret = CookieSecret::generate();
-        let hash = SecretHash::parse(secret.expose()).unwrap();
+        let secret = CookieToken::generate();
+        let hash = CookieTokenHash::parse(secret.expose()).unwrap();
         assert!(secret.expose().starts_with(&hash.selector));
         assert!(!format!("{hash:?} {secret:?}").contains(secret.expose()));
         assert!(hash.matches(&hash.digest));
         let mut other = secret.expose().to_owned();
         other.replace_range(64.., if other.ends_with('A') { "B" } else { "A" });
-        let other = SecretHash::parse(&format!("{}{}", &secret.expose()[..64], &other[64..]))
+        let other = CookieTokenHash::parse(&format!("{}{}", &secret.expose()[..64], &other[64..]))
             .unwrap_or(hash);
         assert!(!other.matches(&secret.hash().digest) || other.digest == secret.hash().digest);
         for text in ["", "x", &"a".repeat(66), &"ä".repeat(33)] {
-            assert_eq!(SecretHash::parse(text), None, "{text}");
+            assert_eq!(CookieTokenHash::parse(text), None, "{text}");
         }
     }
 }

@@ -30,7 +30,7 @@ use sqlx::{Any, AnyConnection, Connection as _, Executor as _};
 use tokio::time::timeout;
 
 pub use self::url::{DatabaseUrl, DatabaseUrlError};
-pub(super) use self::{connection::Connection, listener::Listener, pool::PooledConnection};
+pub(super) use self::{connection::Connection, listener::ChangeListener, pool::PooledConnection};
 use self::{
     connection::timeout_error,
     pool::{Backend, Pool},
@@ -312,15 +312,15 @@ impl Database {
     }
 
     /// Begins to listen for changes by other instances.
-    pub(super) async fn listen(&self) -> Result<Listener, Error> {
+    pub(super) async fn listen(&self) -> Result<ChangeListener, Error> {
         match self.pool.backend() {
             Backend::Sqlite(file) => {
                 file.check_identity().await?;
-                Listener::sqlite(self.pool.open().await?).await
+                ChangeListener::sqlite(self.pool.open().await?).await
             }
             Backend::Postgres(servers) => {
                 let listener = servers.listen(NOTIFY_CHANNEL).await.map_err(Error::unreachable)?;
-                Ok(Listener::Postgres(Box::new(listener)))
+                Ok(ChangeListener::Postgres(Box::new(listener)))
             }
         }
     }

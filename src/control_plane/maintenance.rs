@@ -12,7 +12,7 @@ use tracing::{debug, info, warn};
 
 use super::{
     audit,
-    database::{Database, Listener},
+    database::{Database, ChangeListener},
     error::Error,
     sessions::Sessions,
     tokens::TokenRegistry,
@@ -84,7 +84,7 @@ fn log_outage(logged: &mut Option<LoggedOutage>, reason: String) {
 
 /// The state of following changes by others.
 struct ChangeFollower {
-    listener: Option<Listener>,
+    listener: Option<ChangeListener>,
     /// Whether tokens may have changed since they were read.
     is_outdated: bool,
 }
@@ -146,7 +146,7 @@ pub(super) async fn record_token_uses(registry: &TokenRegistry, auth: &Authentic
     let mut used = HashSet::new();
     loop {
         tokio::time::sleep(USE_RECORD_INTERVAL).await;
-        used.extend(auth.take_used());
+        used.extend(auth.take_used_local_tokens());
         match registry.record_uses(&used).await {
             Ok(()) => used.clear(),
             Err(error) => {

@@ -46,10 +46,10 @@ impl RootRole {
         }
     }
 
-    fn permissions(self) -> &'static [Permission] {
+    fn permissions(self) -> &'static [TokenPermission] {
         match self {
-            Self::Admin => &Permission::ALL,
-            Self::Editor => &[Permission::ReadClientApiToken, Permission::ReadFrontendApiToken],
+            Self::Admin => &TokenPermission::ALL,
+            Self::Editor => &[TokenPermission::ReadClientApiToken, TokenPermission::ReadFrontendApiToken],
             Self::Viewer => &[],
         }
     }
@@ -71,7 +71,7 @@ pub enum TokenAction {
 /// A permission that an admin can grant to any account.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 #[expect(missing_docs, reason = "each name is its documentation: an operation and a kind of token")]
-pub enum Permission {
+pub enum TokenPermission {
     CreateClientApiToken,
     ReadClientApiToken,
     UpdateClientApiToken,
@@ -82,7 +82,7 @@ pub enum Permission {
     DeleteFrontendApiToken,
 }
 
-impl Permission {
+impl TokenPermission {
     /// Every permission.
     pub const ALL: [Self; 8] = [
         Self::CreateClientApiToken,
@@ -184,7 +184,7 @@ pub enum Operator {
         /// Its role.
         role: RootRole,
         /// Permissions in addition to its role.
-        permission_names: BTreeSet<Permission>,
+        granted_permissions: BTreeSet<TokenPermission>,
         /// The session of the request.
         session: SessionRef,
     },
@@ -242,7 +242,7 @@ impl Operator {
         action: TokenAction,
         kind: TokenKind,
     ) -> Result<(), MissingPermission> {
-        let Some(needed) = Permission::required_for_token(action, kind) else {
+        let Some(needed) = TokenPermission::required_for_token(action, kind) else {
             return self.require_admin();
         };
         if self.has_permission(needed) {
@@ -270,16 +270,16 @@ impl Operator {
     /// The names of the operator's permissions: `ADMIN`, or each permission by role or grant.
     pub fn permission_names(&self) -> impl Iterator<Item = &'static str> {
         let held =
-            Permission::ALL.into_iter().filter(|it| !self.is_admin() && self.has_permission(*it));
+            TokenPermission::ALL.into_iter().filter(|it| !self.is_admin() && self.has_permission(*it));
         self.is_admin()
             .then_some(MissingPermission::ADMIN.permission)
             .into_iter()
-            .chain(held.map(Permission::as_str))
+            .chain(held.map(TokenPermission::as_str))
     }
 
-    fn has_permission(&self, permission: Permission) -> bool {
+    fn has_permission(&self, permission: TokenPermission) -> bool {
         match self {
-            Self::Account { role, permission_names: permissions, .. } => {
+            Self::Account { role, granted_permissions: permissions, .. } => {
                 role.permissions().contains(&permission) || permissions.contains(&permission)
             }
             Self::Upstream { .. } => false,
@@ -305,10 +305,10 @@ mod tests {
         [TokenAction::Create, TokenAction::Read, TokenAction::Update, TokenAction::Delete];
     const KINDS: [TokenKind; 3] = [TokenKind::Admin, TokenKind::Client, TokenKind::Frontend];
 
-    fn account(role: RootRole, permissions: &[Permission]) -> Operator {
+    fn account(role: RootRole, permissions: &[TokenPermission]) -> Operator {
         let permissions = permissions.iter().copied().collect();
         let (username, session) = ("ann".to_owned(), SessionRef::example());
-        Operator::Account { account_id: 7, username, role, permission_names: permissions, session }
+        Operator::Account { account_id: 7, username, role, granted_permissions: permissions, session }
     }
 
     /// All combinations of role or grant, action and kind of token.
@@ -318,8 +318,8 @@ mod tests {
             |operator: &Operator, action, kind| operator.require_permission(action, kind).is_ok();
         for action in ACTIONS {
             for kind in KINDS {
-                let needed = Permission::required_for_token(action, kind);
-                let name = needed.map_or("ADMIN", Permission::as_str);
+                let needed = TokenPermission::required_for_token(action, kind);
+                let name = needed.map_or("ADMIN", TokenPermission::as_str);
                 for admin in [
                     account(RootRole::Admin, &[]),
                     Operator::Token { name: "ci".to_owned(), digest: TokenDigest::of("ci") },
@@ -334,7 +334,7 @@ mod tests {
                     viewer.require_permission(action, kind),
                     Err(MissingPermission::new(name))
                 );
-                for granted in Permission::ALL {
+                for granted in TokenPermission::ALL {
                     let viewer = account(RootRole::Viewer, &[granted]);
                     assert_eq!(may(&viewer, action, kind), needed == Some(granted), "{name}");
                 }
@@ -348,7 +348,7 @@ mod tests {
         assert!(viewer.can_see(TokenKind::Client));
         assert!(!viewer.can_see(TokenKind::Frontend));
         assert!(account(RootRole::Editor, &[]).can_see(TokenKind::Frontend));
-        for granted in Permission::ALL {
+        for granted in TokenPermission::ALL {
             let viewer = account(RootRole::Viewer, &[granted]);
             let frontend = granted.as_str().contains("FRONTEND");
             assert_eq!(viewer.can_see(TokenKind::Frontend), frontend, "{granted:?}");
@@ -361,8 +361,8 @@ mod tests {
     fn permission_names_include_those_of_the_role() {
         let names = |operator: &Operator| operator.permission_names().collect::<Vec<_>>();
         assert_eq!(names(&Operator::CommandLine), ["ADMIN"]);
-        assert_eq!(names(&account(RootRole::Admin, &Permission::ALL)), ["ADMIN"]);
-        let editor = account(RootRole::Editor, &[Permission::CreateClientApiToken]);
+        assert_eq!(names(&account(RootRole::Admin, &TokenPermission::ALL)), ["ADMIN"]);
+        let editor = account(RootRole::Editor, &[TokenPermission::CreateClientApiToken]);
         let expect =
             ["CREATE_CLIENT_API_TOKEN", "READ_CLIENT_API_TOKEN", "READ_FRONTEND_API_TOKEN"];
         assert_eq!(names(&editor), expect);
@@ -370,12 +370,12 @@ mod tests {
 
     #[test]
     fn permission_names_are_parsed_and_create_api_token_grants_both_creates() {
-        for permission in Permission::ALL {
-            assert_eq!(Permission::parse(permission.as_str()), Some(permission));
-            assert_eq!(Permission::from_grant_name(permission.as_str()), Some(&[permission][..]));
+        for permission in TokenPermission::ALL {
+            assert_eq!(TokenPermission::parse(permission.as_str()), Some(permission));
+            assert_eq!(TokenPermission::from_grant_name(permission.as_str()), Some(&[permission][..]));
         }
-        let both = [Permission::CreateClientApiToken, Permission::CreateFrontendApiToken];
-        assert_eq!(Permission::from_grant_name("CREATE_API_TOKEN"), Some(&both[..]));
-        assert_eq!(Permission::from_grant_name("ADMIN"), None);
+        let both = [TokenPermission::CreateClientApiToken, TokenPermission::CreateFrontendApiToken];
+        assert_eq!(TokenPermission::from_grant_name("CREATE_API_TOKEN"), Some(&both[..]));
+        assert_eq!(TokenPermission::from_grant_name("ADMIN"), None);
     }
 }

@@ -17,7 +17,7 @@ use tracing::warn;
 use super::{
     accounts::{self, Account},
     audit::{self, EventKind, NewEvent},
-    cookie_secret::{CookieSecret, SecretHash},
+    cookie_secret::{CookieToken, CookieTokenHash},
     database::{Connection, Database, WriteLock, now, timestamp_from_millis},
     denial_log::{DenialLog, SignInFailure},
     error::Error,
@@ -66,10 +66,10 @@ pub struct SignInAttempt<'a> {
 #[derive(Clone, Debug)]
 pub struct SignedIn {
     /// The value of the session cookie.
-    pub session: CookieSecret,
+    pub session: CookieToken,
     /// The value of the device cookie, which gives later sign-ins from this browser their own rate
     /// limit.
-    pub device: CookieSecret,
+    pub device: CookieToken,
     /// The account of the session.
     pub account: Account,
 }
@@ -258,9 +258,9 @@ impl Sessions {
     fn acquire(
         &self,
         attempt: SignInAttempt<'_>,
-        device: Option<SecretHash>,
+        device: Option<CookieTokenHash>,
     ) -> Result<AcquiredPermits, Duration> {
-        if let Some(SecretHash { selector, .. }) = device {
+        if let Some(CookieTokenHash { selector, .. }) = device {
             self.by_device.acquire(&selector)?;
             return Ok(AcquiredPermits::KnownDevice { selector });
         }
@@ -296,7 +296,7 @@ impl Sessions {
         hash: &str,
         address: IpAddr,
     ) -> Result<Option<SignedIn>, Error> {
-        let (session, device) = (CookieSecret::generate(), CookieSecret::generate());
+        let (session, device) = (CookieToken::generate(), CookieToken::generate());
         let now = now().as_millisecond();
         let mut transaction = self.database.begin_write(WriteLock::Control).await?;
         let update =
@@ -354,7 +354,7 @@ impl Sessions {
         address: IpAddr,
         cause: Activity,
     ) -> Result<Option<Session>, Error> {
-        if let Some(kept) = SecretHash::parse(cookie)
+        if let Some(kept) = CookieTokenHash::parse(cookie)
             && let Some(session) = self.find_open(kept, cause).await?
         {
             return Ok(Some(session));
@@ -363,7 +363,7 @@ impl Sessions {
         Ok(None)
     }
 
-    async fn find_open(&self, kept: SecretHash, cause: Activity) -> Result<Option<Session>, Error> {
+    async fn find_open(&self, kept: CookieTokenHash, cause: Activity) -> Result<Option<Session>, Error> {
         let mut connection = self.database.connection().await?;
         let row = sqlx::query("SELECT * FROM sessions WHERE selector = $1").bind(&kept.selector);
         let Some(row) = row.fetch_optional(&mut *connection).await? else { return Ok(None) };
@@ -389,7 +389,7 @@ impl Sessions {
 
     /// Ends the session of a cookie, if there is one.
     pub(super) async fn sign_out(&self, cookie: &str, address: IpAddr) -> Result<(), Error> {
-        let Some(kept) = SecretHash::parse(cookie) else { return Ok(()) };
+        let Some(kept) = CookieTokenHash::parse(cookie) else { return Ok(()) };
         let Some(session) = self.find_open(kept, Activity::Interactive).await? else {
             return Ok(());
         };
@@ -459,8 +459,8 @@ impl Sessions {
     }
 
     /// The hash of an attempt's device cookie, if the browser is known for the account.
-    async fn known_device(&self, attempt: SignInAttempt<'_>) -> Result<Option<SecretHash>, Error> {
-        let Some(kept) = attempt.device.and_then(SecretHash::parse) else { return Ok(None) };
+    async fn known_device(&self, attempt: SignInAttempt<'_>) -> Result<Option<CookieTokenHash>, Error> {
+        let Some(kept) = attempt.device.and_then(CookieTokenHash::parse) else { return Ok(None) };
         let digest: Option<String> = sqlx::query_scalar(
             "SELECT devices.digest FROM devices JOIN accounts ON accounts.id = devices.account_id \
              WHERE selector = $1 AND username_key = $2",

@@ -455,7 +455,7 @@ impl TokenRegistry {
     /// Publishes the valid tokens, after a change and when a token has expired.
     pub(super) fn publish_grants(&self) {
         if let Some(auth) = &*self.subscriber.lock().unwrap_or_else(PoisonError::into_inner) {
-            auth.set_static_tokens(self.grants());
+            auth.set_local_tokens(self.grants());
         }
     }
 }

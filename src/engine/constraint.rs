@@ -81,7 +81,7 @@ impl Constraint {
         defects: &mut Vec<Defect>,
     ) -> CompiledConstraint {
         let constraint = match source {
-            Lenient::Valid(source) => ConstraintSource::parse(source),
+            Lenient::Valid(source) => ParsedConstraint::parse(source),
             Lenient::Missing | Lenient::Malformed => None,
         };
         let Some(constraint) = constraint else {
@@ -216,7 +216,7 @@ pub(super) fn is_time_operator(operator: &str) -> bool {
 }
 
 /// A well-formed constraint.
-struct ConstraintSource<'a> {
+struct ParsedConstraint<'a> {
     field: &'a str,
     operator: &'a str,
     value: Option<&'a str>,
@@ -226,7 +226,7 @@ struct ConstraintSource<'a> {
     case: CaseSensitivity,
 }
 
-impl<'a> ConstraintSource<'a> {
+impl<'a> ParsedConstraint<'a> {
     fn parse(source: &'a wire::Constraint<'_>) -> Option<Self> {
         let (Lenient::Valid(field), Lenient::Valid(operator)) =
             (&source.context_name, &source.operator)

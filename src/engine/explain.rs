@@ -19,7 +19,7 @@ use super::explanation::{
 };
 use super::flag::{self, Flag, FlagId, Outcome};
 use super::problem::{Defect, DefinitionPart};
-use super::strategy::{self, ParsedRule, StrategyCompiler, StrategySource};
+use super::strategy::{self, ParsedRule, StrategyCompiler, ParsedStrategy};
 use super::variant::{self, Stickiness};
 use crate::protocol::features::{self as wire, Document, Lenient, Parameters};
 
@@ -260,7 +260,7 @@ impl FlagExplainer<'_, '_, '_> {
             explained.title = text(&strategy.title).filter(|title| !title.is_empty());
             explained.disabled = strategy.disabled.valid().unwrap_or_default();
         }
-        let Some(StrategySource { strategy, name, parameters }) = StrategySource::parse(source)
+        let Some(ParsedStrategy { strategy, name, parameters }) = ParsedStrategy::parse(source)
         else {
             explained.why = self.report_problem(Defect::Malformed(DefinitionPart::Strategy));
             return (None, explained);

@@ -82,7 +82,7 @@ impl<'c> StrategyCompiler<'c> {
         &mut self,
         source: &Lenient<wire::Strategy<'_>>,
     ) -> Option<Strategy> {
-        let Some(StrategySource { strategy, name, parameters }) = StrategySource::parse(source)
+        let Some(ParsedStrategy { strategy, name, parameters }) = ParsedStrategy::parse(source)
         else {
             self.defects.push(Defect::Malformed(DefinitionPart::Strategy));
             return None;
@@ -295,13 +295,13 @@ impl<'c> StrategyCompiler<'c> {
 }
 
 /// A strategy with its name and parameters.
-pub(super) struct StrategySource<'s, 'a> {
+pub(super) struct ParsedStrategy<'s, 'a> {
     pub(super) strategy: &'s wire::Strategy<'a>,
     pub(super) name: &'s str,
     pub(super) parameters: &'s Parameters<'a>,
 }
 
-impl<'s, 'a> StrategySource<'s, 'a> {
+impl<'s, 'a> ParsedStrategy<'s, 'a> {
     /// The strategy, if name and parameters are well-formed.
     pub(super) fn parse(source: &'s Lenient<wire::Strategy<'a>>) -> Option<Self> {
         let Lenient::Valid(strategy) = source else {

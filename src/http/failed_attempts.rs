@@ -15,15 +15,15 @@ const RATE: Rate = Rate { burst: 200, interval: Duration::from_millis(50) };
 
 /// The failed attempts of each address.
 #[derive(Debug)]
-pub struct FailedAttempts(KeyedRateLimiter<IpAddr>);
+pub struct FailedRequestLimiter(KeyedRateLimiter<IpAddr>);
 
-impl Default for FailedAttempts {
+impl Default for FailedRequestLimiter {
     fn default() -> Self {
         Self(KeyedRateLimiter::new(RATE))
     }
 }
 
-impl FailedAttempts {
+impl FailedRequestLimiter {
     /// Runs an attempt of `client` and counts it unless it is valid.
     ///
     /// # Errors
@@ -59,7 +59,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn invalid_attempts_are_limited_and_valid_ones_are_not() {
-        let (guesses, client) = (FailedAttempts::default(), IpAddr::from([192, 0, 2, 7]));
+        let (guesses, client) = (FailedRequestLimiter::default(), IpAddr::from([192, 0, 2, 7]));
         let attempt = async |client, outcome| guesses.limit(client, async { outcome }).await;
         for _ in 0..2 * RATE.burst {
             attempt(client, Ok(Attempt::Valid(()))).await.unwrap();

@@ -60,7 +60,7 @@ pub fn edge_instance(
     reporter: &Reporter<'_>,
     body: &[u8],
 ) -> Result<HttpResponse, HttpError> {
-    usage.record_edge_instance(reporter, &EdgeInstance::parse(body)?)?;
+    usage.track_downstream_edge(reporter, &EdgeInstance::parse(body)?)?;
     Ok(response::accepted())
 }
 

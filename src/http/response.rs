@@ -307,7 +307,7 @@ pub fn prometheus(text: String) -> HttpResponse {
 }
 
 /// The response to a CORS preflight; `cors` adds its headers.
-pub fn preflight() -> HttpResponse {
+pub fn empty_preflight() -> HttpResponse {
     empty(StatusCode::OK)
 }
 

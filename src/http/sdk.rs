@@ -24,7 +24,7 @@ use super::{
     client_address::{self, ClientAddresses},
     client_api,
     cors::Cors,
-    failed_attempts::FailedAttempts,
+    failed_attempts::FailedRequestLimiter,
     frontend_api::{self, EvaluationRequest, EvaluationResponse, Subscriber},
     health::HealthEndpoints,
     metrics_ingest,
@@ -94,7 +94,7 @@ pub struct SdkService {
     /// Counts and times requests.
     pub request_metrics: Arc<RequestMetrics>,
     /// Limits failed unauthenticated requests per address.
-    pub failed_attempts: FailedAttempts,
+    pub failed_attempts: FailedRequestLimiter,
 }
 
 impl HttpService for SdkService {
@@ -218,7 +218,7 @@ impl SdkService {
     ) -> (EndpointLabel<'static>, HttpResponse) {
         match unrouted {
             Unrouted::Preflight => {
-                let mut reply = response::preflight();
+                let mut reply = response::empty_preflight();
                 self.settings.cors.add_preflight_headers(headers, reply.headers_mut());
                 (EndpointLabel::Preflight, reply)
             }
@@ -574,7 +574,7 @@ impl SdkService {
         if !accepted.contains(&admission.grant.kind) {
             return Err(HttpError::WrongTokenKind);
         }
-        if !self.snapshots.is_served(&admission.grant.scope.environment) {
+        if !self.snapshots.is_environment_allowed(&admission.grant.scope.environment) {
             return Err(HttpError::EnvironmentNotServed);
         }
         Ok(admission)

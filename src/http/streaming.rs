@@ -232,7 +232,7 @@ mod tests {
     async fn stream_closes_on_token_revocation_and_on_shutdown() {
         let (mut live, streams, auth, _feed) = open_stream().await;
         let begun = Instant::now();
-        auth.set_static_tokens([]);
+        auth.set_local_tokens([]);
         tokio::select! {
             at = closed_at(&mut live) => assert!(at - begun < Duration::from_mins(1)),
             () = streams.close_revoked() => unreachable!("runs until dropped"),

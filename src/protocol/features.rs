@@ -151,7 +151,7 @@ impl Document {
     ///
     /// If two of them contain the same flag or segment, the later one is used. The revision is the
     /// highest.
-    pub fn merge(documents: impl IntoIterator<Item = Self>) -> Self {
+    pub fn union(documents: impl IntoIterator<Item = Self>) -> Self {
         let mut union = Self::default();
         for document in documents {
             union.features.extend(document.features);
@@ -358,7 +358,7 @@ fn find_segment(segments: &[Segment], id: i64) -> Option<&Segment> {
 }
 
 /// The projects in the `query` of a listing; all if there is none.
-pub fn query_projects(listing: &[u8]) -> Projects {
+pub fn parse_query_projects(listing: &[u8]) -> Projects {
     #[derive(Deserialize)]
     struct Listing {
         query: Query,
@@ -650,7 +650,7 @@ mod tests {
                 panic!("{odd}: {:?}", document.unreadable());
             };
             assert!(actual.starts_with(reason), "{odd}: {actual}");
-            assert_eq!(Document::merge([document.clone()]).unreadable(), document.unreadable());
+            assert_eq!(Document::union([document.clone()]).unreadable(), document.unreadable());
         };
         check("{}", "missing field `name`");
         check("7", "invalid type: integer `7`");
@@ -709,7 +709,7 @@ mod tests {
         let two = parse(
             r#"{"features":[{"name":"a","project":"new"}],"segments":[{"id":1},{"id":2}],"meta":{"revisionId":4}}"#,
         );
-        let union = Document::merge([one, two]);
+        let union = Document::union([one, two]);
         let flags: Vec<_> =
             union.features().iter().map(|f| (&**f.name(), &**f.project())).collect();
         assert_eq!(flags, [("a", "new"), ("b", "default")]);
@@ -720,7 +720,7 @@ mod tests {
 
     #[test]
     fn projects_are_read_from_query_of_listing() {
-        let of = |query: &str| query_projects(format!(r#"{{"features":[]{query}}}"#).as_bytes());
+        let of = |query: &str| parse_query_projects(format!(r#"{{"features":[]{query}}}"#).as_bytes());
         assert_eq!(of(r#","query":{"projects":["a","b"]}"#), Projects::from_list(["a", "b"]));
         assert_eq!(of(r#","query":{"projects":["*"]}"#), Projects::All);
         assert_eq!(of(r#","query":{"environment":"dev"}"#), Projects::All);

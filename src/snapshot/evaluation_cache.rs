@@ -14,7 +14,7 @@ use super::{
     body::{PreparedBody, Reuse},
     flag_states::FlagStates,
     hot_contexts::{HotContext, HotContexts, Include},
-    recent_filter::RecentFilter,
+    recent_filter::RecentHashes,
     result_cache::ResultCache,
 };
 use crate::{
@@ -50,7 +50,7 @@ pub struct EvaluationCache {
     key_hasher: SipHasher13,
     hot_contexts: HotContexts,
     bodies: Cache<u128, Arc<PreparedBody>>,
-    recently_requested: RecentFilter,
+    recently_requested: RecentHashes,
     deterministic_outcomes: Cache<u128, Arc<[Outcome]>>,
     flag_states: Cache<u128, Arc<FlagStates>>,
     /// By the hash of the flags that the client has, if any, and the hash of the current flags.
@@ -78,7 +78,7 @@ impl EvaluationCache {
             hot_contexts: previous
                 .map_or_else(HotContexts::default, |it| HotContexts::inherit(&it.hot_contexts)),
             bodies: bodies.build(),
-            recently_requested: RecentFilter::default(),
+            recently_requested: RecentHashes::default(),
             deterministic_outcomes: repeatable.build(),
             flag_states: listed.build(),
             events: events.build(),
@@ -140,7 +140,7 @@ impl EvaluationCache {
         if let Some(body) = self.cached_body(hash) {
             return body;
         }
-        if self.recently_requested.insert(hash) {
+        if self.recently_requested.contains_or_insert(hash) {
             let body = Arc::new(make());
             self.insert_body(hash, Arc::clone(&body));
             body
@@ -162,7 +162,7 @@ impl EvaluationCache {
             return outcomes;
         }
         let outcomes = Arc::<[Outcome]>::from(evaluate());
-        if self.recently_requested.insert(key.0) {
+        if self.recently_requested.contains_or_insert(key.0) {
             self.deterministic_outcomes.insert(key.0, Arc::clone(&outcomes));
         }
         outcomes

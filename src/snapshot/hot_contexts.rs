@@ -8,7 +8,7 @@ use std::{
 
 use foldhash::fast::RandomState;
 
-use super::recent_filter::RecentFilter;
+use super::recent_filter::RecentHashes;
 use crate::{
     engine::{Context, OwnedContext},
     token::Projects,
@@ -57,7 +57,7 @@ pub(super) struct HotContexts {
 /// Recent requests, shared by consecutive snapshots.
 #[derive(Debug, Default)]
 struct RecentRequests {
-    filter: RecentFilter,
+    filter: RecentHashes,
     hasher: RandomState,
 }
 
@@ -85,9 +85,9 @@ impl HotContexts {
         hash: u128,
     ) {
         let request = self.recent.hasher.hash_one((projects, include, context));
-        let Some(slot) = self.free_slot(request) else { return };
+        let Some(slot) = self.find_vacant_slot(request) else { return };
         let both_halves = u128::from(request) << 64 | u128::from(request);
-        if !(self.recent.filter.insert(both_halves) || is_cached) {
+        if !(self.recent.filter.contains_or_insert(both_halves) || is_cached) {
             return;
         }
         if let Some(context) = OwnedContext::from_context(context) {
@@ -99,7 +99,7 @@ impl HotContexts {
 
     /// A free slot for a request with this hash; `None` if the request is recorded already or all its
     /// slots are taken.
-    fn free_slot(&self, request: u64) -> Option<&OnceLock<(u64, HotContext)>> {
+    fn find_vacant_slot(&self, request: u64) -> Option<&OnceLock<(u64, HotContext)>> {
         let first = (u128::from(request) % CAPACITY as u128) as usize;
         for n in first..first + MAX_PROBES {
             let slot = &self.slots[n % CAPACITY];

@@ -7,17 +7,17 @@ const CAPACITY: usize = 4096;
 
 /// Some of the latest hashes. A new hash overwrites an older one; there is no lock.
 #[derive(Debug)]
-pub(super) struct RecentFilter(Box<[AtomicU64]>);
+pub(super) struct RecentHashes(Box<[AtomicU64]>);
 
-impl Default for RecentFilter {
+impl Default for RecentHashes {
     fn default() -> Self {
         Self((0..CAPACITY).map(|_| AtomicU64::new(0)).collect())
     }
 }
 
-impl RecentFilter {
+impl RecentHashes {
     /// Inserts a hash. Returns whether it was present.
-    pub(super) fn insert(&self, hash: u128) -> bool {
+    pub(super) fn contains_or_insert(&self, hash: u128) -> bool {
         // The lower half of the hash selects the slot, the upper half is stored in it.
         let (slot, mark) = ((hash % CAPACITY as u128) as usize, (hash >> 64) as u64);
         self.0[slot].swap(mark, Ordering::Relaxed) == mark

@@ -151,7 +151,7 @@ impl EnvironmentSync {
 
     /// Synchronises the environment until it is no longer served. A change of `poll_requested` triggers a poll.
     pub(super) async fn run(mut self, mut poll_requested: watch::Receiver<()>) {
-        while self.is_served() {
+        while self.is_environment_allowed() {
             let due = Instant::now() + self.poll_and_schedule().await;
             self.follow_streams(due, &mut poll_requested).await;
         }
@@ -159,8 +159,8 @@ impl EnvironmentSync {
         info!(%environment, "Environment was removed or disabled upstream; it is no longer served");
     }
 
-    fn is_served(&self) -> bool {
-        self.dependencies.snapshots.is_served(&self.environment)
+    fn is_environment_allowed(&self) -> bool {
+        self.dependencies.snapshots.is_environment_allowed(&self.environment)
     }
 
     /// Polls once; returns the delay until the next poll.
@@ -269,7 +269,7 @@ impl EnvironmentSync {
                 Ok(()) = poll_requested.changed() => return,
                 _ = checks.tick() => {
                     let in_use = self.dependencies.credentials.tokens(&self.environment);
-                    if !self.is_served() || in_use != self.streams.tokens_in_use() || self.can_drop_inherited() {
+                    if !self.is_environment_allowed() || in_use != self.streams.tokens_in_use() || self.can_drop_inherited() {
                         return;
                     }
                     continue;

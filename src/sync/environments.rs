@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     background_writer::BackgroundWriter,
-    protocol::features::{Document, query_projects},
+    protocol::features::{Document, parse_query_projects},
     snapshot::{EnvironmentFilter, Snapshots},
     store::{RecordKey, Store},
     telemetry::{Latch, error_chain},
@@ -88,7 +88,7 @@ impl EnvironmentManager {
         for environment in stored {
             match self.store.load(&RecordKey::Flags(environment.clone())).await {
                 Ok(Some(bytes)) => {
-                    let scope = Scope { environment, projects: query_projects(&bytes) };
+                    let scope = Scope { environment, projects: parse_query_projects(&bytes) };
                     self.serve_stored(scope, &bytes).await;
                 }
                 Ok(None) => {}
@@ -105,7 +105,7 @@ impl EnvironmentManager {
     /// Serves stored flags of `scope`, unless the environment already has flags or is not selected.
     pub async fn serve_stored(&self, scope: Scope, text: &[u8]) {
         let environment = scope.environment.clone();
-        if self.snapshots.load(&environment).is_some() || !self.snapshots.is_served(&environment) {
+        if self.snapshots.load(&environment).is_some() || !self.snapshots.is_environment_allowed(&environment) {
             return;
         }
         let published = match Document::parse_stored(text) {

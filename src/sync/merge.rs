@@ -25,7 +25,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::precedence::{DocumentPart, PartStates, Precedence};
+use super::precedence::{DocumentPart, PartHashes, TokenPrecedence};
 use crate::{
     protocol::{
         delta::EventId,
@@ -44,7 +44,7 @@ const OLDER_REVISION_TIMEOUT: Duration = Duration::from_mins(1);
 #[derive(Debug)]
 pub(super) struct TokenDocuments {
     by_token: BTreeMap<TokenDigest, TokenDocument>,
-    precedence: Precedence,
+    precedence: TokenPrecedence,
     /// Documents that were replaced by newer ones, still to be dropped.
     replaced: Vec<Arc<Document>>,
     /// Flags that a token no longer sees and another may still report, with the time of their removal,
@@ -60,16 +60,16 @@ pub(super) struct TokenDocuments {
 #[derive(Debug)]
 pub(super) struct FetchedDocument {
     document: Arc<Document>,
-    states: PartStates,
+    states: PartHashes,
     /// The known states between the previous document and this one.
-    intermediate_states: Vec<PartStates>,
+    intermediate_states: Vec<PartHashes>,
     revision: Option<u64>,
 }
 
 impl FetchedDocument {
     /// Hashes the document, in time linear in its text.
     pub(super) fn new(document: Document) -> Self {
-        let states = PartStates::from_document(&document);
+        let states = PartHashes::from_document(&document);
         Self {
             document: Arc::new(document),
             states,
@@ -81,7 +81,7 @@ impl FetchedDocument {
     /// Adds the states between the previous document and this one.
     pub(super) fn with_intermediate_states(self, documents: &[Document]) -> Self {
         Self {
-            intermediate_states: documents.iter().map(PartStates::from_document).collect(),
+            intermediate_states: documents.iter().map(PartHashes::from_document).collect(),
             ..self
         }
     }
@@ -160,7 +160,7 @@ impl TokenDocuments {
     pub(super) fn new(served: Option<&Snapshot>, now: Instant) -> Self {
         let mut documents = Self {
             by_token: BTreeMap::new(),
-            precedence: Precedence::default(),
+            precedence: TokenPrecedence::default(),
             replaced: Vec::new(),
             deferred_removals: Vec::new(),
             round: 0,
@@ -175,7 +175,7 @@ impl TokenDocuments {
 
     fn inherit(&mut self, projects: Projects, document: Arc<Document>, now: Instant) {
         let digest = inherited_digest();
-        let (states, run) = (PartStates::from_document(&document), document.previous_run());
+        let (states, run) = (PartHashes::from_document(&document), document.previous_run());
         self.precedence.inherit(&digest, &projects, &states, run, now);
         let appeared = Arc::default();
         let view = TokenView {
@@ -255,7 +255,7 @@ impl TokenDocuments {
         let view = &mut source.view;
         if source.status != DocumentStatus::InUse {
             source.status = DocumentStatus::InUse;
-            let states = PartStates::from_document(&view.document);
+            let states = PartHashes::from_document(&view.document);
             self.precedence.observe(&digest, &view.projects, &states, source.revision, now);
             self.has_changes = true;
         }
@@ -264,7 +264,7 @@ impl TokenDocuments {
             view.projects = credential.projects.clone();
             // Both identify the state before the change of projects.
             (source.etag, source.event_id) = (None, None);
-            let states = PartStates::from_document(&view.document);
+            let states = PartHashes::from_document(&view.document);
             self.precedence.observe(&digest, &view.projects, &states, source.revision, now);
             self.has_changes = true;
         }
@@ -606,7 +606,7 @@ pub(super) fn merge(MergeInput { views, leaders, deferred_removals }: &MergeInpu
     });
     // In a merge later documents win, so deferred removals come first.
     let deferred = deferred_removals.iter().map(|document| Document::clone(document));
-    Document::merge(deferred.chain(newest))
+    Document::union(deferred.chain(newest))
 }
 
 #[cfg(test)]

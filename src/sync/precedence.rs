@@ -57,9 +57,9 @@ const EMPTY_STATE: StateHash = 0;
 
 /// The state of each project and segment of a document.
 #[derive(Debug, Default)]
-pub(super) struct PartStates(HashMap<DocumentPart, StateHash>);
+pub(super) struct PartHashes(HashMap<DocumentPart, StateHash>);
 
-impl PartStates {
+impl PartHashes {
     /// Hashes a document, in time linear in its text.
     pub(super) fn from_document(document: &Document) -> Self {
         let mut states = HashMap::<DocumentPart, StateHash>::new();
@@ -79,7 +79,7 @@ impl PartStates {
 
 /// Which token leads in which document part.
 #[derive(Debug, Default)]
-pub(super) struct Precedence {
+pub(super) struct TokenPrecedence {
     parts: HashMap<DocumentPart, PartHistory>,
     tokens: HashMap<TokenDigest, TrackedToken>,
 }
@@ -129,14 +129,14 @@ struct PartView {
     has_changed: bool,
 }
 
-impl Precedence {
+impl TokenPrecedence {
     /// Applies the current view of a token. `revision` is upstream's revision of that state, if it is
     /// comparable between tokens.
     pub(super) fn observe(
         &mut self,
         token: &TokenDigest,
         projects: &Projects,
-        states: &PartStates,
+        states: &PartHashes,
         revision: Option<u64>,
         now: Instant,
     ) {
@@ -174,7 +174,7 @@ impl Precedence {
         &mut self,
         token: &TokenDigest,
         projects: &Projects,
-        states: &PartStates,
+        states: &PartHashes,
         served: Option<PreviousRun>,
         now: Instant,
     ) {
@@ -555,7 +555,7 @@ mod tests {
 
     /// Two tokens that see one project.
     struct Bed {
-        precedence: Precedence,
+        precedence: TokenPrecedence,
         tokens: [TokenDigest; 2],
         start: Instant,
     }
@@ -567,7 +567,7 @@ mod tests {
         fn new() -> Self {
             let digest = |secret: &str| Token::parse(&format!("p:dev.{secret}")).unwrap().digest();
             let tokens = ["one", "two"].map(digest);
-            Self { precedence: Precedence::default(), tokens, start: Instant::now() }
+            Self { precedence: TokenPrecedence::default(), tokens, start: Instant::now() }
         }
 
         /// Observes the project with this flag, or without flags, `seconds` after the start.
@@ -575,7 +575,7 @@ mod tests {
             let feature = format!(r#"{{"name":"{flag}","project":"p"}}"#);
             let features = if flag.is_empty() { String::new() } else { feature };
             let text = format!(r#"{{"features":[{features}]}}"#);
-            let states = PartStates::from_document(&Document::parse(text.as_bytes()).unwrap());
+            let states = PartHashes::from_document(&Document::parse(text.as_bytes()).unwrap());
             let at = self.at(seconds);
             let token = self.tokens[token];
             self.precedence.observe(&token, &Projects::from_list(["p"]), &states, revision, at);

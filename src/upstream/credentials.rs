@@ -20,7 +20,7 @@ use tracing::warn;
 use super::{
     admin_token::AdminToken,
     client::Upstream,
-    token_exchange::{Credential, Error, ExchangeHistory, TokenExchange},
+    token_exchange::{Credential, Error, ProvisioningHistory, TokenProvisioner},
 };
 use crate::{
     background_writer::BackgroundWriter,
@@ -39,7 +39,7 @@ pub struct Credentials(Arc<Inner>);
 
 struct Inner {
     token_sets: RwLock<HashMap<Environment, TokenSet>>,
-    exchange: Option<(TokenExchange, ExchangeHistories)>,
+    provisioning: Option<(TokenProvisioner, ProvisioningHistories)>,
     started: Instant,
     /// Whether upstream has validated each configured token.
     are_configured_tokens_validated: AtomicBool,
@@ -49,7 +49,7 @@ struct Inner {
 
 /// The exchange history of each environment. Its lock is held during an exchange, so that concurrent
 /// callers share one exchange.
-type ExchangeHistories = Mutex<HashMap<Environment, Arc<tokio::sync::Mutex<ExchangeHistory>>>>;
+type ProvisioningHistories = Mutex<HashMap<Environment, Arc<tokio::sync::Mutex<ProvisioningHistory>>>>;
 
 /// The tokens of one environment.
 #[derive(Default)]
@@ -76,8 +76,8 @@ impl Credentials {
         upstream: Upstream,
         saver: BackgroundWriter,
     ) -> Self {
-        let exchange = TokenExchange::new(admin, fleet, upstream, saver);
-        Self::new(Some((exchange, ExchangeHistories::default())))
+        let exchange = TokenProvisioner::new(admin, fleet, upstream, saver);
+        Self::new(Some((exchange, ProvisioningHistories::default())))
     }
 
     /// Uses only [offered](Self::offer) tokens.
@@ -85,10 +85,10 @@ impl Credentials {
         Self::new(None)
     }
 
-    fn new(exchange: Option<(TokenExchange, ExchangeHistories)>) -> Self {
+    fn new(exchange: Option<(TokenProvisioner, ProvisioningHistories)>) -> Self {
         Self(Arc::new(Inner {
             token_sets: RwLock::default(),
-            exchange,
+            provisioning: exchange,
             started: Instant::now(),
             are_configured_tokens_validated: AtomicBool::new(false),
             expected_tokens: RwLock::default(),
@@ -116,7 +116,7 @@ impl Credentials {
     /// Adds a valid token, unless the edge uses an admin token. Returns whether it covers projects that
     /// no token covered before.
     pub fn offer(&self, token: &Token, grant: &Grant) -> bool {
-        if self.0.exchange.is_some() || grant.kind != TokenKind::Client {
+        if self.0.provisioning.is_some() || grant.kind != TokenKind::Client {
             return false;
         }
         let credential =
@@ -129,7 +129,7 @@ impl Credentials {
 
     /// Records a token that was valid in an earlier run and will probably be offered again.
     pub fn expect_token(&self, token: TokenDigest, grant: &Grant) {
-        if self.0.exchange.is_none() && grant.kind == TokenKind::Client {
+        if self.0.provisioning.is_none() && grant.kind == TokenKind::Client {
             let Scope { environment, projects } = grant.scope.clone();
             let mut expected =
                 self.0.expected_tokens.write().unwrap_or_else(PoisonError::into_inner);
@@ -154,7 +154,7 @@ impl Credentials {
     /// needed until upstream has validated each configured token and SDKs have presented theirs again,
     /// for at most 5 minutes.
     pub fn is_complete(&self, environment: &Environment) -> bool {
-        if self.0.exchange.is_some() {
+        if self.0.provisioning.is_some() {
             return true;
         }
         if !self.0.are_configured_tokens_validated.load(Ordering::Relaxed) {
@@ -179,7 +179,7 @@ impl Credentials {
     ///
     /// A refusal alone does not mean revocation. Exchanged tokens are replaced, not removed.
     pub fn revoke(&self, token: &TokenDigest) {
-        if self.0.exchange.is_some() {
+        if self.0.provisioning.is_some() {
             return;
         }
         let mut hands = self.0.token_sets.write().unwrap_or_else(PoisonError::into_inner);
@@ -199,7 +199,7 @@ impl Credentials {
         if !available.is_empty() {
             return Ok(available);
         }
-        let Some((exchange, histories)) = &self.0.exchange else {
+        let Some((exchange, histories)) = &self.0.provisioning else {
             return Err(Error::NoToken { environment: environment.clone() });
         };
         let history = exchange_history(histories, environment);
@@ -224,7 +224,7 @@ impl Credentials {
         environment: &Environment,
         refused: &TokenDigest,
     ) -> Result<Vec<Credential>, Error> {
-        let Some((exchange, histories)) = &self.0.exchange else {
+        let Some((exchange, histories)) = &self.0.provisioning else {
             let (is_new, has_accepted) = self.update_token_set(environment, |set| {
                 (
                     set.set_state(refused, TokenState::Refused),
@@ -256,7 +256,7 @@ impl Credentials {
     /// Stored tokens that are not in use can no longer be decrypted; when one is needed, another token
     /// is found or created. Waits for exchanges in progress, and so for upstream.
     pub async fn reencrypt(&self) {
-        let Some((exchange, histories)) = &self.0.exchange else { return };
+        let Some((exchange, histories)) = &self.0.provisioning else { return };
         // Includes environments with an exchange in progress: their token may already be encrypted.
         let environments: Vec<_> =
             histories.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect();
@@ -294,9 +294,9 @@ impl fmt::Debug for Credentials {
 }
 
 fn exchange_history(
-    histories: &ExchangeHistories,
+    histories: &ProvisioningHistories,
     environment: &Environment,
-) -> Arc<tokio::sync::Mutex<ExchangeHistory>> {
+) -> Arc<tokio::sync::Mutex<ProvisioningHistory>> {
     let mut histories = histories.lock().unwrap_or_else(PoisonError::into_inner);
     Arc::clone(histories.entry(environment.clone()).or_default())
 }
@@ -595,9 +595,9 @@ mod tests {
         assert!(!format!("{error} {error:?}").contains(old.expose()));
 
         let foreign = edge_of("*:*.former", &server, &saver);
-        let (exchange, _) = foreign.0.exchange.as_ref().expect("an exchange");
+        let (exchange, _) = foreign.0.provisioning.as_ref().expect("an exchange");
         let sealed = Credential { token: old, projects: Projects::All };
-        exchange.save(&dev(), &mut ExchangeHistory::default(), &sealed, true);
+        exchange.save(&dev(), &mut ProvisioningHistory::default(), &sealed, true);
         save_pending(&saver).await;
         let new = obtain_one(&edge(&server, &saver)).await;
         assert_eq!(admin.listed_secrets(), [new.selector().expect("v2")]);

@@ -97,7 +97,7 @@ impl Error {
 
 /// Looks up or creates tokens for environments.
 #[derive(Debug)]
-pub(super) struct TokenExchange {
+pub(super) struct TokenProvisioner {
     admin: AdminToken,
     fleet: String,
     token_name: String,
@@ -109,7 +109,7 @@ pub(super) struct TokenExchange {
 
 /// The history of one environment's exchanges.
 #[derive(Debug, Default)]
-pub(super) struct ExchangeHistory {
+pub(super) struct ProvisioningHistory {
     refused: Vec<TokenDigest>,
     mint_limiter: MintLimiter,
     record: RecordState,
@@ -154,7 +154,7 @@ struct StoredCredential {
     credential: Option<Credential>,
 }
 
-impl TokenExchange {
+impl TokenProvisioner {
     pub(super) fn new(
         admin: AdminToken,
         fleet: &str,
@@ -175,7 +175,7 @@ impl TokenExchange {
     pub(super) async fn obtain(
         &self,
         environment: &Environment,
-        history: &mut ExchangeHistory,
+        history: &mut ProvisioningHistory,
     ) -> Result<Credential, Error> {
         self.load_record(environment, history, READ_TIMEOUT).await;
         if let Some(credential) =
@@ -190,7 +190,7 @@ impl TokenExchange {
     pub(super) async fn replace(
         &self,
         environment: &Environment,
-        history: &mut ExchangeHistory,
+        history: &mut ProvisioningHistory,
         refused: TokenDigest,
     ) -> Result<Credential, Error> {
         history.add_refused(refused);
@@ -200,7 +200,7 @@ impl TokenExchange {
     async fn find_or_mint(
         &self,
         environment: &Environment,
-        history: &mut ExchangeHistory,
+        history: &mut ProvisioningHistory,
     ) -> Result<Credential, Error> {
         let failed = |source| Error::Upstream { environment: environment.clone(), source };
         let listed = self.upstream.list_api_tokens_named(&self.admin, &self.token_name).await;
@@ -266,7 +266,7 @@ impl TokenExchange {
     async fn load_record(
         &self,
         environment: &Environment,
-        history: &mut ExchangeHistory,
+        history: &mut ProvisioningHistory,
         limit: Duration,
     ) {
         if matches!(history.record, RecordState::Unread) {
@@ -307,7 +307,7 @@ impl TokenExchange {
     fn stored_credential(
         &self,
         environment: &Environment,
-        history: &ExchangeHistory,
+        history: &ProvisioningHistory,
     ) -> Option<StoredCredential> {
         let RecordState::Loaded(Some(record)) = &history.record else { return None };
         let token = self.cipher().decrypt(environment, &record.sealed);
@@ -330,7 +330,7 @@ impl TokenExchange {
     pub(super) fn reencrypt(
         &self,
         environment: &Environment,
-        history: &mut ExchangeHistory,
+        history: &mut ProvisioningHistory,
         credential: &Credential,
     ) {
         let minted = matches!(&history.record, RecordState::Loaded(Some(record)) if record.minted);
@@ -341,7 +341,7 @@ impl TokenExchange {
     pub(super) fn save(
         &self,
         environment: &Environment,
-        history: &mut ExchangeHistory,
+        history: &mut ProvisioningHistory,
         credential: &Credential,
         minted: bool,
     ) {
@@ -366,7 +366,7 @@ impl RecordState {
     }
 }
 
-impl ExchangeHistory {
+impl ProvisioningHistory {
     fn add_refused(&mut self, token: TokenDigest) {
         if !self.refused.contains(&token) {
             if self.refused.len() == MAX_REFUSED_TOKENS {
@@ -410,7 +410,7 @@ impl CredentialRecord {
 /// choose the same.
 fn best_token(
     fleet: &[ListedToken],
-    history: &ExchangeHistory,
+    history: &ProvisioningHistory,
     now: Timestamp,
 ) -> Option<Credential> {
     let usable = fleet.iter().filter(|it| !it.is_expired(now)).filter_map(|it| match &it.secret {
@@ -431,7 +431,7 @@ fn best_token(
 fn can_delete(
     listed: &ListedToken,
     previous: Option<&StoredCredential>,
-    history: &ExchangeHistory,
+    history: &ProvisioningHistory,
     now: Timestamp,
 ) -> bool {
     let replaced = previous.filter(|previous| previous.minted).is_some_and(|previous| {

@@ -232,7 +232,7 @@ impl Aggregator {
     }
 
     /// The weight of the counters in all shards; variants count too.
-    pub(super) fn len(&self) -> usize {
+    pub(super) fn counter_weight(&self) -> usize {
         self.total_weight.load(Ordering::Relaxed)
     }
 
@@ -331,9 +331,9 @@ impl Aggregator {
         counter: Counter,
         shares: TokenQuotas<'_>,
     ) -> Overflow {
-        let before = present.variant_count();
+        let before = present.distinct_variant_count();
         let lost = present.add(counter);
-        let new = present.variant_count() - before;
+        let new = present.distinct_variant_count() - before;
         if new > 0 {
             present.reserve_variants(&shares.counters(), &shares.unknown());
             self.total_weight.fetch_add(new, Ordering::Relaxed);
@@ -447,7 +447,7 @@ mod tests {
         });
         let rest = total(&aggregator.drain(Instant::now()));
         assert_eq!(drained + rest, THREADS * REPORTS);
-        assert_eq!(aggregator.len(), 0);
+        assert_eq!(aggregator.counter_weight(), 0);
     }
 
     /// Evaluations by hour, application and flag.
@@ -471,7 +471,7 @@ mod tests {
         }
         let counts = counts_by_key(&aggregator);
         // Four fifths of the limit, including the merged counters.
-        assert!((60..90).contains(&aggregator.len()), "{}", aggregator.len());
+        assert!((60..90).contains(&aggregator.counter_weight()), "{}", aggregator.counter_weight());
         let merged = |flag: &str| counts[&(hour(10), MERGED_NAME.into(), flag.into())];
         assert!(merged("f") > 900 && merged("g") > 900, "{counts:?}");
         assert_eq!(total(&aggregator.drain(Instant::now())), 2000);
@@ -520,6 +520,6 @@ mod tests {
         let stats = counter.to_bulk_metric("dev", &place.1).stats;
         assert_eq!((stats.yes, stats.variants["?1"], stats.variants[MERGED_NAME]), (4, 3, 3));
         // The flag, eight unknown variants, two known ones, and one for the others.
-        assert_eq!(aggregator.len(), 12);
+        assert_eq!(aggregator.counter_weight(), 12);
     }
 }

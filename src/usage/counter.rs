@@ -155,7 +155,7 @@ impl Counter {
     }
 
     /// Number of variants that are counted separately.
-    pub(super) fn variant_count(&self) -> usize {
+    pub(super) fn distinct_variant_count(&self) -> usize {
         self.variants.len()
     }
 

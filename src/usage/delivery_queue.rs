@@ -253,7 +253,7 @@ impl DeliveryQueue {
     }
 
     /// The weight of the pending counters; variants count too.
-    pub(super) fn len(&self) -> usize {
+    pub(super) fn counter_weight(&self) -> usize {
         self.queues.values().map(|queue| queue.counters.weight()).sum()
     }
 
@@ -287,7 +287,7 @@ impl DeliveryQueue {
     }
 
     /// Whether a store contains usage of an environment that has nothing pending any longer.
-    pub(super) fn is_store_outdated(&self) -> bool {
+    pub(super) fn has_delivered_stored_usage(&self) -> bool {
         self.queues.values().any(|queue| queue.is_persisted && queue.is_empty())
     }
 

@@ -32,7 +32,7 @@ pub struct Backlog {
 pub(super) struct Pipeline {
     pub(super) aggregator: Aggregator,
     queue: Mutex<DeliveryQueue>,
-    store_outdated: Notify,
+    stored_usage_delivered: Notify,
 }
 
 impl Pipeline {
@@ -41,7 +41,7 @@ impl Pipeline {
             aggregator: Aggregator::new(max_counters),
             // Less than a token's quota: old pending usage is merged before new usage is.
             queue: Mutex::new(DeliveryQueue::new(max_counters - max_counters / 4, rand::random())),
-            store_outdated: Notify::new(),
+            stored_usage_delivered: Notify::new(),
         }
     }
 
@@ -67,8 +67,8 @@ impl Pipeline {
     ) {
         let mut delivery_queue = self.lock_queue();
         delivery_queue.record_outcome(id, outcome, now, draw);
-        if delivery_queue.is_store_outdated() {
-            self.store_outdated.notify_one();
+        if delivery_queue.has_delivered_stored_usage() {
+            self.stored_usage_delivered.notify_one();
         }
     }
 
@@ -76,7 +76,7 @@ impl Pipeline {
     pub(super) fn update_gauges(&self, now: Instant) {
         let delivery_queue = self.lock_queue();
         usage_metrics::set_pending(
-            self.aggregator.len() + delivery_queue.len(),
+            self.aggregator.counter_weight() + delivery_queue.counter_weight(),
             delivery_queue.oldest_age(now),
         );
     }
@@ -117,8 +117,8 @@ impl Pipeline {
     }
 
     /// Completes when a store contains usage of an environment that has nothing pending any longer.
-    pub(super) async fn wait_until_store_outdated(&self) {
-        self.store_outdated.notified().await;
+    pub(super) async fn wait_until_stored_usage_delivered(&self) {
+        self.stored_usage_delivered.notified().await;
     }
 
     pub(super) fn serialize(&self) -> Option<Vec<u8>> {

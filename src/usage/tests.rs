@@ -244,7 +244,7 @@ fn invented_hours_create_few_counters_and_lose_no_count() {
     let metrics: Vec<_> = (-4000..4000).map(metric).collect();
     let body = json!({ "applications": [], "metrics": metrics });
     frontend(&usage).send_bulk(&body);
-    assert_eq!(usage.shared.pipeline.aggregator.len(), 170);
+    assert_eq!(usage.shared.pipeline.aggregator.counter_weight(), 170);
     assert_eq!(sum(&sent(&usage, []), "yes"), 8000);
 }
 
@@ -291,7 +291,7 @@ fn gauge_of_pending_counters_is_updated_on_request() {
 
 #[test]
 fn stored_backlog_is_outdated_once_sent_and_replaced_only_then() {
-    let is_outdated = |usage: &Usage| usage.wait_until_store_outdated().now_or_never().is_some();
+    let is_outdated = |usage: &Usage| usage.wait_until_stored_usage_delivered().now_or_never().is_some();
     let before = usage(100);
     backend(&before).report(counts("a", "f", 2));
     let saved = before.serialize().unwrap();

@@ -12,7 +12,7 @@ use crate::{
     config::ManageTask,
     control_plane::{
         Account, Actor, ApiToken, ControlPlane, DatabaseLocation, NewAccount, NewToken, Operator,
-        Permission, PermissionChange,
+        TokenPermission, PermissionChange,
     },
     token::{Environment, Projects, TokenKind},
 };
@@ -116,7 +116,7 @@ fn account_row(account: Account) -> AccountRow {
         permissions: account
             .permissions
             .iter()
-            .map(|it| Permission::as_str(*it).to_owned())
+            .map(|it| TokenPermission::as_str(*it).to_owned())
             .collect(),
         username: account.username,
     }

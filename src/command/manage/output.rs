@@ -64,13 +64,13 @@ pub(super) struct AccountRow {
 
 impl Output {
     /// The output as JSON.
-    pub(super) fn json(&self) -> String {
+    pub(super) fn to_json(&self) -> String {
         serde_json::to_string_pretty(self).expect("the output contains only texts and numbers")
             + "\n"
     }
 
     /// The output as text.
-    pub(super) fn text(&self) -> String {
+    pub(super) fn to_text(&self) -> String {
         match self {
             Self::CreatedToken { secret } => format!("{}\n", secret.expose()),
             Self::Tokens(tokens) => table(TOKEN_HEADERS, tokens.iter().map(token_cells)),

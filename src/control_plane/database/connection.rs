@@ -81,8 +81,8 @@ impl Connection {
     pub(super) async fn commit(&mut self) -> Result<(), sqlx::Error> {
         let commit = self.raw.execute("COMMIT");
         let running =
-            RunningStatement::start(&mut self.state, &self.health, self.timeout, Operation::Commit);
-        running.finish(commit).await?;
+            StatementGuard::start(&mut self.state, &self.health, self.timeout, Operation::Commit);
+        running.run_with_timeout(commit).await?;
         self.is_in_transaction = false;
         Ok(())
     }
@@ -101,8 +101,8 @@ impl Connection {
     pub(super) async fn ping(&mut self, patience: Duration) -> Result<(), sqlx::Error> {
         let ping = sqlx::Connection::ping(&mut self.raw);
         let running =
-            RunningStatement::start(&mut self.state, &self.health, patience, Operation::Statement);
-        running.finish(ping).await
+            StatementGuard::start(&mut self.state, &self.health, patience, Operation::Statement);
+        running.run_with_timeout(ping).await
     }
 }
 
@@ -113,7 +113,7 @@ impl fmt::Debug for Connection {
 }
 
 /// A running statement. If it is dropped before its end, the connection stays [`State::Pending`].
-struct RunningStatement<'a> {
+struct StatementGuard<'a> {
     state: &'a mut State,
     health: &'a Health,
     operation: Operation,
@@ -121,7 +121,7 @@ struct RunningStatement<'a> {
     timeout: Duration,
 }
 
-impl<'a> RunningStatement<'a> {
+impl<'a> StatementGuard<'a> {
     fn start(
         state: &'a mut State,
         health: &'a Health,
@@ -136,15 +136,15 @@ impl<'a> RunningStatement<'a> {
         self.started_at + self.timeout
     }
 
-    async fn finish<T>(
+    async fn run_with_timeout<T>(
         mut self,
         work: impl Future<Output = Result<T, sqlx::Error>>,
     ) -> Result<T, sqlx::Error> {
         let done = timeout_at(self.deadline(), work).await;
-        self.complete(done.unwrap_or_else(|_| Err(timeout_error(self.timeout))))
+        self.record_result(done.unwrap_or_else(|_| Err(timeout_error(self.timeout))))
     }
 
-    fn complete<T>(&mut self, done: Result<T, sqlx::Error>) -> Result<T, sqlx::Error> {
+    fn record_result<T>(&mut self, done: Result<T, sqlx::Error>) -> Result<T, sqlx::Error> {
         *self.state = match &done {
             Err(error) if is_connection_broken(error) => State::Broken,
             // After an error message of the server, too, the connection is idle.
@@ -167,21 +167,21 @@ impl<'c> Executor<'c> for &'c mut Connection {
         E: 'q + Execute<'q, Any>,
     {
         let steps = self.raw.fetch_many(query);
-        let running = RunningStatement::start(
+        let running = StatementGuard::start(
             &mut self.state,
             &self.health,
             self.timeout,
             Operation::Statement,
         );
-        let next = |state: Option<(BoxStream<'e, _>, RunningStatement<'e>)>| async move {
+        let next = |state: Option<(BoxStream<'e, _>, StatementGuard<'e>)>| async move {
             let (mut steps, mut running) = state?;
             match timeout_at(running.deadline(), steps.next()).await {
                 Ok(Some(Ok(step))) => Some((Ok(step), Some((steps, running)))),
-                Ok(Some(Err(error))) => Some((running.complete(Err(error)), None)),
-                Ok(None) => running.complete(Ok(())).err().map(|error| (Err(error), None)),
+                Ok(Some(Err(error))) => Some((running.record_result(Err(error)), None)),
+                Ok(None) => running.record_result(Ok(())).err().map(|error| (Err(error), None)),
                 Err(_) => {
                     let error = timeout_error(running.timeout);
-                    Some((running.complete(Err(error)), None))
+                    Some((running.record_result(Err(error)), None))
                 }
             }
         };
@@ -197,13 +197,13 @@ impl<'c> Executor<'c> for &'c mut Connection {
         E: 'q + Execute<'q, Any>,
     {
         let row = self.raw.fetch_optional(query);
-        let running = RunningStatement::start(
+        let running = StatementGuard::start(
             &mut self.state,
             &self.health,
             self.timeout,
             Operation::Statement,
         );
-        Box::pin(running.finish(row))
+        Box::pin(running.run_with_timeout(row))
     }
 
     fn prepare_with<'e>(
@@ -215,13 +215,13 @@ impl<'c> Executor<'c> for &'c mut Connection {
         'c: 'e,
     {
         let prepared = self.raw.prepare_with(sql, parameters);
-        let running = RunningStatement::start(
+        let running = StatementGuard::start(
             &mut self.state,
             &self.health,
             self.timeout,
             Operation::Statement,
         );
-        Box::pin(running.finish(prepared))
+        Box::pin(running.run_with_timeout(prepared))
     }
 }
 

@@ -11,14 +11,14 @@ use super::{
 };
 
 /// A dedicated connection that detects changes by others.
-pub(in crate::control_plane) enum Listener {
+pub(in crate::control_plane) enum ChangeListener {
     /// Polls the file's `data_version`.
     Sqlite { connection: Box<Connection>, version: i64 },
     /// Receives notifications of the server.
     Postgres(Box<PgListener>),
 }
 
-impl Listener {
+impl ChangeListener {
     pub(super) async fn sqlite(mut connection: Connection) -> Result<Self, Error> {
         let version = data_version(&mut connection).await?;
         Ok(Self::Sqlite { connection: Box::new(connection), version })

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     control_plane::{
-        Account, AccountChange, Actor, ControlPlane, NewAccount, Operator, Permission,
+        Account, AccountChange, Actor, ControlPlane, NewAccount, Operator, TokenPermission,
         PermissionChange, RootRole,
     },
     http::response::{self, HttpError, HttpResponse},
@@ -120,10 +120,10 @@ pub(super) async fn set_permissions(
     let names = problems.required("permissions", request.permissions).unwrap_or_default();
     let mut permissions = BTreeSet::new();
     for name in &names {
-        if let Some(granted) = Permission::from_grant_name(&name.0) {
+        if let Some(granted) = TokenPermission::from_grant_name(&name.0) {
             permissions.extend(granted);
         } else {
-            let known = Permission::ALL.map(Permission::as_str).join(", ");
+            let known = TokenPermission::ALL.map(TokenPermission::as_str).join(", ");
             problems.add("permissions", format!("must be one of {known} or CREATE_API_TOKEN"));
             break;
         }
@@ -203,7 +203,7 @@ fn account_json(account: Account) -> wire::User {
         name: account.name,
         email: account.email,
         root_role: account.role.id(),
-        permissions: account.permissions.into_iter().map(Permission::as_str).collect(),
+        permissions: account.permissions.into_iter().map(TokenPermission::as_str).collect(),
         created_at: Rfc3339Millis(account.created_at),
         seen_at: account.seen_at.map(Rfc3339Millis),
         is_api: false,

@@ -148,7 +148,7 @@ impl InstanceStatus {
                 "edgeVersion": env!("CARGO_PKG_VERSION"),
                 "started": self.identity.started.to_string(),
             },
-            "connected_instances": self.usage.edge_instances(),
+            "connected_instances": self.usage.downstream_edge_reports(),
         })
     }
 }

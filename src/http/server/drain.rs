@@ -18,12 +18,12 @@ pub struct Drain {
 impl Drain {
     /// Starts draining: every response announces that its connection closes. New connections are
     /// accepted.
-    pub fn begin(&self) {
+    pub fn begin_draining(&self) {
         self.draining.trigger();
     }
 
     /// Starts closing: stops accepting, closes idle connections and lets busy ones finish.
-    pub fn close(&self) {
+    pub fn begin_closing(&self) {
         self.draining.trigger();
         self.closing.trigger();
     }

@@ -232,7 +232,7 @@ async fn stalled_client_is_disconnected_and_a_slow_one_is_not() {
 async fn draining_closes_a_connection_with_its_next_response() {
     let (mut client, drain, serving) = connect(RespondsAfter(Duration::ZERO), LIMITS, 1 << 16);
     assert!(!send_request(&mut client).await.contains("connection: close"));
-    drain.begin();
+    drain.begin_draining();
     run_pending_tasks().await;
     assert!(send_request(&mut client).await.contains("\r\nconnection: close\r\n"));
     let (rest, took) = read_to_close(&mut client).await;
@@ -244,12 +244,12 @@ async fn draining_closes_a_connection_with_its_next_response() {
 async fn closing_ends_idle_connections_and_finishes_busy_and_new_ones() {
     let (mut idle, drain, serving) = connect(RespondsAfter(Duration::ZERO), LIMITS, 1 << 16);
     send_request(&mut idle).await;
-    drain.close();
+    drain.begin_closing();
     serving.await.unwrap();
     assert_eq!(read_to_close(&mut idle).await, (Vec::new(), Duration::ZERO));
 
     let (mut new, drain, serving) = connect(RespondsAfter(Duration::ZERO), LIMITS, 1 << 16);
-    drain.close();
+    drain.begin_closing();
     run_pending_tasks().await;
     assert!(send_request(&mut new).await.contains("\r\nconnection: close\r\n"));
     serving.await.unwrap();
@@ -258,7 +258,7 @@ async fn closing_ends_idle_connections_and_finishes_busy_and_new_ones() {
         let (mut new, drain, serving) = connect(RespondsAfter(Duration::ZERO), LIMITS, 1 << 16);
         new.write_all(begun).await.unwrap();
         run_pending_tasks().await;
-        drain.close();
+        drain.begin_closing();
         let closed = Instant::now();
         serving.await.unwrap();
         let took = closed.elapsed();
@@ -272,7 +272,7 @@ async fn closing_ends_idle_connections_and_finishes_busy_and_new_ones() {
     let (mut busy, drain, serving) = connect(RespondsAfter(MINUTE), LIMITS, 1 << 16);
     busy.write_all(REQUEST).await.unwrap();
     run_pending_tasks().await;
-    drain.close();
+    drain.begin_closing();
     assert!(read_until(&mut busy, "}").await.contains("\r\nconnection: close\r\n"));
     serving.await.unwrap();
 }
@@ -319,7 +319,7 @@ async fn requests_that_outlast_the_grace_period_are_dropped_before_serve_returns
     let second = tokio::spawn(second.get(format!("http://{address}")).send());
     let handles = [requests.recv().await.unwrap(), requests.recv().await.unwrap()];
     assert!(handles.iter().all(|request| request.upgrade().is_some()));
-    drain.close();
+    drain.begin_closing();
     serving.await.unwrap();
     assert!(handles.iter().all(|request| request.upgrade().is_none()));
     assert!(second.await.unwrap().is_err());
@@ -330,7 +330,7 @@ async fn connections_in_the_backlog_are_served_at_shutdown() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let drain = Drain::default();
-    drain.close();
+    drain.begin_closing();
     let mut clients = Vec::new();
     for _ in 0..20 {
         let mut client = TcpStream::connect(address).await.unwrap();
@@ -369,7 +369,7 @@ async fn event_stream_uses_the_framing_of_the_http_version_until_it_ends() {
             let all = format!("{length}{piece}{end}");
             assert_eq!(read_until(&mut client, &all).await, all);
         }
-        drain.close();
+        drain.begin_closing();
         run_pending_tasks().await;
         drop(pieces);
         let mut rest = String::new();
@@ -500,7 +500,7 @@ async fn http2_connection_closes_when_idle_or_old_and_drains_after_its_requests(
     let mut sender = connect_http2(client).await;
     let busy = tokio::spawn(sender.send_request(get_request()));
     run_pending_tasks().await;
-    drain.begin();
+    drain.begin_draining();
     assert_eq!(busy.await.unwrap().unwrap().status(), 404);
     serving.await.unwrap();
 }

@@ -38,7 +38,7 @@ pin_project_lite::pin_project! {
         // Unconstrained by the task budget: it is polled only once.
         #[pin]
         closed: Unconstrained<WaitForCancellationFutureOwned>,
-        states: StateIds,
+        states: StateChangeWaiter,
         source: T,
         phase: Phase,
         keep_alive_at: Instant,
@@ -74,7 +74,7 @@ impl<T: EventSource> SseStream<T> {
         let (keep_alive_at, expires_at) = (next_keep_alive(now, permit.epoch()), now + age);
         let (closed, timer) =
             (unconstrained(permit.close_signal().subscribe()), sleep_until(expires_at));
-        let (states, phase) = (StateIds::new(states), Phase::New);
+        let (states, phase) = (StateChangeWaiter::new(states), Phase::New);
         Self { permit, closed, states, source, phase, keep_alive_at, expires_at, timer }
     }
 }
@@ -166,11 +166,11 @@ impl<T: EventSource> Stream for SseStream<T> {
 }
 
 /// Waits for the next state id of an environment, without allocating for each wait.
-struct StateIds(ReusableBoxFuture<'static, (Changed, watch::Receiver<StateId>)>);
+struct StateChangeWaiter(ReusableBoxFuture<'static, (Changed, watch::Receiver<StateId>)>);
 
 type Changed = Result<(), watch::error::RecvError>;
 
-impl StateIds {
+impl StateChangeWaiter {
     fn new(states: watch::Receiver<StateId>) -> Self {
         Self(ReusableBoxFuture::new(next(states)))
     }

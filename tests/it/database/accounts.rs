@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use parapet::control_plane::{
     Account, AccountChange, Activity, Actor, Config, ControlPlane, Error, InitialAccount,
-    NewAccount, Password, Permission, PermissionChange, RootRole, Session, SignInAttempt,
+    NewAccount, Password, TokenPermission, PermissionChange, RootRole, Session, SignInAttempt,
 };
 
 use sqlx::Executor as _;
@@ -67,7 +67,7 @@ async fn accounts_are_created_changed_and_deleted(db: TestDatabase) {
     let expect = Account { name: None, email, role: RootRole::Editor, ..ann.clone() };
     assert_eq!(changed, expect);
     let granted: BTreeSet<_> =
-        [Permission::CreateClientApiToken, Permission::DeleteFrontendApiToken].into();
+        [TokenPermission::CreateClientApiToken, TokenPermission::DeleteFrontendApiToken].into();
     let changed = control
         .update_permissions(&SHELL, ann.id, PermissionChange::Replace(granted.clone()))
         .await
@@ -101,7 +101,7 @@ async fn accounts_are_created_changed_and_deleted(db: TestDatabase) {
         control.create_account(&SHELL, new_account(name, RootRole::Viewer)).await.unwrap();
     }
     let all = control.accounts(&SHELL.operator).await.unwrap();
-    let granted = PermissionChange::Replace([Permission::CreateClientApiToken].into());
+    let granted = PermissionChange::Replace([TokenPermission::CreateClientApiToken].into());
     let b = control.update_permissions(&SHELL, all[2].id, granted).await.unwrap().unwrap();
     let page = control.accounts_after(&SHELL.operator, all[1].id, 2).await.unwrap();
     assert_eq!(page, [b, all[3].clone()], "each page continues after the previous one");
@@ -129,7 +129,7 @@ async fn last_admin_cannot_be_demoted_or_deleted(db: TestDatabase) {
 
 async fn only_admins_manage_accounts(db: TestDatabase) {
     let control = db.open().await;
-    let granted = Permission::ALL.into_iter().collect();
+    let granted = TokenPermission::ALL.into_iter().collect();
     let ann = control.create_account(&SHELL, new_account("ann", RootRole::Editor)).await.unwrap();
     let ann = control
         .update_permissions(&SHELL, ann.id, PermissionChange::Replace(granted))
@@ -206,7 +206,7 @@ async fn password_change_ends_other_sessions(db: TestDatabase) {
     let control = db.open().await;
     let ann = control.create_account(&SHELL, new_account("ann", RootRole::Viewer)).await.unwrap();
     let old = password("ann's password");
-    let is_open = async |session: &parapet::control_plane::CookieSecret| {
+    let is_open = async |session: &parapet::control_plane::CookieToken| {
         control
             .session(session.expose(), HOME_ADDRESS, Activity::Interactive)
             .await
@@ -288,7 +288,7 @@ async fn account_change_after_permission_revocation_is_denied(db: TestDatabase) 
         let mallory = new_account("mallory", RootRole::Admin);
         refused(control.create_account(admin, mallory).await.map(drop));
         refused(control.update_account(admin, ann.id, promote).await.map(drop));
-        let all = PermissionChange::Replace(Permission::ALL.into_iter().collect());
+        let all = PermissionChange::Replace(TokenPermission::ALL.into_iter().collect());
         refused(control.update_permissions(admin, ann.id, all).await.map(drop));
         refused(control.set_password(admin, ann.id, password("mallory's own")).await.map(drop));
         refused(control.delete_account(admin, ann.id).await.map(drop));
@@ -339,7 +339,7 @@ async fn request_of_ended_session_changes_nothing(db: TestDatabase) {
         refused(control.create_account(actor, mallory).await.map(drop));
         let demote = AccountChange { role: Some(RootRole::Viewer), ..AccountChange::default() };
         refused(control.update_account(actor, ann.id, demote).await.map(drop));
-        let all = PermissionChange::Replace(Permission::ALL.into_iter().collect());
+        let all = PermissionChange::Replace(TokenPermission::ALL.into_iter().collect());
         refused(control.update_permissions(actor, ann.id, all).await.map(drop));
         refused(control.set_password(actor, ann.id, password("mallory's own")).await.map(drop));
         refused(control.delete_account(actor, ann.id).await.map(drop));
@@ -373,7 +373,7 @@ async fn queued_request_of_ended_session_changes_nothing(db: TestDatabase) {
 
 async fn sessions_expire(db: TestDatabase) {
     let control = db.open().await;
-    let is_open = async |session: &parapet::control_plane::CookieSecret| {
+    let is_open = async |session: &parapet::control_plane::CookieToken| {
         control
             .session(session.expose(), HOME_ADDRESS, Activity::Interactive)
             .await

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use parapet::auth::{self, Authenticator, Validator};
 use parapet::control_plane::{
-    Activity, Actor, BootstrapReport, Config, ControlPlane, CookieSecret, DatabaseLocation,
+    Activity, Actor, BootstrapReport, Config, ControlPlane, CookieToken, DatabaseLocation,
     DatabaseUrl, EventQuery, InitialAccount, InitialTokens, Operator, Password, SignInAttempt,
     SignedIn,
 };
@@ -189,7 +189,7 @@ pub(super) async fn sign_in_first_admin(control: &ControlPlane) -> SignedIn {
 }
 
 /// The account of a session, as the actor of a change.
-pub(super) async fn actor_of_session(control: &ControlPlane, session: &CookieSecret) -> Actor {
+pub(super) async fn actor_of_session(control: &ControlPlane, session: &CookieToken) -> Actor {
     let address = [192, 0, 2, 1].into();
     let session =
         control.session(session.expose(), address, Activity::Interactive).await.unwrap().unwrap();

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use jiff::{SignedDuration, Timestamp};
 use parapet::control_plane::{
     AccountChange, Actor, ApiToken, ControlPlane, Error, InitialTokens, NewAccount, NewToken,
-    Operator, Permission, PermissionChange, RegistryBootstrap, RootRole,
+    Operator, TokenPermission, PermissionChange, RegistryBootstrap, RootRole,
 };
 use parapet::token::{Environment, Projects, Token, TokenKind};
 
@@ -140,7 +140,7 @@ async fn account_with(
     control: &ControlPlane,
     username: &str,
     role: RootRole,
-    permissions: BTreeSet<Permission>,
+    permissions: BTreeSet<TokenPermission>,
 ) -> Actor {
     let password = password("a long password");
     let new = NewAccount {
@@ -162,7 +162,7 @@ async fn account_with(
 /// A unit test covers the whole permission table; this one checks that operations apply it.
 async fn permissions_are_enforced_and_denials_recorded(db: TestDatabase) {
     let control = db.open().await;
-    let actor = async |username, role, permissions: &[Permission]| {
+    let actor = async |username, role, permissions: &[TokenPermission]| {
         let permissions = permissions.iter().copied().collect();
         account_with(&control, username, role, permissions).await
     };
@@ -171,7 +171,7 @@ async fn permissions_are_enforced_and_denials_recorded(db: TestDatabase) {
         other => panic!("{other:?}"),
     };
     let viewer = actor("viewer", RootRole::Viewer, &[]).await;
-    let creator = [Permission::CreateClientApiToken];
+    let creator = [TokenPermission::CreateClientApiToken];
     let creator = actor("ann", RootRole::Viewer, &creator).await;
     for (kind, permission) in [
         (TokenKind::Client, "CREATE_CLIENT_API_TOKEN"),
@@ -188,7 +188,7 @@ async fn permissions_are_enforced_and_denials_recorded(db: TestDatabase) {
     assert_eq!(missing(changed.map(drop)), "UPDATE_CLIENT_API_TOKEN");
     let ended = control.delete_token(&creator, &made.id).await;
     assert_eq!(missing(ended.map(drop)), "DELETE_CLIENT_API_TOKEN");
-    let deleter = [Permission::DeleteClientApiToken];
+    let deleter = [TokenPermission::DeleteClientApiToken];
     let deleter = actor("deleter", RootRole::Editor, &deleter).await;
     assert!(control.delete_token(&deleter, &made.id).await.unwrap().is_some());
 
@@ -219,7 +219,7 @@ async fn token_change_after_permission_revocation_is_denied(db: TestDatabase) {
     let demote = AccountChange { role: Some(RootRole::Viewer), ..AccountChange::default() };
     let id = demoted.operator.account_id().unwrap();
     control.update_account(&SHELL, id, demote).await.unwrap().unwrap();
-    let lost = Permission::ALL.into_iter().collect();
+    let lost = TokenPermission::ALL.into_iter().collect();
     let lost = account_with(&control, "lost", RootRole::Viewer, lost).await;
     let none = PermissionChange::Replace(BTreeSet::new());
     control
