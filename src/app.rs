@@ -5,9 +5,9 @@
 //! the listeners; a task that panics is restarted.
 
 mod admin_token;
-mod banner;
 mod edge;
 mod file_descriptors;
+mod initial_credentials;
 mod mode;
 mod persistence;
 mod reload;
@@ -27,8 +27,8 @@ use tracing::{error, info, warn};
 
 pub use self::mode::Error;
 use self::{
-    admin_token::AdminTokenWatcher, banner::ListenerAddress,
-    file_descriptors::RequestedConnections, mode::ModeParts, persistence::Persistence,
+    admin_token::AdminTokenWatcher, file_descriptors::RequestedConnections,
+    initial_credentials::ListenerAddress, mode::ModeParts, persistence::Persistence,
     reload::Reloader, sockets::Sockets, supervisor::Supervisor,
 };
 use crate::{
@@ -38,7 +38,7 @@ use crate::{
     http::{
         admin::{self, AdminService, DataEndpoint, InstanceIdentity, InstanceStatus, Relay},
         cors::Cors,
-        failed_attempts::FailedRequestLimiter,
+        failed_request_limiter::FailedRequestLimiter,
         health::HealthEndpoints,
         https_redirect::HttpsRedirect,
         ofrep::{StreamTicketKey, StreamTickets},
@@ -122,7 +122,7 @@ impl App {
                 );
                 let (base_path, data_dir) = (&config.data.base_path, &config.data_dir);
                 let announce = |opened: &_| {
-                    banner::announce_initial_credentials(
+                    initial_credentials::announce_initial_credentials(
                         opened,
                         addresses,
                         base_path,
@@ -160,8 +160,7 @@ impl App {
         // timeout, so that the response can say which one is missing.
         let deadline = config.auth.deadline.min(config.data.request_timeout / 3);
         let settings = auth::Config { deadline, ..config.auth };
-        let auth =
-            Authenticator::new(settings, mode.take_validator(), mode.local_tokens.drain(..));
+        let auth = Authenticator::new(settings, mode.take_validator(), mode.local_tokens.drain(..));
         let hop = ConnectVia {
             app_name: identity.app_name.as_str().into(),
             instance_id: identity.instance_id.as_str().into(),

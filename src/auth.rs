@@ -6,8 +6,8 @@
 //!
 //! This module returns what a token grants. It does not know which route needs which kind of token.
 
+mod local_tokens;
 mod pending;
-mod static_tokens;
 #[cfg(test)]
 mod tests;
 mod token_cache;
@@ -26,14 +26,14 @@ use metrics::{Counter, Gauge, counter, describe_counter, describe_gauge, gauge};
 use tokio::{sync::Notify, time::Instant};
 use tracing::{info, warn};
 
+use self::{
+    local_tokens::LocalTokens,
+    pending::{PendingValidations, Priority},
+    token_cache::{InsertOutcome, RejectOutcome, RequestStart, TokenCache},
+};
 pub use self::{
     pending::AuthError,
     token_cache::{CachedToken, RestoreError},
-};
-use self::{
-    pending::{PendingValidations, Priority},
-    static_tokens::LocalTokens,
-    token_cache::{InsertOutcome, RejectOutcome, RequestStart, TokenCache},
 };
 use crate::{
     protocol::tokens::{ListedSecret, TokenList, ValidatedToken},

@@ -4,7 +4,7 @@
 //! [`Config`], whose types need no further validation. All errors are reported at once, and none repeats
 //! a secret. Only this module reads the environment. It starts nothing.
 
-mod archive;
+mod backup;
 mod cli;
 mod error;
 mod file;
@@ -25,7 +25,7 @@ pub use self::{
     error::{ConfigError, ConfigErrors},
     manage::{ManageTask, PasswordSource, RemoteServer},
     model::{
-        AdminListenerConfig, BackupAction, BackupOptions, BackupFolder, Config, Credentials,
+        AdminListenerConfig, BackupAction, BackupFolder, BackupOptions, Config, Credentials,
         DataListenerConfig, EdgeConfig, ExplainOptions, FlagsPath, InstanceInfo, ManageOptions,
         Mode, OfflineConfig, ProbeOptions, ProbeTrust, ShutdownConfig, StandaloneConfig, Target,
     },

@@ -9,7 +9,7 @@ mod audit;
 mod authorization;
 pub mod backup;
 mod bootstrap;
-mod cookie_secret;
+mod cookie_token;
 mod database;
 mod denial_log;
 mod error;
@@ -37,13 +37,13 @@ pub use self::{
         BootstrapReport, CreatedAccount, GeneratedTokens, InitialAccount, InitialTokens,
         RegistryBootstrap, grant_from_token,
     },
-    cookie_secret::CookieToken,
+    cookie_token::CookieToken,
     database::{DatabaseLocation, DatabaseUrl, DatabaseUrlError},
     error::Error,
     health::{ConnectionCount, DatabaseStatus},
     initial_settings::InitialSetting,
     password::{Password, PasswordError},
-    permissions::{Actor, MissingPermission, Operator, TokenPermission, RootRole, TokenAction},
+    permissions::{Actor, MissingPermission, Operator, RootRole, TokenAction, TokenPermission},
     sessions::{Activity, Session, SessionRef, SignInAttempt, SignedIn},
     tokens::{ApiToken, NewToken},
     usage_store::{ApplicationSummary, UsageHour},

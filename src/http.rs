@@ -6,14 +6,14 @@
 //! the services below it do.
 
 pub mod admin;
-mod blocking;
 pub mod client_address;
 pub mod client_api;
 pub mod conditional;
 pub mod console;
 pub mod content_encoding;
 pub mod cors;
-pub mod failed_attempts;
+mod cpu_bound;
+pub mod failed_request_limiter;
 pub mod frontend_api;
 pub mod health;
 pub mod https_redirect;

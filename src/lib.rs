@@ -107,7 +107,7 @@ pub mod app;
 pub mod auth;
 pub mod background_writer;
 pub mod changes;
-pub mod command;
+pub mod commands;
 pub mod config;
 pub mod control_plane;
 pub mod engine;

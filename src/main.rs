@@ -14,7 +14,7 @@ use anyhow::Context as _;
 use futures_util::{Stream, stream};
 use parapet::{
     app::{self, App, Signal},
-    command,
+    commands,
     config::{Command, Config},
     probe, telemetry,
 };
@@ -57,15 +57,15 @@ fn execute(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Print(text) => write!(io::stdout(), "{text}").context("cannot write"),
         Command::Manage(command) => {
-            let output = build_runtime()?.block_on(command::manage::run(command))?;
+            let output = build_runtime()?.block_on(commands::manage::run(command))?;
             write!(io::stdout(), "{output}").context("cannot write")
         }
         Command::Backup(command) => {
-            let output = build_runtime()?.block_on(command::backup::run(command))?;
+            let output = build_runtime()?.block_on(commands::backup::run(command))?;
             write!(io::stdout(), "{output}").context("cannot write")
         }
         Command::Explain(request) => {
-            write!(io::stdout(), "{}", command::explain::run(&request)?).context("cannot write")
+            write!(io::stdout(), "{}", commands::explain::run(&request)?).context("cannot write")
         }
         Command::Probe(probe) => Ok(build_runtime()?.block_on(probe::check(&probe))?),
         Command::Run(config) => {

@@ -12,7 +12,7 @@ mod flag_states;
 mod fragments;
 mod frontend_view;
 mod hot_contexts;
-mod recent_filter;
+mod recent_hashes;
 mod result_cache;
 mod scope_cache;
 

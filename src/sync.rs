@@ -5,16 +5,16 @@
 //! who may read them (`auth` does).
 
 mod backoff;
-mod environment;
 mod environment_list;
-pub mod environments;
+pub mod environment_manager;
+mod environment_sync;
 pub mod file_source;
 mod merge;
 mod poll;
-mod precedence;
 mod publish;
 mod reconnect;
 mod stream_events;
 mod stream_pool;
+mod token_precedence;
 
-pub use self::{environment::Config, reconnect::UpstreamMode};
+pub use self::{environment_sync::Config, reconnect::UpstreamMode};

@@ -2,11 +2,11 @@
 //!
 //! [`Upstream`] sends the requests; [`Credentials`] provides the tokens. Neither retries, caches
 //! responses or interprets flags: callers decide by [`Error::retry`], [`Error::fault`] and
-//! [`ExchangeError::retry`].
+//! [`ProvisioningError::retry`].
 
 mod admin_token;
 mod client;
-mod client_certificate;
+mod client_identity;
 mod credentials;
 mod encryption;
 mod error;
@@ -17,14 +17,14 @@ mod redirect;
 #[cfg(test)]
 pub(crate) mod scripted;
 mod stream;
-mod token_exchange;
+mod token_provisioning;
 
 pub use admin_token::{AdminToken, Error as AdminTokenError, State as AdminTokenState};
 pub use client::{FeaturesResponse, FetchResult, TokenAccess, Upstream};
-pub use client_certificate::{ClientIdentity, Error as IdentityError, Passphrase};
+pub use client_identity::{ClientIdentity, Error as IdentityError, Passphrase};
 pub use credentials::Credentials;
 pub use error::{Error, Fault, Retry};
 pub use health::Health;
 pub use http_client::Config;
 pub use stream::SseStream;
-pub use token_exchange::{Credential, Error as ExchangeError};
+pub use token_provisioning::{Credential, Error as ProvisioningError};

@@ -27,7 +27,7 @@ use hyper_util::rt::TokioIo;
 use parapet::changes::ChangeFeed;
 use parapet::http::client_address;
 use parapet::http::cors::{self, Cors};
-use parapet::http::failed_attempts::FailedRequestLimiter;
+use parapet::http::failed_request_limiter::FailedRequestLimiter;
 use parapet::http::health::HealthEndpoints;
 use parapet::http::ofrep::{StreamTicketKey, StreamTickets};
 use parapet::http::request_metrics::RequestMetrics;

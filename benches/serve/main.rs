@@ -12,6 +12,7 @@ mod contender;
 mod exchange;
 #[path = "../flags.rs"]
 mod flags;
+mod growth_curves;
 mod handshake_load;
 mod load;
 #[path = "../machine.rs"]
@@ -29,7 +30,6 @@ mod plot;
 mod process;
 mod report;
 mod rows;
-mod scaling;
 mod swap;
 #[path = "../table.rs"]
 mod table;
@@ -46,8 +46,8 @@ use anyhow::{Result, ensure};
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
 use crate::{
-    bare::TlsIdentity, contender::Contenders, handshake_load::LoadPlan, measure::Session,
-    report::Report, rows::ROWS, scaling::CURVES,
+    bare::TlsIdentity, contender::Contenders, growth_curves::CURVES, handshake_load::LoadPlan,
+    measure::Session, report::Report, rows::ROWS,
 };
 
 fn main() -> Result<()> {

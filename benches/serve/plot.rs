@@ -2,11 +2,11 @@
 
 use super::{
     contender::Contender,
+    growth_curves::CurveResult,
     measure::Measured,
     numbers::{thousands, to_f64},
     picture::{Panel, Picture},
     rows::RowResult,
-    scaling::CurveResult,
 };
 
 fn class(contender: Contender) -> &'static str {

@@ -6,12 +6,12 @@ use anyhow::Result;
 
 use super::{
     contender::Contender,
+    growth_curves::CurveResult,
     measure::Measured,
     memory::MemoryMeasurement,
     numbers::{thousands, to_f64, verdict},
     plot,
     rows::RowResult,
-    scaling::CurveResult,
     swap::{self, SwapResult},
     table::Table,
 };

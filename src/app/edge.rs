@@ -19,7 +19,7 @@ use crate::{
     config::{self, BackupFolder, Credentials as Given},
     snapshot::Snapshots,
     store::{self, RecordKey, Store, edge_backup},
-    sync::environments::{EnvironmentManager, EnvironmentSelection},
+    sync::environment_manager::{EnvironmentManager, EnvironmentSelection},
     telemetry::{Latch, error_chain},
     token::{Environment, Grant, Projects, Scope, Token, TokenKind},
     upstream::{AdminToken, Credentials, Upstream},

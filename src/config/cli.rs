@@ -10,7 +10,7 @@ use clap::{
 };
 
 use super::{
-    archive::{self, BackupCommand},
+    backup::{self, BackupCommand},
     error::{ConfigError, ConfigErrors},
     manage::{self, ManageCommand},
     model::{BackupAction, ExplainOptions},
@@ -162,7 +162,7 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
                 return parse_manage(name, &matches, below);
             }
             if let Some(action) = BackupAction::from_name(name) {
-                let order = archive::parse(action, below);
+                let order = backup::parse(action, below);
                 reject_config_flags(name, below)?;
                 let flags = location_values(name, &[below, &matches])?;
                 return Ok(Invocation::Backup { command: order, values: flags });
@@ -209,7 +209,7 @@ fn clap_command() -> Command {
             command.subcommand(own.args(subcommand_args(verb)))
         })
         .subcommand(explain_clap_command().args(refused()))
-        .subcommands(manage::commands().into_iter().chain(archive::commands()).map(|command| {
+        .subcommands(manage::commands().into_iter().chain(backup::commands()).map(|command| {
             // Only the options that locate the database are shared with the server.
             let foreign = args_in_scope(|scope| scope == CommandScope::All);
             let foreign = foreign.map(|arg| {

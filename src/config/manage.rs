@@ -9,7 +9,7 @@ use reqwest::Url;
 
 use super::error::ConfigError;
 use crate::{
-    control_plane::{TokenPermission, RootRole},
+    control_plane::{RootRole, TokenPermission},
     protocol::timestamp,
     token::TokenKind,
 };

@@ -14,12 +14,12 @@ use reqwest::{
 };
 
 use super::{
-    archive::BackupCommand,
+    backup::BackupCommand,
     cli::{Probe, ServeMode, Subcommand},
     error::ConfigErrors,
     manage::{ManageCommand, RemoteServer},
     model::{
-        AdminListenerConfig, BackupOptions, BackupFolder, Config, Credentials, DataListenerConfig,
+        AdminListenerConfig, BackupFolder, BackupOptions, Config, Credentials, DataListenerConfig,
         EdgeConfig, FlagsPath, InstanceInfo, ManageOptions, Mode, OfflineConfig, ProbeOptions,
         ProbeTrust, ShutdownConfig, StandaloneConfig, Target,
     },
@@ -70,8 +70,16 @@ pub(super) fn config(s: &mut RawSettings, role: ServeMode) -> Result<Config, Con
         max_counters: s.count(&options::USAGE_MAX_COUNTERS),
     };
     let log = telemetry::Config {
-        format: s.parse_or_default(&options::LOG_FORMAT, "plain, json or pretty", telemetry::LogFormat::parse),
-        filter: s.parse_or_default(&options::LOG, EXPECTED_LOG_FILTER, telemetry::Config::parse_filter),
+        format: s.parse_or_default(
+            &options::LOG_FORMAT,
+            "plain, json or pretty",
+            telemetry::LogFormat::parse,
+        ),
+        filter: s.parse_or_default(
+            &options::LOG,
+            EXPECTED_LOG_FILTER,
+            telemetry::Config::parse_filter,
+        ),
     };
     let shutdown = ShutdownConfig {
         drain_delay: s.delay(&options::DRAIN_DELAY_SECONDS),
@@ -173,7 +181,11 @@ fn edge(s: &mut RawSettings, identity: &InstanceInfo, data_dir: &Path) -> Option
     let upstream = upstream(s, identity);
     let sync = sync::Config {
         interval: s.interval(&options::FEATURES_REFRESH_INTERVAL_SECONDS),
-        mode: s.parse_or_default(&options::UPSTREAM_MODE, "auto, poll or stream", sync::UpstreamMode::parse),
+        mode: s.parse_or_default(
+            &options::UPSTREAM_MODE,
+            "auto, poll or stream",
+            sync::UpstreamMode::parse,
+        ),
     };
     let backup_folder = backup_folder(s, data_dir);
     let admin_relay = s.switch(&options::ADMIN_RELAY);
@@ -202,10 +214,12 @@ fn credentials(s: &mut RawSettings) -> Option<Credentials> {
     let environments = s.parse_list(&options::ENVIRONMENTS, "names of environments", |text| {
         (!text.is_empty()).then(|| Environment::new(text))
     });
-    let fleet = s.parse_or_default(&options::FLEET_NAME, "letters, digits, `-`, `_` or `.`", |text| {
-        let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-        (!text.is_empty() && text.len() <= 64 && text.chars().all(fits)).then(|| text.to_owned())
-    });
+    let fleet =
+        s.parse_or_default(&options::FLEET_NAME, "letters, digits, `-`, `_` or `.`", |text| {
+            let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+            (!text.is_empty() && text.len() <= 64 && text.chars().all(fits))
+                .then(|| text.to_owned())
+        });
     if !s.is_set(&options::UPSTREAM_ADMIN_TOKEN) {
         for key in [&options::ENVIRONMENTS, &options::FLEET_NAME] {
             if s.is_set(key) {
@@ -283,9 +297,11 @@ fn client_identity(s: &mut RawSettings) -> Option<upstream::ClientIdentity> {
         PEM_CERT_FILE, PKCS8_CLIENT_CERTIFICATE_FILE, PKCS8_CLIENT_KEY_FILE, PKCS12_IDENTITY_FILE,
         PKCS12_PASSPHRASE,
     };
-    let certificate = s.parse_optional(&PKCS8_CLIENT_CERTIFICATE_FILE, EXPECTED_PEM_PATH, parse_file_path);
+    let certificate =
+        s.parse_optional(&PKCS8_CLIENT_CERTIFICATE_FILE, EXPECTED_PEM_PATH, parse_file_path);
     let key = s.parse_optional(&PKCS8_CLIENT_KEY_FILE, EXPECTED_PEM_PATH, parse_file_path);
-    let pkcs12 = s.parse_optional(&PKCS12_IDENTITY_FILE, "the path of a file (PKCS #12)", parse_file_path);
+    let pkcs12 =
+        s.parse_optional(&PKCS12_IDENTITY_FILE, "the path of a file (PKCS #12)", parse_file_path);
     let pem = s.parse_optional(&PEM_CERT_FILE, EXPECTED_PEM_PATH, parse_file_path);
     match (s.is_set(&PKCS8_CLIENT_CERTIFICATE_FILE), s.is_set(&PKCS8_CLIENT_KEY_FILE)) {
         (true, false) => s.report_error(&PKCS8_CLIENT_KEY_FILE, "is required with a certificate"),
@@ -396,7 +412,8 @@ fn standalone(s: &mut RawSettings, data_dir: &Path) -> Option<StandaloneConfig> 
 /// The path of the flags. On a first start without configuration it is a path for an example. With an
 /// existing database, or one that instances share, a missing file is an error.
 fn flags_path(s: &mut RawSettings, location: Option<&DatabaseLocation>) -> FlagsPath {
-    let path = s.parse_or_default(&options::FLAGS, "a file or folder", |text| Some(PathBuf::from(text)));
+    let path =
+        s.parse_or_default(&options::FLAGS, "a file or folder", |text| Some(PathBuf::from(text)));
     if path.exists() {
         return FlagsPath::Existing(path);
     }
@@ -415,7 +432,8 @@ fn database_location(s: &mut RawSettings, data_dir: &Path) -> Option<DatabaseLoc
         return Some(DatabaseLocation::Sqlite(data_dir.join("parapet.db")));
     }
     let expected = "postgres://user:password@host:port/database";
-    let url = s.parse_optional(&options::DATABASE_URL, expected, |text| DatabaseUrl::parse(text).ok());
+    let url =
+        s.parse_optional(&options::DATABASE_URL, expected, |text| DatabaseUrl::parse(text).ok());
     url.map(DatabaseLocation::Postgres)
 }
 
@@ -483,9 +501,10 @@ fn listeners(s: &mut RawSettings) -> (DataListenerConfig, AdminListenerConfig) {
     }
     let (token_header, _) = token_headers(s);
     let streams = streams(s);
-    let ticket_key = s.parse_optional(&options::OFREP_TICKET_SECRET, "at least 16 characters", |text| {
-        (text.len() >= 16).then(|| StreamTicketKey::derive(text))
-    });
+    let ticket_key =
+        s.parse_optional(&options::OFREP_TICKET_SECRET, "at least 16 characters", |text| {
+            (text.len() >= 16).then(|| StreamTicketKey::derive(text))
+        });
     let access = access(s);
     let data = DataListenerConfig {
         address: sdks.0,
@@ -537,7 +556,8 @@ fn limits(s: &mut RawSettings, access: &client_address::Config) -> ConnectionLim
 }
 
 fn streams(s: &mut RawSettings) -> streaming::Config {
-    let fetch_mode = s.parse_optional(&options::SDK_FETCH_MODE, "polling or streaming", FetchMode::parse);
+    let fetch_mode =
+        s.parse_optional(&options::SDK_FETCH_MODE, "polling or streaming", FetchMode::parse);
     let most = s.count(&options::MAX_STREAMS);
     let streams = streaming::Config {
         max_streams: most,

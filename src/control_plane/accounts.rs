@@ -17,7 +17,7 @@ use super::{
     database::{Connection, Database, WriteLock, now, timestamp_from_millis},
     error::Error,
     password::Password,
-    permissions::{Actor, Operator, TokenPermission, RootRole},
+    permissions::{Actor, Operator, RootRole, TokenPermission},
     sessions::SessionRef,
 };
 use crate::protocol::admin::{Email, Name, Username};

@@ -28,7 +28,7 @@ use tempfile::NamedTempFile;
 
 use super::{
     accounts,
-    cookie_secret::base64url,
+    cookie_token::base64url,
     database::{Connection, Database, DatabaseLocation, WriteLock},
     error::Error,
     migrations::{self, Dialect},

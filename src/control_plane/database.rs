@@ -4,8 +4,8 @@
 //! lock, so that what a transaction has read stays true until it ends. Every operation has a timeout: 5
 //! seconds, or 5 minutes for migrations and background work.
 
+mod change_listener;
 mod connection;
-mod listener;
 mod pool;
 mod postgres;
 mod sqlite;
@@ -30,7 +30,9 @@ use sqlx::{Any, AnyConnection, Connection as _, Executor as _};
 use tokio::time::timeout;
 
 pub use self::url::{DatabaseUrl, DatabaseUrlError};
-pub(super) use self::{connection::Connection, listener::ChangeListener, pool::PooledConnection};
+pub(super) use self::{
+    change_listener::ChangeListener, connection::Connection, pool::PooledConnection,
+};
 use self::{
     connection::timeout_error,
     pool::{Backend, Pool},

@@ -7,7 +7,7 @@ use sha2::{Digest as _, Sha256};
 use sqlx::Row as _;
 
 use super::{
-    bootstrap::InitialTokens, cookie_secret::base64url, database::Connection, error::Error,
+    bootstrap::InitialTokens, cookie_token::base64url, database::Connection, error::Error,
 };
 
 /// A setting that only the first start uses.

@@ -12,7 +12,7 @@ use tracing::{debug, info, warn};
 
 use super::{
     audit,
-    database::{Database, ChangeListener},
+    database::{ChangeListener, Database},
     error::Error,
     sessions::Sessions,
     tokens::TokenRegistry,

@@ -49,7 +49,9 @@ impl RootRole {
     fn permissions(self) -> &'static [TokenPermission] {
         match self {
             Self::Admin => &TokenPermission::ALL,
-            Self::Editor => &[TokenPermission::ReadClientApiToken, TokenPermission::ReadFrontendApiToken],
+            Self::Editor => {
+                &[TokenPermission::ReadClientApiToken, TokenPermission::ReadFrontendApiToken]
+            }
             Self::Viewer => &[],
         }
     }
@@ -269,8 +271,9 @@ impl Operator {
 
     /// The names of the operator's permissions: `ADMIN`, or each permission by role or grant.
     pub fn permission_names(&self) -> impl Iterator<Item = &'static str> {
-        let held =
-            TokenPermission::ALL.into_iter().filter(|it| !self.is_admin() && self.has_permission(*it));
+        let held = TokenPermission::ALL
+            .into_iter()
+            .filter(|it| !self.is_admin() && self.has_permission(*it));
         self.is_admin()
             .then_some(MissingPermission::ADMIN.permission)
             .into_iter()
@@ -308,7 +311,13 @@ mod tests {
     fn account(role: RootRole, permissions: &[TokenPermission]) -> Operator {
         let permissions = permissions.iter().copied().collect();
         let (username, session) = ("ann".to_owned(), SessionRef::example());
-        Operator::Account { account_id: 7, username, role, granted_permissions: permissions, session }
+        Operator::Account {
+            account_id: 7,
+            username,
+            role,
+            granted_permissions: permissions,
+            session,
+        }
     }
 
     /// All combinations of role or grant, action and kind of token.
@@ -372,7 +381,10 @@ mod tests {
     fn permission_names_are_parsed_and_create_api_token_grants_both_creates() {
         for permission in TokenPermission::ALL {
             assert_eq!(TokenPermission::parse(permission.as_str()), Some(permission));
-            assert_eq!(TokenPermission::from_grant_name(permission.as_str()), Some(&[permission][..]));
+            assert_eq!(
+                TokenPermission::from_grant_name(permission.as_str()),
+                Some(&[permission][..])
+            );
         }
         let both = [TokenPermission::CreateClientApiToken, TokenPermission::CreateFrontendApiToken];
         assert_eq!(TokenPermission::from_grant_name("CREATE_API_TOKEN"), Some(&both[..]));

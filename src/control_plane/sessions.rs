@@ -17,7 +17,7 @@ use tracing::warn;
 use super::{
     accounts::{self, Account},
     audit::{self, EventKind, NewEvent},
-    cookie_secret::{CookieToken, CookieTokenHash},
+    cookie_token::{CookieToken, CookieTokenHash},
     database::{Connection, Database, WriteLock, now, timestamp_from_millis},
     denial_log::{DenialLog, SignInFailure},
     error::Error,
@@ -363,7 +363,11 @@ impl Sessions {
         Ok(None)
     }
 
-    async fn find_open(&self, kept: CookieTokenHash, cause: Activity) -> Result<Option<Session>, Error> {
+    async fn find_open(
+        &self,
+        kept: CookieTokenHash,
+        cause: Activity,
+    ) -> Result<Option<Session>, Error> {
         let mut connection = self.database.connection().await?;
         let row = sqlx::query("SELECT * FROM sessions WHERE selector = $1").bind(&kept.selector);
         let Some(row) = row.fetch_optional(&mut *connection).await? else { return Ok(None) };
@@ -459,7 +463,10 @@ impl Sessions {
     }
 
     /// The hash of an attempt's device cookie, if the browser is known for the account.
-    async fn known_device(&self, attempt: SignInAttempt<'_>) -> Result<Option<CookieTokenHash>, Error> {
+    async fn known_device(
+        &self,
+        attempt: SignInAttempt<'_>,
+    ) -> Result<Option<CookieTokenHash>, Error> {
         let Some(kept) = attempt.device.and_then(CookieTokenHash::parse) else { return Ok(None) };
         let digest: Option<String> = sqlx::query_scalar(
             "SELECT devices.digest FROM devices JOIN accounts ON accounts.id = devices.account_id \

@@ -20,7 +20,7 @@ use zeroize::Zeroizing;
 
 use super::{
     audit::{self, EventKind, NewEvent},
-    authorization, cookie_secret,
+    authorization, cookie_token,
     database::{Connection, Database, WriteLock, now, timestamp_from_millis},
     error::Error,
     permissions::{Actor, Operator, TokenAction},
@@ -88,7 +88,7 @@ impl NewToken {
             },
         };
         let (selector, verifier) =
-            (cookie_secret::random_base64url::<16>(), cookie_secret::random_base64url::<32>());
+            (cookie_token::random_base64url::<16>(), cookie_token::random_base64url::<32>());
         let environment = &self.environment;
         let text = format!("{projects}:{environment}.v2_{}_{}", *selector, *verifier);
         Token::parse(&Zeroizing::new(text)).expect("checked names and base64url make a token")
@@ -192,7 +192,7 @@ impl ApiToken {
 /// The public id of a token: its selector, or a part of a digest for formats without one.
 fn public_id(secret: &Token) -> String {
     let of_digest = || {
-        let mut id = cookie_secret::base64url(&Sha256::digest(secret.expose()));
+        let mut id = cookie_token::base64url(&Sha256::digest(secret.expose()));
         id.truncate(22);
         id
     };

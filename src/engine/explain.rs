@@ -19,7 +19,7 @@ use super::explanation::{
 };
 use super::flag::{self, Flag, FlagId, Outcome};
 use super::problem::{Defect, DefinitionPart};
-use super::strategy::{self, ParsedRule, StrategyCompiler, ParsedStrategy};
+use super::strategy::{self, ParsedRule, ParsedStrategy, StrategyCompiler};
 use super::variant::{self, Stickiness};
 use crate::protocol::features::{self as wire, Document, Lenient, Parameters};
 

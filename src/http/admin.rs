@@ -11,7 +11,7 @@ mod authentication;
 mod control_plane_error;
 mod csrf;
 mod explain;
-mod flags;
+mod flag_catalogue;
 mod openapi;
 mod operation;
 mod relay;
@@ -34,7 +34,7 @@ use serde_json::Value;
 
 use self::{
     authentication::{AuthenticatedCaller, Authentication},
-    flags::FlagCatalogue,
+    flag_catalogue::FlagCatalogue,
     operation::{
         Access, ControlPlaneOperation, InstanceOperation, MatchedOperation, NoMatch, Operation,
         OperationId, PathParams, PublicOperation,

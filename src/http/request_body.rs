@@ -15,7 +15,7 @@ use hyper::{
     header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderValue},
 };
 
-use super::{blocking, response::HttpError};
+use super::{cpu_bound, response::HttpError};
 use crate::protocol::byte_order_mark::without_byte_order_mark;
 
 /// A request body that has not been read, with the request's timeout. The time to receive the body
@@ -73,9 +73,9 @@ async fn read_json(headers: &HeaderMap, body: Incoming, limit: usize) -> Result<
     let coding = headers.get(CONTENT_ENCODING).map_or(&b""[..], HeaderValue::as_bytes);
     // The decompressed size is not known in advance: a small one is handled inline, a large one
     // elsewhere.
-    let mut json = match decompress(coding, bytes.clone(), limit.min(blocking::MAX_INLINE_BYTES)) {
+    let mut json = match decompress(coding, bytes.clone(), limit.min(cpu_bound::MAX_INLINE_BYTES)) {
         Err(HttpError::BodyTooLarge(short)) if short < limit => {
-            blocking::run(limit, || decompress(coding, bytes, limit)).await?
+            cpu_bound::run(limit, || decompress(coding, bytes, limit)).await?
         }
         json => json?,
     };

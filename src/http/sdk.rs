@@ -20,11 +20,11 @@ use hyper::{
 use jiff::Timestamp;
 
 use super::{
-    blocking,
     client_address::{self, ClientAddresses},
     client_api,
     cors::Cors,
-    failed_attempts::FailedRequestLimiter,
+    cpu_bound,
+    failed_request_limiter::FailedRequestLimiter,
     frontend_api::{self, EvaluationRequest, EvaluationResponse, Subscriber},
     health::HealthEndpoints,
     metrics_ingest,
@@ -311,7 +311,7 @@ impl SdkService {
                 let register = || {
                     metrics_ingest::register(&self.usage, &report.reporter(), headers, &report.body)
                 };
-                blocking::run(report.body.len(), register).await
+                cpu_bound::run(report.body.len(), register).await
             }
             Route::UsageMetrics(kind) => {
                 let report = self.read_report(kind, headers, body).await?;
@@ -323,19 +323,19 @@ impl SdkService {
                         &report.body,
                     )
                 };
-                blocking::run(report.body.len(), metrics).await
+                cpu_bound::run(report.body.len(), metrics).await
             }
             Route::BulkMetrics => {
                 let report = self.read_report(TokenKind::Client, headers, body).await?;
                 let bulk =
                     || metrics_ingest::bulk_metrics(&self.usage, &report.reporter(), &report.body);
-                blocking::run(report.body.len(), bulk).await
+                cpu_bound::run(report.body.len(), bulk).await
             }
             Route::EdgeInstance => {
                 let report = self.read_report(TokenKind::Client, headers, body).await?;
                 let instance =
                     || metrics_ingest::edge_instance(&self.usage, &report.reporter(), &report.body);
-                blocking::run(report.body.len(), instance).await
+                cpu_bound::run(report.body.len(), instance).await
             }
         }
     }

@@ -1,7 +1,7 @@
 //! Token validation for other edges: which of their clients' tokens are valid.
 
 use super::{
-    failed_attempts::Attempt,
+    failed_request_limiter::Attempt,
     response::{self, HttpError, HttpResponse},
 };
 use crate::{

@@ -720,7 +720,8 @@ mod tests {
 
     #[test]
     fn projects_are_read_from_query_of_listing() {
-        let of = |query: &str| parse_query_projects(format!(r#"{{"features":[]{query}}}"#).as_bytes());
+        let of =
+            |query: &str| parse_query_projects(format!(r#"{{"features":[]{query}}}"#).as_bytes());
         assert_eq!(of(r#","query":{"projects":["a","b"]}"#), Projects::from_list(["a", "b"]));
         assert_eq!(of(r#","query":{"projects":["*"]}"#), Projects::All);
         assert_eq!(of(r#","query":{"environment":"dev"}"#), Projects::All);

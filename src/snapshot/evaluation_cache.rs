@@ -14,7 +14,7 @@ use super::{
     body::{PreparedBody, Reuse},
     flag_states::FlagStates,
     hot_contexts::{HotContext, HotContexts, Include},
-    recent_filter::RecentHashes,
+    recent_hashes::RecentHashes,
     result_cache::ResultCache,
 };
 use crate::{

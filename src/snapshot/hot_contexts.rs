@@ -8,7 +8,7 @@ use std::{
 
 use foldhash::fast::RandomState;
 
-use super::recent_filter::RecentHashes;
+use super::recent_hashes::RecentHashes;
 use crate::{
     engine::{Context, OwnedContext},
     token::Projects,

@@ -25,7 +25,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::precedence::{DocumentPart, PartHashes, TokenPrecedence};
+use super::token_precedence::{DocumentPart, PartHashes, TokenPrecedence};
 use crate::{
     protocol::{
         delta::EventId,

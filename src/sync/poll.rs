@@ -19,7 +19,7 @@ use crate::{
     protocol::features::Document,
     token::{Environment, TokenDigest},
     upstream::{
-        Credential, Credentials, Error, ExchangeError, FeaturesResponse, FetchResult, Upstream,
+        Credential, Credentials, Error, FeaturesResponse, FetchResult, ProvisioningError, Upstream,
     },
 };
 
@@ -178,7 +178,7 @@ fn revision_from_etag(etag: &str) -> Option<u64> {
 #[derive(Debug, thiserror::Error)]
 pub(super) enum PollError {
     #[error("no token to fetch flags with")]
-    Credentials(#[from] ExchangeError),
+    Credentials(#[from] ProvisioningError),
     #[error("fetching flags from upstream failed")]
     Upstream(#[source] Error),
     #[error("upstream's response is not a client features document")]

@@ -20,7 +20,7 @@ use tracing::warn;
 use super::{
     admin_token::AdminToken,
     client::Upstream,
-    token_exchange::{Credential, Error, ProvisioningHistory, TokenProvisioner},
+    token_provisioning::{Credential, Error, ProvisioningHistory, TokenProvisioner},
 };
 use crate::{
     background_writer::BackgroundWriter,
@@ -49,7 +49,8 @@ struct Inner {
 
 /// The exchange history of each environment. Its lock is held during an exchange, so that concurrent
 /// callers share one exchange.
-type ProvisioningHistories = Mutex<HashMap<Environment, Arc<tokio::sync::Mutex<ProvisioningHistory>>>>;
+type ProvisioningHistories =
+    Mutex<HashMap<Environment, Arc<tokio::sync::Mutex<ProvisioningHistory>>>>;
 
 /// The tokens of one environment.
 #[derive(Default)]

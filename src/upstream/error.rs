@@ -8,7 +8,7 @@ use std::{io, path::PathBuf, time::Duration};
 use jiff::{Timestamp, fmt::rfc2822};
 use reqwest::{StatusCode, header::HeaderValue};
 
-use super::client_certificate;
+use super::client_identity;
 
 /// The cap of `Retry-After`.
 const MAX_RETRY_AFTER: Duration = Duration::from_mins(10);
@@ -84,7 +84,7 @@ pub enum Error {
     },
     /// The client certificate cannot be used.
     #[error(transparent)]
-    ClientCertificate(#[from] client_certificate::Error),
+    ClientCertificate(#[from] client_identity::Error),
     /// A setting that cannot be sent as a header.
     #[error("the {0} contains characters that are invalid in a header")]
     InvalidHeader(&'static str),

@@ -17,7 +17,7 @@ use rustls::crypto::ring;
 use ulid::Ulid;
 use zeroize::Zeroizing;
 
-use super::{client_certificate::ClientIdentity, error::Error, no_proxy};
+use super::{client_identity::ClientIdentity, error::Error, no_proxy};
 use crate::protocol::byte_order_mark::without_byte_order_mark;
 
 /// How to reach upstream.

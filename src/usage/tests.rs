@@ -291,7 +291,8 @@ fn gauge_of_pending_counters_is_updated_on_request() {
 
 #[test]
 fn stored_backlog_is_outdated_once_sent_and_replaced_only_then() {
-    let is_outdated = |usage: &Usage| usage.wait_until_stored_usage_delivered().now_or_never().is_some();
+    let is_outdated =
+        |usage: &Usage| usage.wait_until_stored_usage_delivered().now_or_never().is_some();
     let before = usage(100);
     backend(&before).report(counts("a", "f", 2));
     let saved = before.serialize().unwrap();

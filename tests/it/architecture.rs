@@ -41,7 +41,7 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
     &[("http", &[])],
     // Above all modules whose settings it collects; only the next layer reads it.
     &[("config", &[])],
-    &[("app", &[]), ("command", &[]), ("probe", &[])],
+    &[("app", &[]), ("commands", &[]), ("probe", &[])],
 ];
 
 /// The layers within `http`, lowest first.
@@ -51,12 +51,12 @@ const HTTP_LAYERS: [&[&str]; 9] = [
         "content_encoding",
         "conditional",
         "cors",
-        "blocking",
+        "cpu_bound",
         "route",
         "shutdown_signal",
     ],
     &["response"],
-    &["failed_attempts"],
+    &["failed_request_limiter"],
     &[
         "console",
         "token_validation",
@@ -376,7 +376,7 @@ fn ages_and_intervals_use_a_monotonic_clock() {
         "app/admin_token.rs",
         "app/reload.rs",
         "auth/token_cache.rs",
-        "command.rs",
+        "commands.rs",
         "config/tls.rs",
         "control_plane",
         "http/admin",
@@ -405,7 +405,7 @@ fn plaintext_tokens_are_exposed_in_few_modules_only() {
         "auth",
         "auth.rs",
         "app",
-        "command",
+        "commands",
         "control_plane",
         cookies,
     ];

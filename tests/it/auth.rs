@@ -3,7 +3,7 @@
 use reqwest::{Method, StatusCode};
 use serde_json::json;
 
-use crate::in_process::{
+use crate::in_process_parapet::{
     CLIENT, FRONTEND, FullResponse, InProcessParapet, WEB_CLIENT, WEB_FRONTEND, send,
 };
 

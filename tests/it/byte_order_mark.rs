@@ -6,7 +6,7 @@ use std::time::Duration;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use crate::in_process::{CLIENT, FRONTEND, InProcessParapet, send};
+use crate::in_process_parapet::{CLIENT, FRONTEND, InProcessParapet, send};
 use crate::rig::{Parapet, http, wait_until};
 
 const BYTE_ORDER_MARK: &str = "\u{feff}";

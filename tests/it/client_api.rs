@@ -7,7 +7,7 @@ use reqwest::{Method, StatusCode};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::in_process::{
+use crate::in_process_parapet::{
     CLIENT, ClientSpecHeader as _, FullResponse, InProcessParapet, WEB_CLIENT, send,
 };
 

@@ -11,7 +11,7 @@ use parapet::protocol::{delta, features::Document};
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 
-use crate::in_process::{FRONTEND, FullResponse, InProcessParapet, send};
+use crate::in_process_parapet::{FRONTEND, FullResponse, InProcessParapet, send};
 
 fn read_specification(file: &str) -> Value {
     let specifications = "tests/node_modules/@unleash/client-specification/specifications";

@@ -6,7 +6,7 @@ use std::time::Duration;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use crate::in_process::{CLIENT, FRONTEND, InProcessParapet, WEB_CLIENT, send};
+use crate::in_process_parapet::{CLIENT, FRONTEND, InProcessParapet, WEB_CLIENT, send};
 use crate::rig::{EventStream, Parapet, Sdk, TokenKind, Unleash, http, wait_until};
 
 const ADMIN: &str = "*:*.admin-0123456789abcdef0123456789abcdef";

@@ -5,7 +5,7 @@ use std::time::Duration;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use crate::in_process::{CLIENT, InProcessParapet, WEB_CLIENT};
+use crate::in_process_parapet::{CLIENT, InProcessParapet, WEB_CLIENT};
 use crate::rig::{Parapet, TokenKind, Unleash, http, wait_until};
 
 const FEATURES: &str = "/api/client/features";
@@ -24,7 +24,7 @@ async fn meta_contains_the_etag_and_changes_only_with_visible_flags() {
     let parapet = InProcessParapet::offline(&flags("a", "b", 5)).await;
     let web = parapet.get(FEATURES, WEB_CLIENT).await;
     let all = parapet.get(FEATURES, CLIENT).await;
-    let meta = |answer: &crate::in_process::FullResponse| answer.json()["meta"].clone();
+    let meta = |answer: &crate::in_process_parapet::FullResponse| answer.json()["meta"].clone();
     for answer in [&web, &all] {
         let meta = meta(answer);
         assert_eq!(meta["etag"], answer.header("etag"), "{meta}");

@@ -7,7 +7,7 @@ use std::time::Duration;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use crate::in_process::{CLIENT, FRONTEND, InProcessParapet};
+use crate::in_process_parapet::{CLIENT, FRONTEND, InProcessParapet};
 use crate::rig::{Parapet, wait_until};
 
 const TIMEOUT: Duration = Duration::from_secs(20);

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use crate::in_process::{FRONTEND, FullResponse, InProcessParapet, WEB_FRONTEND, send};
+use crate::in_process_parapet::{FRONTEND, FullResponse, InProcessParapet, WEB_FRONTEND, send};
 
 /// A flag of the project `web` that is on if this constraint holds.
 fn constrained_flag(name: &str, field: &str, value: &str) -> Value {

@@ -14,7 +14,7 @@ use rand::{RngExt as _, SeedableRng as _};
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use crate::in_process::{FRONTEND, InProcessParapet};
+use crate::in_process_parapet::{FRONTEND, InProcessParapet};
 use crate::rig::{Parapet, TokenKind, Unleash, UnleashVersion, http, wait_until};
 
 const ENVIRONMENT: &str = "development";
@@ -247,7 +247,7 @@ async fn requests_without_session_are_distributed_and_etags_match_bodies() {
     for _ in 0..RANDOM_SAMPLES {
         let request = parapet.request(reqwest::Method::GET, "/api/frontend");
         let request = request.header("authorization", FRONTEND).header("if-none-match", tag);
-        let answer = crate::in_process::send(request).await;
+        let answer = crate::in_process_parapet::send(request).await;
         if answer.status == StatusCode::OK {
             assert_eq!(answer.text(), other, "what the client has is not sent again");
         }

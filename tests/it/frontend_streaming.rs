@@ -7,7 +7,7 @@ use jiff::{SignedDuration, Timestamp};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use crate::in_process::{CLIENT, FRONTEND, InProcessParapet, WEB_FRONTEND};
+use crate::in_process_parapet::{CLIENT, FRONTEND, InProcessParapet, WEB_FRONTEND};
 use crate::rig::{Driver, EventStream, Parapet, http, node, wait_until};
 
 const STREAM: &str = "/api/frontend/streaming";

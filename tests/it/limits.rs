@@ -8,7 +8,7 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use crate::in_process::{CLIENT, FRONTEND, InProcessParapet, send};
+use crate::in_process_parapet::{CLIENT, FRONTEND, InProcessParapet, send};
 use crate::rig::{Parapet, wait_until};
 
 const FLAGS: &str =

@@ -6,8 +6,6 @@
 mod admin_relay;
 /// Rules about the source code: layers, imports and forbidden calls.
 mod architecture;
-/// Cheap attacks without a valid token, or with a public one.
-mod attacks;
 mod auth;
 /// JSON bodies and files that begin with a byte order mark.
 mod byte_order_mark;
@@ -26,9 +24,11 @@ mod console;
 /// Accounts, tokens and the audit log of a standalone.
 mod control_plane;
 /// The control plane in this process, on SQLite and on PostgreSQL.
-mod database;
+mod control_plane_in_process;
 /// Dates in constraints and contexts.
 mod dates;
+/// Cheap attacks without a valid token, or with a public one.
+mod denial_of_service;
 /// An edge with a healthy Unleash as its upstream.
 mod edge;
 /// An edge that uses another edge as its upstream.
@@ -47,7 +47,7 @@ mod frontend_context;
 mod frontend_streaming;
 /// Parapet in this process, for tests of its responses.
 #[allow(dead_code, reason = "a toolkit: each test uses parts of it")]
-mod in_process;
+mod in_process_parapet;
 /// How lists of IP addresses match.
 mod ip_address_lists;
 /// Limits on bodies, contexts and connections of one client.
@@ -79,10 +79,10 @@ mod token_flood;
 mod token_revocation;
 /// The behaviour of real Unleash servers that Parapet relies on.
 mod unleash_contract;
-/// Redirects, certificates and other obstacles between an edge and its upstream.
-mod upstream_connection_errors;
 /// Connections to upstream through an HTTP proxy.
 mod upstream_http_proxy;
+/// Redirects, certificates and other obstacles between an edge and its upstream.
+mod upstream_misconfiguration;
 /// An edge whose upstream is unavailable.
 mod upstream_outage;
 /// An edge that streams changes from its upstream.

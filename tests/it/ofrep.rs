@@ -5,7 +5,9 @@ use std::time::Duration;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use crate::in_process::{CLIENT, FRONTEND, FullResponse, InProcessParapet, WEB_FRONTEND, send};
+use crate::in_process_parapet::{
+    CLIENT, FRONTEND, FullResponse, InProcessParapet, WEB_FRONTEND, send,
+};
 use crate::rig::{Driver, EventStream, node, tests_dir, wait_until};
 
 const BULK_PATH: &str = "/ofrep/v1/evaluate/flags";

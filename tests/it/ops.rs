@@ -6,7 +6,7 @@ use std::time::Duration;
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 
-use crate::in_process::{CLIENT, FRONTEND, InProcessParapet, send};
+use crate::in_process_parapet::{CLIENT, FRONTEND, InProcessParapet, send};
 use crate::rig::{Parapet, http, wait_until};
 
 const FLAGS: &str = r#"{"features":[{"name":"a","enabled":true,"strategies":[]}]}"#;

@@ -11,6 +11,7 @@ mod clock;
 mod driver;
 mod event_stream;
 mod hanging_disk;
+pub(crate) mod leak_check;
 mod net;
 mod nginx;
 mod parapet;
@@ -18,10 +19,9 @@ mod persistent_connection;
 mod postgres;
 mod postgres_proxy;
 mod process;
+mod real_unleash;
 mod sdk;
-pub(crate) mod secrets;
 mod stalled_client;
-mod unleash;
 
 pub(crate) use certificate::SelfSignedCertificate;
 pub(crate) use chaos::{ChaosProxy, Fault};
@@ -36,6 +36,6 @@ pub(crate) use persistent_connection::{PersistentConnection, Protocol, SendOutco
 pub(crate) use postgres::Postgres;
 pub(crate) use postgres_proxy::{PostgresProxy, SilencePoint};
 pub(crate) use process::{node, tests_dir};
+pub(crate) use real_unleash::{HourlyUsage, STORE_TIMEOUT, TokenKind, Unleash, UnleashVersion};
 pub(crate) use sdk::{Evaluation, Sdk};
 pub(crate) use stalled_client::{StallMode, StalledClient};
-pub(crate) use unleash::{HourlyUsage, STORE_TIMEOUT, TokenKind, Unleash, UnleashVersion};

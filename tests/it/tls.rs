@@ -25,7 +25,7 @@ use tokio::task::JoinSet;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use self::authority::{CertificateFiles, TestAuthority};
-use crate::in_process::CLIENT;
+use crate::in_process_parapet::CLIENT;
 use crate::rig::{Parapet, Setup, http, wait_until};
 
 const FLAGS: &str =

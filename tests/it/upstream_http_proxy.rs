@@ -9,9 +9,9 @@ use reqwest::StatusCode;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 
-use crate::in_process::CLIENT;
+use crate::in_process_parapet::CLIENT;
 use crate::rig::{Parapet, http, wait_until};
-use crate::upstream_connection_errors::start_upstream;
+use crate::upstream_misconfiguration::start_upstream;
 
 const ADMIN: &str = "*:*.proxy-0123456789abcdef0123456789abcdef0123456789";
 

@@ -10,8 +10,8 @@ use super::{
 };
 use crate::{
     control_plane::{
-        Account, AccountChange, Actor, ControlPlane, NewAccount, Operator, TokenPermission,
-        PermissionChange, RootRole,
+        Account, AccountChange, Actor, ControlPlane, NewAccount, Operator, PermissionChange,
+        RootRole, TokenPermission,
     },
     http::response::{self, HttpError, HttpResponse},
     protocol::admin::{self as wire, Field, FieldErrors, Rfc3339Millis, RoleRef},

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use jiff::Timestamp;
 
-use super::{flags::FlagCatalogue, request};
+use super::{flag_catalogue::FlagCatalogue, request};
 use crate::{
     control_plane::{Actor, ApiToken, ControlPlane, NewToken},
     http::response::{self, HttpError, HttpResponse},

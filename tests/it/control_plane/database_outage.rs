@@ -12,7 +12,7 @@ use super::{
     DatabaseKind, FLAGS, Installation, NEW_PASSWORD, OWNER, PASSWORD, Session, features_status,
     sign_in,
 };
-use crate::rig::{Parapet, Postgres, PostgresProxy, SilencePoint, http, secrets, wait_until};
+use crate::rig::{Parapet, Postgres, PostgresProxy, SilencePoint, http, leak_check, wait_until};
 
 /// Two instances on one database.
 struct InstancePair {
@@ -66,7 +66,7 @@ impl InstancePair {
 }
 
 fn installation_behind(proxy: &PostgresProxy, database: &str) -> Installation {
-    secrets::register(PASSWORD);
+    leak_check::register(PASSWORD);
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("flags.json"), FLAGS).unwrap();
     let port = proxy.port();
@@ -439,7 +439,7 @@ async fn first_start_that_fails_after_creating_account_has_shown_the_password() 
     let word_after = |name: &str| {
         let line = text.lines().find_map(|line| line.trim().strip_prefix(name));
         let word = line.unwrap().split_whitespace().next().unwrap().to_owned();
-        secrets::register(&word);
+        leak_check::register(&word);
         word
     };
     let (password, client) = (word_after("password "), word_after("client "));

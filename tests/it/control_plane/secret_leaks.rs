@@ -8,7 +8,7 @@ use super::{
     DatabaseKind, Installation, NEW_PASSWORD, OWNER, PASSWORD, Session, features_status,
     identifier, run_on_database, sign_in,
 };
-use crate::rig::{Parapet, Postgres, http, secrets};
+use crate::rig::{Parapet, Postgres, http, leak_check};
 
 /// A password that belongs to no account.
 const MISTYPED_PASSWORD: &str = "a slip of the tongue";
@@ -20,7 +20,7 @@ const OWN_PASSWORD: &str = "chosen by its owner";
 /// Reads a page and panics if it contains a secret.
 async fn assert_no_secret_in(session: &Session, path: &str) -> String {
     let shown = session.get(path).await.to_string();
-    assert_eq!(secrets::leaked_secrets(shown.as_bytes()), [""; 0], "{path}: {shown}");
+    assert_eq!(leak_check::leaked_secrets(shown.as_bytes()), [""; 0], "{path}: {shown}");
     shown
 }
 
@@ -47,14 +47,18 @@ async fn send_mistakes_with_secrets(parapet: &Parapet, owner: &Session, secret: 
         let request = request.header("content-type", "application/json").body(body);
         let answer = request.send().await.unwrap();
         let shown = format!("{:?}\n{}", answer.headers().clone(), answer.text().await.unwrap());
-        assert_eq!(secrets::leaked_secrets(shown.as_bytes()), [""; 0], "{method} {path}: {shown}");
+        assert_eq!(
+            leak_check::leaked_secrets(shown.as_bytes()),
+            [""; 0],
+            "{method} {path}: {shown}"
+        );
     }
 }
 
 async fn use_every_secret(kept: DatabaseKind) {
     for secret in [NEW_PASSWORD, OWN_PASSWORD, MISTYPED_PASSWORD, SHORT_PASSWORD] {
-        secrets::register(secret);
-        assert!(!secrets::leaked_secrets(secret.as_bytes()).is_empty(), "a leak would be found");
+        leak_check::register(secret);
+        assert!(!leak_check::leaked_secrets(secret.as_bytes()).is_empty(), "a leak would be found");
     }
     let place = Installation::new(kept).await;
     let parapet = place.start_with(&["--log", "debug,parapet=trace"]).await;
@@ -111,7 +115,7 @@ async fn use_every_secret(kept: DatabaseKind) {
     if place.database.is_none() {
         let made =
             run_on_database(&parapet, &["token", "create", "--name", "by shell"], "").unwrap();
-        secrets::register(made.trim());
+        leak_check::register(made.trim());
         run_on_database(&parapet, &["token", "revoke", "-"], made.trim()).unwrap();
         run_on_database(
             &parapet,
@@ -155,13 +159,13 @@ async fn use_every_secret(kept: DatabaseKind) {
         let name = url.rsplit('/').next().unwrap();
         let dump = Postgres::shared().await.dump(name).await;
         assert!(dump.contains("of-frontend") && dump.contains("$argon2id$"));
-        secrets::assert_none_in("the database", &[("its dump".to_owned(), dump.into_bytes())]);
+        leak_check::assert_none_in("the database", &[("its dump".to_owned(), dump.into_bytes())]);
     } else {
-        let files = secrets::read_files(&parapet.data_dir());
+        let files = leak_check::read_files(&parapet.data_dir());
         let text =
             files.iter().map(|(_, bytes)| String::from_utf8_lossy(bytes)).collect::<String>();
         assert!(text.contains("of-frontend") && text.contains("$argon2id$"));
-        secrets::assert_none_in("the data dir", &files);
+        leak_check::assert_none_in("the data dir", &files);
     }
 }
 

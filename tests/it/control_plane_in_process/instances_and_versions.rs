@@ -168,7 +168,7 @@ async fn concurrent_writers_wait_for_each_other(db: TestDatabase) {
         }
     };
     tokio::join!(write(&one), write(&other), write(&one), write(&other));
-    assert_eq!(super::fixture::event_kinds(&one).await.len(), 4 + 40);
+    assert_eq!(crate::control_plane_in_process::fixture::event_kinds(&one).await.len(), 4 + 40);
 }
 
 /// PostgreSQL is unavailable, and the connection that listens for changes breaks.

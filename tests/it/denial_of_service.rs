@@ -8,16 +8,16 @@ use std::time::Duration;
 use reqwest::{Client, StatusCode};
 use serde_json::json;
 
-use crate::in_process::{CLIENT, FRONTEND, InProcessParapet};
-use crate::rig::{Parapet, secrets, wait_until};
+use crate::in_process_parapet::{CLIENT, FRONTEND, InProcessParapet};
+use crate::rig::{Parapet, leak_check, wait_until};
 
 const FLAGS: &str =
     r#"{"features":[{"name":"a","enabled":true,"strategies":[{"name":"default"}]}]}"#;
 
 /// Offline, with a client token and a frontend token.
 async fn offline() -> Parapet {
-    secrets::register(CLIENT);
-    secrets::register(FRONTEND);
+    leak_check::register(CLIENT);
+    leak_check::register(FRONTEND);
     let folder = tempfile::tempdir().unwrap().keep();
     let file = folder.join("flags.json");
     std::fs::write(&file, FLAGS).unwrap();

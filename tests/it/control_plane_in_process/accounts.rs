@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use parapet::control_plane::{
     Account, AccountChange, Activity, Actor, Config, ControlPlane, Error, InitialAccount,
-    NewAccount, Password, TokenPermission, PermissionChange, RootRole, Session, SignInAttempt,
+    NewAccount, Password, PermissionChange, RootRole, Session, SignInAttempt, TokenPermission,
 };
 
 use sqlx::Executor as _;

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use jiff::{SignedDuration, Timestamp};
 use parapet::control_plane::{
     AccountChange, Actor, ApiToken, ControlPlane, Error, InitialTokens, NewAccount, NewToken,
-    Operator, TokenPermission, PermissionChange, RegistryBootstrap, RootRole,
+    Operator, PermissionChange, RegistryBootstrap, RootRole, TokenPermission,
 };
 use parapet::token::{Environment, Projects, Token, TokenKind};
 

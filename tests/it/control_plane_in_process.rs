@@ -15,7 +15,7 @@ macro_rules! on_both {
             $(
                 #[tokio::test]
                 async fn $story() {
-                    super::$story(crate::database::TestDatabase::sqlite()).await;
+                    super::$story(crate::control_plane_in_process::TestDatabase::sqlite()).await;
                 }
             )+
         }
@@ -24,7 +24,7 @@ macro_rules! on_both {
                 #[tokio::test(flavor = "multi_thread")]
                 #[ignore = "needs PostgreSQL"]
                 async fn $story() {
-                    super::$story(crate::database::TestDatabase::postgres().await).await;
+                    super::$story(crate::control_plane_in_process::TestDatabase::postgres().await).await;
                 }
             )+
         }

@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::in_process::CLIENT;
+use crate::in_process_parapet::CLIENT;
 use crate::rig::{Parapet, wait_until};
 
 const ADMIN: &str = "*:*.reach-0123456789abcdef0123456789abcdef0123456789ab";

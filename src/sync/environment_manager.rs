@@ -16,8 +16,8 @@ use tracing::{error, warn};
 
 use super::{
     backoff::Backoff,
-    environment::{Config, Dependencies, EnvironmentSync},
     environment_list::EnvironmentList,
+    environment_sync::{Config, Dependencies, EnvironmentSync},
     publish::publish,
     stream_pool,
 };
@@ -105,7 +105,9 @@ impl EnvironmentManager {
     /// Serves stored flags of `scope`, unless the environment already has flags or is not selected.
     pub async fn serve_stored(&self, scope: Scope, text: &[u8]) {
         let environment = scope.environment.clone();
-        if self.snapshots.load(&environment).is_some() || !self.snapshots.is_environment_allowed(&environment) {
+        if self.snapshots.load(&environment).is_some()
+            || !self.snapshots.is_environment_allowed(&environment)
+        {
             return;
         }
         let published = match Document::parse_stored(text) {

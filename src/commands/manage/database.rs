@@ -12,7 +12,7 @@ use crate::{
     config::ManageTask,
     control_plane::{
         Account, Actor, ApiToken, ControlPlane, DatabaseLocation, NewAccount, NewToken, Operator,
-        TokenPermission, PermissionChange,
+        PermissionChange, TokenPermission,
     },
     token::{Environment, Projects, TokenKind},
 };
