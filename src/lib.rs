@@ -20,7 +20,7 @@
 //!
 //! | layer | modules | contents |
 //! |---|---|---|
-//! | assembly | [`app`], [`config`], [`command`], [`probe`] | the parts of each mode, the configuration, subcommands of the command line, the container health check |
+//! | assembly | [`app`], [`config`], [`commands`], [`probe`] | the parts of each mode, the configuration, subcommands of the command line, the container health check |
 //! | surface | [`http`] | connections and TLS termination ([`http::server`]); routes, handlers and responses, the only place that chooses status codes |
 //! | control plane | [`control_plane`] | accounts, tokens, sessions, the audit log and the usage of a standalone instance, in SQL |
 //! | services | [`sync`], [`auth`], [`usage`], [`evaluation`], [`changes`] | background tasks with their state, and the functions that work on the state below |

@@ -4,7 +4,7 @@
 //   import { followFlags } from './follow-flags.mjs';
 //
 //   const flags = followFlags({
-//       url: 'https://flags.example.com/api/frontend', // where frontend SDKs go
+//       url: 'https://flags.example.com/api/frontend', // the URL of frontend SDKs
 //       token: '*:production.…', // a frontend token
 //       context: { userId: '7', properties: { plan: 'gold' } },
 //       onChange: ({ changed, removed }) => render(flags.toggles),
@@ -13,22 +13,22 @@
 //   flags.stop();
 
 /**
- * Keeps `toggles`, a map from name to toggle, as the server tells it, until `stop()`.
+ * Keeps `toggles`, a map from name to toggle, current until `stop()`.
  *
- * `onChange` is told of each change: the toggles that are new or different, and the names of those that are on no more.
- * `onError` is told why a connection ended; another is opened after a pause that grows to half a minute. A token that is
- * refused ends it: nothing would come of trying again.
+ * Calls `onChange` with each change: the toggles that are new or different, and the names of those that are no longer on.
+ * Calls `onError` with the reason when a connection ends, and reconnects after a pause that grows to half a minute. Stops
+ * if the token is rejected, because a retry would be rejected too.
  */
 export function followFlags({ url, token, context = {}, onChange = () => {}, onError = () => {} }) {
     const toggles = new Map();
     const stopped = new AbortController();
-    let last; // the id of the state that `toggles` is
+    let last; // the id of the state in `toggles`
     let failures = 0; // since the last event
-    let pause; // in milliseconds, where the server has named one
+    let pause; // in milliseconds, if the server has sent one
 
     const apply = ({ event, id, data }) => {
         const { toggles: told, removed = [] } = JSON.parse(data);
-        // The first event of a connection tells everything, unless `last` was still current.
+        // The first event of a connection contains all toggles, unless `last` was still current.
         const gone = event === 'unleash-connected' ? [...toggles.keys()].filter((name) => !told.some((it) => it.name === name)) : removed;
         for (const name of gone) toggles.delete(name);
         for (const toggle of told) toggles.set(toggle.name, toggle);
@@ -39,7 +39,7 @@ export function followFlags({ url, token, context = {}, onChange = () => {}, onE
 
     const connect = async () => {
         const response = await fetch(`${url}/streaming`, {
-            method: 'POST', // GET does as well, with the context in the query
+            method: 'POST', // GET works as well, with the context in the query
             headers: { authorization: token, 'content-type': 'application/json', ...(last && { 'last-event-id': last }) },
             body: JSON.stringify({ context }),
             signal: stopped.signal,

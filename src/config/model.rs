@@ -140,7 +140,8 @@ pub struct OfflineConfig {
 pub struct StandaloneConfig {
     /// The file or folder of flags.
     pub flags: FlagsPath,
-    /// The environments that a single file of flags serves, in addition to those of the first tokens.
+    /// The environments that a single file of flags serves, in addition to those of the tokens that exist
+    /// at the start.
     pub environments: BTreeSet<Environment>,
     /// Accounts and tokens.
     pub control: control_plane::Config,

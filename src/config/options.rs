@@ -367,7 +367,8 @@ keys! {
     All, "Limits": {
         /// The maximum size of a request body, in bytes, after decompression.
         BODY_LIMIT_BYTES = one("body-limit-bytes").default("2097152");
-        /// The maximum number of open connections on each listener.
+        /// The maximum number of open connections for SDKs. The admin listener, and a port that redirects,
+        /// have at most 256.
         MAX_CONNECTIONS = one("max-connections").default("20000");
         /// The maximum number of open connections per client address. Default: half of
         /// --max-connections; no separate limit with --trust-proxy, where the address is the proxy's.

@@ -50,7 +50,7 @@ pub enum Decision {
         /// The index of the parent, from 0.
         index: usize,
     },
-    /// It has no strategies: on for everybody.
+    /// It has no strategies: on for everyone.
     Everybody,
     /// A strategy matches: on.
     Strategy {

@@ -35,7 +35,7 @@ pub enum FrontendUpdate {
     Snapshot(Bytes),
     /// The flags that the client has are current.
     Unchanged(Bytes),
-    /// The flags that changed, and the names of flags that are off now or gone.
+    /// The flags that changed, and the names of flags that are off now or were removed.
     Delta(Bytes),
 }
 

@@ -64,8 +64,8 @@ impl HealthEndpoints {
         response::json_text(r#"{"status":"OK"}"#)
     }
 
-    /// 200 from the time when every configured environment has flags until the instance drains; 503
-    /// before and after. An unreachable database does not make it unready, because flags are still
+    /// 200 once the first flags are there (on an edge, of every environment that it knows at the start),
+    /// until the instance drains; 503 before and after. An unreachable database does not make it unready, because flags are still
     /// served; the body then has a warning.
     pub fn ready(&self) -> HttpResponse {
         if self.readiness.is_ready() {

@@ -76,7 +76,7 @@ const HTTP_LAYERS: [&[&str]; 9] = [
 
 /// A source file. `code` is its text without comments and unit tests.
 struct Source {
-    /// Relative to `src`, for instance `http/reply.rs`.
+    /// Relative to `src`, for instance `http/response.rs`.
     path: String,
     text: String,
     code: String,
@@ -88,7 +88,7 @@ impl Source {
         self.path.split(['/', '.']).next().expect("split gives at least one part")
     }
 
-    /// The path of its module, for instance `["http", "reply"]`.
+    /// The path of its module, for instance `["http", "response"]`.
     fn module_path(&self) -> Vec<&str> {
         self.path.trim_end_matches(".rs").split('/').collect()
     }
@@ -376,7 +376,7 @@ fn ages_and_intervals_use_a_monotonic_clock() {
         "app/admin_token.rs",
         "app/reload.rs",
         "auth/token_cache.rs",
-        "commands.rs",
+        "commands/explain.rs",
         "config/tls.rs",
         "control_plane",
         "http/admin",

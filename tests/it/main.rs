@@ -6,6 +6,7 @@
 mod admin_relay;
 /// Rules about the source code: layers, imports and forbidden calls.
 mod architecture;
+/// Which tokens are accepted on which routes.
 mod auth;
 /// JSON bodies and files that begin with a byte order mark.
 mod byte_order_mark;

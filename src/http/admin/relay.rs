@@ -1,7 +1,7 @@
 //! Relays the admin API of the upstream Unleash server.
 //!
 //! Callers use their own token or session, which upstream checks. The edge adds no credentials. After a
-//! successful change of tokens upstream, the affected tokens are invalidated context. Relayed data is
+//! successful change of tokens upstream, the affected tokens are invalidated here. Relayed data is
 //! neither stored nor parsed, except for the tokens in paths.
 
 use std::{borrow::Cow, net::IpAddr};
