@@ -26,7 +26,7 @@ pub(super) struct LocalTokens(ArcSwap<TokenTable>);
 #[derive(Debug)]
 struct LocalToken {
     grant: Arc<Grant>,
-    /// Whether the token was presented since the last [`StaticTokens::take_used`].
+    /// Whether the token was presented since the last [`LocalTokens::take_used`].
     is_used: AtomicBool,
 }
 

@@ -10,7 +10,7 @@
 //! Upstream identifies the state of a token in two ways: by the entity tag of a response, and by the
 //! event id on a stream. Each is stored with the flags that it identifies, and replaced with them.
 //!
-//! If several tokens see a project, the newest of their states is published ([`Precedence`]).
+//! If several tokens see a project, the newest of their states is published ([`TokenPrecedence`]).
 //!
 //! Tokens receive the same change at different times. A flag that moves from the projects of one token
 //! to those of another disappears at the first before it appears at the second. So the removal of a flag

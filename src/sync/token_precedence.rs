@@ -249,7 +249,7 @@ impl TokenPrecedence {
         has_changed
     }
 
-    /// The next time at which [`Precedence::resolve_timeouts`] may decide something.
+    /// The next time at which [`TokenPrecedence::resolve_timeouts`] may decide something.
     pub(super) fn next_timeout(&self) -> Option<Instant> {
         self.parts.values().filter_map(|history| history.next_timeout(&self.tokens)).min()
     }
