@@ -472,7 +472,7 @@ mod tests {
         config::{Command, ConfigError},
         protocol::usage::ClientMetrics,
         token::{Environment, Projects, Scope, TokenDigest},
-        usage::{Reporter, SdkKind},
+        usage::{ReportingClient, SdkKind},
     };
 
     #[tokio::test]
@@ -496,7 +496,7 @@ mod tests {
         let report = ClientMetrics::parse(report.as_bytes()).expect("report");
         let token = &TokenDigest::of("token");
         let reporter =
-            Reporter { token, sdk_kind: SdkKind::Backend, scope: &scope, snapshot: None };
+            ReportingClient { token, sdk_kind: SdkKind::Backend, scope: &scope, snapshot: None };
         app.persistence.usage.record_metrics(&reporter, report, now).expect("there is room");
 
         let mistake =

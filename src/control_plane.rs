@@ -45,7 +45,7 @@ pub use self::{
     password::{Password, PasswordError},
     permissions::{Actor, MissingPermission, Operator, RootRole, TokenAction, TokenPermission},
     sessions::{Activity, Session, SessionRef, SignInAttempt, SignedIn},
-    tokens::{ApiToken, NewToken},
+    tokens::{TokenMetadata, NewToken},
     usage_store::{ApplicationSummary, UsageHour},
 };
 use self::{
@@ -252,12 +252,12 @@ impl ControlPlane {
     }
 
     /// The tokens that `operator` may see, the oldest first.
-    pub fn tokens(&self, operator: &Operator) -> Vec<ApiToken> {
+    pub fn tokens(&self, operator: &Operator) -> Vec<TokenMetadata> {
         self.0.registry.tokens(operator)
     }
 
     /// One token that `operator` may see, by its id or its secret.
-    pub fn token(&self, operator: &Operator, identifier: &str) -> Option<ApiToken> {
+    pub fn token(&self, operator: &Operator, identifier: &str) -> Option<TokenMetadata> {
         self.0.registry.token(operator, identifier)
     }
 
@@ -286,7 +286,7 @@ impl ControlPlane {
         &self,
         actor: &Actor,
         new: NewToken,
-    ) -> Result<(Token, ApiToken), Error> {
+    ) -> Result<(Token, TokenMetadata), Error> {
         let made = self.0.registry.create(actor, new).await;
         self.record_denial(actor, "create an API token", made).await
     }
@@ -297,7 +297,7 @@ impl ControlPlane {
         actor: &Actor,
         identifier: &str,
         expires_at: Option<Timestamp>,
-    ) -> Result<Option<ApiToken>, Error> {
+    ) -> Result<Option<TokenMetadata>, Error> {
         let what = self.token_operation("change", identifier);
         let changed = self.0.registry.update(actor, identifier, expires_at).await;
         self.record_denial(actor, &what, changed).await
@@ -309,7 +309,7 @@ impl ControlPlane {
         &self,
         actor: &Actor,
         identifier: &str,
-    ) -> Result<Option<ApiToken>, Error> {
+    ) -> Result<Option<TokenMetadata>, Error> {
         let what = self.token_operation("delete", identifier);
         let deleted = self.0.registry.delete(actor, identifier).await;
         self.record_denial(actor, &what, deleted).await

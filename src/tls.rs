@@ -21,7 +21,7 @@ mod watch;
 pub use self::{
     acceptor::TlsAcceptor,
     certificate::Certificate,
-    client_certificate::ClientCertificate,
+    client_certificate::VerifiedClientCertificate,
     config::{ClientAuth, ClientVerification, Config, KeyPairFiles, Version},
     file_error::{FileError, FileErrors, FileSetting},
     handshake::{Alpn, HandshakeError, NegotiatedTls},

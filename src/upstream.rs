@@ -26,5 +26,5 @@ pub use credentials::Credentials;
 pub use error::{Error, Fault, Retry};
 pub use health::Health;
 pub use http_client::Config;
-pub use stream::SseStream;
+pub use stream::UpstreamEventStream;
 pub use token_provisioning::{Credential, Error as ProvisioningError};

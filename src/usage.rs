@@ -83,7 +83,7 @@ pub struct QuotaExceeded {
 
 /// The authenticated sender of a report.
 #[derive(Clone, Copy, Debug)]
-pub struct Reporter<'a> {
+pub struct ReportingClient<'a> {
     /// The token whose memory quota the report uses.
     pub token: &'a TokenDigest,
     /// The family of SDKs that the token is for.
@@ -94,7 +94,7 @@ pub struct Reporter<'a> {
     pub snapshot: Option<&'a Snapshot>,
 }
 
-impl Reporter<'_> {
+impl ReportingClient<'_> {
     /// The flag with this name, if the token grants its project.
     fn flag(&self, name: &str) -> Option<&Flag> {
         let flag = self.snapshot?.flag(name)?;
@@ -149,7 +149,7 @@ impl Usage {
     /// which their bucket ended.
     pub fn record_metrics(
         &self,
-        reporter: &Reporter<'_>,
+        reporter: &ReportingClient<'_>,
         report: ClientMetrics,
         now: Timestamp,
     ) -> Result<(), QuotaExceeded> {
@@ -207,7 +207,7 @@ impl Usage {
     /// Counts the evaluations in another edge's report that belong to the token's environment.
     pub fn record_bulk(
         &self,
-        reporter: &Reporter<'_>,
+        reporter: &ReportingClient<'_>,
         bulk: BulkReport,
         now: Timestamp,
     ) -> Result<(), QuotaExceeded> {
@@ -248,7 +248,7 @@ impl Usage {
     /// Records a registration under the environment and projects of its token.
     pub fn record_registration(
         &self,
-        reporter: &Reporter<'_>,
+        reporter: &ReportingClient<'_>,
         application: ClientApplication,
     ) -> Result<(), QuotaExceeded> {
         usage_metrics::count_report(ReportEndpoint::Register);
@@ -260,7 +260,7 @@ impl Usage {
     /// and counted.
     pub fn track_downstream_edge(
         &self,
-        reporter: &Reporter<'_>,
+        reporter: &ReportingClient<'_>,
         edge: &EdgeInstance,
     ) -> Result<(), QuotaExceeded> {
         usage_metrics::count_report(ReportEndpoint::Edge);
@@ -343,8 +343,8 @@ impl Usage {
     }
 
     /// Records a registration; false if it would exceed the token's quota.
-    fn try_register(&self, reporter: &Reporter<'_>, mut application: ClientApplication) -> bool {
-        let Reporter { token, sdk_kind: kind, scope, .. } = *reporter;
+    fn try_register(&self, reporter: &ReportingClient<'_>, mut application: ClientApplication) -> bool {
+        let ReportingClient { token, sdk_kind: kind, scope, .. } = *reporter;
         let kind = match (kind, application.sdk_kind) {
             (SdkKind::Frontend, _) => SdkKind::Frontend,
             (SdkKind::Backend, reported) => reported.unwrap_or(SdkKind::Backend),
@@ -370,7 +370,7 @@ impl Usage {
 
     /// Records a registration that accompanies counts. If it exceeds the quota it is dropped and
     /// counted; the counts are still accepted.
-    fn register_or_drop(&self, reporter: &Reporter<'_>, application: ClientApplication) {
+    fn register_or_drop(&self, reporter: &ReportingClient<'_>, application: ClientApplication) {
         if !self.try_register(reporter, application) {
             usage_metrics::count_dropped_items("application", 1);
         }
@@ -379,7 +379,7 @@ impl Usage {
     /// Adds all counters of a report, or none of them.
     fn record_counts(
         &self,
-        reporter: &Reporter<'_>,
+        reporter: &ReportingClient<'_>,
         counts: ReportCounts,
         now: Timestamp,
         endpoint: ReportEndpoint,
@@ -449,7 +449,7 @@ struct ReportCounts {
 impl ReportCounts {
     fn add(
         &mut self,
-        reporter: &Reporter<'_>,
+        reporter: &ReportingClient<'_>,
         (hour, app, flag): (Hour, &Arc<str>, Arc<str>),
         stats: ToggleStats,
         metadata: &Arc<SdkMetadata>,

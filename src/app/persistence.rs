@@ -175,7 +175,7 @@ mod tests {
         auth::{self, Validator},
         protocol::usage::{ClientMetrics, ConnectVia},
         token::{Environment, Grant, Projects, Scope, Token, TokenDigest, TokenKind},
-        usage::{self, Reporter, SdkKind},
+        usage::{self, ReportingClient, SdkKind},
     };
 
     /// An instance that uses this folder; upstream is unreachable.
@@ -205,7 +205,7 @@ mod tests {
         let report = ClientMetrics::parse(report.as_bytes()).expect("report");
         let token = &TokenDigest::of("token");
         let reporter =
-            Reporter { token, sdk_kind: SdkKind::Backend, scope: &scope, snapshot: None };
+            ReportingClient { token, sdk_kind: SdkKind::Backend, scope: &scope, snapshot: None };
         persistence.usage.record_metrics(&reporter, report, now).expect("there is room");
     }
 

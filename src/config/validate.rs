@@ -50,7 +50,7 @@ const EXPECTED_LOG_FILTER: &str =
 /// Validates the settings of a command that serves.
 pub(super) fn config(s: &mut RawSettings, role: ServeMode) -> Result<Config, ConfigErrors> {
     s.read_secret_files(|_| true);
-    let identity = identity(s);
+    let identity = parse_instance_info(s);
     let data_dir = path(s, &options::DATA_DIR);
     let mode = match role {
         ServeMode::Edge => edge(s, &identity, &data_dir).map(Box::new).map(Mode::Edge),
@@ -159,7 +159,7 @@ fn local_address(
     (address, is_tls, path.to_owned())
 }
 
-fn identity(s: &mut RawSettings) -> InstanceInfo {
+fn parse_instance_info(s: &mut RawSettings) -> InstanceInfo {
     const HOSTINGS: [&str; 3] = ["self-hosted", "hosted", "enterprise-self-hosted"];
     let header = |text: &str| HeaderValue::from_str(text).ok().map(|_| text.to_owned());
     InstanceInfo {

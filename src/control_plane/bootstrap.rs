@@ -9,7 +9,7 @@ use super::{
     initial_settings::{self, InitialSetting},
     password::{Hasher, Password},
     permissions::{Actor, Operator, RootRole},
-    tokens::{self, ApiToken, NewToken},
+    tokens::{self, TokenMetadata, NewToken},
 };
 use crate::token::{Environment, Grant, Projects, Scope, Token, TokenKind};
 
@@ -174,7 +174,7 @@ pub(super) async fn initialize(
             grant_from_token(kind, &secret, &Environment::new(DEFAULT_ENVIRONMENT));
         let Scope { environment, projects } = scope;
         let new = NewToken { name: name.to_owned(), kind, environment, projects, expires_at: None };
-        let token = ApiToken::new(new, &secret, actor.operator.name());
+        let token = TokenMetadata::new(new, &secret, actor.operator.name());
         tokens::insert(&mut transaction, &actor, &token, &secret).await?;
     }
     if !seen.is_empty() {

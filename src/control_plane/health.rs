@@ -22,7 +22,7 @@ const USAGE_STORING: &str = "parapet_usage_storing";
 
 /// The operations whose duration is measured.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Operation {
+pub(super) enum DatabaseOperation {
     Connect,
     Statement,
     Commit,
@@ -94,17 +94,17 @@ impl Health {
     /// Records the duration and the outcome of an operation.
     ///
     /// An error message from the server itself proves that it is reachable.
-    pub(super) fn record(&self, what: Operation, took: Duration, error: Option<&sqlx::Error>) {
+    pub(super) fn record(&self, what: DatabaseOperation, took: Duration, error: Option<&sqlx::Error>) {
         let operation = match what {
-            Operation::Connect => "connect",
-            Operation::Statement => "statement",
-            Operation::Commit => "commit",
+            DatabaseOperation::Connect => "connect",
+            DatabaseOperation::Statement => "statement",
+            DatabaseOperation::Commit => "commit",
         };
         histogram!(OPERATION_SECONDS, "operation" => operation).record(took);
         let answers = match (what, error) {
             (_, None) => true,
-            (Operation::Connect, Some(_)) => false,
-            (Operation::Statement | Operation::Commit, Some(error)) => {
+            (DatabaseOperation::Connect, Some(_)) => false,
+            (DatabaseOperation::Statement | DatabaseOperation::Commit, Some(error)) => {
                 matches!(error, sqlx::Error::Database(_))
             }
         };

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     database::timestamp_from_millis,
-    tokens::{ApiToken, RegisteredToken},
+    tokens::{TokenMetadata, RegisteredToken},
 };
 use crate::token::{Environment, Projects, TokenDigest, TokenKind};
 
@@ -66,7 +66,7 @@ pub(super) fn parse(location: &str, copy: &[u8]) -> Option<Vec<RegisteredToken>>
 
 fn registered_token(token: TokenRecord) -> Option<RegisteredToken> {
     let digest = TokenDigest::from_hex(&token.digest)?;
-    let token = ApiToken {
+    let token = TokenMetadata {
         id: token.id,
         name: token.name,
         kind: TokenKind::parse(&token.kind)?,
@@ -87,7 +87,7 @@ mod tests {
 
     #[test]
     fn a_snapshot_is_restored_for_the_same_database_only() {
-        let token = ApiToken {
+        let token = TokenMetadata {
             id: "id".to_owned(),
             name: "checkout".to_owned(),
             kind: TokenKind::Frontend,

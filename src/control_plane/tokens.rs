@@ -54,7 +54,7 @@ pub struct NewToken {
 
 /// A token, without its secret.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct ApiToken {
+pub struct TokenMetadata {
     /// Its public id, which does not authenticate: 22 letters of base64url.
     pub id: String,
     /// Its display name.
@@ -135,7 +135,7 @@ fn is_valid_id(text: &str) -> bool {
     (1..=MAX_ID_LEN).contains(&text.len()) && text.bytes().all(is_letter)
 }
 
-impl ApiToken {
+impl TokenMetadata {
     /// A token that is created now.
     pub(super) fn new(new: NewToken, secret: &Token, created_by: &str) -> Self {
         Self {
@@ -218,7 +218,7 @@ pub(super) struct TokenRegistry {
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct RegisteredToken {
     pub(super) digest: TokenDigest,
-    pub(super) token: ApiToken,
+    pub(super) token: TokenMetadata,
 }
 
 impl TokenRegistry {
@@ -264,14 +264,14 @@ impl TokenRegistry {
     }
 
     /// The tokens that `operator` may see, the oldest first.
-    pub(super) fn tokens(&self, operator: &Operator) -> Vec<ApiToken> {
+    pub(super) fn tokens(&self, operator: &Operator) -> Vec<TokenMetadata> {
         let entries = self.entries();
         let visible = entries.iter().filter(|entry| operator.can_see(entry.token.kind));
         visible.map(|entry| entry.token.clone()).collect()
     }
 
     /// One token that `operator` may see, by its id or its secret.
-    pub(super) fn token(&self, operator: &Operator, identifier: &str) -> Option<ApiToken> {
+    pub(super) fn token(&self, operator: &Operator, identifier: &str) -> Option<TokenMetadata> {
         let entries = self.entries();
         let found = find_by_identifier(&entries, identifier)?;
         operator.can_see(found.token.kind).then(|| found.token.clone())
@@ -314,11 +314,11 @@ impl TokenRegistry {
         &self,
         actor: &Actor,
         new: NewToken,
-    ) -> Result<(Token, ApiToken), Error> {
+    ) -> Result<(Token, TokenMetadata), Error> {
         actor.operator.require_permission(TokenAction::Create, new.kind)?;
         new.validate()?;
         let secret = new.generate_secret();
-        let token = ApiToken::new(new, &secret, actor.operator.name());
+        let token = TokenMetadata::new(new, &secret, actor.operator.name());
         let _change = self.change_lock.lock().await;
         let mut transaction = self.database.begin_write(WriteLock::Control).await?;
         authorization::require_permission(&mut transaction, actor, TokenAction::Create, token.kind)
@@ -347,7 +347,7 @@ impl TokenRegistry {
         actor: &Actor,
         identifier: &str,
         expires_at: Option<Timestamp>,
-    ) -> Result<Option<ApiToken>, Error> {
+    ) -> Result<Option<TokenMetadata>, Error> {
         let _change = self.change_lock.lock().await;
         let mut transaction = self.database.begin_write(WriteLock::Control).await?;
         let Some(before) = find(&mut transaction, identifier).await? else { return Ok(None) };
@@ -388,7 +388,7 @@ impl TokenRegistry {
         &self,
         actor: &Actor,
         identifier: &str,
-    ) -> Result<Option<ApiToken>, Error> {
+    ) -> Result<Option<TokenMetadata>, Error> {
         let _change = self.change_lock.lock().await;
         let mut transaction = self.database.begin_write(WriteLock::Control).await?;
         let Some(RegisteredToken { token, .. }) = find(&mut transaction, identifier).await? else {
@@ -507,7 +507,7 @@ fn read_token(row: &AnyRow) -> Result<Option<RegisteredToken>, sqlx::Error> {
     let digest = TokenDigest::from_hex(row.try_get("digest")?);
     let projects: Vec<String> = serde_json::from_str(row.try_get("projects")?).unwrap_or_default();
     let (Some(kind), Some(digest)) = (kind, digest) else { return Ok(None) };
-    let token = ApiToken {
+    let token = TokenMetadata {
         id: row.try_get("id")?,
         name: row.try_get("name")?,
         kind,
@@ -547,7 +547,7 @@ pub(super) async fn has_all(
 pub(super) async fn insert(
     transaction: &mut Connection,
     actor: &Actor,
-    token: &ApiToken,
+    token: &TokenMetadata,
     secret: &Token,
 ) -> Result<(), Error> {
     sqlx::query(

@@ -93,7 +93,7 @@ struct Lexer<'t> {
 }
 
 impl Lexer<'_> {
-    fn next(&mut self) -> Token {
+    fn next_token(&mut self) -> Token {
         let Some(&first) = self.rest.first() else { return Token::End };
         let single = match first {
             b'0'..=b'9' => return self.number(),
@@ -234,7 +234,7 @@ enum IsoMatch {
 impl<'t> Parser<'t> {
     fn new(text: &'t str) -> Self {
         let mut lexer = Lexer { rest: text.as_bytes() };
-        let next = lexer.next();
+        let next = lexer.next_token();
         Self {
             lexer,
             next,
@@ -261,7 +261,7 @@ impl<'t> Parser<'t> {
     }
 
     fn advance(&mut self) -> Token {
-        let next = self.lexer.next();
+        let next = self.lexer.next_token();
         std::mem::replace(&mut self.next, next)
     }
 

@@ -11,7 +11,7 @@ use crate::{
     protocol::usage::{
         BulkReport, ClientApplication, ClientMetrics, EdgeInstance, ParseError, SdkMetadata,
     },
-    usage::{QuotaExceeded, Reporter, Usage},
+    usage::{QuotaExceeded, ReportingClient, Usage},
 };
 
 /// The longest SDK header value that is recorded, in bytes.
@@ -20,7 +20,7 @@ const MAX_HEADER_BYTES: usize = 100;
 /// Registers an application.
 pub fn register(
     usage: &Usage,
-    reporter: &Reporter<'_>,
+    reporter: &ReportingClient<'_>,
     headers: &HeaderMap,
     body: &[u8],
 ) -> Result<HttpResponse, HttpError> {
@@ -33,7 +33,7 @@ pub fn register(
 /// Records the flag counts of one SDK.
 pub fn client_metrics(
     usage: &Usage,
-    reporter: &Reporter<'_>,
+    reporter: &ReportingClient<'_>,
     headers: &HeaderMap,
     body: &[u8],
 ) -> Result<HttpResponse, HttpError> {
@@ -46,7 +46,7 @@ pub fn client_metrics(
 /// Records the counts and registrations that another edge has collected.
 pub fn bulk_metrics(
     usage: &Usage,
-    reporter: &Reporter<'_>,
+    reporter: &ReportingClient<'_>,
     body: &[u8],
 ) -> Result<HttpResponse, HttpError> {
     let bulk = BulkReport::parse(body)?;
@@ -57,7 +57,7 @@ pub fn bulk_metrics(
 /// Records the status of another edge.
 pub fn edge_instance(
     usage: &Usage,
-    reporter: &Reporter<'_>,
+    reporter: &ReportingClient<'_>,
     body: &[u8],
 ) -> Result<HttpResponse, HttpError> {
     usage.track_downstream_edge(reporter, &EdgeInstance::parse(body)?)?;

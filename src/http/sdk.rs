@@ -46,7 +46,7 @@ use crate::{
     },
     snapshot::{Include, Snapshot, Snapshots},
     token::{Grant, Scope, TokenDigest, TokenKind},
-    usage::{Reporter, SdkKind, Usage},
+    usage::{ReportingClient, SdkKind, Usage},
 };
 
 /// Configuration of the SDK port.
@@ -696,13 +696,13 @@ struct UsageReport {
 }
 
 impl UsageReport {
-    fn reporter(&self) -> Reporter<'_> {
+    fn reporter(&self) -> ReportingClient<'_> {
         let AuthenticatedToken { grant, digest, .. } = &self.authenticated;
         let kind = match grant.kind {
             TokenKind::Frontend => SdkKind::Frontend,
             TokenKind::Admin | TokenKind::Client => SdkKind::Backend,
         };
-        Reporter {
+        ReportingClient {
             token: digest,
             sdk_kind: kind,
             scope: &grant.scope,

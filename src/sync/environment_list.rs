@@ -13,12 +13,12 @@ const REMOVED_AFTER_MISSES: u8 = 3;
 
 /// The environments that upstream lists, or has listed.
 #[derive(Debug, Default)]
-pub(super) struct EnvironmentList {
+pub(super) struct EnvironmentTracker {
     /// Consecutive lists without each environment. One listed as disabled counts as removed immediately.
     consecutive_misses: BTreeMap<Environment, u8>,
 }
 
-impl EnvironmentList {
+impl EnvironmentTracker {
     /// Applies a list while `known` are served. Returns the enabled environments; `None` if there are
     /// none.
     pub(super) fn update(
@@ -68,7 +68,7 @@ mod tests {
 
     #[test]
     fn disabled_environment_is_removed_until_it_is_enabled_again() {
-        let mut environments = EnvironmentList::default();
+        let mut environments = EnvironmentTracker::default();
         let enabled = environments.update(&list(&[("dev", true), ("old", false)]), names(&["old"]));
         assert_eq!((enabled, environments.removed()), (Some(names(&["dev"])), names(&["old"])));
         environments.update(&list(&[("dev", true), ("old", true)]), names(&["dev"]));
@@ -77,7 +77,7 @@ mod tests {
 
     #[test]
     fn missing_environment_is_removed_after_three_consecutive_lists() {
-        let mut environments = EnvironmentList::default();
+        let mut environments = EnvironmentTracker::default();
         let (whole, short) = (list(&[("dev", true), ("prod", true)]), list(&[("prod", true)]));
         for _ in 0..5 {
             environments.update(&whole, names(&[]));
@@ -91,7 +91,7 @@ mod tests {
 
     #[test]
     fn list_without_enabled_environment_is_ignored() {
-        let mut environments = EnvironmentList::default();
+        let mut environments = EnvironmentTracker::default();
         for _ in 0..5 {
             assert_eq!(environments.update(&[], names(&["dev"])), None);
             assert_eq!(environments.update(&list(&[("dev", false)]), names(&["dev"])), None);

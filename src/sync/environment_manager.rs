@@ -16,7 +16,7 @@ use tracing::{error, warn};
 
 use super::{
     backoff::Backoff,
-    environment_list::EnvironmentList,
+    environment_list::EnvironmentTracker,
     environment_sync::{Config, Dependencies, EnvironmentSync},
     publish::publish,
     stream_pool,
@@ -168,7 +168,7 @@ impl EnvironmentManager {
         let mut followed: BTreeMap<Environment, Id> = BTreeMap::new();
         let poll_request = watch::Sender::new(());
         let mut backoff = Backoff::new(LIST_INTERVAL);
-        let mut environment_list = EnvironmentList::default();
+        let mut environment_list = EnvironmentTracker::default();
         loop {
             let (found, pause) = self.list_environments(&mut backoff, &mut environment_list).await;
             if matches!(self.selection, EnvironmentSelection::Enabled(_))
@@ -231,7 +231,7 @@ impl EnvironmentManager {
     async fn list_environments(
         &self,
         backoff: &mut Backoff,
-        environment_list: &mut EnvironmentList,
+        environment_list: &mut EnvironmentTracker,
     ) -> (Option<BTreeSet<Environment>>, Duration) {
         let admin = match &self.selection {
             EnvironmentSelection::Named(named) => return (Some(named.clone()), LIST_INTERVAL),

@@ -318,7 +318,7 @@ impl EnvironmentSync {
 
     /// Applies the events of a stream.
     async fn apply_events(&mut self, at: usize, events: Vec<Event>) -> NextAction {
-        let (update, changed) = match self.decode_events(at, events).await {
+        let (update, changed) = match self.apply_stream_events(at, events).await {
             Ok(read) => read,
             Err(error) => return NextAction::Reconnect(self.close_stream(at, &error)),
         };
@@ -361,7 +361,7 @@ impl EnvironmentSync {
     }
 
     /// Parses and applies the events of a stream on a blocking thread.
-    fn decode_events(
+    fn apply_stream_events(
         &self,
         at: usize,
         events: Vec<Event>,

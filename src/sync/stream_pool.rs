@@ -13,7 +13,7 @@ use super::reconnect::{CloseReason, Reconnect, ReconnectPolicy, StreamUnavailabl
 use crate::{
     protocol::{delta::EventId, sse::Event},
     token::TokenDigest,
-    upstream::{Credential, Error, SseStream, Upstream},
+    upstream::{Credential, Error, UpstreamEventStream, Upstream},
 };
 
 const STREAMS_ENDED: &str = "parapet_upstream_streams_ended_total";
@@ -60,14 +60,14 @@ enum State {
     },
     Opening {
         resume_from: Option<EventId>,
-        response: Pin<Box<dyn Future<Output = Result<Option<SseStream>, Error>> + Send>>,
+        response: Pin<Box<dyn Future<Output = Result<Option<UpstreamEventStream>, Error>> + Send>>,
     },
     Open(Box<OpenStream>),
 }
 
 #[derive(Debug)]
 struct OpenStream {
-    stream: SseStream,
+    stream: UpstreamEventStream,
     opened_at: Instant,
     /// The `Last-Event-ID` that it was opened with.
     resumed_from: Option<EventId>,

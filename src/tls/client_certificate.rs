@@ -15,13 +15,13 @@ use super::config::ClientAuth;
 
 /// A client certificate whose ownership the client has proven.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct ClientCertificate {
+pub struct VerifiedClientCertificate {
     subject: String,
     names: Vec<String>,
     fingerprint: [u8; 32],
 }
 
-impl ClientCertificate {
+impl VerifiedClientCertificate {
     /// Parses a verified certificate.
     pub(super) fn from_verified(certificate: &CertificateDer<'_>) -> Self {
         let (mut subject, mut names) = (String::new(), Vec::new());

@@ -21,10 +21,10 @@ use tokio::time::{Instant, timeout};
 use super::{
     admin_token::AdminToken,
     error::{self, Error},
-    health::{self, Health, HealthTracker, Operation, RequestOutcome},
+    health::{self, Health, HealthTracker, UpstreamOperation, RequestOutcome},
     http_client::{self, Config},
     redirect::Redirect,
-    stream::SseStream,
+    stream::UpstreamEventStream,
 };
 use crate::{
     protocol::{
@@ -158,7 +158,7 @@ impl Upstream {
         if let Some(known) = known {
             request = request.header(IF_NONE_MATCH, known);
         }
-        self.call(Operation::Features, request, |answer| {
+        self.call(UpstreamOperation::Features, request, |answer| {
             let prefers_streaming =
                 answer.headers.get(FETCH_MODE).is_some_and(|mode| mode == "streaming");
             let flags = match answer.status {
@@ -180,7 +180,7 @@ impl Upstream {
         &self,
         token: &Token,
         last: Option<EventId>,
-    ) -> Result<Option<SseStream>, Error> {
+    ) -> Result<Option<UpstreamEventStream>, Error> {
         let started = Instant::now();
         let path = &["api", "client", "streaming"];
         // No compression: a proxy may fail to flush the encoder after each event.
@@ -193,7 +193,7 @@ impl Upstream {
         let head = timeout(limit, self.send_following_redirects(request)).await;
         let answer = match head.unwrap_or(Err(Error::StreamTimeout(limit))) {
             Ok(response) if is_event_stream(&response) => {
-                Ok(Some(SseStream::new(response, self.0.max_body, &self.0.health_tracker)))
+                Ok(Some(UpstreamEventStream::new(response, self.0.max_body, &self.0.health_tracker)))
             }
             Ok(_) => Ok(None),
             Err(Error::Status { status, .. }) if is_path_missing(status) => Ok(None),
@@ -203,7 +203,7 @@ impl Upstream {
             Ok(None) => RequestOutcome::NotSupported,
             Ok(Some(_)) | Err(_) => RequestOutcome::from_result(None, &answer),
         };
-        health::record_request(Operation::Stream, outcome, started.elapsed());
+        health::record_request(UpstreamOperation::Stream, outcome, started.elapsed());
         self.0.health_tracker.record(&answer);
         answer
     }
@@ -221,7 +221,7 @@ impl Upstream {
             let request =
                 with_json_body(self.request(Method::POST, &["edge", "validate"], None), &body);
             let reply: ValidateResponse =
-                self.call(Operation::Validate, request, parse_json).await?;
+                self.call(UpstreamOperation::Validate, request, parse_json).await?;
             valid.extend(reply.tokens);
             rest = more;
         }
@@ -256,7 +256,7 @@ impl Upstream {
             }
             Err(error) => Err(error),
         };
-        self.record(Operation::Probe, None, &access, started);
+        self.record(UpstreamOperation::Probe, None, &access, started);
         access
     }
 
@@ -267,7 +267,7 @@ impl Upstream {
         let path = &["api", "client", "metrics", "bulk"];
         let request =
             self.request(Method::POST, path, Some(token)).timeout(LONG_TIMEOUT).body(body);
-        self.call(Operation::Usage, request.header(CONTENT_TYPE, JSON), ignore_body).await
+        self.call(UpstreamOperation::Usage, request.header(CONTENT_TYPE, JSON), ignore_body).await
     }
 
     /// Lists upstream's environments.
@@ -279,7 +279,7 @@ impl Upstream {
             self.request(Method::GET, &["api", "admin", "environments"], Some(token))
         };
         let list: EnvironmentList =
-            self.call_as_admin(admin, Operation::Environments, request, parse_json).await?;
+            self.call_as_admin(admin, UpstreamOperation::Environments, request, parse_json).await?;
         Ok(list.environments)
     }
 
@@ -287,7 +287,7 @@ impl Upstream {
     pub async fn list_api_tokens(&self, admin: &AdminToken) -> Result<TokenList, Error> {
         let request =
             |token: &Token| self.request(Method::GET, &["api", "admin", "api-tokens"], Some(token));
-        self.call_as_admin(admin, Operation::ListTokens, request, parse_json).await
+        self.call_as_admin(admin, UpstreamOperation::ListTokens, request, parse_json).await
     }
 
     /// Lists upstream's tokens with this name.
@@ -299,7 +299,7 @@ impl Upstream {
         let path = &["api", "admin", "api-tokens", name];
         let request = |token: &Token| self.request(Method::GET, path, Some(token));
         let list: TokenList =
-            self.call_as_admin(admin, Operation::ListTokens, request, parse_json).await?;
+            self.call_as_admin(admin, UpstreamOperation::ListTokens, request, parse_json).await?;
         Ok(list.tokens)
     }
 
@@ -317,7 +317,7 @@ impl Upstream {
                 .timeout(LONG_TIMEOUT)
         };
         let created: CreatedToken =
-            self.call_as_admin(admin, Operation::CreateToken, request, parse_json).await?;
+            self.call_as_admin(admin, UpstreamOperation::CreateToken, request, parse_json).await?;
         Ok(created.secret)
     }
 
@@ -329,7 +329,7 @@ impl Upstream {
     ) -> Result<(), Error> {
         let path = &["api", "admin", "api-tokens", secret.expose()];
         let request = |token: &Token| self.request(Method::DELETE, path, Some(token));
-        self.call_as_admin(admin, Operation::DeleteToken, request, ignore_body).await
+        self.call_as_admin(admin, UpstreamOperation::DeleteToken, request, ignore_body).await
     }
 
     /// The header that carries tokens to upstream.
@@ -363,7 +363,7 @@ impl Upstream {
         };
         let answer = answer.await;
         let status = answer.as_ref().ok().map(hyper::Response::status);
-        self.record(Operation::Relay, status, &answer, started);
+        self.record(UpstreamOperation::Relay, status, &answer, started);
         answer
     }
 
@@ -397,7 +397,7 @@ impl Upstream {
     /// Sends a request, parses its response and records the outcome.
     async fn call<T>(
         &self,
-        purpose: Operation,
+        purpose: UpstreamOperation,
         request: RequestBuilder,
         parse: impl FnOnce(BufferedResponse) -> Result<T, Error>,
     ) -> Result<T, Error> {
@@ -415,17 +415,17 @@ impl Upstream {
     async fn call_as_admin<T>(
         &self,
         admin: &AdminToken,
-        purpose: Operation,
+        purpose: UpstreamOperation,
         request: impl FnOnce(&Token) -> RequestBuilder,
         parse: impl FnOnce(BufferedResponse) -> Result<T, Error>,
     ) -> Result<T, Error> {
         let token = admin.current();
         let result = self.call(purpose, request(&token), parse).await;
         match (&result, purpose) {
-            (Ok(_), Operation::ListTokens) => admin.mark_accepted(&token),
+            (Ok(_), UpstreamOperation::ListTokens) => admin.mark_accepted(&token),
             (
                 Err(Error::Status { status: StatusCode::UNAUTHORIZED, .. }),
-                Operation::ListTokens,
+                UpstreamOperation::ListTokens,
             ) => {
                 admin.mark_refused(&token);
             }
@@ -440,7 +440,7 @@ impl Upstream {
     /// Records the outcome of a request in metrics and health.
     fn record<T>(
         &self,
-        purpose: Operation,
+        purpose: UpstreamOperation,
         status: Option<StatusCode>,
         result: &Result<T, Error>,
         started: Instant,

@@ -23,7 +23,7 @@ const STREAMS: &str = "parapet_upstream_streams";
 
 /// The operation of a request; a metrics label.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Operation {
+pub(super) enum UpstreamOperation {
     Features,
     Stream,
     Validate,
@@ -36,7 +36,7 @@ pub(super) enum Operation {
     Relay,
 }
 
-impl Operation {
+impl UpstreamOperation {
     fn as_str(self) -> &'static str {
         match self {
             Self::Features => "features",
@@ -128,7 +128,7 @@ pub(super) fn describe() {
 }
 
 /// Records a finished request in the metrics.
-pub(super) fn record_request(purpose: Operation, outcome: RequestOutcome, took: Duration) {
+pub(super) fn record_request(purpose: UpstreamOperation, outcome: RequestOutcome, took: Duration) {
     let (purpose, outcome) = (purpose.as_str(), outcome.as_str());
     counter!(REQUESTS, "purpose" => purpose, "outcome" => outcome).increment(1);
     histogram!(DURATION, "purpose" => purpose).record(took);

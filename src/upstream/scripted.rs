@@ -54,7 +54,7 @@ impl ScriptedServer {
                         let mut reply = Response::new(Full::new(Bytes::from(body)));
                         *reply.status_mut() = StatusCode::from_u16(status).expect("status");
                         for (name, value) in headers {
-                            let value = value.bytes().map(latin1).collect::<Vec<_>>();
+                            let value = value.bytes().map(tilde_to_non_ascii).collect::<Vec<_>>();
                             let value = hyper::header::HeaderValue::from_bytes(&value);
                             reply.headers_mut().append(*name, value.expect("header"));
                         }
@@ -115,6 +115,6 @@ async fn read(request: Request<Incoming>) -> Result<ReceivedRequest, hyper::Erro
 }
 
 /// Maps `~` to a non-ASCII byte, so that a script can put one into a header.
-fn latin1(byte: u8) -> u8 {
+fn tilde_to_non_ascii(byte: u8) -> u8 {
     if byte == b'~' { 0xe9 } else { byte }
 }

@@ -19,7 +19,7 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
 const MAX_READ_AHEAD: usize = 1 << 20;
 
 /// An open event stream. Dropping it closes the connection.
-pub struct SseStream {
+pub struct UpstreamEventStream {
     response: Response,
     decoder: Decoder,
     /// When data last arrived.
@@ -29,7 +29,7 @@ pub struct SseStream {
     open_guard: OpenStreamGuard,
 }
 
-impl SseStream {
+impl UpstreamEventStream {
     /// Reads events of up to `limit` bytes from a response whose head has been read.
     pub(super) fn new(response: Response, limit: usize, pulse: &Arc<HealthTracker>) -> Self {
         let (decoder, last_activity) = (Decoder::new(limit), Instant::now());
@@ -104,7 +104,7 @@ impl SseStream {
     }
 }
 
-impl fmt::Debug for SseStream {
+impl fmt::Debug for UpstreamEventStream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Omits the response: its URL may contain a password.
         f.debug_struct("SseStream")
@@ -149,14 +149,14 @@ mod tests {
     type EventSender = mpsc::UnboundedSender<io::Result<String>>;
 
     /// A stream with events of up to 100 bytes, and the server's end of it.
-    fn open_stream(pulse: &Arc<HealthTracker>) -> (EventSender, SseStream) {
+    fn open_stream(pulse: &Arc<HealthTracker>) -> (EventSender, UpstreamEventStream) {
         let (teller, mut receiver) = mpsc::unbounded_channel::<io::Result<String>>();
         let frames = stream::poll_fn(move |context| {
             let chunk = receiver.poll_recv(context);
             chunk.map(|it| it.map(|it| it.map(|text| Frame::data(Bytes::from(text)))))
         });
         let response = hyper::Response::new(Body::wrap(StreamBody::new(frames)));
-        (teller, SseStream::new(response.into(), 100, pulse))
+        (teller, UpstreamEventStream::new(response.into(), 100, pulse))
     }
 
     fn send(teller: &EventSender, text: &str) {
@@ -164,7 +164,7 @@ mod tests {
     }
 
     /// The names of the next events; `None` at the end.
-    async fn next_names(stream: &mut SseStream) -> Option<Vec<String>> {
+    async fn next_names(stream: &mut UpstreamEventStream) -> Option<Vec<String>> {
         let events = stream.next_events().await.unwrap();
         events.map(|events| events.into_iter().map(|event| event.name).collect())
     }

@@ -192,7 +192,7 @@ impl Aggregator {
     }
 
     /// The quota for registrations of earlier runs, which are not attributed to tokens.
-    pub(super) fn restored_registrations_quota(&self) -> Quota {
+    pub(super) fn unowned_registrations_quota(&self) -> Quota {
         self.registration_pool.unowned_quota()
     }
 

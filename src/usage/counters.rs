@@ -37,7 +37,7 @@ impl Counters {
     }
 
     /// Removes the oldest counter.
-    pub(super) fn pop(&mut self) -> Option<(CounterKey, Counter)> {
+    pub(super) fn pop_oldest(&mut self) -> Option<(CounterKey, Counter)> {
         let (key, counter) = self.by_key.pop_first()?;
         self.weight -= counter.weight(&key);
         Some((key, counter))
@@ -146,7 +146,7 @@ mod tests {
             let mut expected = 0;
             for (step, nth, app, flag, variant, yes) in steps {
                 match step {
-                    0 => expected -= counters.pop().map_or(0, |(_, counter)| counter.total()),
+                    0 => expected -= counters.pop_oldest().map_or(0, |(_, counter)| counter.total()),
                     1 => prop_assert_eq!(counters.merge_hour(hour(nth), hour(nth + 1)), Overflow(0)),
                     2 => {
                         prop_assert_eq!(counters.merge_applications(hour(nth)), Overflow(0));

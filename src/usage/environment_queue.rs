@@ -306,12 +306,12 @@ impl EnvironmentQueue {
             };
             return Some(Item::new(part, to_json(registration.application()), 0));
         }
-        if let Some((key, counter)) = self.counters.pop() {
+        if let Some((key, counter)) = self.counters.pop_oldest() {
             let json = to_json(&counter.to_bulk_metric(environment.as_str(), &key));
             return Some(Item::new(ItemKind::Metric, json, counter.total()));
         }
         if let Some(AppMetric { metric, reported_at: times, .. }) =
-            self.impact.pop(SAMPLES_PER_ITEM)
+            self.impact.pop_metric(SAMPLES_PER_ITEM)
         {
             serialize_impact_metric(metric, times, &mut self.serialized);
             return self.serialized.pop_front();

@@ -206,7 +206,7 @@ impl ImpactSeries {
     }
 
     /// Removes a metric with at most `max` samples, for upstream, regardless of applications.
-    pub(super) fn pop(&mut self, max: usize) -> Option<AppMetric> {
+    pub(super) fn pop_metric(&mut self, max: usize) -> Option<AppMetric> {
         self.pop_matching(max, |_, _| true)
     }
 
@@ -346,7 +346,7 @@ mod tests {
                 0
             );
         }
-        let merged = series.pop(10).map(|popped| serde_json::to_value(popped.metric).unwrap());
+        let merged = series.pop_metric(10).map(|popped| serde_json::to_value(popped.metric).unwrap());
         let expected: serde_json::Value = serde_json::from_str(expected).unwrap();
         assert_eq!(merged.unwrap()["samples"], expected);
         assert!(series.is_empty());
@@ -404,7 +404,7 @@ mod tests {
         let rest = quota.try_reserve(39_000).unwrap();
         assert_eq!(record(&mut series, "histogram", &histogram(0..200)), 0);
         drop(rest);
-        let popped = series.pop(1).unwrap();
+        let popped = series.pop_metric(1).unwrap();
         let Samples::Histogram(samples) = popped.metric.samples else { panic!() };
         assert!((2..30).contains(&samples[0].buckets.len()), "{samples:?}");
         assert!(quota.try_reserve(40_000).is_some());
@@ -467,7 +467,7 @@ mod tests {
     fn restored_gauge_is_dropped_after_a_later_one_was_sent() {
         let mut series = ImpactSeries::default();
         series.merge(gauge("a", 1, Some(6)));
-        assert!(series.pop(10).is_some());
+        assert!(series.pop_metric(10).is_some());
         series.restore(gauge("b", 2, Some(5)));
         assert!(series.is_empty());
         series.restore(gauge("b", 3, Some(7)));

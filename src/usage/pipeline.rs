@@ -127,7 +127,7 @@ impl Pipeline {
     }
 
     pub(super) fn restore(&self, bytes: &[u8], now: Instant) -> Result<(), spool::RestoreError> {
-        let registrations = self.aggregator.restored_registrations_quota();
+        let registrations = self.aggregator.unowned_registrations_quota();
         let Restored { queues, unreadable } = spool::decode(bytes, &registrations)?;
         usage_metrics::count_dropped_items("spool", unreadable);
         if unreadable > 0 {

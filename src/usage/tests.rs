@@ -41,9 +41,9 @@ impl<'a> Client<'a> {
         Self { usage, token, kind, scope, snapshot }
     }
 
-    fn reporter(&self) -> Reporter<'_> {
+    fn reporter(&self) -> ReportingClient<'_> {
         let Self { token, kind, scope, snapshot, .. } = self;
-        Reporter { token, sdk_kind: *kind, scope, snapshot: snapshot.as_ref() }
+        ReportingClient { token, sdk_kind: *kind, scope, snapshot: snapshot.as_ref() }
     }
 
     fn report(&self, report: ClientMetrics) {

@@ -41,7 +41,7 @@ pub enum RestoreError {
 #[derive(Deserialize, Serialize)]
 struct Record {
     version: u32,
-    verdicts: Vec<Item>,
+    verdicts: Vec<SavedTokenRecord>,
     #[serde(default)]
     revoked: Vec<String>,
     /// A release that does not read this field validates such a token again, and upstream itself
@@ -51,7 +51,7 @@ struct Record {
 }
 
 #[derive(Deserialize, Serialize)]
-struct Item {
+struct SavedTokenRecord {
     digest: String,
     kind: String,
     environment: String,
@@ -67,7 +67,7 @@ impl SavedCache {
     pub(super) fn to_json(&self) -> Vec<u8> {
         let record = Record {
             version: VERSION,
-            verdicts: self.valid.iter().map(Item::of).collect(),
+            verdicts: self.valid.iter().map(SavedTokenRecord::of).collect(),
             revoked: self.revoked.iter().map(TokenDigest::to_hex).collect(),
             revoked_selectors: self.revoked_selectors.clone(),
         };
@@ -84,13 +84,13 @@ impl SavedCache {
         let digests = record.revoked.iter().filter_map(|hex| TokenDigest::from_hex(hex));
         Ok(Self {
             revoked: digests.collect(),
-            valid: record.verdicts.into_iter().filter_map(Item::into_saved).collect(),
+            valid: record.verdicts.into_iter().filter_map(SavedTokenRecord::into_saved).collect(),
             revoked_selectors: record.revoked_selectors,
         })
     }
 }
 
-impl Item {
+impl SavedTokenRecord {
     fn of(saved: &SavedToken) -> Self {
         let scope = &saved.grant.scope;
         Self {

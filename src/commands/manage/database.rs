@@ -11,7 +11,7 @@ use super::{
 use crate::{
     config::ManageTask,
     control_plane::{
-        Account, Actor, ApiToken, ControlPlane, DatabaseLocation, NewAccount, NewToken, Operator,
+        Account, Actor, TokenMetadata, ControlPlane, DatabaseLocation, NewAccount, NewToken, Operator,
         PermissionChange, TokenPermission,
     },
     token::{Environment, Projects, TokenKind},
@@ -97,7 +97,7 @@ async fn find_account(
     found.next().ok_or(Error::AccountNotFound(username))
 }
 
-fn token_row(token: ApiToken) -> TokenRow {
+fn token_row(token: TokenMetadata) -> TokenRow {
     TokenRow {
         identifier: token.id,
         name: token.name,

@@ -13,7 +13,7 @@ use sqlx::{
 };
 use tokio::time::{Instant, timeout_at};
 
-use super::super::health::{Health, Operation};
+use super::super::health::{Health, DatabaseOperation};
 
 type BoxStream<'a, T> = std::pin::Pin<Box<dyn stream::Stream<Item = T> + Send + 'a>>;
 type BoxFuture<'a, T> = std::pin::Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -81,7 +81,7 @@ impl Connection {
     pub(super) async fn commit(&mut self) -> Result<(), sqlx::Error> {
         let commit = self.raw.execute("COMMIT");
         let running =
-            StatementGuard::start(&mut self.state, &self.health, self.timeout, Operation::Commit);
+            StatementGuard::start(&mut self.state, &self.health, self.timeout, DatabaseOperation::Commit);
         running.run_with_timeout(commit).await?;
         self.is_in_transaction = false;
         Ok(())
@@ -101,7 +101,7 @@ impl Connection {
     pub(super) async fn ping(&mut self, patience: Duration) -> Result<(), sqlx::Error> {
         let ping = sqlx::Connection::ping(&mut self.raw);
         let running =
-            StatementGuard::start(&mut self.state, &self.health, patience, Operation::Statement);
+            StatementGuard::start(&mut self.state, &self.health, patience, DatabaseOperation::Statement);
         running.run_with_timeout(ping).await
     }
 }
@@ -116,7 +116,7 @@ impl fmt::Debug for Connection {
 struct StatementGuard<'a> {
     state: &'a mut State,
     health: &'a Health,
-    operation: Operation,
+    operation: DatabaseOperation,
     started_at: Instant,
     timeout: Duration,
 }
@@ -126,7 +126,7 @@ impl<'a> StatementGuard<'a> {
         state: &'a mut State,
         health: &'a Health,
         timeout: Duration,
-        operation: Operation,
+        operation: DatabaseOperation,
     ) -> Self {
         *state = State::Pending;
         Self { state, health, operation, started_at: Instant::now(), timeout }
@@ -171,7 +171,7 @@ impl<'c> Executor<'c> for &'c mut Connection {
             &mut self.state,
             &self.health,
             self.timeout,
-            Operation::Statement,
+            DatabaseOperation::Statement,
         );
         let next = |state: Option<(BoxStream<'e, _>, StatementGuard<'e>)>| async move {
             let (mut steps, mut running) = state?;
@@ -201,7 +201,7 @@ impl<'c> Executor<'c> for &'c mut Connection {
             &mut self.state,
             &self.health,
             self.timeout,
-            Operation::Statement,
+            DatabaseOperation::Statement,
         );
         Box::pin(running.run_with_timeout(row))
     }
@@ -219,7 +219,7 @@ impl<'c> Executor<'c> for &'c mut Connection {
             &mut self.state,
             &self.health,
             self.timeout,
-            Operation::Statement,
+            DatabaseOperation::Statement,
         );
         Box::pin(running.run_with_timeout(prepared))
     }

@@ -19,7 +19,7 @@ use tokio::{
 use super::{
     super::{
         error::Error,
-        health::{ConnectionCount, Health, Operation},
+        health::{ConnectionCount, Health, DatabaseOperation},
     },
     connection::{Connection, State},
     postgres::PostgresServers,
@@ -106,7 +106,7 @@ impl Pool {
             Err(Error::Unreachable(error) | Error::Locked(error)) => Some(&**error),
             _ => None,
         };
-        self.0.health.record(Operation::Connect, begun.elapsed(), failure);
+        self.0.health.record(DatabaseOperation::Connect, begun.elapsed(), failure);
         Ok(Connection::new(opened?, DEFAULT_TIMEOUT, self.0.health.clone()))
     }
 

@@ -51,16 +51,16 @@ impl PostgresServers {
 
     /// Opens a session.
     pub(super) async fn connect(&self) -> Result<AnyConnection, sqlx::Error> {
-        self.first_available(|server| self.open(server)).await
+        self.connect_first_available(|server| self.open(server)).await
     }
 
     /// Opens a session that receives the notifications on `channel`.
     pub(super) async fn listen(&self, channel: &'static str) -> Result<PgListener, sqlx::Error> {
-        self.first_available(|server| self.open_listener(server, channel)).await
+        self.connect_first_available(|server| self.open_listener(server, channel)).await
     }
 
     /// The result of `open` for the first server for which it succeeds.
-    async fn first_available<'a, T, F>(
+    async fn connect_first_available<'a, T, F>(
         &'a self,
         open: impl Fn(&'a Server) -> F,
     ) -> Result<T, sqlx::Error>

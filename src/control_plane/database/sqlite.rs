@@ -28,7 +28,7 @@ pub(super) struct SqliteFile {
     path: PathBuf,
     options: AnyConnectOptions,
     /// The identity of the file when it was opened.
-    identity: OnceLock<Identity>,
+    identity: OnceLock<FileIdentity>,
 }
 
 /// The maximum size of a file that is vacuumed at a start, in bytes: this takes about a second.
@@ -121,17 +121,17 @@ impl SqliteFile {
 }
 
 /// Distinguishes a file from another at the same path: device and inode.
-type Identity = (u64, u64);
+type FileIdentity = (u64, u64);
 
 #[cfg(unix)]
-fn identity(metadata: &std::fs::Metadata) -> Identity {
+fn identity(metadata: &std::fs::Metadata) -> FileIdentity {
     use std::os::unix::fs::MetadataExt as _;
     (metadata.dev(), metadata.ino())
 }
 
 /// On other systems an open file cannot be deleted.
 #[cfg(not(unix))]
-fn identity(_: &std::fs::Metadata) -> Identity {
+fn identity(_: &std::fs::Metadata) -> FileIdentity {
     (0, 0)
 }
 

@@ -5,7 +5,7 @@ use jiff::Timestamp;
 
 use super::{flag_catalogue::FlagCatalogue, request};
 use crate::{
-    control_plane::{Actor, ApiToken, ControlPlane, NewToken},
+    control_plane::{Actor, TokenMetadata, ControlPlane, NewToken},
     http::response::{self, HttpError, HttpResponse},
     protocol::admin::{
         self as wire, Field, FieldErrors, MAX_PROJECTS, Rfc3339, Rfc3339Millis, ScopeId,
@@ -30,7 +30,7 @@ pub(super) enum TokenFilter<'a> {
 
 /// Lists the tokens that the caller may see.
 pub(super) fn list(control: &ControlPlane, actor: &Actor, filter: TokenFilter<'_>) -> HttpResponse {
-    let is_selected = |token: &ApiToken| match filter {
+    let is_selected = |token: &TokenMetadata| match filter {
         TokenFilter::All => true,
         TokenFilter::Named(name) => token.name == name,
         TokenFilter::InProject(project) => is_visible_in(token, project),
@@ -39,7 +39,7 @@ pub(super) fn list(control: &ControlPlane, actor: &Actor, filter: TokenFilter<'_
     response::json_document(&wire::ApiTokens { tokens: tokens.collect() })
 }
 
-fn is_visible_in(token: &ApiToken, project: &str) -> bool {
+fn is_visible_in(token: &TokenMetadata, project: &str) -> bool {
     match &token.projects {
         Projects::All => true,
         Projects::Only(ids) => ids.contains(project),
@@ -216,7 +216,7 @@ pub(super) async fn delete_from_project(
 }
 
 /// A token without its secret.
-fn token_json(token: ApiToken) -> wire::ApiToken {
+fn token_json(token: TokenMetadata) -> wire::ApiToken {
     let projects: Vec<_> = token.projects.to_list().into_iter().map(str::to_owned).collect();
     let project = match projects.as_slice() {
         [one] => one.clone(),

@@ -172,18 +172,18 @@ type Changed = Result<(), watch::error::RecvError>;
 
 impl StateChangeWaiter {
     fn new(states: watch::Receiver<StateId>) -> Self {
-        Self(ReusableBoxFuture::new(next(states)))
+        Self(ReusableBoxFuture::new(wait_for_change(states)))
     }
 
     /// Ready when there is a new id; an error when the sender is gone.
     fn poll_changed(&mut self, cx: &mut Context<'_>) -> Poll<Changed> {
         let (changed, states) = ready!(self.0.poll(cx));
-        self.0.set(next(states));
+        self.0.set(wait_for_change(states));
         Poll::Ready(changed)
     }
 }
 
-async fn next(mut states: watch::Receiver<StateId>) -> (Changed, watch::Receiver<StateId>) {
+async fn wait_for_change(mut states: watch::Receiver<StateId>) -> (Changed, watch::Receiver<StateId>) {
     (states.changed().await, states)
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use jiff::{SignedDuration, Timestamp};
 use parapet::control_plane::{
-    AccountChange, Actor, ApiToken, ControlPlane, Error, InitialTokens, NewAccount, NewToken,
+    AccountChange, Actor, TokenMetadata, ControlPlane, Error, InitialTokens, NewAccount, NewToken,
     Operator, PermissionChange, RegistryBootstrap, RootRole, TokenPermission,
 };
 use parapet::token::{Environment, Projects, Token, TokenKind};
@@ -36,7 +36,7 @@ fn new_token(name: &str, kind: TokenKind) -> NewToken {
     }
 }
 
-async fn create_token(control: &ControlPlane, kind: TokenKind) -> (Token, ApiToken) {
+async fn create_token(control: &ControlPlane, kind: TokenKind) -> (Token, TokenMetadata) {
     control.create_token(&SHELL, new_token("made", kind)).await.unwrap()
 }
 
@@ -69,7 +69,7 @@ async fn token_is_created_listed_changed_and_deleted(db: TestDatabase) {
 
     let end = Timestamp::from_second(4_000_000_000).unwrap();
     let changed = control.update_token(&SHELL, &made.id, Some(end)).await.unwrap().unwrap();
-    assert_eq!(changed, ApiToken { expires_at: Some(end), ..made.clone() });
+    assert_eq!(changed, TokenMetadata { expires_at: Some(end), ..made.clone() });
     let changed = control.update_token(&SHELL, secret.expose(), None).await.unwrap().unwrap();
     assert_eq!(changed, made);
 
