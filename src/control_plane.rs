@@ -45,7 +45,7 @@ pub use self::{
     password::{Password, PasswordError},
     permissions::{Actor, MissingPermission, Operator, RootRole, TokenAction, TokenPermission},
     sessions::{Activity, Session, SessionRef, SignInAttempt, SignedIn},
-    tokens::{TokenMetadata, NewToken},
+    tokens::{NewToken, TokenMetadata},
     usage_store::{ApplicationSummary, UsageHour},
 };
 use self::{

@@ -5,12 +5,12 @@
 //! who may read them (`auth` does).
 
 mod backoff;
-mod environment_list;
 pub mod environment_manager;
 mod environment_sync;
+mod environment_tracker;
 pub mod file_source;
 mod merge;
-mod poll;
+mod poll_once;
 mod publish;
 mod reconnect;
 mod stream_events;

@@ -9,7 +9,7 @@
 
 mod acceptor;
 mod certificate;
-mod client_certificate;
+mod client_verification;
 mod config;
 mod file_error;
 mod handshake;
@@ -21,7 +21,7 @@ mod watch;
 pub use self::{
     acceptor::TlsAcceptor,
     certificate::Certificate,
-    client_certificate::VerifiedClientCertificate,
+    client_verification::VerifiedClientCertificate,
     config::{ClientAuth, ClientVerification, Config, KeyPairFiles, Version},
     file_error::{FileError, FileErrors, FileSetting},
     handshake::{Alpn, HandshakeError, NegotiatedTls},

@@ -10,13 +10,13 @@ mod client_identity;
 mod credentials;
 mod encryption;
 mod error;
+mod event_stream;
 mod health;
 mod http_client;
 pub mod no_proxy;
-mod redirect;
+mod redirect_policy;
 #[cfg(test)]
 pub(crate) mod scripted;
-mod stream;
 mod token_provisioning;
 
 pub use admin_token::{AdminToken, Error as AdminTokenError, State as AdminTokenState};
@@ -24,7 +24,7 @@ pub use client::{FeaturesResponse, FetchResult, TokenAccess, Upstream};
 pub use client_identity::{ClientIdentity, Error as IdentityError, Passphrase};
 pub use credentials::Credentials;
 pub use error::{Error, Fault, Retry};
+pub use event_stream::UpstreamEventStream;
 pub use health::Health;
 pub use http_client::Config;
-pub use stream::UpstreamEventStream;
 pub use token_provisioning::{Credential, Error as ProvisioningError};

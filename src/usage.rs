@@ -29,7 +29,7 @@ mod counters;
 mod delivery_queue;
 mod downstream_edges;
 mod environment_queue;
-mod impact;
+mod impact_metrics;
 mod memory_pool;
 mod pipeline;
 mod sender;
@@ -343,7 +343,11 @@ impl Usage {
     }
 
     /// Records a registration; false if it would exceed the token's quota.
-    fn try_register(&self, reporter: &ReportingClient<'_>, mut application: ClientApplication) -> bool {
+    fn try_register(
+        &self,
+        reporter: &ReportingClient<'_>,
+        mut application: ClientApplication,
+    ) -> bool {
         let ReportingClient { token, sdk_kind: kind, scope, .. } = *reporter;
         let kind = match (kind, application.sdk_kind) {
             (SdkKind::Frontend, _) => SdkKind::Frontend,

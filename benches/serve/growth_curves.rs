@@ -9,7 +9,7 @@ use super::{
     exchange::NUMBER,
     load::NumberSource,
     measure::{Case, Measured, Session},
-    rows::{FLAGS, RequestKind, frontend_path},
+    sdk_requests::{FLAGS, RequestKind, frontend_path},
 };
 
 /// More rounds would not make a curve more precise.

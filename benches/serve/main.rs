@@ -6,7 +6,7 @@
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for the terminal")]
 
-mod bare;
+mod bare_hyper;
 mod contender;
 #[path = "../exchange.rs"]
 mod exchange;
@@ -29,7 +29,7 @@ mod plot;
 #[path = "../process.rs"]
 mod process;
 mod report;
-mod rows;
+mod sdk_requests;
 mod swap;
 #[path = "../table.rs"]
 mod table;
@@ -46,8 +46,8 @@ use anyhow::{Result, ensure};
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
 use crate::{
-    bare::TlsIdentity, contender::Contenders, growth_curves::CURVES, handshake_load::LoadPlan,
-    measure::Session, report::Report, rows::ROWS,
+    bare_hyper::TlsIdentity, contender::Contenders, growth_curves::CURVES,
+    handshake_load::LoadPlan, measure::Session, report::Report, sdk_requests::ROWS,
 };
 
 fn main() -> Result<()> {
@@ -59,7 +59,7 @@ fn main() -> Result<()> {
                 [Some(certificate), Some(key)] => Some(TlsIdentity { certificate, key }),
                 _ => None,
             };
-            bare::serve(path(matches, "answer"), number(matches, "port"), identity.as_ref())
+            bare_hyper::serve(path(matches, "answer"), number(matches, "port"), identity.as_ref())
         }
         Some(("connect", matches)) => handshake_load::run(LoadPlan {
             host: number(matches, "host"),

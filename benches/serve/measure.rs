@@ -5,7 +5,7 @@ use std::{cell::Cell, collections::BTreeMap, time::Duration};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::{
-    bare,
+    bare_hyper,
     contender::{Contender, Contenders, Server},
     exchange::{NUMBER, RawResponse, Request},
     load::{self, NumberSource, Sample, Transport},
@@ -120,7 +120,7 @@ impl Session {
         let mut runners = Vec::new();
         if contenders.contains(&Contender::Bare) {
             let file = self.contenders.folder().join("answer");
-            bare::write_response(&parapet.answer, &file)?;
+            bare_hyper::write_response(&parapet.answer, &file)?;
             let request = parapet.request.clone();
             let server = self.contenders.bare(&file, case.transport)?;
             let answer = server.send(&request, 0)?;

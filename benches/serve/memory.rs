@@ -3,7 +3,7 @@
 use std::{net::TcpStream, time::Duration};
 
 use super::{
-    bare,
+    bare_hyper,
     contender::Server,
     exchange::Request,
     handshake_load,
@@ -11,7 +11,7 @@ use super::{
     measure::Session,
     numbers::to_f64,
     process,
-    rows::{FLAGS, RequestKind},
+    sdk_requests::{FLAGS, RequestKind},
 };
 use anyhow::Result;
 
@@ -75,7 +75,7 @@ pub(crate) fn run(session: &Session) -> Result<Vec<MemoryMeasurement>> {
         let (request, answer) = case.prepare(&parapet)?;
         let bytes = idle_connection_bytes(&parapet, over, &request, count)?;
         let file = session.contenders.folder().join("answer");
-        bare::write_response(&answer, &file)?;
+        bare_hyper::write_response(&answer, &file)?;
         let bare = Some(idle_connection_bytes(
             &session.contenders.bare(&file, over)?,
             over,

@@ -6,7 +6,7 @@ use super::{
     measure::Measured,
     numbers::{thousands, to_f64},
     picture::{Panel, Picture},
-    rows::RowResult,
+    sdk_requests::RowResult,
 };
 
 fn class(contender: Contender) -> &'static str {

@@ -11,7 +11,7 @@ use super::{
     memory::MemoryMeasurement,
     numbers::{thousands, to_f64, verdict},
     plot,
-    rows::RowResult,
+    sdk_requests::RowResult,
     swap::{self, SwapResult},
     table::Table,
 };

@@ -17,14 +17,14 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use super::{
-    bare,
+    bare_hyper,
     contender::Server,
     exchange::Request,
     load::Transport,
     measure::{Case, Session},
     numbers::median,
     process::Process,
-    rows::RequestKind,
+    sdk_requests::RequestKind,
     upstream::COUNT_PATH,
 };
 
@@ -110,7 +110,7 @@ fn measure_request(
     eprintln!("{title}, pauses of {:?}, calm and while {FLAGS} flags are swapped", case.pause);
     let (request, answer) = case.prepare(parapet)?;
     let file = session.contenders.folder().join("answer");
-    bare::write_response(&answer, &file)?;
+    bare_hyper::write_response(&answer, &file)?;
     let bare = session.contenders.bare(&file, Transport::Tcp)?;
     let load = |server: &Server, time| {
         session.load(case, session.reserve_numbers(), server, (&request, &answer), time)

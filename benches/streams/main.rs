@@ -5,7 +5,7 @@
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for the terminal")]
 
-mod bare;
+mod bare_tokio;
 mod clients;
 #[path = "../exchange.rs"]
 mod exchange;
@@ -54,7 +54,7 @@ fn main() -> Result<()> {
     match matches.subcommand() {
         Some(("bare", matches)) => {
             let port = *matches.get_one("port").expect("it is required");
-            bare::serve(path(matches, "first"), path(matches, "then"), port)
+            bare_tokio::serve(path(matches, "first"), path(matches, "then"), port)
         }
         Some(_) => unreachable!("clap rejects other subcommands"),
         None if matches.get_flag("bench") => bench(&matches),

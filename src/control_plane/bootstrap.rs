@@ -9,7 +9,7 @@ use super::{
     initial_settings::{self, InitialSetting},
     password::{Hasher, Password},
     permissions::{Actor, Operator, RootRole},
-    tokens::{self, TokenMetadata, NewToken},
+    tokens::{self, NewToken, TokenMetadata},
 };
 use crate::token::{Environment, Grant, Projects, Scope, Token, TokenKind};
 

@@ -7,8 +7,8 @@
 mod change_listener;
 mod connection;
 mod pool;
-mod postgres;
-mod sqlite;
+mod postgres_servers;
+mod sqlite_file;
 mod url;
 
 use std::{
@@ -36,8 +36,8 @@ pub(super) use self::{
 use self::{
     connection::timeout_error,
     pool::{Backend, Pool},
-    postgres::PostgresServers,
-    sqlite::SqliteFile,
+    postgres_servers::PostgresServers,
+    sqlite_file::SqliteFile,
 };
 use super::{
     error::Error,

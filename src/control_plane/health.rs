@@ -94,7 +94,12 @@ impl Health {
     /// Records the duration and the outcome of an operation.
     ///
     /// An error message from the server itself proves that it is reachable.
-    pub(super) fn record(&self, what: DatabaseOperation, took: Duration, error: Option<&sqlx::Error>) {
+    pub(super) fn record(
+        &self,
+        what: DatabaseOperation,
+        took: Duration,
+        error: Option<&sqlx::Error>,
+    ) {
         let operation = match what {
             DatabaseOperation::Connect => "connect",
             DatabaseOperation::Statement => "statement",

@@ -6,7 +6,7 @@
 //!
 //! Usage is merged, bounded and sent in `usage`, not here.
 
-mod impact;
+mod impact_metrics;
 mod object;
 
 use std::{collections::BTreeMap, sync::Arc};
@@ -17,7 +17,7 @@ use serde_json::{Map, Value};
 
 use self::object::{ObjectReader, lenient_text};
 pub use self::{
-    impact::{HistogramSample, ImpactMetric, Labels, NumericSample, Samples, UpperBound},
+    impact_metrics::{HistogramSample, ImpactMetric, Labels, NumericSample, Samples, UpperBound},
     object::{MAX_INTEGER, MAX_NUMBER, ParseError},
 };
 
@@ -316,7 +316,7 @@ impl ClientMetrics {
             instance_id: object.optional_text("instanceId", MAX_TEXT_BYTES),
             connection_id: object.optional_text("connectionId", MAX_TEXT_BYTES),
             bucket,
-            impact_metrics: impact::parse_list(object.take("impactMetrics")).0,
+            impact_metrics: impact_metrics::parse_list(object.take("impactMetrics")).0,
             metadata: SdkMetadata::from_object(&mut object),
         })
     }
@@ -391,7 +391,7 @@ impl BulkReport {
         let metrics = object.required_array("metrics")?;
         let applications = parse_items(applications, ClientApplication::from_value, &mut malformed);
         let metrics = parse_items(metrics, BulkMetric::from_value, &mut malformed);
-        let (impact_metrics, unread) = impact::parse_list(object.take("impactMetrics"));
+        let (impact_metrics, unread) = impact_metrics::parse_list(object.take("impactMetrics"));
         Ok(Self { applications, metrics, impact_metrics, malformed: malformed + unread })
     }
 }

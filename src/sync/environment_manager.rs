@@ -16,8 +16,8 @@ use tracing::{error, warn};
 
 use super::{
     backoff::Backoff,
-    environment_list::EnvironmentTracker,
     environment_sync::{Config, Dependencies, EnvironmentSync},
+    environment_tracker::EnvironmentTracker,
     publish::publish,
     stream_pool,
 };

@@ -17,7 +17,7 @@ use tracing::{debug, info, warn};
 use super::{
     backoff::Backoff,
     merge::{FetchedDocument, TokenDocuments, merge},
-    poll::{Poll, PollError, PollResult},
+    poll_once::{Poll, PollError, PollResult},
     publish::publish,
     reconnect::{CloseReason, Reconnect, StreamUnavailable, UpstreamMode},
     stream_events::{self, Applied, StreamUpdate},

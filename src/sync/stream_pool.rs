@@ -13,7 +13,7 @@ use super::reconnect::{CloseReason, Reconnect, ReconnectPolicy, StreamUnavailabl
 use crate::{
     protocol::{delta::EventId, sse::Event},
     token::TokenDigest,
-    upstream::{Credential, Error, UpstreamEventStream, Upstream},
+    upstream::{Credential, Error, Upstream, UpstreamEventStream},
 };
 
 const STREAMS_ENDED: &str = "parapet_upstream_streams_ended_total";

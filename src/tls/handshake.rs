@@ -5,7 +5,7 @@ use std::{io, sync::Arc, time::Duration};
 use metrics::counter;
 use rustls::{Error as TlsError, HandshakeKind, ProtocolVersion, ServerConnection};
 
-use super::{client_certificate::VerifiedClientCertificate, config::Version};
+use super::{client_verification::VerifiedClientCertificate, config::Version};
 
 pub(super) const HANDSHAKES: &str = "parapet_tls_handshakes_total";
 
@@ -52,7 +52,8 @@ impl NegotiatedTls {
         let agreed = connection.alpn_protocol();
         let alpn = Alpn::ALL.into_iter().find(|it| agreed == Some(it.as_bytes()));
         let leaf = connection.peer_certificates().and_then(<[_]>::first);
-        let client_certificate = leaf.map(|leaf| Arc::new(VerifiedClientCertificate::from_verified(leaf)));
+        let client_certificate =
+            leaf.map(|leaf| Arc::new(VerifiedClientCertificate::from_verified(leaf)));
         Self { version, alpn, client_certificate }
     }
 }

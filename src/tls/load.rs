@@ -19,7 +19,7 @@ use zeroize::Zeroizing;
 
 use super::{
     certificate::Certificate,
-    client_certificate,
+    client_verification,
     config::{ClientVerification, Config, KeyPairFiles, Version},
     file_error::{FileError, FileErrors, FileSetting},
     handshake::Alpn,
@@ -230,7 +230,7 @@ impl ErrorCollector {
         };
         let Some((roots, crls)) = roots.zip(crls) else { return (None, None) };
         let until = crls.iter().filter_map(crl_next_update).min();
-        match client_certificate::client_verifier(provider, roots, crls, *auth) {
+        match client_verification::client_verifier(provider, roots, crls, *auth) {
             Ok(verifier) => (Some(verifier), until),
             Err(error) => {
                 let file = crl_file.as_ref().unwrap_or(ca_file).display();

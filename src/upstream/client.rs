@@ -21,10 +21,10 @@ use tokio::time::{Instant, timeout};
 use super::{
     admin_token::AdminToken,
     error::{self, Error},
-    health::{self, Health, HealthTracker, UpstreamOperation, RequestOutcome},
+    event_stream::UpstreamEventStream,
+    health::{self, Health, HealthTracker, RequestOutcome, UpstreamOperation},
     http_client::{self, Config},
-    redirect::Redirect,
-    stream::UpstreamEventStream,
+    redirect_policy::Redirect,
 };
 use crate::{
     protocol::{
@@ -192,9 +192,11 @@ impl Upstream {
         let limit = self.0.request_timeout;
         let head = timeout(limit, self.send_following_redirects(request)).await;
         let answer = match head.unwrap_or(Err(Error::StreamTimeout(limit))) {
-            Ok(response) if is_event_stream(&response) => {
-                Ok(Some(UpstreamEventStream::new(response, self.0.max_body, &self.0.health_tracker)))
-            }
+            Ok(response) if is_event_stream(&response) => Ok(Some(UpstreamEventStream::new(
+                response,
+                self.0.max_body,
+                &self.0.health_tracker,
+            ))),
             Ok(_) => Ok(None),
             Err(Error::Status { status, .. }) if is_path_missing(status) => Ok(None),
             Err(error) => Err(error),

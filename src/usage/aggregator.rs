@@ -28,7 +28,7 @@ use jiff::Timestamp;
 use super::{
     applications::{Applications, InstanceKey, Registration},
     counter::{Counter, CounterKey, Hour, MERGED_NAME, NameStatus, Overflow},
-    impact::ImpactSeries,
+    impact_metrics::ImpactSeries,
     memory_pool::{MemoryPool, Quota},
 };
 use crate::{

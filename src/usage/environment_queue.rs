@@ -20,7 +20,7 @@ use super::{
     batch::{Batch, BatchBuilder, Item, ItemKind, MAX_BODY_BYTES},
     counter::Overflow,
     counters::Counters,
-    impact::{AppMetric, ImpactSeries},
+    impact_metrics::{AppMetric, ImpactSeries},
     memory_pool::Reservation,
     usage_metrics,
 };

@@ -16,7 +16,7 @@ use super::{
     batch::{Batch, Item, ItemKind},
     counter::{Counter, CounterKey, Hour, NameStatus},
     environment_queue::{Age, BatchId, EnvironmentQueue},
-    impact::AppMetric,
+    impact_metrics::AppMetric,
     memory_pool::{Quota, Reservation},
 };
 use crate::{

@@ -7,7 +7,7 @@ use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 
 use crate::control_plane::{run_parapet, temp_file_with};
-use crate::rig::{Parapet, Sdk, Unleash, UnleashVersion, http, leak_check, wait_until};
+use crate::rig::{Parapet, Sdk, Unleash, UnleashVersion, http, secret_leak_check, wait_until};
 
 /// The account of a fresh Unleash.
 const OWNER: (&str, &str) = ("admin", "unleash4all");
@@ -41,7 +41,7 @@ async fn sign_in(parapet: &Parapet) -> String {
         .map(|cookie| cookie.to_str().unwrap().split(';').next().unwrap().to_owned())
         .collect();
     for cookie in &cookies {
-        leak_check::register(cookie.split_once('=').unwrap().1);
+        secret_leak_check::register(cookie.split_once('=').unwrap().1);
     }
     cookies.join("; ")
 }
@@ -80,7 +80,7 @@ async fn token_lifecycle(version: UnleashVersion) {
     let (status, made) = send(own(create())).await;
     assert_eq!(status, StatusCode::CREATED, "{made}");
     let secret = made["secret"].as_str().unwrap().to_owned();
-    leak_check::register(&secret);
+    secret_leak_check::register(&secret);
     let listed = unleash.tokens_named(&name).await;
     let [listed] = &listed[..] else { panic!("{listed:?}") };
 
@@ -197,7 +197,7 @@ async fn command_line_manages_unleash_tokens_through_edge_or_directly() {
             };
             let made = ask(&["token", "create", "--name", "by-shell"], "");
             let secret = made.trim();
-            leak_check::register(secret);
+            secret_leak_check::register(secret);
             assert_eq!(unleash.tokens_named("by-shell").await.len(), 1);
             wait_until("the new token works", Duration::from_secs(10), async || {
                 (parapet.get("/api/client/features", secret).await.0 == StatusCode::OK)

@@ -20,7 +20,8 @@ use tokio::task::JoinSet;
 use crate::in_process_parapet::{CLIENT, FRONTEND, InProcessParapet};
 use crate::rig::{
     Driver, EventStream, Nginx, Parapet, PersistentConnection, Protocol, SelfSignedCertificate,
-    SendOutcome, Setup, StallMode, StalledClient, http, leak_check, node, tests_dir, wait_until,
+    SendOutcome, Setup, StallMode, StalledClient, http, node, secret_leak_check, tests_dir,
+    wait_until,
 };
 
 const FLAGS: &str = r#"{"features":[{"name":"a","project":"default","enabled":true,
@@ -35,8 +36,8 @@ fn offline() -> Setup {
 }
 
 fn offline_with(flags: &str) -> Setup {
-    leak_check::register(CLIENT);
-    leak_check::register(FRONTEND);
+    secret_leak_check::register(CLIENT);
+    secret_leak_check::register(FRONTEND);
     let file = tempfile::tempdir().unwrap().keep().join("flags.json");
     std::fs::write(&file, flags).unwrap();
     let setup = Parapet::mode("offline").flag("--bootstrap-file", &file);

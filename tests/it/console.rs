@@ -12,7 +12,8 @@ use tokio::task::JoinSet;
 
 use crate::control_plane::run_parapet;
 use crate::rig::{
-    Driver, Parapet, Sdk, Unleash, UnleashVersion, http, leak_check, node, tests_dir, wait_until,
+    Driver, Parapet, Sdk, Unleash, UnleashVersion, http, node, secret_leak_check, tests_dir,
+    wait_until,
 };
 
 const OWNER: &str = "admin";
@@ -151,7 +152,7 @@ async fn standalone() -> Parapet {
 /// A standalone with other flags.
 async fn standalone_with(flags: &Path) -> Parapet {
     for password in [PASSWORD, VIEWER_PASSWORD] {
-        leak_check::register(password);
+        secret_leak_check::register(password);
     }
     Parapet::mode("standalone")
         .flag("--flags", flags)
@@ -195,7 +196,7 @@ async fn token_created_in_the_console_works_in_an_sdk() {
     let form = json!({ "name": "checkout", "kind": "Backend", "environment": "development" });
     let made = console.call("create_token", form).await;
     let secret = text_of(&made["secret"]).to_owned();
-    leak_check::register(&secret);
+    secret_leak_check::register(&secret);
     assert_eq!(made["clipboard"], secret.as_str(), "Copy copies the secret");
     for sdk in ["curl", "Node", "Python"] {
         assert!(text_of(&made["snippets"][sdk]).contains(&secret), "{sdk} has a snippet");
@@ -232,7 +233,7 @@ async fn token_created_in_the_console_works_in_an_sdk() {
         "projects": ["default"] });
     console.open_section("API access").await;
     let made = console.call("create_token", frontend).await;
-    leak_check::register(text_of(&made["secret"]));
+    secret_leak_check::register(text_of(&made["secret"]));
     assert!(text_of(&made["snippets"]["Frontend SDK"]).contains(text_of(&made["secret"])));
     console.assert_accessible("the new secret").await;
     console.call("close_dialog", Value::Null).await;
@@ -310,7 +311,7 @@ async fn code_snippets_of_the_console_work_unchanged() {
     ] {
         let form = json!({ "name": format!("for {kind}"), "kind": kind });
         let made = console.call("create_token", form).await;
-        leak_check::register(text_of(&made["secret"]));
+        secret_leak_check::register(text_of(&made["secret"]));
         console.call("close_dialog", Value::Null).await;
         assert_eq!(made["snippets"].as_object().unwrap().len(), ways.len(), "{kind}");
         for (way, program, arguments, expect) in ways {
@@ -331,7 +332,7 @@ async fn viewer_sees_only_permitted_actions_and_is_denied_the_others() {
     admin.open_section("API access").await;
     for (name, kind) in [("checkout", "Backend"), ("web shop", "Frontend"), ("robot", "Admin")] {
         let made = admin.call("create_token", json!({ "name": name, "kind": kind })).await;
-        leak_check::register(text_of(&made["secret"]));
+        secret_leak_check::register(text_of(&made["secret"]));
         admin.call("close_dialog", Value::Null).await;
     }
     admin.open_section("Accounts").await;
@@ -369,7 +370,7 @@ async fn viewer_sees_only_permitted_actions_and_is_denied_the_others() {
     let offered = viewer.buttons().await;
     assert!(offers(&offered, "New API token") && !offers(&offered, "Delete"), "{offered:?}");
     let made = viewer.call("create_token", json!({ "name": "own", "kind": "Backend" })).await;
-    leak_check::register(text_of(&made["secret"]));
+    secret_leak_check::register(text_of(&made["secret"]));
     viewer.call("close_dialog", Value::Null).await;
     assert_eq!(
         parapet.get("/api/client/features", text_of(&made["secret"])).await.0,
@@ -462,7 +463,7 @@ async fn console_of_an_edge_manages_accounts_and_tokens_of_unleash() {
     let form = json!({ "name": "of the edge", "kind": "Backend", "environment": "development" });
     let made = console.call("create_token", form).await;
     let secret = text_of(&made["secret"]).to_owned();
-    leak_check::register(&secret);
+    secret_leak_check::register(&secret);
     console.call("close_dialog", Value::Null).await;
     let text = console.text().await;
     assert!(
@@ -526,7 +527,7 @@ async fn console_of_an_edge_shows_its_standalone_upstream() {
     console.open_section("API access").await;
     let form = json!({ "name": "far", "kind": "Admin" });
     let made = console.call("create_token", form).await;
-    leak_check::register(text_of(&made["secret"]));
+    secret_leak_check::register(text_of(&made["secret"]));
     console.call("close_dialog", Value::Null).await;
     console.call("delete_token", json!({ "name": "far" })).await;
     console.open_section("Accounts").await;
@@ -569,7 +570,7 @@ async fn console_is_usable_by_keyboard() {
     // It does not close a secret that cannot be shown again.
     for name in ["first", "second"] {
         let made = console.call("create_token", json!({ "name": name, "kind": "Backend" })).await;
-        leak_check::register(text_of(&made["secret"]));
+        secret_leak_check::register(text_of(&made["secret"]));
         for _ in 0..3 {
             console.call("press", json!({ "key": "Escape" })).await;
         }
@@ -582,7 +583,7 @@ async fn console_is_usable_by_keyboard() {
     console.open_section("Flags").await;
     console.open_section("API access").await;
     let made = console.call("create_token", json!({ "name": "third", "kind": "Backend" })).await;
-    leak_check::register(text_of(&made["secret"]));
+    secret_leak_check::register(text_of(&made["secret"]));
     console.call("back", Value::Null).await;
     console.call("says", json!({ "text": "Open a flag to see who gets it" })).await;
     assert_eq!(console.call("dialog", Value::Null).await["open"], true);
@@ -688,7 +689,7 @@ async fn long_names_do_not_overflow_the_page() {
     console.open_section("API access").await;
     let form = json!({ "name": long, "kind": "Frontend", "environment": "production" });
     let made = console.call("create_token", form).await;
-    leak_check::register(text_of(&made["secret"]));
+    secret_leak_check::register(text_of(&made["secret"]));
     console.assert_accessible("the secret of a long name").await;
     console.call("close_dialog", Value::Null).await;
     console.assert_no_overflow("API access").await;

@@ -13,7 +13,7 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use sqlx::{Connection as _, Executor as _};
 
-use crate::rig::{Parapet, Postgres, http, leak_check, wait_until};
+use crate::rig::{Parapet, Postgres, http, secret_leak_check, wait_until};
 
 const FLAGS: &str = r#"{"features":[
     {"name":"first","project":"default","enabled":true,"strategies":[{"name":"default"}]},
@@ -40,7 +40,7 @@ struct Installation {
 
 impl Installation {
     async fn new(kept: DatabaseKind) -> Self {
-        leak_check::register(PASSWORD);
+        secret_leak_check::register(PASSWORD);
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("flags.json"), FLAGS).unwrap();
         let database = match kept {
@@ -148,7 +148,7 @@ async fn sign_in_with(
             let cookie = cookie.to_str().unwrap();
             assert!(cookie.contains("HttpOnly") && cookie.contains("SameSite=Strict"), "{cookie}");
             let pair = cookie.split(';').next().unwrap().to_owned();
-            leak_check::register(pair.split_once('=').unwrap().1);
+            secret_leak_check::register(pair.split_once('=').unwrap().1);
             pair
         })
         .collect();
@@ -191,7 +191,7 @@ impl Session {
         let token = json!({ "tokenName": name, "type": kind, "environment": environment });
         let (status, made) = self.call(Method::POST, "/api/admin/api-tokens", &token).await;
         if status == StatusCode::CREATED {
-            leak_check::register(made["secret"].as_str().unwrap());
+            secret_leak_check::register(made["secret"].as_str().unwrap());
         }
         (status, made)
     }
@@ -304,7 +304,10 @@ async fn token_lifecycle(kept: DatabaseKind) {
     if let Some(name) = place.database_name() {
         let dump = Postgres::shared().await.dump(name).await;
         assert!(dump.contains("checkout"), "the dump is of this database");
-        leak_check::assert_none_in("the database", &[("its dump".to_owned(), dump.into_bytes())]);
+        secret_leak_check::assert_none_in(
+            "the database",
+            &[("its dump".to_owned(), dump.into_bytes())],
+        );
     }
 }
 
@@ -544,7 +547,7 @@ async fn password_change_ends_sessions_and_cross_origin_changes_are_denied() {
         assert_eq!(answer.0, StatusCode::FORBIDDEN, "{headers:?}");
     }
 
-    leak_check::register(NEW_PASSWORD);
+    secret_leak_check::register(NEW_PASSWORD);
     let path = format!("/api/admin/user-admin/{id}/change-password");
     let (status, answer) =
         owner.call(Method::POST, &path, &json!({ "password": NEW_PASSWORD })).await;
@@ -590,7 +593,7 @@ async fn token_deleted_on_one_instance_is_rejected_by_the_other() {
 #[tokio::test]
 async fn edge_uses_standalone_as_upstream_like_unleash() {
     const ADMIN: &str = "*:*.seeded-admin-for-an-edge-0123456789";
-    leak_check::register(ADMIN);
+    secret_leak_check::register(ADMIN);
     let place = Installation::new(DatabaseKind::Sqlite).await;
     let flags = place.folder.path().join("flags.json");
     let standalone = Parapet::mode("standalone")
@@ -633,7 +636,7 @@ async fn edge_uses_standalone_as_upstream_like_unleash() {
 #[tokio::test]
 async fn token_is_created_used_and_deleted_through_edge_that_relays_to_standalone() {
     const ADMIN: &str = "*:*.seeded-admin-for-a-relay-0123456789";
-    leak_check::register(ADMIN);
+    secret_leak_check::register(ADMIN);
     let place = Installation::new(DatabaseKind::Sqlite).await;
     let flags = place.folder.path().join("flags.json");
     let standalone = Parapet::mode("standalone")
@@ -753,7 +756,7 @@ async fn command_line_changes_are_enforced_by_running_instance() {
     let made =
         run_on_database(&parapet, &["token", "create", "--name", "from the shell"], "").unwrap();
     let secret = made.trim();
-    leak_check::register(secret);
+    secret_leak_check::register(secret);
     wait_until("the new token works", Duration::from_secs(10), async || {
         (features_status(&parapet, secret).await == StatusCode::OK).then_some(())
     })
@@ -779,14 +782,14 @@ async fn command_line_changes_are_enforced_by_running_instance() {
         NEW_PASSWORD,
     )
     .unwrap();
-    leak_check::register(NEW_PASSWORD);
+    secret_leak_check::register(NEW_PASSWORD);
     let status = old.call(Method::GET, "/api/admin/user", &Value::Null).await.0;
     assert_eq!(status, StatusCode::UNAUTHORIZED);
     let owner = sign_in(&parapet, OWNER, NEW_PASSWORD).await.unwrap();
     let made =
         run_on_database(&parapet, &["account", "add", "ann", "--role", "Viewer"], "").unwrap();
     let password = made.split_whitespace().skip_while(|word| *word != "password").nth(1).unwrap();
-    leak_check::register(password);
+    secret_leak_check::register(password);
     run_on_database(&parapet, &["account", "grant", "ann", "CREATE_API_TOKEN"], "").unwrap();
     let ann = sign_in(&parapet, "ann", password).await.unwrap();
     assert_eq!(ann.create_token("frontend", "ann's").await.0, StatusCode::CREATED);
@@ -826,7 +829,7 @@ async fn command_line_works_with_url_as_with_database() {
         "",
     );
     let admin = admin.unwrap().trim().to_owned();
-    leak_check::register(&admin);
+    secret_leak_check::register(&admin);
     let (url, file) = (parapet.admin_url(), temp_file_with(&admin));
     let place = ["--url", &url, "--token-file", file.path().to_str().unwrap()];
     let ask = |arguments: &[&str], input: &str| run_parapet(&[arguments, &place].concat(), input);
@@ -841,7 +844,7 @@ async fn command_line_works_with_url_as_with_database() {
 
     let made = json(&["token", "create", "--name", "far", "--project", "web"]);
     let secret = made["secret"].as_str().unwrap();
-    leak_check::register(secret);
+    secret_leak_check::register(secret);
     assert_eq!(features_status(&parapet, secret).await, StatusCode::OK);
     let listed = json(&["token", "list", "--name", "far"]);
     assert_eq!(listed[0]["projects"], json!(["web"]));
@@ -859,7 +862,7 @@ async fn command_line_works_with_url_as_with_database() {
 
     let made = json(&["account", "add", "ann", "--role", "Editor"]);
     let first = made["password"].as_str().unwrap();
-    leak_check::register(first);
+    secret_leak_check::register(first);
     assert_eq!((&made["username"], &made["role"]), (&json!("ann"), &json!("Editor")));
     let granted = json(&["account", "grant", "ann", "CREATE_API_TOKEN"]);
     let both = json!(["CREATE_CLIENT_API_TOKEN", "CREATE_FRONTEND_API_TOKEN"]);
@@ -870,7 +873,7 @@ async fn command_line_works_with_url_as_with_database() {
     let ann = accounts.as_array().unwrap().iter().find(|it| it["username"] == "ann").unwrap();
     assert_eq!(ann, &taken);
     ask(&["account", "password", "ann", "--password-file", "-"], NEW_PASSWORD).unwrap();
-    leak_check::register(NEW_PASSWORD);
+    secret_leak_check::register(NEW_PASSWORD);
     assert!(sign_in(&parapet, "ann", first).await.is_err());
     let ann = sign_in(&parapet, "ann", NEW_PASSWORD).await.unwrap();
     assert_eq!(ann.create_token("client", "ann's").await.0, StatusCode::CREATED);

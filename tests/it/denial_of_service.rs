@@ -9,15 +9,15 @@ use reqwest::{Client, StatusCode};
 use serde_json::json;
 
 use crate::in_process_parapet::{CLIENT, FRONTEND, InProcessParapet};
-use crate::rig::{Parapet, leak_check, wait_until};
+use crate::rig::{Parapet, secret_leak_check, wait_until};
 
 const FLAGS: &str =
     r#"{"features":[{"name":"a","enabled":true,"strategies":[{"name":"default"}]}]}"#;
 
 /// Offline, with a client token and a frontend token.
 async fn offline() -> Parapet {
-    leak_check::register(CLIENT);
-    leak_check::register(FRONTEND);
+    secret_leak_check::register(CLIENT);
+    secret_leak_check::register(FRONTEND);
     let folder = tempfile::tempdir().unwrap().keep();
     let file = folder.join("flags.json");
     std::fs::write(&file, FLAGS).unwrap();

@@ -22,7 +22,7 @@ use tokio::net::TcpListener;
 
 use crate::rig::{
     FakeWallClock, Parapet, STORE_TIMEOUT, Setup, TokenKind, Unleash, UnleashVersion,
-    build_hanging_disk_library, http, leak_check, wait_until,
+    build_hanging_disk_library, http, secret_leak_check, wait_until,
 };
 
 const ALL: &str = "*:development.all-projects-0123456789abcdef0123456789";
@@ -70,7 +70,7 @@ struct Upstream(Arc<Mutex<State>>);
 impl Upstream {
     async fn start() -> (Self, String) {
         for token in [ALL, A, C, C_FRONTEND, A_AND_B, B_AND_C] {
-            leak_check::register(token);
+            secret_leak_check::register(token);
         }
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -203,7 +203,7 @@ async fn wait_until_confirmed(parapet: &Parapet) {
 
 /// Deletes the record of this name from the data directory of a stopped instance.
 fn remove_record(parapet: &Parapet, name: &str) {
-    let files = leak_check::read_files(&parapet.data_dir())
+    let files = secret_leak_check::read_files(&parapet.data_dir())
         .into_iter()
         .map(|(path, _)| PathBuf::from(path));
     let is_meant = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().starts_with(name);
@@ -691,7 +691,7 @@ async fn edge_with_unreachable_upstream_is_not_ready() {
         edge(&url).admin_token(admin).flag("--environments", "development"),
     ];
     for setup in setups {
-        leak_check::register(A);
+        secret_leak_check::register(A);
         let parapet = setup.start_listening().await;
         let (status, body) = ready_response(&parapet).await;
         assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{body}");

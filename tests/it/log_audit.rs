@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use sqlx::{Connection as _, Executor as _, PgConnection};
 
 use crate::rig::{
-    ChaosProxy, Fault, Parapet, Postgres, PostgresProxy, http, leak_check, wait_until,
+    ChaosProxy, Fault, Parapet, Postgres, PostgresProxy, http, secret_leak_check, wait_until,
 };
 
 /// Longer than the retry delays, which grow during an outage.
@@ -68,7 +68,7 @@ impl Scenario {
         let word_after = |name: &str| {
             let line = text.lines().find_map(|line| line.trim().strip_prefix(name)).unwrap();
             let word = line.split_whitespace().next().unwrap().to_owned();
-            leak_check::register(&word);
+            secret_leak_check::register(&word);
             word
         };
         word_after("password ");
@@ -88,7 +88,7 @@ impl Scenario {
         for parapet in self.instances() {
             for _ in 0..REQUESTS_PER_FAULT {
                 let made_up = format!("*:development.{:032x}", rand::random::<u128>());
-                leak_check::register(&made_up);
+                secret_leak_check::register(&made_up);
                 for token in [&*self.client, &made_up, "no token", ""] {
                     parapet.get(FEATURES, token).await;
                     parapet.admin_get_as("/status", token).await;
@@ -144,7 +144,7 @@ impl Scenario {
         let (status, made) = (answer.status(), answer.text().await.unwrap());
         if status == StatusCode::CREATED {
             let made: Value = serde_json::from_str(&made).unwrap();
-            leak_check::register(made["secret"].as_str().unwrap());
+            secret_leak_check::register(made["secret"].as_str().unwrap());
         }
         status
     }
@@ -631,7 +631,7 @@ async fn every_log_line_during_faults_is_expected_and_limited() {
     let mut complaints = String::new();
     for (name, log, own) in &logs {
         let shown = [("its log".to_owned(), log.clone().into_bytes())];
-        leak_check::assert_none_in(name, &shown);
+        secret_leak_check::assert_none_in(name, &shown);
         let expected: Vec<_> = COMMON.iter().chain(*own).collect();
         complaints += &check_log(name, log, &expected);
     }

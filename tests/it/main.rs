@@ -49,20 +49,20 @@ mod frontend_streaming;
 /// Parapet in this process, for tests of its responses.
 #[allow(dead_code, reason = "a toolkit: each test uses parts of it")]
 mod in_process_parapet;
+/// Limits on bodies, contexts and connections of one client.
+mod invalid_and_oversized_requests;
 /// How lists of IP addresses match.
 mod ip_address_lists;
-/// Limits on bodies, contexts and connections of one client.
-mod limits;
 /// The log of a standalone and an edge during many faults.
 mod log_audit;
+/// An edge whose tokens each see one project, and whose environments appear and disappear.
+mod multi_token_sync;
 /// OpenFeature: the official providers and the protocol.
 mod ofrep;
 /// The OpenAPI document against the responses.
 mod openapi;
 /// Settings, probes, metrics and the admin listener.
-mod ops;
-/// An edge whose tokens each see one project, and whose environments appear and disappear.
-mod project_tokens;
+mod operator_settings;
 /// Secrets and settings that change at run time.
 mod reload;
 /// Real servers, real SDKs and proxies that inject faults.

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::process::Command;
 
-use crate::rig::{Parapet, Postgres, http, leak_check, tests_dir, wait_until};
+use crate::rig::{Parapet, Postgres, http, secret_leak_check, tests_dir, wait_until};
 
 const FLAGS: &str = r#"{"features":[
     {"name":"cart","type":"release","project":"default","enabled":true,
@@ -49,7 +49,7 @@ impl SchemathesisRun {
 
     /// On a PostgreSQL database, or on SQLite.
     async fn with_database(database: Option<String>) -> Self {
-        [ADMIN, CLIENT, FRONTEND, PASSWORD].into_iter().for_each(leak_check::register);
+        [ADMIN, CLIENT, FRONTEND, PASSWORD].into_iter().for_each(secret_leak_check::register);
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("flags.json"), FLAGS).unwrap();
         let setup = Parapet::mode("standalone")
@@ -193,7 +193,7 @@ async fn denials_to_a_viewer_conform_to_the_document() {
     let cookies = signed_in.headers().get_all("set-cookie").iter();
     let mut cookies = cookies.map(|cookie| cookie.to_str().unwrap().split(';').next().unwrap());
     let cookie = cookies.find(|cookie| cookie.starts_with("parapet-session=")).unwrap();
-    leak_check::register(cookie.split_once('=').unwrap().1);
+    secret_leak_check::register(cookie.split_once('=').unwrap().1);
 
     // Signing out would end the run's own session, so that operation gets another one.
     let settings = format!(

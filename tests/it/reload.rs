@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::rig::{
-    Parapet, TokenKind, Unleash, UnleashVersion, build_hanging_disk_library, http, leak_check,
-    wait_until,
+    Parapet, TokenKind, Unleash, UnleashVersion, build_hanging_disk_library, http,
+    secret_leak_check, wait_until,
 };
 
 const FLAGS: &str = r#"{"version":2,"features":[
@@ -198,7 +198,7 @@ async fn replaced_admin_token_is_used_without_restart() {
 /// A standalone as upstream, with these admin tokens; its secrets are in files.
 async fn standalone(folder: &Path, tokens: &[&str]) -> Parapet {
     for token in tokens {
-        leak_check::register(token);
+        secret_leak_check::register(token);
     }
     let flags = folder.join("flags.json");
     fs::write(&flags, FLAGS).unwrap();
@@ -237,7 +237,7 @@ async fn create_token(server: &Parapet, admin: &str, name: &str, kind: &str) -> 
     let made =
         admin_request(server, admin, Method::POST, "/api/admin/api-tokens", &new_token).await;
     let secret = made["secret"].as_str().unwrap().to_owned();
-    leak_check::register(&secret);
+    secret_leak_check::register(&secret);
     secret
 }
 
@@ -342,7 +342,7 @@ async fn admin_token_file_without_token_is_ignored_and_reported() {
 async fn rejected_admin_token_opens_nothing_while_the_disk_hangs() {
     const FIRST: &str = "*:*.first-admin-of-a-disk-that-hangs-0123456789";
     const WRONG: &str = "*:*.wrong-admin-of-a-disk-that-hangs-0123456789";
-    leak_check::register(WRONG);
+    secret_leak_check::register(WRONG);
     let folder = tempfile::tempdir().unwrap();
     let upstream = standalone(folder.path(), &[FIRST]).await;
     let mut secret = MountedSecret::new(FIRST);
@@ -405,7 +405,7 @@ async fn sighup_replaces_offline_tokens_and_ignores_invalid_configuration() {
     const SECOND: &str = "*:development.second-of-an-offline-reload-012345678";
     const ELSEWHERE: &str = "*:elsewhere.third-of-an-offline-reload-0123456789ab";
     for token in [FIRST, SECOND, ELSEWHERE] {
-        leak_check::register(token);
+        secret_leak_check::register(token);
     }
     let folder = tempfile::tempdir().unwrap();
     let (flags, tokens) = (folder.path().join("flags.json"), folder.path().join("tokens"));
@@ -452,7 +452,7 @@ async fn sighup_replaces_offline_tokens_and_ignores_invalid_configuration() {
 #[tokio::test]
 async fn offline_is_ready_once_sighup_loads_its_first_tokens() {
     const TOKEN: &str = "*:development.only-one-of-an-offline-reload-0123456789";
-    leak_check::register(TOKEN);
+    secret_leak_check::register(TOKEN);
     let folder = tempfile::tempdir().unwrap();
     let (flags, config) = (folder.path().join("flags.json"), folder.path().join("parapet.toml"));
     fs::write(&flags, FLAGS).unwrap();

@@ -5,13 +5,11 @@
 //! process, even if that is killed. The rig does not use Parapet's internals. `tests/run` installs what
 //! it needs.
 
-mod certificate;
 pub(crate) mod chaos;
 mod clock;
-mod driver;
 mod event_stream;
 mod hanging_disk;
-pub(crate) mod leak_check;
+mod json_lines_driver;
 mod net;
 mod nginx;
 mod parapet;
@@ -19,16 +17,17 @@ mod persistent_connection;
 mod postgres;
 mod postgres_proxy;
 mod process;
+mod real_sdk;
 mod real_unleash;
-mod sdk;
+pub(crate) mod secret_leak_check;
+mod self_signed_certificate;
 mod stalled_client;
 
-pub(crate) use certificate::SelfSignedCertificate;
 pub(crate) use chaos::{ChaosProxy, Fault};
 pub(crate) use clock::FakeWallClock;
-pub(crate) use driver::Driver;
 pub(crate) use event_stream::EventStream;
 pub(crate) use hanging_disk::build_hanging_disk_library;
+pub(crate) use json_lines_driver::Driver;
 pub(crate) use net::{http, wait_until};
 pub(crate) use nginx::Nginx;
 pub(crate) use parapet::{Parapet, Setup};
@@ -36,6 +35,7 @@ pub(crate) use persistent_connection::{PersistentConnection, Protocol, SendOutco
 pub(crate) use postgres::Postgres;
 pub(crate) use postgres_proxy::{PostgresProxy, SilencePoint};
 pub(crate) use process::{node, tests_dir};
+pub(crate) use real_sdk::{Evaluation, Sdk};
 pub(crate) use real_unleash::{HourlyUsage, STORE_TIMEOUT, TokenKind, Unleash, UnleashVersion};
-pub(crate) use sdk::{Evaluation, Sdk};
+pub(crate) use self_signed_certificate::SelfSignedCertificate;
 pub(crate) use stalled_client::{StallMode, StalledClient};

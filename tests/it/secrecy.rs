@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use reqwest::{Method, StatusCode};
 
-use crate::rig::{Parapet, Sdk, TokenKind, Unleash, http, leak_check};
+use crate::rig::{Parapet, Sdk, TokenKind, Unleash, http, secret_leak_check};
 
 const ENVIRONMENT: &str = "development";
 
@@ -21,8 +21,8 @@ async fn no_token_appears_in_errors_logs_files_or_pages() {
             unleash.create_token(TokenKind::Frontend, ENVIRONMENT, &["*"], "secrecy").await;
         let unknown = format!("*:{ENVIRONMENT}.secrecy-0f1e2d3c4b5a69788796a5b4c3d2e1f0");
         let malformed = "secrecy-without-a-dot-0f1e2d3c4b5a6978";
-        leak_check::register(&unknown);
-        leak_check::register(malformed);
+        secret_leak_check::register(&unknown);
+        secret_leak_check::register(malformed);
         let edge =
             Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).with_short_intervals();
         let edge = edge.flag("--fleet-name", "secrecy").flag("--log", "debug,parapet=trace");
@@ -53,7 +53,8 @@ async fn no_token_appears_in_errors_logs_files_or_pages() {
                     let answer = request.header("Authorization", token).send().await.unwrap();
                     let (status, headers) = (answer.status(), format!("{:?}", answer.headers()));
                     let body = answer.text().await.unwrap();
-                    let leaks = leak_check::leaked_secrets(format!("{headers}\n{body}").as_bytes());
+                    let leaks =
+                        secret_leak_check::leaked_secrets(format!("{headers}\n{body}").as_bytes());
                     assert!(leaks.is_empty(), "{method} {path}: {status} {headers} {body}");
                     errors += u32::from(status.is_client_error());
                 }

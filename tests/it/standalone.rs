@@ -188,7 +188,8 @@ async fn first_start_without_flags_writes_an_example_and_later_starts_require_fl
     let ended =
         wait_until("it ends", Duration::from_secs(30), async || parapet.exit_status()).await;
     assert_eq!(ended.code(), Some(64), "{}", parapet.log());
-    assert!(!file.exists() && parapet.log().contains("config/flags.json does not exist"));
+    parapet.wait_until_logged("config/flags.json does not exist").await;
+    assert!(!file.exists());
 }
 
 #[tokio::test]

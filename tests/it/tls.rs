@@ -2,7 +2,7 @@
 //!
 //! `connections` covers HTTP connections and how they end.
 
-mod authority;
+mod certificate_authority;
 mod certificate_rotation;
 mod client_certificates;
 mod external_clients;
@@ -24,7 +24,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use self::authority::{CertificateFiles, TestAuthority};
+use self::certificate_authority::{CertificateFiles, TestAuthority};
 use crate::in_process_parapet::CLIENT;
 use crate::rig::{Parapet, Setup, http, wait_until};
 

@@ -10,7 +10,7 @@ use reqwest::StatusCode;
 use serde_json::{Value, json};
 
 use crate::rig::{
-    ChaosProxy, Fault, Parapet, Sdk, TokenKind, Unleash, UnleashVersion, http, leak_check,
+    ChaosProxy, Fault, Parapet, Sdk, TokenKind, Unleash, UnleashVersion, http, secret_leak_check,
     wait_until,
 };
 
@@ -108,7 +108,7 @@ impl<'a> EdgeUnderOutage<'a> {
 
     /// The response to a token that was never presented before.
     async fn request_with_token(&self, token: &str) -> reqwest::Response {
-        leak_check::register(token);
+        secret_leak_check::register(token);
         let url = self.parapet.url() + "/api/client/features";
         http().get(url).header("Authorization", token).send().await.unwrap()
     }

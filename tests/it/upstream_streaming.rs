@@ -23,7 +23,7 @@ use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 
-use crate::rig::{ChaosProxy, Parapet, leak_check, wait_until};
+use crate::rig::{ChaosProxy, Parapet, secret_leak_check, wait_until};
 
 const TOKEN: &str = "*:development.followed-0123456789abcdef0123456789";
 const ADMIN: &str = "*:*.admin-of-the-followed-0123456789abcdef0123456789";
@@ -126,7 +126,7 @@ type Body = UnsyncBoxBody<Bytes, io::Error>;
 
 impl Upstream {
     async fn start(offer: StreamReply) -> (Self, String) {
-        leak_check::register(TOKEN);
+        secret_leak_check::register(TOKEN);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let state = State {
@@ -522,7 +522,7 @@ async fn upstream_mode_forces_polling_or_streaming() {
 
 /// A real Parapet as upstream, offline, and its flag file.
 async fn offline(flag: &str) -> (Parapet, TempDir, PathBuf) {
-    leak_check::register(TOKEN);
+    secret_leak_check::register(TOKEN);
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("flags.json");
     write_flags(&file, flag);
@@ -622,7 +622,7 @@ async fn stream_of_revoked_token_closes_without_removing_flags() {
 async fn each_required_token_has_its_own_stream() {
     let tokens = ["a", "b"].map(|it| format!("{it}:development.followed-0123456789abcdef0123456"));
     for token in &tokens {
-        leak_check::register(token);
+        secret_leak_check::register(token);
     }
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("flags.json");
@@ -665,7 +665,7 @@ async fn each_required_token_has_its_own_stream() {
 
 #[tokio::test]
 async fn edge_in_front_of_standalone_streams_with_admin_token_and_reports_streams() {
-    leak_check::register(ADMIN);
+    secret_leak_check::register(ADMIN);
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("flags.json");
     write_flags(&file, "first");

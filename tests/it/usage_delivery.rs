@@ -14,7 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::rig::{
     ChaosProxy, Fault, Parapet, Postgres, STORE_TIMEOUT, TokenKind, Unleash, UnleashVersion, http,
-    leak_check, wait_until,
+    secret_leak_check, wait_until,
 };
 
 const ENVIRONMENT: &str = "development";
@@ -170,7 +170,7 @@ async fn usage_of_flag_newer_than_the_snapshot_is_counted() {
 async fn standalone_stores_usage_under_the_hour_of_its_bucket_end() {
     let (admin, client) = ("*:*.counts-standalone-admin", "*:development.counts-standalone-client");
     for token in [admin, client] {
-        leak_check::register(token);
+        secret_leak_check::register(token);
     }
     let flags = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(flags.path(), r#"{"features":[{"name":"f","enabled":true}]}"#).unwrap();
@@ -265,7 +265,7 @@ async fn batch_without_commit_reply_is_counted_once() {
     const LOSSES: usize = 3;
     let (admin, client) = ("*:*.counts-commit-admin", "*:development.counts-commit-client");
     for token in [admin, client] {
-        leak_check::register(token);
+        secret_leak_check::register(token);
     }
     let flags = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(flags.path(), r#"{"features":[{"name":"f","enabled":true}]}"#).unwrap();
@@ -342,7 +342,7 @@ async fn usage_rejected_by_firewall_arrives_later_with_the_same_token() {
         .await;
     assert_eq!(token_secrets_named(&unleash, name).await, tokens);
     let warning = "Upstream rejects usage although it serves flags with the same token";
-    assert!(parapet.log().contains(warning), "{}", parapet.log());
+    parapet.wait_until_logged(warning).await;
 
     post_until_accepted(&parapet.url(), METRICS, &token, &metrics_report_now(app_name, flag, 2))
         .await;

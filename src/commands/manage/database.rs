@@ -11,8 +11,8 @@ use super::{
 use crate::{
     config::ManageTask,
     control_plane::{
-        Account, Actor, TokenMetadata, ControlPlane, DatabaseLocation, NewAccount, NewToken, Operator,
-        PermissionChange, TokenPermission,
+        Account, Actor, ControlPlane, DatabaseLocation, NewAccount, NewToken, Operator,
+        PermissionChange, TokenMetadata, TokenPermission,
     },
     token::{Environment, Projects, TokenKind},
 };

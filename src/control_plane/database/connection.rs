@@ -13,7 +13,7 @@ use sqlx::{
 };
 use tokio::time::{Instant, timeout_at};
 
-use super::super::health::{Health, DatabaseOperation};
+use super::super::health::{DatabaseOperation, Health};
 
 type BoxStream<'a, T> = std::pin::Pin<Box<dyn stream::Stream<Item = T> + Send + 'a>>;
 type BoxFuture<'a, T> = std::pin::Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -80,8 +80,12 @@ impl Connection {
 
     pub(super) async fn commit(&mut self) -> Result<(), sqlx::Error> {
         let commit = self.raw.execute("COMMIT");
-        let running =
-            StatementGuard::start(&mut self.state, &self.health, self.timeout, DatabaseOperation::Commit);
+        let running = StatementGuard::start(
+            &mut self.state,
+            &self.health,
+            self.timeout,
+            DatabaseOperation::Commit,
+        );
         running.run_with_timeout(commit).await?;
         self.is_in_transaction = false;
         Ok(())
@@ -100,8 +104,12 @@ impl Connection {
     /// Checks that the server responds.
     pub(super) async fn ping(&mut self, patience: Duration) -> Result<(), sqlx::Error> {
         let ping = sqlx::Connection::ping(&mut self.raw);
-        let running =
-            StatementGuard::start(&mut self.state, &self.health, patience, DatabaseOperation::Statement);
+        let running = StatementGuard::start(
+            &mut self.state,
+            &self.health,
+            patience,
+            DatabaseOperation::Statement,
+        );
         running.run_with_timeout(ping).await
     }
 }

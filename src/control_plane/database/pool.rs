@@ -19,11 +19,11 @@ use tokio::{
 use super::{
     super::{
         error::Error,
-        health::{ConnectionCount, Health, DatabaseOperation},
+        health::{ConnectionCount, DatabaseOperation, Health},
     },
     connection::{Connection, State},
-    postgres::PostgresServers,
-    sqlite::SqliteFile,
+    postgres_servers::PostgresServers,
+    sqlite_file::SqliteFile,
 };
 
 /// The maximum number of connections, apart from those of listeners.

@@ -5,7 +5,7 @@ use jiff::Timestamp;
 
 use super::{flag_catalogue::FlagCatalogue, request};
 use crate::{
-    control_plane::{Actor, TokenMetadata, ControlPlane, NewToken},
+    control_plane::{Actor, ControlPlane, NewToken, TokenMetadata},
     http::response::{self, HttpError, HttpResponse},
     protocol::admin::{
         self as wire, Field, FieldErrors, MAX_PROJECTS, Rfc3339, Rfc3339Millis, ScopeId,

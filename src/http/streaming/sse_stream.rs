@@ -183,7 +183,9 @@ impl StateChangeWaiter {
     }
 }
 
-async fn wait_for_change(mut states: watch::Receiver<StateId>) -> (Changed, watch::Receiver<StateId>) {
+async fn wait_for_change(
+    mut states: watch::Receiver<StateId>,
+) -> (Changed, watch::Receiver<StateId>) {
     (states.changed().await, states)
 }
 

@@ -11,7 +11,7 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use super::{DatabaseKind, Installation, OWNER, PASSWORD, Session, features_status, sign_in};
-use crate::rig::{Parapet, http, leak_check, wait_until};
+use crate::rig::{Parapet, http, secret_leak_check, wait_until};
 
 /// The number of tokens that are created while a backup is written.
 const TOKENS_DURING_BACKUP: usize = 30;
@@ -103,7 +103,10 @@ async fn backup_is_restored(from: DatabaseKind, to: DatabaseKind) {
     assert_succeeded(&early, "wrote ");
     assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600);
     let text = decompress(&file);
-    leak_check::assert_none_in("the backup", &[("it".to_owned(), text.clone().into_bytes())]);
+    secret_leak_check::assert_none_in(
+        "the backup",
+        &[("it".to_owned(), text.clone().into_bytes())],
+    );
     assert!(text.contains("checkout") && text.contains("$argon2id$"), "it is readable");
     let names: BTreeSet<String> =
         (0..TOKENS_DURING_BACKUP).map(|it| format!("write-{it:02}")).collect();

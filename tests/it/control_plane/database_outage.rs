@@ -12,7 +12,9 @@ use super::{
     DatabaseKind, FLAGS, Installation, NEW_PASSWORD, OWNER, PASSWORD, Session, features_status,
     sign_in,
 };
-use crate::rig::{Parapet, Postgres, PostgresProxy, SilencePoint, http, leak_check, wait_until};
+use crate::rig::{
+    Parapet, Postgres, PostgresProxy, SilencePoint, http, secret_leak_check, wait_until,
+};
 
 /// Two instances on one database.
 struct InstancePair {
@@ -66,7 +68,7 @@ impl InstancePair {
 }
 
 fn installation_behind(proxy: &PostgresProxy, database: &str) -> Installation {
-    leak_check::register(PASSWORD);
+    secret_leak_check::register(PASSWORD);
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("flags.json"), FLAGS).unwrap();
     let port = proxy.port();
@@ -133,7 +135,7 @@ async fn revocation_takes_effect_when_the_token_query_gets_no_response() {
     .await;
     wait_until_rejected(&pair.two, &secret, Duration::from_secs(10)).await;
     wait_until_token_created(&pair.owner_of_two(), Duration::from_secs(10)).await;
-    assert!(pair.two.log().contains("no response within"), "{}", pair.two.log());
+    pair.two.wait_until_logged("no response within").await;
 }
 
 /// The machine of an instance disappears in the middle of a transaction; its database session stays,
@@ -256,13 +258,13 @@ async fn usage_is_stored_on_all_instances_after_one_connection_went_silent() {
         (pair.two.metric("parapet_usage_storing").await? == 0.0).then_some(())
     })
     .await;
-    assert!(pair.two.log().contains("Usage could not be stored"), "{}", pair.two.log());
+    pair.two.wait_until_logged("Usage could not be stored").await;
     wait_until_counted(&pair.owner, 11, Duration::from_secs(30)).await;
     wait_until("the log reports that usage is stored", Duration::from_secs(15), async || {
         (database_status(&pair.owner_of_two()).await["usageWaitsSince"].is_null()).then_some(())
     })
     .await;
-    assert!(pair.two.log().contains("Usage is stored again"), "{}", pair.two.log());
+    pair.two.wait_until_logged("Usage is stored again").await;
 }
 
 /// The server is stopped for a while.
@@ -337,7 +339,7 @@ async fn deleted_database_file_accepts_no_changes() {
     let (status, reported) = make().await;
     assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{reported}");
     assert!(reported.to_string().contains("deleted or replaced"), "{reported}");
-    assert!(parapet.log().contains("parapet.db was deleted or replaced"), "{}", parapet.log());
+    parapet.wait_until_logged("parapet.db was deleted or replaced").await;
     assert_eq!(features_status(&parapet, &secret).await, StatusCode::OK, "flags need no database");
     std::fs::write(&file, "").unwrap();
     assert_eq!(make().await.0, StatusCode::SERVICE_UNAVAILABLE, "another file is not that one");
@@ -384,7 +386,7 @@ async fn start_without_database_accepts_cached_tokens() {
     assert_eq!(features_status(&parapet, &revoked).await, StatusCode::UNAUTHORIZED);
     let refused = sign_in(&parapet, OWNER, PASSWORD).await.err();
     assert_eq!(refused, Some(StatusCode::SERVICE_UNAVAILABLE));
-    assert!(parapet.log().contains("serving with a saved copy of the tokens"), "{}", parapet.log());
+    parapet.wait_until_logged("serving with a saved copy of the tokens").await;
 
     proxy.restore().await;
     wait_until("an account signs in", Duration::from_secs(15), async || {
@@ -439,7 +441,7 @@ async fn first_start_that_fails_after_creating_account_has_shown_the_password() 
     let word_after = |name: &str| {
         let line = text.lines().find_map(|line| line.trim().strip_prefix(name));
         let word = line.unwrap().split_whitespace().next().unwrap().to_owned();
-        leak_check::register(&word);
+        secret_leak_check::register(&word);
         word
     };
     let (password, client) = (word_after("password "), word_after("client "));
@@ -468,7 +470,7 @@ async fn start_fails_within_seconds_when_migration_gets_no_response() {
         let parapet = first_start_behind(&proxy, &place, &name);
         proxy.wait_until_silenced(count + 1).await;
         wait_until_exited(&parapet, Duration::from_secs(30)).await;
-        assert!(parapet.log().contains("no response within"), "{moment:?}: {}", parapet.log());
+        parapet.wait_until_logged("no response within").await;
         parapet.restart();
         parapet.wait_until_ready().await;
     }

@@ -10,7 +10,7 @@ use super::{
     DatabaseKind, Installation, NEW_PASSWORD, OWNER, PASSWORD, Session, identifier,
     run_on_database, sign_in,
 };
-use crate::rig::{http, leak_check, wait_until};
+use crate::rig::{http, secret_leak_check, wait_until};
 
 const TOKENS_PATH: &str = "/api/admin/api-tokens";
 const ACCOUNTS_PATH: &str = "/api/admin/user-admin";
@@ -105,12 +105,12 @@ async fn invalid_fields_are_named_in_the_response() {
     ] {
         let (status, made) = owner.call(Method::POST, TOKENS_PATH, &client(name, value)).await;
         assert_eq!((status, &made["type"]), (StatusCode::CREATED, &json!("backend")), "{made}");
-        leak_check::register(made["secret"].as_str().unwrap());
+        secret_leak_check::register(made["secret"].as_str().unwrap());
     }
     let old = json!({ "username": "of old", "type": "frontend" });
     let (status, made) = owner.call(Method::POST, TOKENS_PATH, &old).await;
     assert_eq!((status, &made["tokenName"]), (StatusCode::CREATED, &json!("of old")), "{made}");
-    leak_check::register(made["secret"].as_str().unwrap());
+    secret_leak_check::register(made["secret"].as_str().unwrap());
 }
 
 #[tokio::test]
@@ -219,7 +219,7 @@ async fn unauthorized_request_is_denied_before_validation_and_recorded() {
 
 #[tokio::test]
 async fn account_is_updated_with_or_without_password() {
-    leak_check::register(NEW_PASSWORD);
+    secret_leak_check::register(NEW_PASSWORD);
     let place = Installation::new(DatabaseKind::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
@@ -314,7 +314,7 @@ async fn session_cookie_over_tls_is_bound_to_its_host() {
     }
     assert!(!cookie.contains("Domain"), "{cookie}");
     let value = cookie.split_once('=').unwrap().1.split(';').next().unwrap();
-    leak_check::register(value);
+    secret_leak_check::register(value);
     let (bound, planted) =
         (format!("__Host-parapet-session={value}"), format!("parapet-session={value}"));
     let me = async |cookie: &str, headers: &[(&str, &str)]| {
@@ -385,7 +385,7 @@ async fn events_record_the_address_from_trusted_proxies() {
         let token = json!({ "tokenName": "x", "type": "client" });
         let (status, made) = owner.call_as(Method::POST, TOKENS_PATH, &token, &behind).await;
         assert_eq!(status, StatusCode::CREATED, "{made}");
-        leak_check::register(made["secret"].as_str().unwrap());
+        secret_leak_check::register(made["secret"].as_str().unwrap());
         let created = events(&owner, "api-token-created").await;
         assert_eq!(created[0]["ip"], expect, "{arguments:?}");
     }
@@ -531,7 +531,7 @@ async fn session_cookie_is_accepted_beside_basic_credentials_of_a_proxy() {
 
 #[tokio::test]
 async fn denied_operations_are_recorded_with_reason_and_object() {
-    leak_check::register(NEW_PASSWORD);
+    secret_leak_check::register(NEW_PASSWORD);
     let place = Installation::new(DatabaseKind::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
@@ -540,7 +540,7 @@ async fn denied_operations_are_recorded_with_reason_and_object() {
     let client = json!({ "tokenName": "ours", "type": "client" });
     let (_, made) = owner.call(Method::POST, TOKENS_PATH, &client).await;
     let secret = made["secret"].as_str().unwrap();
-    leak_check::register(secret);
+    secret_leak_check::register(secret);
     let id = identifier(&owner, "ours").await;
 
     let own = "/api/admin/user/change-password";

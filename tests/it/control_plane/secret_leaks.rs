@@ -8,7 +8,7 @@ use super::{
     DatabaseKind, Installation, NEW_PASSWORD, OWNER, PASSWORD, Session, features_status,
     identifier, run_on_database, sign_in,
 };
-use crate::rig::{Parapet, Postgres, http, leak_check};
+use crate::rig::{Parapet, Postgres, http, secret_leak_check};
 
 /// A password that belongs to no account.
 const MISTYPED_PASSWORD: &str = "a slip of the tongue";
@@ -20,7 +20,7 @@ const OWN_PASSWORD: &str = "chosen by its owner";
 /// Reads a page and panics if it contains a secret.
 async fn assert_no_secret_in(session: &Session, path: &str) -> String {
     let shown = session.get(path).await.to_string();
-    assert_eq!(leak_check::leaked_secrets(shown.as_bytes()), [""; 0], "{path}: {shown}");
+    assert_eq!(secret_leak_check::leaked_secrets(shown.as_bytes()), [""; 0], "{path}: {shown}");
     shown
 }
 
@@ -48,7 +48,7 @@ async fn send_mistakes_with_secrets(parapet: &Parapet, owner: &Session, secret: 
         let answer = request.send().await.unwrap();
         let shown = format!("{:?}\n{}", answer.headers().clone(), answer.text().await.unwrap());
         assert_eq!(
-            leak_check::leaked_secrets(shown.as_bytes()),
+            secret_leak_check::leaked_secrets(shown.as_bytes()),
             [""; 0],
             "{method} {path}: {shown}"
         );
@@ -57,8 +57,11 @@ async fn send_mistakes_with_secrets(parapet: &Parapet, owner: &Session, secret: 
 
 async fn use_every_secret(kept: DatabaseKind) {
     for secret in [NEW_PASSWORD, OWN_PASSWORD, MISTYPED_PASSWORD, SHORT_PASSWORD] {
-        leak_check::register(secret);
-        assert!(!leak_check::leaked_secrets(secret.as_bytes()).is_empty(), "a leak would be found");
+        secret_leak_check::register(secret);
+        assert!(
+            !secret_leak_check::leaked_secrets(secret.as_bytes()).is_empty(),
+            "a leak would be found"
+        );
     }
     let place = Installation::new(kept).await;
     let parapet = place.start_with(&["--log", "debug,parapet=trace"]).await;
@@ -115,7 +118,7 @@ async fn use_every_secret(kept: DatabaseKind) {
     if place.database.is_none() {
         let made =
             run_on_database(&parapet, &["token", "create", "--name", "by shell"], "").unwrap();
-        leak_check::register(made.trim());
+        secret_leak_check::register(made.trim());
         run_on_database(&parapet, &["token", "revoke", "-"], made.trim()).unwrap();
         run_on_database(
             &parapet,
@@ -159,13 +162,16 @@ async fn use_every_secret(kept: DatabaseKind) {
         let name = url.rsplit('/').next().unwrap();
         let dump = Postgres::shared().await.dump(name).await;
         assert!(dump.contains("of-frontend") && dump.contains("$argon2id$"));
-        leak_check::assert_none_in("the database", &[("its dump".to_owned(), dump.into_bytes())]);
+        secret_leak_check::assert_none_in(
+            "the database",
+            &[("its dump".to_owned(), dump.into_bytes())],
+        );
     } else {
-        let files = leak_check::read_files(&parapet.data_dir());
+        let files = secret_leak_check::read_files(&parapet.data_dir());
         let text =
             files.iter().map(|(_, bytes)| String::from_utf8_lossy(bytes)).collect::<String>();
         assert!(text.contains("of-frontend") && text.contains("$argon2id$"));
-        leak_check::assert_none_in("the data dir", &files);
+        secret_leak_check::assert_none_in("the data dir", &files);
     }
 }
 

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use jiff::{SignedDuration, Timestamp};
 use parapet::control_plane::{
-    AccountChange, Actor, TokenMetadata, ControlPlane, Error, InitialTokens, NewAccount, NewToken,
-    Operator, PermissionChange, RegistryBootstrap, RootRole, TokenPermission,
+    AccountChange, Actor, ControlPlane, Error, InitialTokens, NewAccount, NewToken, Operator,
+    PermissionChange, RegistryBootstrap, RootRole, TokenMetadata, TokenPermission,
 };
 use parapet::token::{Environment, Projects, Token, TokenKind};
 

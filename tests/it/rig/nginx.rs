@@ -6,9 +6,9 @@ use std::process::Command;
 
 use tempfile::TempDir;
 
-use super::certificate::SelfSignedCertificate;
 use super::net::free_port;
 use super::process::{OnParentExit, Process};
+use super::self_signed_certificate::SelfSignedCertificate;
 
 /// The path in Debian's package.
 const NGINX_PATH: &str = "/usr/sbin/nginx";

@@ -13,10 +13,10 @@ use reqwest::StatusCode;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::certificate::SelfSignedCertificate;
-use super::leak_check;
 use super::net::{free_port, http, wait_until};
 use super::process::{OnParentExit, Process, ProcessOutput};
+use super::secret_leak_check;
+use super::self_signed_certificate::SelfSignedCertificate;
 
 /// How to start an instance. [`Parapet`] stores it to start the instance again in the same way.
 #[derive(Debug)]
@@ -65,7 +65,7 @@ impl Setup {
 
     /// Sets the upstream admin token in the environment, where process lists do not show it.
     pub(crate) fn admin_token(self, token: &str) -> Self {
-        leak_check::register(token);
+        secret_leak_check::register(token);
         self.env("UPSTREAM_ADMIN_TOKEN", token)
     }
 
@@ -197,7 +197,7 @@ impl Parapet {
     /// Waits until a file in its data directory contains `text`.
     pub(crate) async fn wait_until_stored(&self, text: &str) {
         wait_until(&format!("{text} is stored on disk"), Duration::from_secs(30), async || {
-            let files = leak_check::read_files(&self.data_dir());
+            let files = secret_leak_check::read_files(&self.data_dir());
             files
                 .iter()
                 .any(|(_, bytes)| String::from_utf8_lossy(bytes).contains(text))
@@ -224,6 +224,14 @@ impl Parapet {
         let page = self.metrics().await;
         page.lines()
             .find_map(|line| line.strip_prefix(sample)?.strip_prefix(' ')?.trim().parse().ok())
+    }
+
+    /// Waits until the log contains `text`: a line may be written after its effect is visible.
+    pub(crate) async fn wait_until_logged(&self, text: &str) {
+        wait_until(&format!("{text:?} is logged"), Duration::from_secs(10), async || {
+            self.log().contains(text).then_some(())
+        })
+        .await;
     }
 
     /// The whole output so far, of all starts.
@@ -386,7 +394,7 @@ impl Parapet {
         command.envs(self.setup.environment.iter().map(|(name, value)| (name, value)));
 
         let process = Process::spawn("parapet", &command, OnParentExit::Kill);
-        leak_check::register_output(
+        secret_leak_check::register_output(
             &format!("parapet {} on port {}", self.setup.mode, self.port),
             process.output(),
         );
@@ -406,7 +414,7 @@ impl Parapet {
         let long = log.lines().find(|line| line.len() > MAX_LOG_LINE_BYTES);
         assert!(long.is_none(), "{name} printed a long line: {:.999}", long.unwrap_or_default());
         let mut shown = vec![("the log".to_owned(), log.into_bytes())];
-        shown.extend(leak_check::read_files(self.directory.path()));
+        shown.extend(secret_leak_check::read_files(self.directory.path()));
         let (data, admin) = (["/internal-backstage/metrics"].as_slice(), ADMIN_PATHS);
         for (port, pages) in [(self.port, data), (self.admin_port, admin)] {
             let token = self.operator_token();
@@ -414,7 +422,7 @@ impl Parapet {
                 pages.iter().map(|page| ((*page).to_owned(), fetch_raw(port, page, &token))),
             );
         }
-        leak_check::assert_none_in(&name, &shown);
+        secret_leak_check::assert_none_in(&name, &shown);
     }
 
     /// The token that opens the admin listener, if the setup contains one; empty otherwise.

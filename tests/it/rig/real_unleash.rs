@@ -13,10 +13,10 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 
-use super::leak_check;
 use super::net::{free_port, http, wait_until};
 use super::postgres::Postgres;
 use super::process::{OnParentExit, Process, node};
+use super::secret_leak_check;
 
 /// The admin token of every server of the rig. Unleash accepts one only into a database without tokens,
 /// so it is in the template that all databases are copied from.
@@ -101,7 +101,7 @@ pub(crate) struct Unleash {
 impl Unleash {
     /// Starts a server with a fresh database.
     pub(crate) async fn start(version: UnleashVersion) -> Self {
-        leak_check::register(ADMIN_TOKEN);
+        secret_leak_check::register(ADMIN_TOKEN);
         let database = Postgres::shared().await.copy_database(version.template().await).await;
         let port = free_port();
         let server = launch(version, port, &database).await;
@@ -150,7 +150,7 @@ impl Unleash {
 
     /// Creates an admin token in the database, because the open-source server's API cannot.
     pub(crate) async fn insert_admin_token(&self, token: &'static str) {
-        leak_check::register(token);
+        secret_leak_check::register(token);
         let sql = format!(
             "insert into api_tokens (secret, username, token_name, type, environment)
              values ('{token}', 'planted', 'planted', 'admin', '*')"
@@ -302,7 +302,7 @@ impl Unleash {
         let token = json!({ "tokenName": name, "type": kind, "environment": environment, "projects": projects });
         let made = self.admin_post("/api/admin/api-tokens", &token).await;
         let token = made["secret"].as_str().unwrap().to_owned();
-        leak_check::register(&token);
+        secret_leak_check::register(&token);
         token
     }
 
@@ -311,7 +311,7 @@ impl Unleash {
     ///
     /// For tests that use a token before it exists. Unleash notices it within a minute.
     pub(crate) async fn insert_token(&self, kind: TokenKind, token: &str, name: &str) {
-        leak_check::register(token);
+        secret_leak_check::register(token);
         let kind = match kind {
             TokenKind::Backend => "client",
             TokenKind::Frontend => "frontend",
@@ -346,9 +346,9 @@ impl Unleash {
                 let environment = token["environment"].as_str().unwrap();
                 let secret = token["secret"].as_str().unwrap();
                 if secret.contains('.') {
-                    leak_check::register(secret);
+                    secret_leak_check::register(secret);
                 } else {
-                    leak_check::register(&format!("*:{environment}.v2_{secret}_"));
+                    secret_leak_check::register(&format!("*:{environment}.v2_{secret}_"));
                 }
                 environment.to_owned()
             })

@@ -9,7 +9,7 @@ use reqwest::{StatusCode, Version, tls::TlsInfo};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval};
 
-use super::authority::{CertificateFiles, IssuedCertificate, TestAuthority};
+use super::certificate_authority::{CertificateFiles, IssuedCertificate, TestAuthority};
 use super::{CLIENT, FEATURES, TIMEOUT, TlsParapet, offline};
 use crate::rig::wait_until;
 

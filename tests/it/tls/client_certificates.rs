@@ -18,7 +18,7 @@ use serde_json::json;
 use sha2::{Digest as _, Sha256};
 use tokio::net::TcpListener;
 
-use super::authority::{IssuedCertificate, TestAuthority};
+use super::certificate_authority::{IssuedCertificate, TestAuthority};
 use super::{
     ADMIN, CLIENT, FEATURES, FLAGS, TIMEOUT, TlsParapet, features_status, handshake_sample,
     offline, run_parapet,

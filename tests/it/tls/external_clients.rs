@@ -9,11 +9,11 @@ use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt as _;
 use tokio::process::Command;
 
-use super::authority::{CertificateFiles, TestAuthority};
+use super::certificate_authority::{CertificateFiles, TestAuthority};
 use super::{
     ADMIN, CLIENT, FEATURES, FLAGS, TIMEOUT, TlsParapet, handshake_sample, offline, with_tls,
 };
-use crate::rig::{Driver, Parapet, Sdk, Setup, leak_check, node, wait_until};
+use crate::rig::{Driver, Parapet, Sdk, Setup, node, secret_leak_check, wait_until};
 
 /// Runs a program until it exits, with this standard input.
 async fn run_program(program: &str, args: &[&str], input: &str) -> Output {
@@ -156,7 +156,7 @@ async fn sdks_evaluate_and_report_over_tls() {
 #[tokio::test]
 async fn console_works_over_tls_and_its_cookie_is_secure() {
     const PASSWORD: &str = "a password over TLS";
-    leak_check::register(PASSWORD);
+    secret_leak_check::register(PASSWORD);
     let authority = TestAuthority::new();
     let issued = authority.server(&["localhost", "127.0.0.1"]);
     let setup = standalone(&authority, issued.write_files(&authority, "tls"));
@@ -177,7 +177,7 @@ async fn console_works_over_tls_and_its_cookie_is_secure() {
     assert_eq!(cookies.len(), 2, "the session and the browser: {cookies:?}");
     let session = cookies.iter().find(|it| it["name"] == "__Host-parapet-session");
     let session = session.unwrap_or_else(|| panic!("no session: {cookies:?}"));
-    leak_check::register(session["value"].as_str().unwrap());
+    secret_leak_check::register(session["value"].as_str().unwrap());
     assert!(cookies.iter().all(|it| it["secure"] == true && it["httpOnly"] == true), "{cookies:?}");
     assert_eq!((&session["path"], &session["sameSite"]), (&json!("/"), &json!("Strict")));
     // Changes require that cookie and the page's own origin.
@@ -185,7 +185,7 @@ async fn console_works_over_tls_and_its_cookie_is_secure() {
     let form = json!({ "name": "made over TLS", "kind": "Backend", "environment": "development" });
     let made = console.call("create_token", form).await;
     let secret = made["secret"].as_str().unwrap();
-    leak_check::register(secret);
+    secret_leak_check::register(secret);
     let flags = authority.http_client().build().unwrap().get(parapet.url(FEATURES));
     let flags = flags.header("authorization", secret).send().await.unwrap();
     assert_eq!(flags.status(), StatusCode::OK);

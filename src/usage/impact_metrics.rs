@@ -346,7 +346,8 @@ mod tests {
                 0
             );
         }
-        let merged = series.pop_metric(10).map(|popped| serde_json::to_value(popped.metric).unwrap());
+        let merged =
+            series.pop_metric(10).map(|popped| serde_json::to_value(popped.metric).unwrap());
         let expected: serde_json::Value = serde_json::from_str(expected).unwrap();
         assert_eq!(merged.unwrap()["samples"], expected);
         assert!(series.is_empty());

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 use tokio::process::Command;
 
-use super::driver::Driver;
+use super::json_lines_driver::Driver;
 use super::process::{node, tests_dir};
 
 /// An SDK's evaluation of a flag.

@@ -90,7 +90,7 @@ impl SqliteFile {
     /// Records the identity of the file; called once it is open.
     pub(super) async fn record_identity(&self) {
         if let Ok(metadata) = metadata(&self.path).await {
-            let _ = self.identity.set(identity(&metadata));
+            let _ = self.identity.set(file_identity(&metadata));
         }
     }
 
@@ -98,7 +98,7 @@ impl SqliteFile {
     pub(super) async fn check_identity(&self) -> Result<(), Error> {
         let Some(known) = self.identity.get() else { return Ok(()) };
         match metadata(&self.path).await {
-            Ok(metadata) if identity(&metadata) == *known => Ok(()),
+            Ok(metadata) if file_identity(&metadata) == *known => Ok(()),
             Err(error) if error.kind() != ErrorKind::NotFound => {
                 Err(Error::file(&self.path, error))
             }
@@ -124,14 +124,14 @@ impl SqliteFile {
 type FileIdentity = (u64, u64);
 
 #[cfg(unix)]
-fn identity(metadata: &std::fs::Metadata) -> FileIdentity {
+fn file_identity(metadata: &std::fs::Metadata) -> FileIdentity {
     use std::os::unix::fs::MetadataExt as _;
     (metadata.dev(), metadata.ino())
 }
 
 /// On other systems an open file cannot be deleted.
 #[cfg(not(unix))]
-fn identity(_: &std::fs::Metadata) -> FileIdentity {
+fn file_identity(_: &std::fs::Metadata) -> FileIdentity {
     (0, 0)
 }
 
