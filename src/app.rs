@@ -105,7 +105,7 @@ impl App {
     pub async fn start(config: Config) -> Result<Self, Error> {
         // Fails if a provider is already installed, which also works.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let registry = telemetry::start_metrics();
+        let metrics_handle = telemetry::start_metrics();
         let (readiness, latch) = Readiness::new();
         let snapshots = Snapshots::default();
         let Sockets { data: (data, data_address), redirect, admin: (admin, admin_address) } =
@@ -168,13 +168,13 @@ impl App {
         let usage = Usage::new(&config.usage, hop);
         let persistence =
             Persistence::restore(mode.store.clone(), auth.clone(), usage.clone()).await;
-        let meter = Arc::new(RequestMetrics::new(admin::path_templates()));
+        let request_metrics = Arc::new(RequestMetrics::new(admin::path_templates()));
         let ops = HealthEndpoints::new(
             readiness.clone(),
-            registry.clone(),
+            metrics_handle.clone(),
             snapshots.clone(),
             usage.clone(),
-            Arc::clone(&meter),
+            Arc::clone(&request_metrics),
             mode.control_plane.as_ref().map(|(control, _)| control.clone()),
         );
         let feed = ChangeFeed::new(snapshots.clone());
@@ -204,7 +204,7 @@ impl App {
             stream_tickets: StreamTickets::new(ticket_key),
             usage: usage.clone(),
             health: ops.clone(),
-            request_metrics: meter,
+            request_metrics,
             failed_attempts: FailedRequestLimiter::default(),
         };
         info!(
@@ -216,7 +216,7 @@ impl App {
             "Parapet listens"
         );
         let service = Arc::new(service);
-        let door = DataEndpoint {
+        let data_endpoint = DataEndpoint {
             bound_address: data_address,
             base_path: service.settings.base_path.clone(),
             is_tls: data_tls.is_some(),
@@ -233,9 +233,9 @@ impl App {
         let reloader =
             Reloader::new(reloadable, auth.clone(), config.effective_settings, config.warnings);
         let tls: Vec<_> = [&data_tls, &admin_tls].into_iter().flatten().cloned().collect();
-        let insight = InstanceStatus {
+        let instance = InstanceStatus {
             identity,
-            data_endpoint: door,
+            data_endpoint,
             auth,
             snapshots,
             usage,
@@ -245,7 +245,7 @@ impl App {
             tls,
         };
         let operators = AdminService {
-            instance: insight,
+            instance,
             control_plane: mode.control_plane.as_ref().map(|(control, _)| control.clone()),
             relay: mode
                 .upstream
@@ -257,7 +257,7 @@ impl App {
             is_tls: admin_tls.is_some(),
             sdk: Arc::clone(&service),
         };
-        let of = |connections| ConnectionLimits { max_connections: connections, ..limits.clone() };
+        let of = |max_connections| ConnectionLimits { max_connections, ..limits.clone() };
         let redirect = redirect.map(|(listener, _)| BoundListener {
             listener,
             service: Arc::new(HttpsRedirect::to_port(data_address.port())),
@@ -292,7 +292,7 @@ impl App {
             drain_delay: config.shutdown.drain_delay,
             shutdown_timeout: config.shutdown.timeout,
             readiness,
-            metrics_handle: registry,
+            metrics_handle,
             mode,
             persistence,
             reloader,
@@ -317,9 +317,9 @@ impl App {
             admin,
             redirect,
             drain_delay,
-            shutdown_timeout: grace,
+            shutdown_timeout,
             readiness,
-            metrics_handle: registry,
+            metrics_handle,
             ..
         } = self;
         let Self { mode, persistence, mut reloader, admin_token_watcher: watcher, .. } = self;
@@ -330,10 +330,10 @@ impl App {
         let force = CancellationToken::new();
 
         let mut listeners = JoinSet::new();
-        listeners.spawn(data.serve(drain.clone(), grace));
-        listeners.spawn(admin.serve(drain.clone(), grace));
+        listeners.spawn(data.serve(drain.clone(), shutdown_timeout));
+        listeners.spawn(admin.serve(drain.clone(), shutdown_timeout));
         if let Some(redirect) = redirect {
-            listeners.spawn(redirect.serve(drain.clone(), grace));
+            listeners.spawn(redirect.serve(drain.clone(), shutdown_timeout));
         }
 
         let mut workers = Supervisor::default();
@@ -344,7 +344,7 @@ impl App {
         workers.spawn("streams", streams.clone(), |streams| async move {
             streams.close_revoked().await;
         });
-        workers.spawn("metrics", registry, run_metrics_upkeep);
+        workers.spawn("metrics", metrics_handle, run_metrics_upkeep);
         for server in tls.into_iter().flatten() {
             workers.spawn("tls", server, |server| async move { server.watch_files().await });
         }
@@ -375,7 +375,11 @@ impl App {
 
         // These tasks return after their final work.
         let mut flushers = Supervisor::default();
-        let shutdown = Shutdown { requested: stop_working.clone(), grace, forced: force.clone() };
+        let shutdown = Shutdown {
+            requested: stop_working.clone(),
+            grace: shutdown_timeout,
+            forced: force.clone(),
+        };
         let parts = (persistence.usage.clone(), mode.usage_sink, shutdown);
         flushers.spawn("usage", parts, |(usage, sink, shutdown)| async move {
             usage.run(sink, shutdown).await;
@@ -419,7 +423,7 @@ impl App {
                 () = force.cancelled() => {}
             }
             drain.begin_closing();
-            streams.close_all(grace);
+            streams.close_all(shutdown_timeout);
             let served = async { while listeners.join_next().await.is_some() {} };
             tokio::select! {
                 () = served => {}

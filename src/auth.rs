@@ -127,7 +127,7 @@ impl Authenticator {
     /// Accepts the `given` static tokens, and those that the validator accepts.
     pub fn new(
         config: Config,
-        authority: Validator,
+        validator: Validator,
         given: impl IntoIterator<Item = (TokenDigest, Grant)>,
     ) -> Self {
         Self(Arc::new(Inner {
@@ -139,7 +139,7 @@ impl Authenticator {
             is_validation_failing: AtomicBool::new(false),
             is_list_unavailable: AtomicBool::new(false),
             validation_paused_until: Mutex::new(Instant::now()),
-            validator: authority,
+            validator,
             config,
         }))
     }

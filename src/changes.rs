@@ -54,11 +54,11 @@ struct UpdateKey {
 impl ChangeFeed {
     /// The change feed of these snapshots.
     pub fn new(snapshots: Snapshots) -> Self {
-        let frames = Cache::builder()
+        let updates = Cache::builder()
             .max_capacity(MAX_UPDATE_BYTES)
             .weigher(|_, frame: &Arc<Update>| u32::try_from(frame.weight()).unwrap_or(u32::MAX))
             .build();
-        Self(Arc::new(Inner { snapshots, histories: Mutex::default(), updates: frames }))
+        Self(Arc::new(Inner { snapshots, histories: Mutex::default(), updates }))
     }
 
     /// Assigns an id to each new state and notifies subscribers, until dropped.

@@ -68,19 +68,17 @@ impl Command {
         let (verb, purpose, flags) = match cli::parse(args)? {
             Invocation::Print(text) => return Ok(Self::Print(text)),
             Invocation::Explain(asked) => return Ok(Self::Explain(asked)),
-            Invocation::Manage { command: errand, values: flags } => {
+            Invocation::Manage { command: errand, values } => {
                 let verb = Subcommand::Serve(cli::ServeMode::Standalone);
-                let settings = RawSettings::merge(verb, flags, variable);
+                let settings = RawSettings::merge(verb, values, variable);
                 return validate::manage(settings, errand).map(Self::Manage);
             }
-            Invocation::Backup { command: order, values: flags } => {
+            Invocation::Backup { command: order, values } => {
                 let verb = Subcommand::Serve(cli::ServeMode::Standalone);
-                let settings = RawSettings::merge(verb, flags, variable);
+                let settings = RawSettings::merge(verb, values, variable);
                 return validate::backup(settings, order).map(Self::Backup);
             }
-            Invocation::RunOrProbe { subcommand: verb, purpose, values: flags } => {
-                (verb, purpose, flags)
-            }
+            Invocation::RunOrProbe { subcommand, purpose, values } => (subcommand, purpose, values),
         };
         let mut settings = RawSettings::merge(verb, flags, variable);
         let command = match verb {

@@ -118,8 +118,10 @@ impl ControlPlane {
     ) -> Result<(Self, BootstrapReport), Error> {
         let database = Database::new(&config.location).await?;
         let hasher = Hasher::new();
-        let Config { initial_tokens: seed, initial_account: first_account, .. } = &config;
-        let begun = bootstrap::initialize(&database, &hasher, seed, first_account, announce).await;
+        let Config { initial_tokens, initial_account, .. } = &config;
+        let begun =
+            bootstrap::initialize(&database, &hasher, initial_tokens, initial_account, announce)
+                .await;
         let (registry, opened) = match begun {
             Ok(opened) => {
                 (TokenRegistry::open(database.clone(), config.token_limit).await?, opened)

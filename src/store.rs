@@ -130,12 +130,9 @@ impl Store {
         match prepare_directory(&directory) {
             Ok(()) => {
                 describe();
-                let readers = Arc::new(Semaphore::new(MAX_READERS));
-                let directory = Directory {
-                    path: directory,
-                    write_locks: Mutex::default(),
-                    read_permits: readers,
-                };
+                let read_permits = Arc::new(Semaphore::new(MAX_READERS));
+                let directory =
+                    Directory { path: directory, write_locks: Mutex::default(), read_permits };
                 Ok(Self(Arc::new(Backend::Directory(directory))))
             }
             Err(source) => Err(Error::Directory { directory, source }),

@@ -130,12 +130,12 @@ struct Shared {
 
 impl Usage {
     /// Starts empty; `hop` is the entry for this instance in `connectVia`.
-    pub fn new(config: &Config, hop: ConnectVia) -> Self {
+    pub fn new(config: &Config, connect_via: ConnectVia) -> Self {
         usage_metrics::describe();
         let shared = Shared {
             pipeline: Pipeline::new(config.max_counters),
             interval: config.interval,
-            connect_via: hop,
+            connect_via,
             downstream_edges: DownstreamEdges::new(),
         };
         Self { shared: Arc::new(shared) }
@@ -348,8 +348,8 @@ impl Usage {
         reporter: &ReportingClient<'_>,
         mut application: ClientApplication,
     ) -> bool {
-        let ReportingClient { token, sdk_kind: kind, scope, .. } = *reporter;
-        let kind = match (kind, application.sdk_kind) {
+        let ReportingClient { token, sdk_kind, scope, .. } = *reporter;
+        let kind = match (sdk_kind, application.sdk_kind) {
             (SdkKind::Frontend, _) => SdkKind::Frontend,
             (SdkKind::Backend, reported) => reported.unwrap_or(SdkKind::Backend),
         };
@@ -388,13 +388,8 @@ impl Usage {
         now: Timestamp,
         endpoint: ReportEndpoint,
     ) -> Result<(), QuotaExceeded> {
-        let ReportCounts {
-            counters,
-            received,
-            overflow,
-            unstorable_name: unnamed,
-            other_environment: foreign,
-        } = counts;
+        let ReportCounts { counters, received, overflow, unstorable_name, other_environment } =
+            counts;
         let (environment, token) = (&reporter.scope.environment, reporter.token);
         let counted = self.shared.pipeline.aggregator.record_counters(
             environment,
@@ -405,8 +400,8 @@ impl Usage {
         let Overflow(lost) = counted.map_err(|OverQuota| self.quota_exceeded(endpoint))?;
         usage_metrics::count_received(received);
         usage_metrics::count_dropped(DropReason::Overflow, overflow.saturating_add(lost));
-        usage_metrics::count_dropped(DropReason::Name, unnamed);
-        usage_metrics::count_dropped(DropReason::Environment, foreign);
+        usage_metrics::count_dropped(DropReason::Name, unstorable_name);
+        usage_metrics::count_dropped(DropReason::Environment, other_environment);
         Ok(())
     }
 
@@ -459,7 +454,7 @@ impl ReportCounts {
         metadata: &Arc<SdkMetadata>,
     ) {
         let known = reporter.flag(&flag);
-        let name = NameStatus::from_known(known.is_some());
+        let name_status = NameStatus::from_known(known.is_some());
         let variant = |variant: &str| {
             NameStatus::from_known(known.is_some_and(|flag| flag.has_variant(variant)))
         };
@@ -473,7 +468,7 @@ impl ReportCounts {
         };
         if !counter.is_zero() {
             let key = CounterKey { hour, app: Arc::clone(app), flag };
-            self.counters.push(ReportedCounter { key, name_status: name, counter });
+            self.counters.push(ReportedCounter { key, name_status, counter });
         }
     }
 

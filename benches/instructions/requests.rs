@@ -234,8 +234,8 @@ impl Connection {
     {
         let (stream, other) = tokio::io::duplex(BUFFER_BYTES);
         let is_counted = Arc::new(AtomicBool::new(false));
-        let serving = Box::pin(serving(other));
-        tokio::spawn(CountedConnection { inner: serving, is_counted: Arc::clone(&is_counted) });
+        let inner = Box::pin(serving(other));
+        tokio::spawn(CountedConnection { inner, is_counted: Arc::clone(&is_counted) });
         Self { stream, is_counted }
     }
 
@@ -314,7 +314,7 @@ fn sdk_service(flags: usize) -> SdkService {
     let tokens = tokens.map(|(text, kind)| (Token::parse(text).expect("sound"), kind));
     let interval = Duration::from_mins(1);
     let hop = ConnectVia { app_name: "parapet".into(), instance_id: "bench".into() };
-    let meter = Arc::new(RequestMetrics::default());
+    let request_metrics = Arc::new(RequestMetrics::default());
     let (feed, auth) = (ChangeFeed::new(snapshots.clone()), scenarios::authenticator(tokens));
     let streams = streaming::Config {
         max_streams: 1,
@@ -346,11 +346,11 @@ fn sdk_service(flags: usize) -> SdkService {
             registry,
             snapshots,
             usage.clone(),
-            Arc::clone(&meter),
+            Arc::clone(&request_metrics),
             None,
         ),
         usage,
-        request_metrics: meter,
+        request_metrics,
         failed_attempts: FailedRequestLimiter::default(),
     }
 }

@@ -45,8 +45,8 @@ const fn request(
     Scenario { name, iterations: 200, run: Run::Request(request, server) }
 }
 
-const fn work(name: &'static str, times: u64, prepare: fn() -> Box<dyn FnMut()>) -> Scenario {
-    Scenario { name, iterations: times, run: Run::Work(prepare) }
+const fn work(name: &'static str, iterations: u64, prepare: fn() -> Box<dyn FnMut()>) -> Scenario {
+    Scenario { name, iterations, run: Run::Work(prepare) }
 }
 
 use requests::{

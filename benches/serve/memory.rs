@@ -82,8 +82,8 @@ pub(crate) fn run(session: &Session) -> Result<Vec<MemoryMeasurement>> {
             &request,
             count,
         )?);
-        let what = format!("each of {count} idle connections{name}{shortage}");
-        stated.push(MemoryMeasurement { subject: what, bytes, bare, goal });
+        let subject = format!("each of {count} idle connections{name}{shortage}");
+        stated.push(MemoryMeasurement { subject, bytes, bare, goal });
     }
 
     let server = warmed_up_server(session, FLAGS, 0, Transport::Tcp)?;

@@ -73,8 +73,8 @@ impl Session {
     /// Measures this number of streams.
     pub(crate) fn measure(&self, streams: u64) -> Result<Level> {
         eprintln!("{streams} streams");
-        let (idle, idle_share) = self.measure_idle(streams)?;
-        eprintln!("  {idle:.0} bytes an idle connection");
+        let (idle_bytes, idle_share) = self.measure_idle(streams)?;
+        eprintln!("  {idle_bytes:.0} bytes an idle connection");
 
         let mut server = Server::parapet(&self.folder, streams)?;
         let (request, host) = (server.request(), server.process.address);
@@ -86,15 +86,15 @@ impl Session {
             Ok((to_f64(server.process.settled_resident()?) - to_f64(before)) / to_f64(streams))
         };
         audience.connect(streams, host, &request)?;
-        let stream = each(&server)?;
+        let stream_bytes = each(&server)?;
         audience.disconnect();
         server.wait_until_no_streams()?;
         audience.connect(streams, host, &request)?;
-        let again = each(&server)?;
-        eprintln!("  {stream:.0} bytes a stream, {again:.0} after reconnecting");
-        let told = self.measure_delivery(&mut server, &audience, streams)?;
+        let reconnected_bytes = each(&server)?;
+        eprintln!("  {stream_bytes:.0} bytes a stream, {reconnected_bytes:.0} after reconnecting");
+        let delivery = self.measure_delivery(&mut server, &audience, streams)?;
         let kept = self.measure_keepalive(&server, &audience)?;
-        let kept = kept.zip(idle_share).map(|((comments, streams), idle)| {
+        let keepalive = kept.zip(idle_share).map(|((comments, streams), idle)| {
             eprintln!("  {comments:.1} comments/s, {:.3} % of a core", streams * 100.0);
             KeepaliveCost { comments, streams, idle }
         });
@@ -104,18 +104,19 @@ impl Session {
         let before = server.process.settled_resident()?;
         let mut audience = StreamClients::new()?;
         audience.connect(streams, server.process.address, &request)?;
-        let bare = (to_f64(server.process.settled_resident()?) - to_f64(before)) / to_f64(streams);
-        eprintln!("  {bare:.0} bytes a stream of the baseline");
-        let bare_told = self.measure_delivery(&mut server, &audience, streams)?;
+        let bare_bytes =
+            (to_f64(server.process.settled_resident()?) - to_f64(before)) / to_f64(streams);
+        eprintln!("  {bare_bytes:.0} bytes a stream of the baseline");
+        let bare_delivery = self.measure_delivery(&mut server, &audience, streams)?;
         Ok(Level {
             streams,
-            stream_bytes: stream,
-            reconnected_bytes: again,
-            idle_bytes: idle,
-            bare_bytes: bare,
-            delivery: told,
-            bare_delivery: bare_told,
-            keepalive: kept,
+            stream_bytes,
+            reconnected_bytes,
+            idle_bytes,
+            bare_bytes,
+            delivery,
+            bare_delivery,
+            keepalive,
         })
     }
 

@@ -93,9 +93,9 @@ pub(super) async fn build(
     // Once Parapet has stored tokens itself, they also reflect later revocations. This only checks that
     // the record exists; problems with it are reported when it is loaded.
     let imported = if store.contains(&RecordKey::TokenCache).await { Vec::new() } else { imported };
-    let static_tokens =
+    let local_tokens =
         admin.iter().map(|token| admin_token::admin_grant(&token.current())).collect();
-    let (send_tokens, tokens) = watch::channel(tokens);
+    let (send_tokens, configured_tokens) = watch::channel(tokens);
     let edge_tokens = admin.clone().map_or(EdgeTokens::Backend(send_tokens), EdgeTokens::Admin);
     let reloadable = Reloadable::Edge { tokens: edge_tokens, refetch: Arc::clone(&token_added) };
     Ok(ModeParts {
@@ -104,7 +104,7 @@ pub(super) async fn build(
         name: "edge",
         flag_source: FlagSource::Upstream(Box::new(EdgeSync {
             environments,
-            configured_tokens: tokens,
+            configured_tokens,
             imported_tokens: imported,
             tokens_validated: latch.add_latch(),
             flags_loaded: latch,
@@ -121,7 +121,7 @@ pub(super) async fn build(
             token_added,
         }),
         reloadable: Some(reloadable),
-        local_tokens: static_tokens,
+        local_tokens,
         usage_sink: Sink::Upstream { upstream: upstream.clone(), credentials },
         upstream: Some(upstream),
         relays_admin_api: edge.admin_relay,
@@ -195,12 +195,13 @@ impl EdgeSync {
         }
         let Self {
             environments,
-            configured_tokens: tokens,
+            configured_tokens,
             tokens_validated: validated,
             flags_loaded: loaded,
             ..
         } = self;
-        let tokens = validate_configured_tokens(tokens.clone(), auth, environments, validated);
+        let tokens =
+            validate_configured_tokens(configured_tokens.clone(), auth, environments, validated);
         tokio::join!(environments.clone().run(loaded), tokens);
     }
 }

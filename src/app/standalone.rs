@@ -142,11 +142,11 @@ async fn parts_from_files(
     latch: Latch,
     reloadable: Reloadable,
 ) -> Result<ModeParts, Error> {
-    let source = FlagSource::Files(files.start(latch).await?);
+    let flag_source = FlagSource::Files(files.start(latch).await?);
     let (validator, usage_sink, upstream) = (Validator::StaticOnly, Sink::Discard, None);
     Ok(ModeParts {
         name,
-        flag_source: source,
+        flag_source,
         validator,
         local_tokens: tokens,
         usage_sink,

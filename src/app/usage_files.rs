@@ -119,12 +119,12 @@ impl OwnSlot {
 
 impl UsageFiles {
     /// Acquires a slot and restores its usage.
-    pub(super) async fn open(folder: Store, usage: &Usage) -> Self {
-        let (own, failure) = OwnSlot::acquire(&folder).await;
+    pub(super) async fn open(store: Store, usage: &Usage) -> Self {
+        let (own, failure) = OwnSlot::acquire(&store).await;
         own.log_degradation(failure.as_ref());
         let slot = own.slot();
         let files = Self {
-            store: folder,
+            store,
             own_slot: Mutex::new(own),
             recovered: Mutex::default(),
             unlocked_digest: Mutex::default(),

@@ -119,11 +119,11 @@ impl PendingValidations {
     /// Takes the next tokens to validate; the caller must resolve each of them.
     pub(super) fn next_batch(&self) -> Vec<Token> {
         let mut waiting = self.lock();
-        let State { tokens, presented, delegated: asked_about } = &mut *waiting;
+        let State { tokens, presented, delegated } = &mut *waiting;
         let mut bytes = 0;
         let mut batch = Vec::new();
-        let share = MAX_BATCH_LEN - asked_about.len().min(DELEGATED_SHARE);
-        for (queued, most) in [(presented, share), (asked_about, MAX_BATCH_LEN)] {
+        let share = MAX_BATCH_LEN - delegated.len().min(DELEGATED_SHARE);
+        for (queued, most) in [(presented, share), (delegated, MAX_BATCH_LEN)] {
             let mut seen = 0;
             for digest in queued.iter().take(most - batch.len()) {
                 let Some(token) = tokens.get(digest).and_then(|(token, _)| token.as_ref()) else {

@@ -420,7 +420,7 @@ impl TokenCache {
     fn insert_rejected(
         &self,
         token: &Token,
-        forbidden: Option<Arc<Grant>>,
+        forbidden_grant: Option<Arc<Grant>>,
         start: RequestStart,
     ) -> RejectOutcome {
         let digest = token.digest();
@@ -430,8 +430,7 @@ impl TokenCache {
         }
         if self.rejected.get(&digest).is_none_or(|it| it.sequence <= start.sequence) {
             let selector = token.selector().map(Into::into);
-            let refusal =
-                RejectedToken { sequence: start.sequence, selector, forbidden_grant: forbidden };
+            let refusal = RejectedToken { sequence: start.sequence, selector, forbidden_grant };
             self.rejected.insert(digest, Arc::new(refusal));
         }
         if known.is_some() {

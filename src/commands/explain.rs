@@ -82,8 +82,8 @@ pub fn run(options: &ExplainOptions) -> Result<String, Error> {
             Ok(json.expect("an explanation contains only texts and numbers") + "\n")
         }
         Ok(explanation) => Ok(text::render(&explanation)),
-        Err(UnknownFlag { similar_names: alike }) => {
-            Err(Error::FlagNotFound { flag: options.flag.clone(), path, alike })
+        Err(UnknownFlag { similar_names }) => {
+            Err(Error::FlagNotFound { flag: options.flag.clone(), path, alike: similar_names })
         }
     }
 }

@@ -156,16 +156,16 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
             };
         }
     };
-    let (verb, below) = match matches.subcommand() {
+    let (subcommand, below) = match matches.subcommand() {
         Some((name, below)) => {
             if matches!(name, "token" | "account") {
                 return parse_manage(name, &matches, below);
             }
             if let Some(action) = BackupAction::from_name(name) {
-                let order = backup::parse(action, below);
+                let command = backup::parse(action, below);
                 reject_config_flags(name, below)?;
                 let flags = location_values(name, &[below, &matches])?;
-                return Ok(Invocation::Backup { command: order, values: flags });
+                return Ok(Invocation::Backup { command, values: flags });
             }
             if name == EXPLAIN {
                 return parse_explain(&matches, below).map(Invocation::Explain);
@@ -184,7 +184,7 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
         let values = values_of(below, key).or_else(|| values_of(&matches, key))?;
         Some((*key, values))
     });
-    Ok(Invocation::RunOrProbe { subcommand: verb, purpose, values: CliValues(flags.collect()) })
+    Ok(Invocation::RunOrProbe { subcommand, purpose, values: CliValues(flags.collect()) })
 }
 
 /// The values of `key` at this level of the command line.
@@ -275,15 +275,15 @@ fn parse_manage(
     above: &ArgMatches,
     below: &ArgMatches,
 ) -> Result<Invocation, ConfigErrors> {
-    let errand = manage::parse(name, below)?;
+    let command = manage::parse(name, below)?;
     let deepest = below.subcommand().map_or(below, |(_, deepest)| deepest);
     reject_config_flags(name, deepest)?;
-    let flags = location_values(name, &[deepest, below, above])?;
-    if let (Some(_), Some((key, _))) = (&errand.server, flags.0.first()) {
+    let values = location_values(name, &[deepest, below, above])?;
+    if let (Some(_), Some((key, _))) = (&command.server, values.0.first()) {
         let reason = "cannot be combined with --url".to_owned();
         return Err(ConfigError { location: format!("--{}", key.name), reason }.into());
     }
-    Ok(Invocation::Manage { command: errand, values: flags })
+    Ok(Invocation::Manage { command, values })
 }
 
 /// The values of the options that locate the database. `levels` are those of the command line, deepest
@@ -370,8 +370,8 @@ fn parse_explain(above: &ArgMatches, own: &ArgMatches) -> Result<ExplainOptions,
     for property in own.get_many::<String>(&explain_arg_id("property")).into_iter().flatten() {
         let Some((name, value)) = property.split_once('=').filter(|(name, _)| !name.is_empty())
         else {
-            let (place, reason) = ("--property".to_owned(), "expected NAME=VALUE".to_owned());
-            return Err(ConfigError { location: place, reason }.into());
+            let (location, reason) = ("--property".to_owned(), "expected NAME=VALUE".to_owned());
+            return Err(ConfigError { location, reason }.into());
         };
         properties.push((name.to_owned(), value.to_owned()));
     }

@@ -108,13 +108,13 @@ const fn switch(name: &'static str) -> OptionSpec {
 }
 
 /// An option of Unleash Edge that is accepted with a warning; its help text says why it has no effect.
-const fn ignored(name: &'static str, shape: Arity) -> OptionSpec {
-    OptionSpec { arity: shape, compatibility: Compatibility::Ignored, secret: true, ..one(name) }
+const fn ignored(name: &'static str, arity: Arity) -> OptionSpec {
+    OptionSpec { arity, compatibility: Compatibility::Ignored, secret: true, ..one(name) }
 }
 
 /// An option of Unleash Edge that prevents a start; its help text says what to do instead.
-const fn rejected(name: &'static str, shape: Arity) -> OptionSpec {
-    OptionSpec { arity: shape, compatibility: Compatibility::Rejected, secret: true, ..one(name) }
+const fn rejected(name: &'static str, arity: Arity) -> OptionSpec {
+    OptionSpec { arity, compatibility: Compatibility::Rejected, secret: true, ..one(name) }
 }
 
 impl OptionSpec {

@@ -80,13 +80,13 @@ impl fmt::Debug for RawSettings {
 impl RawSettings {
     /// Merges the three sources: command line over environment over file.
     pub(super) fn merge(
-        verb: Subcommand,
+        subcommand: Subcommand,
         flags: CliValues,
         variable: EnvironmentLookup<'_>,
     ) -> Self {
         let no_proxy = ["NO_PROXY", "no_proxy"].into_iter().filter_map(variable);
         let mut settings = Self {
-            subcommand: verb,
+            subcommand,
             values: BTreeMap::new(),
             errors: Vec::new(),
             warnings: Vec::new(),
@@ -101,17 +101,17 @@ impl RawSettings {
 
     fn add_cli_values(&mut self, flags: CliValues) {
         for (key, texts) in flags {
-            let place = format!("--{}", key.name);
+            let location = format!("--{}", key.name);
             if !self.accepts(key) {
                 let reason = format!("does not apply to `{}`", self.subcommand.name());
-                self.errors.push(ConfigError { location: place, reason });
+                self.errors.push(ConfigError { location, reason });
                 continue;
             }
             let texts = match key.arity {
                 Arity::List => texts.iter().flat_map(|text| split_list(text)).collect(),
                 Arity::One | Arity::Switch => texts,
             };
-            self.add(key, texts, place);
+            self.add(key, texts, location);
         }
     }
 
@@ -147,27 +147,27 @@ impl RawSettings {
 
     /// Reports variables such as `PORT_FILE`, which would otherwise be ignored silently.
     fn check_file_variable(&mut self, key: &OptionSpec, variable: EnvironmentLookup<'_>) {
-        let place = format!("{}_FILE", key.env_name());
-        let is_given = variable(&place).is_some_and(|text| !text.trim().is_empty());
-        let is_own = key.file_for.is_some() || OPTIONS.iter().any(|it| it.env_name() == place);
+        let location = format!("{}_FILE", key.env_name());
+        let is_given = variable(&location).is_some_and(|text| !text.trim().is_empty());
+        let is_own = key.file_for.is_some() || OPTIONS.iter().any(|it| it.env_name() == location);
         if !is_given || !self.is_serving() || is_own {
             return;
         }
         if !self.accepts(key) {
-            self.warn_of_inapplicable_variable(key, &place);
+            self.warn_of_inapplicable_variable(key, &location);
             return;
         }
         match key.compatibility {
             Compatibility::Supported => {
                 let reason = format!("{} cannot be read from a file", key.env_name());
-                self.errors.push(ConfigError { location: place, reason });
+                self.errors.push(ConfigError { location, reason });
             }
             Compatibility::Ignored => {
-                self.warnings.push(format!("{place} has no effect: {}", key.help()));
+                self.warnings.push(format!("{location} has no effect: {}", key.help()));
             }
             Compatibility::Rejected => {
                 let reason = format!("is not supported by Parapet; {}", key.help());
-                self.errors.push(ConfigError { location: place, reason });
+                self.errors.push(ConfigError { location, reason });
             }
         }
     }
@@ -186,9 +186,9 @@ impl RawSettings {
             }
             match read_secret(secret, &path) {
                 Ok(texts) => {
-                    let place = format!("{} ({})", self.values[key.name].location, path.display());
-                    self.values
-                        .insert(secret.name, RawValue { texts, location: place, file: Some(path) });
+                    let location =
+                        format!("{} ({})", self.values[key.name].location, path.display());
+                    self.values.insert(secret.name, RawValue { texts, location, file: Some(path) });
                 }
                 // The path may be the secret itself, so it is not repeated.
                 Err(secret_file::Error::Read { source, .. })
@@ -248,8 +248,8 @@ impl RawSettings {
     }
 
     /// Adds the value of one source, unless a source of higher precedence has set it.
-    fn add(&mut self, key: &OptionSpec, texts: Vec<String>, place: String) {
-        self.values.entry(key.name).or_insert(RawValue { texts, location: place, file: None });
+    fn add(&mut self, key: &OptionSpec, texts: Vec<String>, location: String) {
+        self.values.entry(key.name).or_insert(RawValue { texts, location, file: None });
     }
 
     fn accepts(&self, key: &OptionSpec) -> bool {
@@ -307,11 +307,11 @@ impl RawSettings {
 
     /// Records an error of `key`.
     pub(super) fn report_error(&mut self, key: &OptionSpec, reason: impl Into<String>) {
-        let place = match self.values.get(key.name) {
+        let location = match self.values.get(key.name) {
             Some(given) => given.location.clone(),
             None => format!("--{} ({})", key.name, key.env_name()),
         };
-        let mistake = ConfigError { location: place, reason: reason.into() };
+        let mistake = ConfigError { location, reason: reason.into() };
         // An option that is parsed twice is reported once.
         if !self.errors.contains(&mistake) {
             self.errors.push(mistake);

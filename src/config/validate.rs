@@ -87,7 +87,7 @@ pub(super) fn config(s: &mut RawSettings, role: ServeMode) -> Result<Config, Con
     };
     ConfigErrors::check_empty(take(&mut s.errors))?;
     let mode = mode.expect("an invalid mode is an error");
-    let (warnings, effective) = (take(&mut s.warnings), s.effective());
+    let (warnings, effective_settings) = (take(&mut s.warnings), s.effective());
     Ok(Config {
         mode,
         data,
@@ -99,7 +99,7 @@ pub(super) fn config(s: &mut RawSettings, role: ServeMode) -> Result<Config, Con
         shutdown,
         identity,
         warnings,
-        effective_settings: effective,
+        effective_settings,
     })
 }
 
@@ -379,7 +379,7 @@ fn standalone(s: &mut RawSettings, data_dir: &Path) -> Option<StandaloneConfig> 
     let flags = flags_path(s, location.as_ref());
     let mut client = s.tokens(&options::INIT_BACKEND_API_TOKENS);
     client.extend(s.tokens(&options::INIT_CLIENT_API_TOKENS));
-    let seed = InitialTokens {
+    let initial_tokens = InitialTokens {
         admin: s.tokens(&options::INIT_ADMIN_API_TOKENS),
         client,
         frontend: s.tokens(&options::INIT_FRONTEND_API_TOKENS),
@@ -397,7 +397,7 @@ fn standalone(s: &mut RawSettings, data_dir: &Path) -> Option<StandaloneConfig> 
     let event_retention = s.retention(&options::AUDIT_RETENTION_SECONDS);
     let control = control_plane::Config {
         location: location?,
-        initial_tokens: seed,
+        initial_tokens,
         initial_account: InitialAccount { username, password },
         token_limit: s.count(&options::UNLEASH_API_TOKENS_LIMIT),
         account_limit: s.count(&options::ACCOUNTS_LIMIT),
@@ -501,7 +501,7 @@ fn listeners(s: &mut RawSettings) -> (DataListenerConfig, AdminListenerConfig) {
     }
     let (token_header, _) = token_headers(s);
     let streams = streams(s);
-    let ticket_key =
+    let stream_ticket_key =
         s.parse_optional(&options::OFREP_TICKET_SECRET, "at least 16 characters", |text| {
             (text.len() >= 16).then(|| StreamTicketKey::derive(text))
         });
@@ -511,7 +511,7 @@ fn listeners(s: &mut RawSettings) -> (DataListenerConfig, AdminListenerConfig) {
         tls: data_tls,
         redirect_from: redirect_from.map(|(address, _)| address),
         streams,
-        stream_ticket_key: ticket_key,
+        stream_ticket_key,
         base_path: base_path(s),
         token_header,
         cors: cors(s),
@@ -541,11 +541,11 @@ fn require_distinct_ports(
 }
 
 fn limits(s: &mut RawSettings, access: &client_address::Config) -> ConnectionLimits {
-    let connections = s.count(&options::MAX_CONNECTIONS);
+    let max_connections = s.count(&options::MAX_CONNECTIONS);
     let is_direct = access.proxies == client_address::TrustedProxies::None;
-    let share = is_direct.then_some(connections.div_ceil(2));
+    let share = is_direct.then_some(max_connections.div_ceil(2));
     ConnectionLimits {
-        max_connections: connections,
+        max_connections,
         max_connections_per_address: s
             .optional_count(&options::MAX_CONNECTIONS_PER_ADDRESS)
             .or(share),
@@ -558,11 +558,11 @@ fn limits(s: &mut RawSettings, access: &client_address::Config) -> ConnectionLim
 fn streams(s: &mut RawSettings) -> streaming::Config {
     let fetch_mode =
         s.parse_optional(&options::SDK_FETCH_MODE, "polling or streaming", FetchMode::parse);
-    let most = s.count(&options::MAX_STREAMS);
+    let max_streams = s.count(&options::MAX_STREAMS);
     let streams = streaming::Config {
-        max_streams: most,
-        max_per_address: s.count_or(&options::MAX_STREAMS_PER_ADDRESS, most.div_ceil(2)),
-        max_per_token: s.count_or(&options::MAX_STREAMS_PER_TOKEN, most - most / 4),
+        max_streams,
+        max_per_address: s.count_or(&options::MAX_STREAMS_PER_ADDRESS, max_streams.div_ceil(2)),
+        max_per_token: s.count_or(&options::MAX_STREAMS_PER_TOKEN, max_streams - max_streams / 4),
         max_age: s.interval(&options::STREAM_MAX_AGE_SECONDS),
         fetch_mode,
     };

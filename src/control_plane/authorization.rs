@@ -36,9 +36,10 @@ pub(super) async fn current_operator(
     operator: &Operator,
 ) -> Result<Operator, Error> {
     match operator {
-        Operator::Account { account_id: id, session, .. } => {
-            session.require_open(transaction, *id).await?;
-            let account = accounts::find(transaction, *id).await?.ok_or(Error::SessionEnded)?;
+        Operator::Account { account_id, session, .. } => {
+            session.require_open(transaction, *account_id).await?;
+            let account =
+                accounts::find(transaction, *account_id).await?.ok_or(Error::SessionEnded)?;
             Ok(account.operator(session.clone()))
         }
         Operator::Token { digest, .. } => {

@@ -119,7 +119,7 @@ pub(super) async fn initialize(
     announce: impl FnOnce(&BootstrapReport),
 ) -> Result<BootstrapReport, Error> {
     let password = first.password.clone().unwrap_or_else(Password::generate);
-    let generated = first.password.is_none().then(|| password.clone());
+    let generated_password = first.password.is_none().then(|| password.clone());
     let (is_first, stored) = {
         let mut connection = database.connection().await?;
         // The last account cannot be deleted, so only the first start finds none.
@@ -131,11 +131,11 @@ pub(super) async fn initialize(
     let stores_given = !is_first && first.password.is_some() && stored.is_none();
     // Hashing is slow, so it is done before the database is locked.
     let hash = if is_first || stores_given { Some(hasher.hash(&password).await?) } else { None };
-    let mut ignored = Vec::new();
+    let mut ignored_settings = Vec::new();
     if let (Some(given), Some(stored)) = (&first.password, &stored)
         && !hasher.verify(given, Some(stored)).await?
     {
-        ignored.push(InitialSetting::Password);
+        ignored_settings.push(InitialSetting::Password);
     }
     let mut transaction = database.begin_write(WriteLock::Control).await?;
     let actor = Actor { operator: Operator::CommandLine, address: None };
@@ -148,7 +148,7 @@ pub(super) async fn initialize(
         let role = RootRole::Admin;
         let new = NewAccount { username, name: None, email: None, role, password };
         let made = accounts::insert(&mut transaction, &actor, new, hash).await?;
-        account = Some(CreatedAccount { username: made.username, generated_password: generated });
+        account = Some(CreatedAccount { username: made.username, generated_password });
     }
     let (seeds, tokens) = if !tokens::is_empty(&mut transaction).await? {
         (Vec::new(), RegistryBootstrap::Existing)
@@ -184,9 +184,9 @@ pub(super) async fn initialize(
         initial_settings::store(&mut transaction, InitialSetting::Password, &hash).await?;
     }
     if !seed.is_empty() && !check_initial_tokens(&mut transaction, seed, &tokens).await? {
-        ignored.push(InitialSetting::Tokens);
+        ignored_settings.push(InitialSetting::Tokens);
     }
-    let opened = BootstrapReport { account, tokens, ignored_settings: ignored };
+    let opened = BootstrapReport { account, tokens, ignored_settings };
     announce(&opened);
     transaction.commit().await?;
     Ok(opened)

@@ -105,15 +105,9 @@ impl Database {
             }
         };
         let pool = Pool::new(source, Health::new());
-        let (is_prepared, migration_attempt) = (Arc::default(), Arc::default());
+        let (is_migrated, migration_attempt) = (Arc::default(), Arc::default());
         let must_exist = Arc::default();
-        Ok(Self {
-            pool,
-            redacted_location,
-            is_migrated: is_prepared,
-            migration_attempt,
-            must_exist,
-        })
+        Ok(Self { pool, redacted_location, is_migrated, migration_attempt, must_exist })
     }
 
     /// Makes the migration fail with [`Error::NotInitialized`] if the database has no account: then it

@@ -428,14 +428,14 @@ impl Sessions {
         current: &Password,
         new: &Password,
     ) -> Result<(), Error> {
-        let Operator::Account { account_id: id, ref session, .. } = actor.operator else {
+        let Operator::Account { account_id, ref session, .. } = actor.operator else {
             return Err(Error::WrongPassword);
         };
-        self.own_password.acquire(&id).map_err(Error::RateLimited)?;
-        let changed = self.replace_own_password(actor, (id, session), current, new).await;
+        self.own_password.acquire(&account_id).map_err(Error::RateLimited)?;
+        let changed = self.replace_own_password(actor, (account_id, session), current, new).await;
         // As for sign-ins: only a wrong guess counts.
         if !matches!(changed, Err(Error::WrongPassword)) {
-            self.own_password.refund(&id);
+            self.own_password.refund(&account_id);
         }
         changed
     }

@@ -406,10 +406,10 @@ pub(super) async fn prune(database: &Database, before: Timestamp) -> Result<(), 
          AND it.known = 1)",
     );
     mark_known.execute(&mut *transaction).await?;
-    for RowLimit { count, delete, max_rows: most } in &ROW_LIMITS {
+    for RowLimit { count, delete, max_rows } in &ROW_LIMITS {
         let count: i64 = sqlx::query_scalar(*count).fetch_one(&mut *transaction).await?;
-        if count > *most {
-            let delete = sqlx::query(*delete).bind(count - most);
+        if count > *max_rows {
+            let delete = sqlx::query(*delete).bind(count - max_rows);
             delete.execute(&mut *transaction).await?;
         }
     }

@@ -159,7 +159,7 @@ pub(crate) fn arbitrary_context() -> impl Strategy<Value = ArbitraryContext> {
     let off = select(vec![-1_000_000_000, -1, 0, 1, 1_000_000_000_i64]);
     let made_up = option::weighted(0.3, "[0-9a-f]{3}");
     (vec(value, FIELDS.len()), select(DATES.to_vec()), off, any::<u64>(), made_up).prop_map(
-        |(values, date, off, draw, made_up)| {
+        |(values, date, off, draw, generated_session_id)| {
             let properties = FIELDS[6..].iter().zip(&values[6..]);
             let date: Timestamp = date.parse().unwrap();
             ArbitraryContext {
@@ -168,7 +168,7 @@ pub(crate) fn arbitrary_context() -> impl Strategy<Value = ArbitraryContext> {
                     .collect(),
                 now: date + SignedDuration::from_nanos(off),
                 values,
-                generated_session_id: made_up,
+                generated_session_id,
                 draw,
             }
         },

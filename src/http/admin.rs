@@ -216,7 +216,7 @@ impl AdminService {
         body: &mut RequestBody,
         address: IpAddr,
     ) -> Result<HttpResponse, HttpError> {
-        let MatchedOperation { operation, path_params: arguments } = found;
+        let MatchedOperation { operation, path_params } = found;
         match operation.id {
             OperationId::Open(call) => {
                 let body = self.read_body(operation, head, body).await?;
@@ -225,12 +225,12 @@ impl AdminService {
             OperationId::Instance(call) => {
                 let (caller, body) =
                     self.authorize_and_read_body(found, head, body, address).await?;
-                self.dispatch_instance(call, &caller, arguments, head, &body)
+                self.dispatch_instance(call, &caller, path_params, head, &body)
             }
             OperationId::Control(call) => {
                 let (caller, body) =
                     self.authorize_and_read_body(found, head, body, address).await?;
-                self.dispatch_control_plane(call, &caller, arguments, head, &body).await
+                self.dispatch_control_plane(call, &caller, path_params, head, &body).await
             }
         }
     }
@@ -328,8 +328,8 @@ impl AdminService {
 
     fn authentication(&self) -> Authentication<'_> {
         let (token_header, auth) = (&self.token_header, &self.instance.auth);
-        let (control, relay) = (self.control_plane.as_ref(), self.relay.as_ref());
-        Authentication { token_header, auth, control_plane: control, relay, is_tls: self.is_tls }
+        let (control_plane, relay) = (self.control_plane.as_ref(), self.relay.as_ref());
+        Authentication { token_header, auth, control_plane, relay, is_tls: self.is_tls }
     }
 
     /// The control plane, or the error that this instance has none.

@@ -63,13 +63,13 @@ impl TrustedProxies {
     /// The addresses of the client that a request comes from.
     pub fn client_addresses(&self, peer: SocketAddr, headers: &HeaderMap) -> ClientAddresses {
         let verified = self.verified_address(peer, headers);
-        let evaluated = match self {
+        let for_evaluation = match self {
             Self::None | Self::Only(_) => verified,
             Self::Any => {
                 forwarded_addresses(headers).first().copied().flatten().unwrap_or(verified)
             }
         };
-        ClientAddresses { verified, for_evaluation: evaluated }
+        ClientAddresses { verified, for_evaluation }
     }
 
     /// The rightmost address that does not belong to a trusted proxy.
@@ -153,9 +153,8 @@ mod tests {
             headers.append(*name, HeaderValue::from_bytes(value).unwrap());
         }
         let peer = "[::ffff:10.0.0.1]:4000".parse().unwrap();
-        let ClientAddresses { verified, for_evaluation: evaluated } =
-            proxies.client_addresses(peer, &headers);
-        assert_eq!(evaluated.to_string(), expect, "{sent:?}");
+        let ClientAddresses { verified, for_evaluation } = proxies.client_addresses(peer, &headers);
+        assert_eq!(for_evaluation.to_string(), expect, "{sent:?}");
         let is_chosen = *proxies == TrustedProxies::Any;
         assert_eq!(verified.to_string(), if is_chosen { "10.0.0.1" } else { expect }, "{sent:?}");
     }

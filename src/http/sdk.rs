@@ -347,10 +347,10 @@ impl SdkService {
         headers: &HeaderMap,
         body: &mut RequestBody,
     ) -> Result<UsageReport, HttpError> {
-        let admission = self.authenticate(headers, &[kind]).await?;
+        let authenticated = self.authenticate(headers, &[kind]).await?;
         let body = self.read_body(headers, body).await?;
-        let snapshot = self.snapshots.load(&admission.grant.scope.environment);
-        Ok(UsageReport { authenticated: admission, snapshot, body })
+        let snapshot = self.snapshots.load(&authenticated.grant.scope.environment);
+        Ok(UsageReport { authenticated, snapshot, body })
     }
 
     /// Handles `/api/client/features`, if no waiting is necessary.
@@ -698,13 +698,13 @@ struct UsageReport {
 impl UsageReport {
     fn reporter(&self) -> ReportingClient<'_> {
         let AuthenticatedToken { grant, digest, .. } = &self.authenticated;
-        let kind = match grant.kind {
+        let sdk_kind = match grant.kind {
             TokenKind::Frontend => SdkKind::Frontend,
             TokenKind::Admin | TokenKind::Client => SdkKind::Backend,
         };
         ReportingClient {
             token: digest,
-            sdk_kind: kind,
+            sdk_kind,
             scope: &grant.scope,
             snapshot: self.snapshot.as_deref(),
         }

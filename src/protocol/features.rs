@@ -131,10 +131,10 @@ impl Document {
     /// As [`Document::parse`].
     pub fn parse_stored(text: &[u8]) -> Result<Self, serde_json::Error> {
         let document = Self::parse(text)?;
-        let StoredExtension { parapet: earlier_run } =
+        let StoredExtension { parapet: previous_run } =
             serde_json::from_slice(without_byte_order_mark(text))?;
         let stored_revision = document.revision;
-        Ok(Self { revision: None, stored_revision, previous_run: earlier_run, ..document })
+        Ok(Self { revision: None, stored_revision, previous_run, ..document })
     }
 
     /// The text to store for a listing; [`Document::parse_stored`] parses it.
@@ -239,8 +239,8 @@ impl Document {
     /// names.
     #[must_use]
     pub(super) fn with_diagnostics_of(self, other: &Self) -> Self {
-        let (shadowed, unreadable) = (other.duplicates.clone(), other.unreadable.clone());
-        Self { duplicates: shadowed, unreadable, ..self }
+        let (duplicates, unreadable) = (other.duplicates.clone(), other.unreadable.clone());
+        Self { duplicates, unreadable, ..self }
     }
 
     /// Whether both have the same diagnostics: unreadable flags and duplicate names.

@@ -135,9 +135,9 @@ pub struct ListedEnvironment {
 
 impl<'a> CreateTokenRequest<'a> {
     /// A request for a backend token of `environment`, named `name`.
-    pub fn backend(name: &'a str, environment: &'a Environment) -> Self {
+    pub fn backend(token_name: &'a str, environment: &'a Environment) -> Self {
         Self {
-            token_name: name,
+            token_name,
             r#type: TokenKind::Client.as_str(),
             environment: environment.as_str(),
             projects: ["*"],

@@ -94,8 +94,8 @@ impl PreparedBody {
 
     /// The same body for another [`Reuse`].
     #[must_use]
-    pub fn with_reuse(self, audience: Reuse) -> Self {
-        Self { reuse: audience, ..self }
+    pub fn with_reuse(self, reuse: Reuse) -> Self {
+        Self { reuse, ..self }
     }
 
     /// Whether a coding may be used. Brotli is not used for a single response: it takes longer than it

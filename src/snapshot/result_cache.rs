@@ -35,13 +35,13 @@ struct Entry([AtomicU64; 4]);
 impl ResultCache {
     /// The value of a key, unless it was evicted. Moves a hit on probation to the protected entry.
     pub(super) fn get(&self, key: u128) -> Option<u128> {
-        let Slot { protected: stays, probation: comes } = &self.0.get()?[slot_index(key)];
-        if let Some(value) = stays.get(key) {
+        let Slot { protected, probation } = &self.0.get()?[slot_index(key)];
+        if let Some(value) = protected.get(key) {
             return Some(value);
         }
-        let value = comes.get(key)?;
-        comes.copy_to(stays);
-        stays.write(key, value);
+        let value = probation.get(key)?;
+        probation.copy_to(protected);
+        protected.write(key, value);
         Some(value)
     }
 

@@ -177,13 +177,13 @@ impl TokenDocuments {
         let digest = inherited_digest();
         let (states, run) = (PartHashes::from_document(&document), document.previous_run());
         self.precedence.inherit(&digest, &projects, &states, run, now);
-        let appeared = Arc::default();
+        let flag_sequences = Arc::default();
         let view = TokenView {
             projects,
             document,
             is_narrowed: false,
             initial_sequence: self.sequence,
-            flag_sequences: appeared,
+            flag_sequences,
         };
         let source = TokenDocument {
             etag: None,
@@ -464,9 +464,9 @@ impl TokenDocuments {
         if !is_complete && self.inherited().is_some_and(is_needed) {
             return false;
         }
-        let Self { by_token: fetched, precedence, .. } = self;
+        let Self { by_token, precedence, .. } = self;
         let mut is_less = false;
-        fetched.retain(|token, source| {
+        by_token.retain(|token, source| {
             // An unused document with the newest state of a project stays until others have that state.
             let is_used = used.contains(token);
             let stays = is_used || precedence.retire(token, &seen);

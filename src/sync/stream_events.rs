@@ -162,9 +162,10 @@ mod tests {
     ) {
         let known = known.map(document);
         let step = apply_events(known.as_ref(), continues, events, true).unwrap();
-        let Applied { event_id: id, changed: news, .. } = step.applied.unwrap();
-        let names = news.map(|it| it.features().iter().map(|it| it.name().to_string()).collect());
-        assert_eq!(id, expect.0);
+        let Applied { event_id, changed, .. } = step.applied.unwrap();
+        let names =
+            changed.map(|it| it.features().iter().map(|it| it.name().to_string()).collect());
+        assert_eq!(event_id, expect.0);
         assert_eq!(
             names,
             expect.1.map(|it| it.iter().map(|&it| it.to_owned()).collect::<Vec<_>>())

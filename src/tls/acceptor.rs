@@ -61,14 +61,14 @@ impl TlsAcceptor {
     /// certificates, resumption is disabled: a resumed session is not verified again and could outlive a
     /// revocation.
     pub fn new(config: Config) -> Result<Self, FileErrors> {
-        let tickets = match &config.client_verification {
+        let ticketer = match &config.client_verification {
             None => Some(Ticketer::new().expect("the system has random bytes")),
             Some(_) => None,
         };
-        let loaded = TlsFiles::read(&config).build_config(&config, tickets.as_ref())?;
-        let places = Semaphore::new(config.max_handshakes.min(Semaphore::MAX_PERMITS));
+        let loaded = TlsFiles::read(&config).build_config(&config, ticketer.as_ref())?;
+        let handshake_permits = Semaphore::new(config.max_handshakes.min(Semaphore::MAX_PERMITS));
         let loaded = ArcSwap::from_pointee(loaded);
-        Ok(Self(Arc::new(Inner { config, ticketer: tickets, loaded, handshake_permits: places })))
+        Ok(Self(Arc::new(Inner { config, ticketer, loaded, handshake_permits })))
     }
 
     /// The name of the listener.
@@ -94,10 +94,10 @@ impl TlsAcceptor {
     where
         I: AsyncRead + AsyncWrite + Unpin,
     {
-        let Inner { config, handshake_permits: places, .. } = &*self.0;
+        let Inner { config, handshake_permits, .. } = &*self.0;
         let handshake = async {
             let hello = LazyConfigAcceptor::new(Acceptor::default(), io).await?;
-            let permit = places.acquire().await.expect("the semaphore is never closed");
+            let permit = handshake_permits.acquire().await.expect("the semaphore is never closed");
             // Loaded after the wait, so that a queued handshake gets the latest certificate.
             let tls = self.server_config();
             let mut accept = pin!(

@@ -112,12 +112,12 @@ impl TlsFiles {
                 certificates.push(certificate);
             }
         }
-        let mut crl_until = None;
+        let mut crl_next_update = None;
         let verifier = match (&config.client_verification, &self.client_ca) {
             (Some(clients), Some(ca)) => {
                 let (verifier, until) =
                     problems.load_client_verifier(&provider, clients, ca, self.crl.as_ref());
-                crl_until = clients.crl_file.clone().zip(until);
+                crl_next_update = clients.crl_file.clone().zip(until);
                 verifier
             }
             _ => Some(WebPkiClientVerifier::no_client_auth()),
@@ -136,13 +136,8 @@ impl TlsFiles {
             Some(tickets) => tls.ticketer = Arc::clone(tickets),
             None => tls.send_tls13_tickets = 0,
         }
-        let tls = Arc::new(tls);
-        Ok(LoadedConfig {
-            server_config: tls,
-            certificates,
-            crl_next_update: crl_until,
-            digest: self.digest(),
-        })
+        let server_config = Arc::new(tls);
+        Ok(LoadedConfig { server_config, certificates, crl_next_update, digest: self.digest() })
     }
 }
 

@@ -88,10 +88,10 @@ impl TestAuthority {
         }
     }
 
-    fn config(pairs: Vec<KeyPairFiles>) -> Config {
+    fn config(key_pairs: Vec<KeyPairFiles>) -> Config {
         Config {
             listener: "data",
-            key_pairs: pairs,
+            key_pairs,
             min_version: Version::Tls12,
             client_verification: None,
             handshake_timeout: Duration::from_secs(10),

@@ -86,10 +86,10 @@ impl Credentials {
         Self::new(None)
     }
 
-    fn new(exchange: Option<(TokenProvisioner, ProvisioningHistories)>) -> Self {
+    fn new(provisioning: Option<(TokenProvisioner, ProvisioningHistories)>) -> Self {
         Self(Arc::new(Inner {
             token_sets: RwLock::default(),
-            provisioning: exchange,
+            provisioning,
             started: Instant::now(),
             are_configured_tokens_validated: AtomicBool::new(false),
             expected_tokens: RwLock::default(),

@@ -260,17 +260,17 @@ impl Aggregator {
     fn try_reserve_unknown(
         &self,
         environment: &Environment,
-        ReportedCounter { key, name_status: name, counter }: &mut ReportedCounter,
+        ReportedCounter { key, name_status, counter }: &mut ReportedCounter,
         shares: TokenQuotas<'_>,
     ) -> bool {
-        if *name == NameStatus::Known && !counter.has_unknown_variants() {
+        if *name_status == NameStatus::Known && !counter.has_unknown_variants() {
             return true;
         }
         let quota = shares.unknown();
         let place = (environment.clone(), key.clone());
         let shard = self.shard(&place);
         let present = shard.counters.get(&place);
-        if *name == NameStatus::Unknown && present.is_none() {
+        if *name_status == NameStatus::Unknown && present.is_none() {
             let Some(reservation) = quota.try_reserve(counter.base_weight(key)) else {
                 return false;
             };
@@ -283,7 +283,7 @@ impl Aggregator {
     fn add_counter(
         &self,
         environment: &Environment,
-        ReportedCounter { key, name_status: name, mut counter }: ReportedCounter,
+        ReportedCounter { key, name_status, mut counter }: ReportedCounter,
         shares: TokenQuotas<'_>,
         now: Hour,
     ) -> Overflow {
@@ -293,7 +293,7 @@ impl Aggregator {
             return self.merge_counter(present, counter, shares);
         }
         let weight = counter.base_weight(&key.1);
-        if name == NameStatus::Known {
+        if name_status == NameStatus::Known {
             let Some(reservation) = shares.counters().try_reserve(weight) else {
                 drop(shard);
                 return self.add_merged_counter(key, counter, shares, now);

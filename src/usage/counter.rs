@@ -124,10 +124,10 @@ impl Counter {
         let lost = counter.add_counts(stats.yes, stats.no);
         for (variant, count) in stats.variants {
             if let Some(variant) = storable_name(variant) {
-                let name = name(&variant);
+                let name_status = name(&variant);
                 counter.add_variant(
                     variant,
-                    Variant { count, name_status: name, reservation: Reservation::default() },
+                    Variant { count, name_status, reservation: Reservation::default() },
                 );
             }
         }

@@ -162,13 +162,8 @@ impl DeliveryQueue {
                 Some((id, batch)) => {
                     queue.is_sending = true;
                     let environment = environment.clone();
-                    let (body, impact) = (batch.body(), batch.impact_metrics());
-                    return Some(OutgoingBatch {
-                        id: *id,
-                        environment,
-                        body,
-                        impact_metrics: impact,
-                    });
+                    let (body, impact_metrics) = (batch.body(), batch.impact_metrics());
+                    return Some(OutgoingBatch { id: *id, environment, body, impact_metrics });
                 }
                 None => queue.waiting_since = None,
             }

@@ -310,10 +310,10 @@ impl EnvironmentQueue {
             let json = to_json(&counter.to_bulk_metric(environment.as_str(), &key));
             return Some(Item::new(ItemKind::Metric, json, counter.total()));
         }
-        if let Some(AppMetric { metric, reported_at: times, .. }) =
+        if let Some(AppMetric { metric, reported_at, .. }) =
             self.impact.pop_metric(SAMPLES_PER_ITEM)
         {
-            serialize_impact_metric(metric, times, &mut self.serialized);
+            serialize_impact_metric(metric, reported_at, &mut self.serialized);
             return self.serialized.pop_front();
         }
         while let Some(item) = self.deferred.pop_front() {
@@ -384,7 +384,7 @@ fn serialize_impact_metric(
         (samples.len() > 1).then(|| samples.split_off(samples.len() / 2))
     }
     let mut rest = vec![(metric, times)];
-    while let Some((mut metric, mut times)) = rest.pop() {
+    while let Some((mut metric, mut reported_at)) = rest.pop() {
         let json = to_json(&metric);
         let other = match &mut metric.samples {
             _ if json.len() <= MAX_IMPACT_ITEM_BYTES => None,
@@ -393,15 +393,14 @@ fn serialize_impact_metric(
             Samples::Histogram(samples) => split_off_half(samples).map(Samples::Histogram),
         };
         match other {
-            None => into.push_back(Item {
-                reported_at: times,
-                ..Item::new(ItemKind::ImpactMetric, json, 0)
-            }),
+            None => {
+                into.push_back(Item { reported_at, ..Item::new(ItemKind::ImpactMetric, json, 0) })
+            }
             Some(samples) => {
                 let (name, help) = (Arc::clone(&metric.name), Arc::clone(&metric.help));
-                let later = times.split_off(times.len() / 2);
+                let later = reported_at.split_off(reported_at.len() / 2);
                 rest.push((ImpactMetric { name, help, samples }, later));
-                rest.push((metric, times));
+                rest.push((metric, reported_at));
             }
         }
     }

@@ -138,12 +138,12 @@ impl ImpactSeries {
         for (kind, mut labels, sample) in samples {
             labels.insert("origin".into(), "edge".into());
             let key = SeriesKey { kind, name: Arc::clone(&name), app: Arc::clone(app), labels };
-            let at = times.next().flatten();
+            let reported_at = times.next().flatten();
             let no_reservation = Reservation::default();
             let mut series = Series {
                 help: Arc::clone(&help),
                 sample,
-                reported_at: at,
+                reported_at,
                 reservation: no_reservation,
             };
             if !self.series.contains_key(&key) {
@@ -216,9 +216,9 @@ impl ImpactSeries {
     }
 
     fn pop_matching(&mut self, max: usize, same: impl Fn(&str, &str) -> bool) -> Option<AppMetric> {
-        let (SeriesKey { kind, name, app, labels }, Series { help, sample, reported_at: at, .. }) =
+        let (SeriesKey { kind, name, app, labels }, Series { help, sample, reported_at, .. }) =
             self.series.pop_first()?;
-        let (mut samples, mut times) = (vec![(labels, sample)], vec![at]);
+        let (mut samples, mut reported_at) = (vec![(labels, sample)], vec![reported_at]);
         while samples.len() < max {
             let Some(next) = self.series.first_entry() else { break };
             let key = next.key();
@@ -227,10 +227,10 @@ impl ImpactSeries {
             }
             let (key, series) = next.remove_entry();
             samples.push((key.labels, series.sample));
-            times.push(series.reported_at);
+            reported_at.push(series.reported_at);
         }
         let metric = ImpactMetric { name, help, samples: to_samples(kind, samples) };
-        Some(AppMetric { app, metric, reported_at: times })
+        Some(AppMetric { app, metric, reported_at })
     }
 
     fn add(&mut self, key: SeriesKey, series: Series) {

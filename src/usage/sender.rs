@@ -172,8 +172,8 @@ mod tests {
     }
 
     fn shutdown() -> Shutdown {
-        let (begins, hurries) = (CancellationToken::new(), CancellationToken::new());
-        Shutdown { requested: begins, grace: MINUTE, forced: hurries }
+        let (requested, forced) = (CancellationToken::new(), CancellationToken::new());
+        Shutdown { requested, grace: MINUTE, forced }
     }
 
     /// Runs the loop for a while. Each batch gets the next of the outcomes, and `Sent` after the last.

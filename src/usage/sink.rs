@@ -213,13 +213,13 @@ pub(super) fn deliver_to_registry(
 ) -> impl Future<Output = (BatchId, SendOutcome)> {
     let registry = registry.clone();
     async move {
-        let OutgoingBatch { id, body, impact_metrics: impact, .. } = batch;
+        let OutgoingBatch { id, body, impact_metrics, .. } = batch;
         let (reply, outcome) = oneshot::channel();
         let sent = registry.send(RegistryDelivery { id, body, reply }).await;
         let outcome = match outcome.await {
             Ok(DeliveryOutcome::Stored) if sent.is_ok() => {
                 // A registry does not store them.
-                usage_metrics::count_dropped_items("impact_metric_not_kept", impact);
+                usage_metrics::count_dropped_items("impact_metric_not_kept", impact_metrics);
                 SendOutcome::Sent
             }
             Ok(DeliveryOutcome::Rejected) => SendOutcome::Rejected,

@@ -142,11 +142,15 @@ fn encode_environment(environment: &Environment, queue: &EnvironmentQueue) -> En
     };
     let mut series = queue.impact.clone();
     let mut impact = Vec::new();
-    while let Some(AppMetric { app, metric, reported_at: mut times }) = series.pop_for_app() {
+    while let Some(AppMetric { app, metric, mut reported_at }) = series.pop_for_app() {
         if !matches!(metric.samples, Samples::Gauge(_)) {
-            times.clear();
+            reported_at.clear();
         }
-        impact.push(to_raw_json(&ImpactRecord { app, metric: to_raw_json(&metric), times }));
+        impact.push(to_raw_json(&ImpactRecord {
+            app,
+            metric: to_raw_json(&metric),
+            times: reported_at,
+        }));
     }
     let piece = |item: &Item| to_raw_json(&ItemRecord::from_item(item));
     let pieces = |batch: &Batch| batch.items().iter().map(piece).collect();

@@ -125,14 +125,14 @@ struct Upstream(Arc<Mutex<State>>);
 type Body = UnsyncBoxBody<Bytes, io::Error>;
 
 impl Upstream {
-    async fn start(offer: StreamReply) -> (Self, String) {
+    async fn start(stream_reply: StreamReply) -> (Self, String) {
         secret_leak_check::register(TOKEN);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let state = State {
             flag: "first".to_owned(),
             id: 7,
-            stream_reply: offer,
+            stream_reply,
             has_stream_hint: false,
             revoked: false,
             has_revisions: false,

@@ -56,9 +56,9 @@ pub(super) enum Backend {
 }
 
 impl Pool {
-    pub(super) fn new(source: Backend, health: Health) -> Self {
+    pub(super) fn new(backend: Backend, health: Health) -> Self {
         let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        Self(Arc::new(Inner { backend: source, permits, idle: Mutex::default(), health }))
+        Self(Arc::new(Inner { backend, permits, idle: Mutex::default(), health }))
     }
 
     pub(super) fn backend(&self) -> &Backend {

@@ -80,8 +80,8 @@ impl DatabaseUrl {
         let database = servers[0].1.clone();
         let servers: Arc<[Server]> = servers.into_iter().map(|(server, _)| server).collect();
         let names: Vec<_> = servers.iter().map(|server| server.name.as_str()).collect();
-        let shown = format!("postgres://{}/{database}", names.join(","));
-        Ok(Self { servers, needs_writable, redacted: shown })
+        let redacted = format!("postgres://{}/{database}", names.join(","));
+        Ok(Self { servers, needs_writable, redacted })
     }
 
     /// The servers, in the order in which they are tried; at least one.

@@ -197,8 +197,8 @@ fn recompiled_flag_draws_independently_of_reused_flags() {
         Compiled::new(parse(&[random_rollout("a", "1"), random_rollout("b", "1")], &nothing));
     let second =
         first.recompile(parse(&[random_rollout("a", "1"), random_rollout("b", "2")], &nothing));
-    let outcomes = |draw| {
-        let bound = second.engine.bind(&Context { random_seed: draw, ..Context::default() });
+    let outcomes = |random_seed| {
+        let bound = second.engine.bind(&Context { random_seed, ..Context::default() });
         ["a", "b"].map(|name| second.engine.evaluate(second.engine.find(name).unwrap(), &bound))
     };
     let different: BTreeSet<_> = (0..200).map(|draw| outcomes(draw).map(Outcome::is_on)).collect();

@@ -259,7 +259,7 @@ fn random_outcomes_differ_between_requests_without_an_identifier() {
     let only = build(&json!([flag("b", &rollout("default"))]), &json!([]));
     let tags = |snapshot: &Snapshot, context: Context<'_>| -> usize {
         let view = snapshot.frontend_view(&Projects::All);
-        let draws = (0..100).map(|draw| Context { random_seed: draw, ..context });
+        let draws = (0..100).map(|random_seed| Context { random_seed, ..context });
         let tag =
             |context| EvaluatedFlags::evaluate(snapshot, &view, &context, Include::All).etag();
         draws.map(tag).collect::<std::collections::HashSet<_>>().len()

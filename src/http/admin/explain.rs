@@ -27,12 +27,12 @@ pub(super) fn explain(snapshots: &Snapshots, body: &[u8]) -> Result<HttpResponse
     let (now, draw) = (Timestamp::now(), rand::random());
     match explain::explain(&snapshot, &question.flag, &question.context, now, draw) {
         Ok(explanation) => Ok(response::json_document(&explanation)),
-        Err(UnknownFlag { similar_names: alike }) if alike.is_empty() => {
+        Err(UnknownFlag { similar_names }) if similar_names.is_empty() => {
             Err(HttpError::ResourceNotFound("there is no such flag in this environment".to_owned()))
         }
-        Err(UnknownFlag { similar_names: alike }) => Err(HttpError::ResourceNotFound(format!(
+        Err(UnknownFlag { similar_names }) => Err(HttpError::ResourceNotFound(format!(
             "there is no such flag in this environment; similar ones are: {}",
-            alike.join(", ")
+            similar_names.join(", ")
         ))),
     }
 }

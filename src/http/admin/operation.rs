@@ -203,9 +203,9 @@ pub(super) enum NoMatch {
 pub(super) fn find<'a>(method: &Method, path: &'a str) -> Result<MatchedOperation<'a>, NoMatch> {
     let mut methods = Vec::new();
     for operation in OPERATIONS {
-        let Some(arguments) = match_path(operation.path, path) else { continue };
+        let Some(path_params) = match_path(operation.path, path) else { continue };
         if operation.method.matches(method) {
-            return Ok(MatchedOperation { operation, path_params: arguments });
+            return Ok(MatchedOperation { operation, path_params });
         }
         methods.push(operation.method.as_str());
     }
@@ -262,16 +262,16 @@ fn object_schema(_: &mut SchemaGenerator) -> Schema {
 const fn operation(
     method: HttpMethod,
     path: &'static str,
-    call: OperationId,
+    id: OperationId,
     summary: &'static str,
 ) -> Operation {
     Operation {
         method,
         path,
-        id: call,
+        id,
         tag: "",
         summary,
-        access: match call {
+        access: match id {
             OperationId::Open(_) => Access::Public,
             OperationId::Instance(_) | OperationId::Control(_) => Access::Operator,
         },
@@ -337,22 +337,27 @@ impl Operation {
     }
 }
 
-const fn text(name: &'static str, help: &'static str) -> QueryParameter {
-    QueryParameter { name, description: help, kind: ParameterType::Text, required: false }
+const fn text(name: &'static str, description: &'static str) -> QueryParameter {
+    QueryParameter { name, description, kind: ParameterType::Text, required: false }
 }
 
-const fn text_list(name: &'static str, help: &'static str) -> QueryParameter {
-    QueryParameter { name, description: help, kind: ParameterType::TextList, required: false }
+const fn text_list(name: &'static str, description: &'static str) -> QueryParameter {
+    QueryParameter { name, description, kind: ParameterType::TextList, required: false }
 }
 
-const fn time(name: &'static str, help: &'static str) -> QueryParameter {
-    QueryParameter { name, description: help, kind: ParameterType::Time, required: false }
+const fn time(name: &'static str, description: &'static str) -> QueryParameter {
+    QueryParameter { name, description, kind: ParameterType::Time, required: false }
 }
 
-const fn number(name: &'static str, least: u32, most: u32, help: &'static str) -> QueryParameter {
+const fn number(
+    name: &'static str,
+    least: u32,
+    most: u32,
+    description: &'static str,
+) -> QueryParameter {
     QueryParameter {
         name,
-        description: help,
+        description,
         kind: ParameterType::Number { least, most },
         required: false,
     }

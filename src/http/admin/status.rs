@@ -51,9 +51,10 @@ impl DataEndpoint {
     /// The URL for SDKs. `None` if the listener is bound to all addresses of its machine, because the
     /// instance does not know which one SDKs use.
     fn url(&self) -> Option<String> {
-        let Self { bound_address: address, base_path, is_tls } = self;
+        let Self { bound_address, base_path, is_tls } = self;
         let scheme = if *is_tls { "https" } else { "http" };
-        (!address.ip().is_unspecified()).then(|| format!("{scheme}://{address}{base_path}"))
+        (!bound_address.ip().is_unspecified())
+            .then(|| format!("{scheme}://{bound_address}{base_path}"))
     }
 }
 

@@ -42,21 +42,21 @@ impl EvaluationRequest<'_> {
         view: &FrontendView,
         evaluate: impl FnOnce(&Context<'_>) -> T,
     ) -> T {
-        let Self { context: sent, client_address: client, hostname, random_seed: draw, .. } = *self;
+        let Self { context: sent, client_address, hostname, random_seed, .. } = *self;
         let reads = view.inputs();
-        let draw = match draw {
+        let random_seed = match random_seed {
             Some(draw) => draw,
             None if reads.can_be_random() => rand::random(),
             None => 0,
         };
         let random_session;
-        let (session_id, session_is_made_up) = match sent.session_id.as_deref() {
+        let (session_id, session_is_generated) = match sent.session_id.as_deref() {
             Some(id) if !id.is_empty() => (Some(id), false),
             _ => match reads.relevance(FieldId::SESSION_ID, |field| is_missing(sent, field)) {
                 Relevance::None => (None, false),
                 Relevance::Membership => (Some(session_id::PLACEHOLDER), false),
                 Relevance::Text => {
-                    random_session = GeneratedSessionId::new(draw);
+                    random_session = GeneratedSessionId::new(random_seed);
                     (Some(random_session.as_str()), true)
                 }
             },
@@ -70,7 +70,7 @@ impl EvaluationRequest<'_> {
             None => match reads.relevance(FieldId::REMOTE_ADDRESS, lacks_identifier) {
                 Relevance::None => None,
                 Relevance::Membership | Relevance::Text => {
-                    Some(format_address(client, &mut address))
+                    Some(format_address(client_address, &mut address))
                 }
             },
             address => address,
@@ -80,7 +80,7 @@ impl EvaluationRequest<'_> {
         evaluate(&Context {
             user_id: sent.user_id.as_deref(),
             session_id,
-            session_is_generated: session_is_made_up,
+            session_is_generated,
             environment: sent.environment.as_deref(),
             app_name: sent.app_name.as_deref(),
             current_time: sent.current_time.as_deref(),
@@ -88,7 +88,7 @@ impl EvaluationRequest<'_> {
             properties: &properties,
             hostname: Some(hostname),
             now: if reads.is_time_dependent() { Timestamp::now() } else { Timestamp::UNIX_EPOCH },
-            random_seed: draw,
+            random_seed,
         })
     }
 }
@@ -180,26 +180,20 @@ impl Subscriber {
         snapshot: &'a Snapshot,
         view: &FrontendView,
     ) -> Option<EvaluationRequest<'a>> {
-        let Self {
-            context: told,
-            omitted_fields: left_out,
-            client_address: client,
-            hostname,
-            scope,
-            random_seed: draw,
-        } = self;
+        let Self { context, omitted_fields, client_address, hostname, scope, random_seed } = self;
         let mut fields = used_fields(view.inputs(), snapshot.engine().schema());
-        let is_left_out = |name: &str| left_out.binary_search(&xxh3_64(name.as_bytes())).is_ok();
-        if !left_out.is_empty() && fields.any(is_left_out) {
+        let is_left_out =
+            |name: &str| omitted_fields.binary_search(&xxh3_64(name.as_bytes())).is_ok();
+        if !omitted_fields.is_empty() && fields.any(is_left_out) {
             return None;
         }
         Some(EvaluationRequest {
-            context: told,
-            client_address: *client,
+            context,
+            client_address: *client_address,
             hostname,
             snapshot,
             scope,
-            random_seed: Some(*draw),
+            random_seed: Some(*random_seed),
         })
     }
 }

@@ -34,22 +34,16 @@ impl FlagEvents {
 
 impl EventSource for FlagEvents {
     fn next_event(&mut self) -> Option<SseChunk> {
-        let Self {
-            snapshots,
-            subscriber: asker,
-            subscription: follower,
-            date_trigger: wake,
-            needs_reconnect,
-        } = self;
-        let snapshot = snapshots.load_for(asker.scope())?;
-        let view = snapshot.frontend_view(&asker.scope().projects);
-        let since = wake.reschedule(view.inputs(), snapshot.received_at());
-        let Some(question) = asker.evaluation_request(&snapshot, &view) else {
+        let Self { snapshots, subscriber, subscription, date_trigger, needs_reconnect } = self;
+        let snapshot = snapshots.load_for(subscriber.scope())?;
+        let view = snapshot.frontend_view(&subscriber.scope().projects);
+        let since = date_trigger.reschedule(view.inputs(), snapshot.received_at());
+        let Some(question) = subscriber.evaluation_request(&snapshot, &view) else {
             *needs_reconnect = true;
             return None;
         };
         let update = question
-            .with_context(&view, |context| follower.next_update(&snapshot, &view, context))?;
+            .with_context(&view, |context| subscription.next_update(&snapshot, &view, context))?;
         let (bytes, kind) = match update {
             FrontendUpdate::Snapshot(bytes) => (bytes, ChunkKind::Hydration),
             FrontendUpdate::Unchanged(bytes) => (bytes, ChunkKind::Replay),

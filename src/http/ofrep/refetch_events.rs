@@ -38,22 +38,22 @@ impl EventSource for RefetchEvents {
     fn next_event(&mut self) -> Option<SseChunk> {
         let Self {
             snapshots,
-            subscriber: asker,
-            outcome_hash: outcome,
-            has_started: begun,
-            date_trigger: wake,
+            subscriber,
+            outcome_hash,
+            has_started,
+            date_trigger,
             needs_reconnect,
         } = self;
-        let snapshot = snapshots.load_for(asker.scope())?;
-        let view = snapshot.frontend_view(&asker.scope().projects);
-        let since = wake.reschedule(view.inputs(), snapshot.received_at());
-        let Some(question) = asker.evaluation_request(&snapshot, &view) else {
+        let snapshot = snapshots.load_for(subscriber.scope())?;
+        let view = snapshot.frontend_view(&subscriber.scope().projects);
+        let since = date_trigger.reschedule(view.inputs(), snapshot.received_at());
+        let Some(question) = subscriber.evaluation_request(&snapshot, &view) else {
             *needs_reconnect = true;
             return None;
         };
         let now = question.with_context(&view, |context| hash_outcomes(&snapshot, &view, context));
-        let has_changed = std::mem::replace(outcome, now) != now;
-        let is_first = !std::mem::replace(begun, true);
+        let has_changed = std::mem::replace(outcome_hash, now) != now;
+        let is_first = !std::mem::replace(has_started, true);
         let id = format_args!("{now:032x}").to_string();
         let (text, kind) = match (has_changed, is_first) {
             // A reconnecting client sends the id of its last event.

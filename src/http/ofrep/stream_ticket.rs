@@ -135,8 +135,8 @@ impl StreamTickets {
             if !is_replaceable(&keys.current) {
                 return Arc::clone(keys);
             }
-            let former = Some((Arc::clone(&keys.current), until));
-            Arc::new(Keys { current: Arc::clone(&sealing), previous: former })
+            let previous = Some((Arc::clone(&keys.current), until));
+            Arc::new(Keys { current: Arc::clone(&sealing), previous })
         });
     }
 
@@ -190,8 +190,9 @@ impl StreamTickets {
             return None;
         }
         let context = FrontendContext::from_json(context).ok()?.into_owned();
-        let (outcome, draw) = (u128::from_le_bytes(*outcome), u64::from_le_bytes(*draw));
-        Some(StreamTicket { digest, outcome_hash: outcome, random_seed: draw, context })
+        let (outcome_hash, random_seed) =
+            (u128::from_le_bytes(*outcome), u64::from_le_bytes(*draw));
+        Some(StreamTicket { digest, outcome_hash, random_seed, context })
     }
 }
 

@@ -63,7 +63,7 @@ impl<S: HttpService> HttpServer<S> {
             .keep_alive_timeout(connection_limits::PING_INTERVAL)
             .max_concurrent_streams(connection_limits::MAX_CONCURRENT_STREAMS)
             .max_send_buf_size(connection_limits::SEND_BUFFER_BYTES);
-        let slots =
+        let limiter =
             ConnectionLimiter::new(limits.max_connections, limits.max_connections_per_address);
         let mut http1 = http1::Builder::new();
         http1.max_header_size(connection_limits::MAX_HEAD_BYTES);
@@ -71,17 +71,8 @@ impl<S: HttpService> HttpServer<S> {
             REFUSED_CONNECTIONS,
             "Connections that were closed because their address has too many"
         );
-        let refused = counter!(REFUSED_CONNECTIONS);
-        Arc::new(Self {
-            service,
-            config,
-            drain,
-            limiter: slots,
-            http1,
-            http2,
-            tasks,
-            refused_connections: refused,
-        })
+        let refused_connections = counter!(REFUSED_CONNECTIONS);
+        Arc::new(Self { service, config, drain, limiter, http1, http2, tasks, refused_connections })
     }
 
     /// Acquires a permit and serves one connection until it closes. Dropping the future closes it.

@@ -48,14 +48,14 @@ impl TrackedBody {
         reply: HttpResponse,
         mut in_flight: InFlightResponse,
     ) -> hyper::Response<Self> {
-        let progress = STALL_TIMER.try_with(Arc::clone).ok();
+        let stall_timer = STALL_TIMER.try_with(Arc::clone).ok();
         let bytes =
             usize::try_from(crate::http::response::body_length(&reply)).unwrap_or(usize::MAX);
-        if let Some(progress) = progress.as_ref().filter(|_| bytes > 0) {
+        if let Some(progress) = stall_timer.as_ref().filter(|_| bytes > 0) {
             progress.start();
         }
         in_flight.set_pending(bytes);
-        reply.map(|body| Self { body, in_flight: Some(in_flight), stall_timer: progress })
+        reply.map(|body| Self { body, in_flight: Some(in_flight), stall_timer })
     }
 
     /// Takes the next chunk of a complete body.

@@ -66,20 +66,20 @@ struct TokenLifetime {
 
 impl StreamLimiter {
     pub(super) fn new(room: &StreamLimits, auth: Authenticator) -> Self {
-        let of_address = KeyedLimit::new(room.per_address);
-        let of_token = KeyedLimit::new(room.per_token);
-        let room = Arc::new(Semaphore::new(room.total.min(Semaphore::MAX_PERMITS)));
-        let (lives, stagger) = Default::default();
-        let (epoch, tally) = (Instant::now(), StreamMetrics::new());
+        let per_address = KeyedLimit::new(room.per_address);
+        let per_token = KeyedLimit::new(room.per_token);
+        let permits = Arc::new(Semaphore::new(room.total.min(Semaphore::MAX_PERMITS)));
+        let (token_lifetimes, stagger) = Default::default();
+        let (epoch, metrics) = (Instant::now(), StreamMetrics::new());
         let inner = Inner {
             epoch,
             auth,
-            permits: room,
-            per_address: of_address,
-            per_token: of_token,
-            token_lifetimes: lives,
+            permits,
+            per_address,
+            per_token,
+            token_lifetimes,
             stagger,
-            metrics: tally,
+            metrics,
         };
         Self(Arc::new(inner))
     }
@@ -96,7 +96,7 @@ impl StreamLimiter {
             return None;
         };
         let mut lives = inner.lock_lifetimes();
-        let life = match lives.get(&digest).and_then(Weak::upgrade) {
+        let lifetime = match lives.get(&digest).and_then(Weak::upgrade) {
             Some(life) if life.grant == grant => life,
             other => {
                 if let Some(outdated) = other {
@@ -113,7 +113,7 @@ impl StreamLimiter {
             }
         };
         inner.metrics.open.increment(1);
-        Some(StreamPermit { lifetime: life, limiter: self.clone(), _slot: slot })
+        Some(StreamPermit { lifetime, limiter: self.clone(), _slot: slot })
     }
 
     /// Closes the streams of tokens that were revoked or whose grant changed. Runs until dropped.

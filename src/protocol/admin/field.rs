@@ -33,8 +33,8 @@ pub struct FieldErrors(Vec<FieldError>);
 
 impl FieldErrors {
     /// Adds an error.
-    pub fn add(&mut self, path: &'static str, reason: impl Into<String>) {
-        self.0.push(FieldError { field: path, reason: reason.into() });
+    pub fn add(&mut self, field: &'static str, reason: impl Into<String>) {
+        self.0.push(FieldError { field, reason: reason.into() });
     }
 
     /// The value of an optional field. An invalid value adds an error.

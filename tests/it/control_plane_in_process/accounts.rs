@@ -159,8 +159,8 @@ async fn only_admins_manage_accounts(db: TestDatabase) {
 }
 
 async fn first_account_gets_configured_or_generated_password(db: TestDatabase) {
-    let first_account = InitialAccount { username: "root".to_owned(), password: None };
-    let config = Config { initial_account: first_account, ..db.config() };
+    let initial_account = InitialAccount { username: "root".to_owned(), password: None };
+    let config = Config { initial_account, ..db.config() };
     let (control, opened) = db.open_with(config.clone()).await;
     let made = opened.account.unwrap();
     let generated = made.generated_password.unwrap();

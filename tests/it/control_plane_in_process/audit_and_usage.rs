@@ -115,15 +115,11 @@ async fn deliver_usage(control: &ControlPlane, body: &Value) -> DeliveryOutcome 
 }
 
 /// Delivers it with a batch id.
-async fn deliver_usage_batch(
-    control: &ControlPlane,
-    batch: BatchId,
-    body: &Value,
-) -> DeliveryOutcome {
+async fn deliver_usage_batch(control: &ControlPlane, id: BatchId, body: &Value) -> DeliveryOutcome {
     let (deliver, mut deliveries) = mpsc::channel(1);
-    let (done, taken) = oneshot::channel();
+    let (reply, taken) = oneshot::channel();
     let body = Bytes::from(body.to_string());
-    deliver.send(RegistryDelivery { id: batch, body, reply: done }).await.unwrap();
+    deliver.send(RegistryDelivery { id, body, reply }).await.unwrap();
     drop(deliver);
     control.store_usage(&configured_flags(), &mut deliveries).await;
     taken.await.unwrap()

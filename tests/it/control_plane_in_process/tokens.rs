@@ -267,13 +267,13 @@ async fn initial_tokens_fill_empty_registry_once(db: TestDatabase) {
     let token = |text| Token::parse(text).unwrap();
     let old = format!("*:*.{}", "a0".repeat(28));
     let client = [token("web:production.some-secret"), token("web:production.some-secret")];
-    let seed = InitialTokens {
+    let initial_tokens = InitialTokens {
         admin: vec![token(&old)],
         client: client.to_vec(),
         frontend: vec![token("[]:development.some-other-secret")],
     };
     let (control, opened) =
-        db.open_with(parapet::control_plane::Config { initial_tokens: seed, ..db.config() }).await;
+        db.open_with(parapet::control_plane::Config { initial_tokens, ..db.config() }).await;
     assert!(matches!(opened.tokens, RegistryBootstrap::Seeded), "{opened:?}");
     let tokens = control.tokens(&SHELL.operator);
     assert_eq!(tokens.len(), 3);
@@ -282,9 +282,10 @@ async fn initial_tokens_fill_empty_registry_once(db: TestDatabase) {
     assert!(tokens.iter().all(|token| token.id.len() == 22), "{tokens:?}");
     assert_eq!(control.token_name(&token(&old).digest()).as_deref(), Some(&*tokens[0].name));
 
-    let seed = InitialTokens { client: vec![token("*:staging.later")], ..InitialTokens::default() };
+    let initial_tokens =
+        InitialTokens { client: vec![token("*:staging.later")], ..InitialTokens::default() };
     let (control, opened) =
-        db.open_with(parapet::control_plane::Config { initial_tokens: seed, ..db.config() }).await;
+        db.open_with(parapet::control_plane::Config { initial_tokens, ..db.config() }).await;
     assert!(matches!(opened.tokens, RegistryBootstrap::Existing), "{opened:?}");
     assert_eq!(control.tokens(&SHELL.operator), tokens);
 }

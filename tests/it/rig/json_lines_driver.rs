@@ -35,9 +35,9 @@ impl Driver {
             .kill_on_drop(true);
         let mut child =
             command.spawn().unwrap_or_else(|error| panic!("cannot start the {name}: {error}"));
-        let complaints = Arc::<Mutex<String>>::default();
+        let stderr_buffer = Arc::<Mutex<String>>::default();
         let (mut stderr, buffer) =
-            (child.stderr.take().expect("it is piped"), Arc::clone(&complaints));
+            (child.stderr.take().expect("it is piped"), Arc::clone(&stderr_buffer));
         tokio::spawn(async move {
             let mut chunk = [0; 1024];
             while let Ok(read @ 1..) = stderr.read(&mut chunk).await {
@@ -48,14 +48,8 @@ impl Driver {
             }
         });
         let commands = child.stdin.take().expect("it is piped");
-        let answers = BufReader::new(child.stdout.take().expect("it is piped")).lines();
-        let mut driver = Self {
-            name: name.to_owned(),
-            child,
-            commands,
-            responses: answers,
-            stderr_buffer: complaints,
-        };
+        let responses = BufReader::new(child.stdout.take().expect("it is piped")).lines();
+        let mut driver = Self { name: name.to_owned(), child, commands, responses, stderr_buffer };
         assert_eq!(driver.read_response().await, json!({ "ready": true }));
         driver
     }

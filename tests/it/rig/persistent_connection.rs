@@ -106,7 +106,7 @@ impl PersistentConnection {
     /// Whether another request can be sent on it, once the pending ones are answered.
     pub(crate) async fn is_usable(&mut self) -> bool {
         match self {
-            Self::Http1 { sender, is_closed: is_over } => !*is_over && sender.ready().await.is_ok(),
+            Self::Http1 { sender, is_closed } => !*is_closed && sender.ready().await.is_ok(),
             Self::Http2(sender) => sender.ready().await.is_ok(),
         }
     }
@@ -131,8 +131,8 @@ impl PersistentConnection {
                 Err(error) => return classify_send_error(error),
             };
             let closes = answer.headers().get(CONNECTION).is_some_and(|it| it == "close");
-            if let Self::Http1 { is_closed: is_over, .. } = self {
-                *is_over |= closes;
+            if let Self::Http1 { is_closed, .. } = self {
+                *is_closed |= closes;
             }
             let status = answer.status();
             match answer.into_body().collect().await {

@@ -27,7 +27,7 @@ impl Postgres {
 
     /// Starts a separate cluster.
     pub(crate) async fn start() -> Self {
-        let binaries = find_bin_dir();
+        let bin_dir = find_bin_dir();
         let directory =
             tempfile::Builder::new().prefix("parapet-postgres-").tempdir().unwrap().keep();
         if is_root() {
@@ -39,7 +39,7 @@ impl Postgres {
             );
         }
         let data = directory.join("data");
-        let mut initdb = command_as_postgres(&binaries.join("initdb"));
+        let mut initdb = command_as_postgres(&bin_dir.join("initdb"));
         initdb.current_dir(&directory).arg("--pgdata").arg(&data);
         initdb.args([
             "--username=postgres",
@@ -51,7 +51,7 @@ impl Postgres {
         run_checked(&mut initdb);
 
         let port = free_port();
-        let mut server = command_as_postgres(&binaries.join("postgres"));
+        let mut server = command_as_postgres(&bin_dir.join("postgres"));
         server
             .current_dir(&directory)
             .arg("-D")
@@ -73,9 +73,9 @@ impl Postgres {
         let mut server =
             Process::spawn("PostgreSQL", &server, OnParentExit::QuitAndRemove(&directory));
         server
-            .wait_until(async || psql(&binaries, port, "postgres", "select 1").status.success())
+            .wait_until(async || psql(&bin_dir, port, "postgres", "select 1").status.success())
             .await;
-        Self { bin_dir: binaries, port, _server: server }
+        Self { bin_dir, port, _server: server }
     }
 
     /// Its loopback port.

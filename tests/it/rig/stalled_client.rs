@@ -58,12 +58,12 @@ impl StalledClient {
             request.header("authorization", token).body(()).unwrap()
         });
         // Sent before the connection runs, so that the server's limits arrive too late.
-        let answers = requests.map(|it| sender.send_request(it, true).unwrap().0).collect();
+        let responses = requests.map(|it| sender.send_request(it, true).unwrap().0).collect();
         let connection = tokio::spawn(async move {
             let _ = connection.await;
             drop(sender);
         });
-        Self { connection, responses: answers }
+        Self { connection, responses }
     }
 }
 

@@ -115,10 +115,11 @@ impl HttpService for ConnectionInfoService {
         connection: &Arc<ConnectionInfo>,
     ) -> ServiceResponse {
         let ConnectionInfo { peer, tls } = &**connection;
-        let Some(NegotiatedTls { version, alpn, client_certificate: client }) = tls else {
+        let Some(NegotiatedTls { version, alpn, client_certificate }) = tls else {
             panic!("it is not encrypted")
         };
-        let client = client.as_ref().map(|it| (it.subject(), it.names(), it.fingerprint()));
+        let client =
+            client_certificate.as_ref().map(|it| (it.subject(), it.names(), it.fingerprint()));
         let description = format!("{} {} {alpn:?} {client:?}", peer.ip(), version.as_str());
         ServiceResponse::Ready(response::json_text(description))
     }

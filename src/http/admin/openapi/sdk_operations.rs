@@ -62,17 +62,17 @@ const CONTEXT_PARAMETERS: &[(&str, ParameterType)] = &[
 ];
 
 const fn get(path: &'static str, answer: &'static str, summary: &'static str) -> SdkOperation {
-    let answer = SdkResponse::Cached(answer);
-    SdkOperation { method: "get", path, summary, body_schema: None, response: answer, query: &[] }
+    let response = SdkResponse::Cached(answer);
+    SdkOperation { method: "get", path, summary, body_schema: None, response, query: &[] }
 }
 
 const fn post(path: &'static str, takes: &'static str, summary: &'static str) -> SdkOperation {
-    let takes = Some(takes);
+    let body_schema = Some(takes);
     SdkOperation {
         method: "post",
         path,
         summary,
-        body_schema: takes,
+        body_schema,
         response: SdkResponse::Accepted,
         query: &[],
     }
