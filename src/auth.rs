@@ -128,11 +128,11 @@ impl Authenticator {
     pub fn new(
         config: Config,
         validator: Validator,
-        given: impl IntoIterator<Item = (TokenDigest, Grant)>,
+        tokens: impl IntoIterator<Item = (TokenDigest, Grant)>,
     ) -> Self {
         Self(Arc::new(Inner {
             token_cache: TokenCache::new(config.capacity, config.forget_invalid_after),
-            local_tokens: LocalTokens::new(given),
+            local_tokens: LocalTokens::new(tokens),
             pending: PendingValidations::default(),
             metrics: Metrics::new(),
             list_refresh: Notify::new(),
@@ -235,8 +235,8 @@ impl Authenticator {
     /// Replaces all static tokens.
     ///
     /// Takes time linear in the number of tokens; concurrent requests see the previous set until then.
-    pub fn set_local_tokens(&self, given: impl IntoIterator<Item = (TokenDigest, Grant)>) {
-        self.0.local_tokens.replace(given);
+    pub fn set_local_tokens(&self, tokens: impl IntoIterator<Item = (TokenDigest, Grant)>) {
+        self.0.local_tokens.replace(tokens);
     }
 
     /// The static tokens that were presented since the last call.

@@ -31,8 +31,8 @@ struct LocalToken {
 }
 
 impl LocalTokens {
-    pub(super) fn new(given: impl IntoIterator<Item = (TokenDigest, Grant)>) -> Self {
-        Self(ArcSwap::from_pointee(build_table(given, &TokenTable::default())))
+    pub(super) fn new(tokens: impl IntoIterator<Item = (TokenDigest, Grant)>) -> Self {
+        Self(ArcSwap::from_pointee(build_table(tokens, &TokenTable::default())))
     }
 
     /// The grant of a token, which is marked as used.
@@ -47,8 +47,8 @@ impl LocalTokens {
     }
 
     /// Replaces the set; tokens whose grant is unchanged keep their mark of use.
-    pub(super) fn replace(&self, given: impl IntoIterator<Item = (TokenDigest, Grant)>) {
-        let table = build_table(given, &self.0.load());
+    pub(super) fn replace(&self, tokens: impl IntoIterator<Item = (TokenDigest, Grant)>) {
+        let table = build_table(tokens, &self.0.load());
         self.0.store(Arc::new(table));
     }
 
@@ -66,7 +66,7 @@ impl LocalTokens {
 }
 
 fn build_table(
-    given: impl IntoIterator<Item = (TokenDigest, Grant)>,
+    tokens: impl IntoIterator<Item = (TokenDigest, Grant)>,
     before: &TokenTable,
 ) -> TokenTable {
     let entry = |(digest, grant)| {
@@ -75,7 +75,7 @@ fn build_table(
             || Arc::new(LocalToken { grant: Arc::new(grant), is_used: AtomicBool::new(false) });
         (digest, unchanged.unwrap_or_else(fresh))
     };
-    given.into_iter().map(entry).collect()
+    tokens.into_iter().map(entry).collect()
 }
 
 #[cfg(test)]
@@ -91,23 +91,25 @@ mod tests {
     #[test]
     fn replace_adds_removes_and_changes_tokens() {
         let (a, b) = (token("a", TokenKind::Client), token("b", TokenKind::Client));
-        let given = LocalTokens::new([a.clone(), b.clone()]);
-        assert!(given.get_and_mark_used(&a.0).is_some() && given.get_and_mark_used(&b.0).is_some());
+        let tokens = LocalTokens::new([a.clone(), b.clone()]);
+        assert!(
+            tokens.get_and_mark_used(&a.0).is_some() && tokens.get_and_mark_used(&b.0).is_some()
+        );
         let changed = token("b", TokenKind::Frontend);
-        given.replace([changed, token("c", TokenKind::Client)]);
-        assert!(given.get_and_mark_used(&a.0).is_none());
-        assert_eq!(given.get_and_mark_used(&b.0).unwrap().kind, TokenKind::Frontend);
+        tokens.replace([changed, token("c", TokenKind::Client)]);
+        assert!(tokens.get_and_mark_used(&a.0).is_none());
+        assert_eq!(tokens.get_and_mark_used(&b.0).unwrap().kind, TokenKind::Frontend);
     }
 
     #[test]
     fn uses_are_reported_once_and_survive_a_replacement() {
         let (a, b) = (token("a", TokenKind::Client), token("b", TokenKind::Client));
-        let given = LocalTokens::new([a.clone(), b.clone()]);
-        assert_eq!(given.take_used(), []);
-        given.get_and_mark_used(&a.0);
-        given.get_and_mark_used(&a.0);
-        given.replace([a.clone(), b]);
-        assert_eq!(given.take_used(), [a.0]);
-        assert_eq!(given.take_used(), []);
+        let tokens = LocalTokens::new([a.clone(), b.clone()]);
+        assert_eq!(tokens.take_used(), []);
+        tokens.get_and_mark_used(&a.0);
+        tokens.get_and_mark_used(&a.0);
+        tokens.replace([a.clone(), b]);
+        assert_eq!(tokens.take_used(), [a.0]);
+        assert_eq!(tokens.take_used(), []);
     }
 }

@@ -53,11 +53,11 @@ pub async fn evaluate_flags(
     tickets: &StreamTickets,
     events: &str,
 ) -> HttpResponse {
-    let EvaluationRequest { context: told, snapshot, scope, .. } = question;
+    let EvaluationRequest { context: request_context, snapshot, scope, .. } = question;
     let engine = snapshot.engine();
     let view = snapshot.frontend_view(&scope.projects);
     let now = Timestamp::now();
-    let context_json = told.to_json();
+    let context_json = request_context.to_json();
     let draw = if view.inputs().can_be_random() { rand::random() } else { 0 };
     let question = EvaluationRequest { random_seed: Some(draw), ..question };
     let body = question.with_context(&view, |context| {

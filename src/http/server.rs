@@ -68,7 +68,7 @@ pub async fn serve<S: HttpService>(
     let _rest = AbortOnDrop(server.tasks.clone());
     describe_counter!(ACCEPT_FAILURES, "Connections that could not be accepted");
     let failures = counter!(ACCEPT_FAILURES);
-    let mut sparing = LogLimiter::default();
+    let mut log_limiter = LogLimiter::default();
     let mut closing = std::pin::pin!(drain.closing.subscribe());
     loop {
         let accepted = tokio::select! {
@@ -79,7 +79,7 @@ pub async fn serve<S: HttpService>(
             Ok(accepted) => accepted,
             Err(error) => {
                 failures.increment(1);
-                if let Some(left_out) = sparing.admit() {
+                if let Some(left_out) = log_limiter.admit() {
                     let more = (left_out > 0).then_some(left_out);
                     warn!(
                         error = error_chain(&error),
@@ -92,21 +92,22 @@ pub async fn serve<S: HttpService>(
             }
         };
         // An accepted connection is served if there is room, also when the listener closes meanwhile.
-        let slot = tokio::select! {
+        let permit = tokio::select! {
             biased;
-            slot = server.limiter.acquire(server.client_address(peer)) => slot,
+            permit = server.limiter.acquire(server.client_address(peer)) => permit,
             () = &mut closing => break,
         };
-        match slot {
-            Ok(slot) => {
-                server.tasks.spawn(Arc::clone(&server).handle_connection(slot, stream, peer));
+        match permit {
+            Ok(permit) => {
+                server.tasks.spawn(Arc::clone(&server).handle_connection(permit, stream, peer));
             }
             Err(_) => server.refused_connections.increment(1),
         }
     }
     for (stream, peer) in drain_backlog(listener) {
-        if let Some(Ok(slot)) = server.limiter.acquire(server.client_address(peer)).now_or_never() {
-            server.tasks.spawn(Arc::clone(&server).handle_connection(slot, stream, peer));
+        if let Some(Ok(permit)) = server.limiter.acquire(server.client_address(peer)).now_or_never()
+        {
+            server.tasks.spawn(Arc::clone(&server).handle_connection(permit, stream, peer));
         }
     }
     if timeout(grace, server.tasks.join_all()).await.is_err() {

@@ -111,7 +111,7 @@ impl Streams {
         self.limiter.close_all(grace);
     }
 
-    /// Opens a stream for a token and a client address. `teller` supplies the events and is polled
+    /// Opens a stream for a token and a client address. `source` supplies the events and is polled
     /// whenever `states` has a new id. The stream closes when the sender of `states` is dropped.
     ///
     /// # Errors
@@ -122,12 +122,12 @@ impl Streams {
         (digest, client): (TokenDigest, IpAddr),
         grant: Arc<Grant>,
         states: watch::Receiver<StateId>,
-        teller: impl EventSource,
+        source: impl EventSource,
     ) -> Result<HttpResponse, HttpError> {
-        let seat = self.limiter.acquire((digest, client), grant);
-        let seat = seat.ok_or(HttpError::TooManyStreams(RETRY_AFTER))?;
+        let permit = self.limiter.acquire((digest, client), grant);
+        let permit = permit.ok_or(HttpError::TooManyStreams(RETRY_AFTER))?;
         let age = self.config.max_age.mul_f64(rand::random_range(0.9..1.1));
-        let stream = SseStream::new(seat, states, teller, age);
+        let stream = SseStream::new(permit, states, source, age);
         Ok(response::event_stream(Box::pin(stream)))
     }
 }

@@ -36,10 +36,10 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn first_occurrence_is_logged_at_once_and_later_ones_once_per_interval_with_a_count() {
-        let mut sparing = LogLimiter::default();
+        let mut limiter = LogLimiter::default();
         let mut logged = Vec::new();
         for _ in 0..25 {
-            logged.extend(sparing.admit());
+            logged.extend(limiter.admit());
             tokio::time::advance(INTERVAL / 10).await;
         }
         assert_eq!(logged, [0, 9, 9]);

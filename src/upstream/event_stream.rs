@@ -150,17 +150,17 @@ mod tests {
 
     /// A stream with events of up to 100 bytes, and the server's end of it.
     fn open_stream(pulse: &Arc<HealthTracker>) -> (EventSender, UpstreamEventStream) {
-        let (teller, mut receiver) = mpsc::unbounded_channel::<io::Result<String>>();
+        let (sender, mut receiver) = mpsc::unbounded_channel::<io::Result<String>>();
         let frames = stream::poll_fn(move |context| {
             let chunk = receiver.poll_recv(context);
             chunk.map(|it| it.map(|it| it.map(|text| Frame::data(Bytes::from(text)))))
         });
         let response = hyper::Response::new(Body::wrap(StreamBody::new(frames)));
-        (teller, UpstreamEventStream::new(response.into(), 100, pulse))
+        (sender, UpstreamEventStream::new(response.into(), 100, pulse))
     }
 
-    fn send(teller: &EventSender, text: &str) {
-        teller.send(Ok(text.to_owned())).unwrap();
+    fn send(sender: &EventSender, text: &str) {
+        sender.send(Ok(text.to_owned())).unwrap();
     }
 
     /// The names of the next events; `None` at the end.
@@ -172,12 +172,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn stream_times_out_after_90_s_without_data() {
         let pulse = Arc::default();
-        let (teller, mut stream) = open_stream(&pulse);
+        let (sender, mut stream) = open_stream(&pulse);
         let begin = Instant::now();
         let server = async {
             for text in [":\n", CONNECTED, "e", ": keep-alive\n\n"] {
                 tokio::time::sleep(Duration::from_secs(89)).await;
-                send(&teller, text);
+                send(&sender, text);
             }
         };
         let client = async {
@@ -194,23 +194,23 @@ mod tests {
         assert!(health.last_success.is_some());
         drop(stream);
         assert_eq!(pulse.health().streams, 0);
-        assert!(teller.is_closed(), "upstream notices");
+        assert!(sender.is_closed(), "upstream notices");
     }
 
     #[tokio::test(start_paused = true)]
     async fn buffered_events_are_returned_together_and_before_the_end() {
-        let (teller, mut stream) = open_stream(&Arc::default());
+        let (sender, mut stream) = open_stream(&Arc::default());
         assert_eq!(stream.next_events().now_or_never().map(|_| ()), None, "nothing is there");
         let (half, rest) = CONNECTED.split_at(11);
-        send(&teller, half);
+        send(&sender, half);
         assert_eq!(next_names(&mut stream).await.unwrap(), [""; 0]);
         for text in [rest, UPDATED, "retry: 700\n\n", UPDATED] {
-            send(&teller, text);
+            send(&sender, text);
         }
         assert_eq!(next_names(&mut stream).await.unwrap(), ["a", "b", "b"]);
         assert_eq!(stream.retry_delay(), Some(Duration::from_millis(700)));
-        send(&teller, UPDATED);
-        drop(teller);
+        send(&sender, UPDATED);
+        drop(sender);
         assert_eq!(next_names(&mut stream).await.unwrap(), ["b"]);
         for _ in 0..2 {
             assert_eq!(next_names(&mut stream).await, None);
@@ -220,16 +220,16 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn broken_stream_or_too_large_event_fails_after_earlier_events() {
         let pulse = Arc::default();
-        let (teller, mut stream) = open_stream(&pulse);
-        send(&teller, CONNECTED);
-        teller.send(Err(io::ErrorKind::ConnectionReset.into())).unwrap();
+        let (sender, mut stream) = open_stream(&pulse);
+        send(&sender, CONNECTED);
+        sender.send(Err(io::ErrorKind::ConnectionReset.into())).unwrap();
         assert_eq!(next_names(&mut stream).await.unwrap(), ["a"]);
         let error = stream.next_events().await.expect_err("a break");
         assert!(matches!(error, Error::Interrupted(_)), "{error:?}");
 
-        let (teller, mut stream) = open_stream(&pulse);
-        send(&teller, CONNECTED);
-        send(&teller, &"x".repeat(101));
+        let (sender, mut stream) = open_stream(&pulse);
+        send(&sender, CONNECTED);
+        send(&sender, &"x".repeat(101));
         assert_eq!(next_names(&mut stream).await.unwrap(), ["a"]);
         let error = stream.next_events().await.expect_err("too much");
         assert!(matches!(error, Error::TooLarge { limit: 100 }), "{error:?}");

@@ -394,7 +394,7 @@ fn serialize_impact_metric(
         };
         match other {
             None => {
-                into.push_back(Item { reported_at, ..Item::new(ItemKind::ImpactMetric, json, 0) })
+                into.push_back(Item { reported_at, ..Item::new(ItemKind::ImpactMetric, json, 0) });
             }
             Some(samples) => {
                 let (name, help) = (Arc::clone(&metric.name), Arc::clone(&metric.help));

@@ -214,82 +214,85 @@ mod tests {
     }
 
     fn try_acquire(
-        slots: &Arc<ConnectionLimiter>,
+        limiter: &Arc<ConnectionLimiter>,
         last: u8,
     ) -> Option<Result<ConnectionPermit, AddressLimitReached>> {
-        slots.try_acquire(Some(address(last))).transpose()
+        limiter.try_acquire(Some(address(last))).transpose()
     }
 
-    fn acquired(slots: &Arc<ConnectionLimiter>, last: u8) -> ConnectionPermit {
-        try_acquire(slots, last).expect("there is room").expect("the address is below its limit")
+    fn acquired(limiter: &Arc<ConnectionLimiter>, last: u8) -> ConnectionPermit {
+        try_acquire(limiter, last).expect("there is room").expect("the address is below its limit")
     }
 
     #[test]
     fn idle_connection_is_evicted_before_a_recently_used_one() {
-        let slots = ConnectionLimiter::new(3, None);
-        let permits = [1, 2, 3].map(|last| acquired(&slots, last));
+        let limiter = ConnectionLimiter::new(3, None);
+        let permits = [1, 2, 3].map(|last| acquired(&limiter, last));
         permits[0].activity().record_request(false);
         permits[2].activity().record_request(false);
-        assert!(try_acquire(&slots, 4).is_none(), "there is room once the evicted one has closed");
+        assert!(
+            try_acquire(&limiter, 4).is_none(),
+            "there is room once the evicted one has closed"
+        );
         let evicted = permits.each_ref().map(|slot| slot.activity().is_evicted());
         assert_eq!(evicted, [false, true, false]);
         let [first, second, third] = permits;
         drop(second);
-        let fourth = acquired(&slots, 4);
+        let fourth = acquired(&limiter, 4);
         fourth.activity().record_request(false);
         first.activity().record_request(false);
-        assert!(try_acquire(&slots, 5).is_none());
+        assert!(try_acquire(&limiter, 5).is_none());
         assert!(third.activity().is_evicted(), "it was not used since the last search");
     }
 
     #[test]
     fn connection_in_use_is_not_evicted() {
-        let slots = ConnectionLimiter::new(2, None);
-        let (first, second) = (acquired(&slots, 1), acquired(&slots, 2));
+        let limiter = ConnectionLimiter::new(2, None);
+        let (first, second) = (acquired(&limiter, 1), acquired(&limiter, 2));
         let answer = first.activity().begin_response();
         second.activity().record_read();
-        assert!(try_acquire(&slots, 3).is_none());
+        assert!(try_acquire(&limiter, 3).is_none());
         assert!(!first.activity().is_evicted() && !second.activity().is_evicted());
         drop(answer);
-        assert!(try_acquire(&slots, 3).is_none());
+        assert!(try_acquire(&limiter, 3).is_none());
         assert!(first.activity().is_evicted() && !second.activity().is_evicted());
     }
 
     #[test]
     fn address_at_its_limit_evicts_only_its_own_idle_connections() {
-        let slots = ConnectionLimiter::new(10, Some(2));
-        let others = acquired(&slots, 1);
-        let (first, second) = (acquired(&slots, 2), acquired(&slots, 2));
+        let limiter = ConnectionLimiter::new(10, Some(2));
+        let others = acquired(&limiter, 1);
+        let (first, second) = (acquired(&limiter, 2), acquired(&limiter, 2));
         let busy = first.activity().begin_response();
-        let third = acquired(&slots, 2);
+        let third = acquired(&limiter, 2);
         assert!(second.activity().is_evicted() && !others.activity().is_evicted());
         let _third_is_busy = third.activity().begin_response();
-        assert_eq!(try_acquire(&slots, 2).unwrap().unwrap_err(), AddressLimitReached);
+        assert_eq!(try_acquire(&limiter, 2).unwrap().unwrap_err(), AddressLimitReached);
         drop(busy);
-        assert!(try_acquire(&slots, 2).unwrap().is_ok());
+        assert!(try_acquire(&limiter, 2).unwrap().is_ok());
         assert!(!others.activity().is_evicted());
     }
 
     #[tokio::test]
     async fn waiting_client_gets_the_permit_of_a_closed_connection() {
-        let slots = ConnectionLimiter::new(1, None);
-        let first = acquired(&slots, 1);
+        let limiter = ConnectionLimiter::new(1, None);
+        let first = acquired(&limiter, 1);
         let _busy = first.activity().begin_response();
-        let waiting = Arc::clone(&slots);
+        let waiting = Arc::clone(&limiter);
         let waiting = tokio::spawn(async move { waiting.acquire(Some(address(2))).await.is_ok() });
         tokio::task::yield_now().await;
         drop(first);
         assert!(waiting.await.unwrap());
-        let state = slots.lock();
+        let state = limiter.lock();
         assert_eq!((state.in_use(), state.by_address.len()), (0, 0));
     }
 
     #[tokio::test(start_paused = true)]
     async fn newly_idle_connection_is_evicted_for_a_waiting_client() {
-        let slots = ConnectionLimiter::new(1, None);
-        let first = acquired(&slots, 1);
+        let limiter = ConnectionLimiter::new(1, None);
+        let first = acquired(&limiter, 1);
         let busy = first.activity().begin_response();
-        let waiting = Arc::clone(&slots);
+        let waiting = Arc::clone(&limiter);
         let waiting = tokio::spawn(async move { waiting.acquire(Some(address(2))).await.is_ok() });
         tokio::time::sleep(EVICTION_RETRY_INTERVAL * 4).await;
         assert!(!first.activity().is_evicted());
@@ -302,14 +305,14 @@ mod tests {
 
     #[test]
     fn connection_counts_for_its_client_once_the_load_balancer_has_named_it() {
-        let slots = ConnectionLimiter::new(10, Some(1));
-        let [first, second] = [(); 2].map(|()| slots.try_acquire(None).unwrap().unwrap());
+        let limiter = ConnectionLimiter::new(10, Some(1));
+        let [first, second] = [(); 2].map(|()| limiter.try_acquire(None).unwrap().unwrap());
         first.set_address(address(1)).unwrap();
         let busy = first.activity().begin_response();
         assert_eq!(second.set_address(address(1)), Err(AddressLimitReached));
         second.set_address(address(2)).unwrap();
         drop((busy, first));
-        assert!(try_acquire(&slots, 1).unwrap().is_ok());
-        assert_eq!(slots.lock().by_address.len(), 1, "the address of the second is left");
+        assert!(try_acquire(&limiter, 1).unwrap().is_ok());
+        assert_eq!(limiter.lock().by_address.len(), 1, "the address of the second is left");
     }
 }

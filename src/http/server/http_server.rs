@@ -80,8 +80,8 @@ impl<S: HttpService> HttpServer<S> {
     where
         I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        if let Ok(slot) = self.limiter.acquire(self.client_address(peer)).await {
-            self.handle_connection(slot, io, peer).await;
+        if let Ok(permit) = self.limiter.acquire(self.client_address(peer)).await {
+            self.handle_connection(permit, io, peer).await;
         }
     }
 
@@ -96,7 +96,7 @@ impl<S: HttpService> HttpServer<S> {
     /// Reads the PROXY protocol header, performs the TLS handshake and serves HTTP.
     pub(super) async fn handle_connection<I>(
         self: Arc<Self>,
-        slot: ConnectionPermit,
+        permit: ConnectionPermit,
         mut io: I,
         mut peer: SocketAddr,
     ) where
@@ -107,10 +107,10 @@ impl<S: HttpService> HttpServer<S> {
                 self.config.limits.header_read_timeout,
                 proxy_protocol::read_header(&mut io),
             ));
-            match connection::until_shutdown(header, slot.activity(), &self.drain).await {
+            match connection::until_shutdown(header, permit.activity(), &self.drain).await {
                 Some(Ok(Ok(Some(client)))) => {
                     peer = client;
-                    if slot.set_address(peer.ip().to_canonical()).is_err() {
+                    if permit.set_address(peer.ip().to_canonical()).is_err() {
                         self.refused_connections.increment(1);
                         return;
                     }
@@ -124,19 +124,19 @@ impl<S: HttpService> HttpServer<S> {
             }
         }
         let Some(tls) = self.config.tls.clone() else {
-            return self.serve_http(slot, io, ConnectionInfo { peer, tls: None }, None).await;
+            return self.serve_http(permit, io, ConnectionInfo { peer, tls: None }, None).await;
         };
         // Boxed, so that a plain connection reserves no memory for TLS, and a TLS connection none for
         // its handshake once that is done.
         let handshake = Box::pin(tls.handshake(io));
-        match connection::until_shutdown(handshake, slot.activity(), &self.drain).await {
+        match connection::until_shutdown(handshake, permit.activity(), &self.drain).await {
             Some(Ok((io, agreed))) => {
                 let protocol = agreed.alpn.map(|alpn| match alpn {
                     Alpn::H2 => HttpVersion::Http2,
                     Alpn::Http1 => HttpVersion::Http1,
                 });
                 let info = ConnectionInfo { peer, tls: Some(agreed) };
-                Box::pin(self.serve_http(slot, io, info, protocol)).await;
+                Box::pin(self.serve_http(permit, io, info, protocol)).await;
             }
             Some(Err(error)) => debug!(error = error_chain(&error), "A TLS handshake failed"),
             None => {}
@@ -146,14 +146,14 @@ impl<S: HttpService> HttpServer<S> {
     /// Serves HTTP in the version that ALPN selected, or that the client's first bytes indicate.
     async fn serve_http<I>(
         self: Arc<Self>,
-        slot: ConnectionPermit,
+        permit: ConnectionPermit,
         mut io: I,
         info: ConnectionInfo,
         agreed: Option<HttpVersion>,
     ) where
         I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let activity = Arc::clone(slot.activity());
+        let activity = Arc::clone(permit.activity());
         let limits = &self.config.limits;
         let lifetime = ConnectionPolicy::new(limits, rand::random(), Instant::now());
         let mut prefix = Vec::new();
@@ -202,6 +202,6 @@ impl<S: HttpService> HttpServer<S> {
                 Box::pin(driven).await;
             }
         }
-        drop(slot);
+        drop(permit);
     }
 }

@@ -95,21 +95,21 @@ impl StreamLimiter {
             inner.metrics.refused.increment(1);
             return None;
         };
-        let mut lives = inner.lock_lifetimes();
-        let lifetime = match lives.get(&digest).and_then(Weak::upgrade) {
-            Some(life) if life.grant == grant => life,
+        let mut lifetimes = inner.lock_lifetimes();
+        let lifetime = match lifetimes.get(&digest).and_then(Weak::upgrade) {
+            Some(lifetime) if lifetime.grant == grant => lifetime,
             other => {
                 if let Some(outdated) = other {
                     outdated.close_signal.trigger();
                 }
-                let life =
+                let lifetime =
                     Arc::new(TokenLifetime { grant, close_signal: ShutdownSignal::default() });
-                lives.insert(digest, Arc::downgrade(&life));
+                lifetimes.insert(digest, Arc::downgrade(&lifetime));
                 // `stagger` is set while this lock is held.
                 if inner.stagger.get().is_some() {
-                    life.close_signal.trigger();
+                    lifetime.close_signal.trigger();
                 }
-                life
+                lifetime
             }
         };
         inner.metrics.open.increment(1);
@@ -120,12 +120,12 @@ impl StreamLimiter {
     pub(super) async fn close_revoked(&self) {
         loop {
             tokio::time::sleep(TOKEN_CHECK_INTERVAL).await;
-            self.0.lock_lifetimes().retain(|digest, life| {
-                let Some(life) = life.upgrade() else { return false };
+            self.0.lock_lifetimes().retain(|digest, lifetime| {
+                let Some(lifetime) = lifetime.upgrade() else { return false };
                 let is_current =
-                    self.0.auth.current_grant(digest).is_some_and(|it| it == life.grant);
+                    self.0.auth.current_grant(digest).is_some_and(|it| it == lifetime.grant);
                 if !is_current {
-                    life.close_signal.trigger();
+                    lifetime.close_signal.trigger();
                 }
                 is_current
             });
@@ -134,10 +134,10 @@ impl StreamLimiter {
 
     /// Closes all streams gradually.
     pub(super) fn close_all(&self, grace: Duration) {
-        let lives = self.0.lock_lifetimes();
+        let lifetimes = self.0.lock_lifetimes();
         self.0.stagger.get_or_init(|| (grace / 2).min(MAX_STAGGER));
-        for life in lives.values().filter_map(Weak::upgrade) {
-            life.close_signal.trigger();
+        for lifetime in lifetimes.values().filter_map(Weak::upgrade) {
+            lifetime.close_signal.trigger();
         }
     }
 }
