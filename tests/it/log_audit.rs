@@ -171,36 +171,11 @@ impl Scenario {
         .await;
     }
 
-    /// Waits until a request of the edge to upstream has failed.
-    async fn wait_until_upstream_fails(&self) {
-        let begin = jiff::Timestamp::now();
-        wait_until("the edge misses its upstream", TIMEOUT, async || {
-            let (code, status) = self.edge.admin_get("/status").await;
-            if code == StatusCode::UNAUTHORIZED {
-                return Some(());
-            }
-            let failed = status["upstream"]["lastError"]["at"].as_str()?;
-            (failed.parse::<jiff::Timestamp>().unwrap() > begin).then_some(())
-        })
-        .await;
-    }
-
-    /// Waits until upstream has confirmed the edge's flags.
-    async fn wait_until_upstream_recovers(&self) {
-        let begin = jiff::Timestamp::now();
-        wait_until("the edge has its upstream back", TIMEOUT, async || {
-            let (_, status) = self.edge.admin_get("/status").await;
-            let confirmed = status["environments"][0]["confirmed"].as_str()?;
-            (confirmed.parse::<jiff::Timestamp>().unwrap() > begin).then_some(())
-        })
-        .await;
-    }
-
     async fn fail_upstream(&self, fault: Fault) {
         let is_seen = fault != Fault::Disconnect;
         self.upstream.set_fault(fault).await;
         self.send_client_requests().await;
-        self.wait_until_upstream_fails().await;
+        self.edge.wait_until_upstream_fails().await;
         self.send_client_requests().await;
         if is_seen {
             // Some operations retry for longer than a failure takes to be noticed.
@@ -211,7 +186,7 @@ impl Scenario {
             .await;
         }
         self.upstream.restore().await;
-        self.wait_until_upstream_recovers().await;
+        self.edge.wait_until_upstream_recovers(1).await;
     }
 
     async fn fail_database(&self) {
@@ -291,33 +266,26 @@ impl Scenario {
             .await;
         }
         self.upstream.restore().await;
-        self.wait_until_upstream_recovers().await;
+        self.edge.wait_until_upstream_recovers(1).await;
     }
 
     async fn fail_flag_file(&self) {
         let path = self.folder.path().join("flags.json");
         let change = |text: &str| std::fs::write(&path, text).unwrap();
         change("{");
-        wait_until_logged(&self.standalone, "Reloading flags failed", 1).await;
+        self.standalone.wait_until_logged("Reloading flags failed").await;
         for _ in 0..3 {
             self.standalone.send_sighup();
             self.send_client_requests().await;
         }
         change(&flags(false));
-        wait_until_logged(&self.standalone, "is readable again", 1).await;
+        self.standalone.wait_until_logged("is readable again").await;
         wait_until("the change has arrived", TIMEOUT, async || {
             let (_, body) = self.edge.get(FEATURES, &self.client).await;
             (body["features"][0]["enabled"] == false).then_some(())
         })
         .await;
     }
-}
-
-async fn wait_until_logged(parapet: &Parapet, text: &str, times: usize) {
-    wait_until(&format!("{text:?} is logged"), TIMEOUT, async || {
-        (parapet.log().matches(text).count() >= times).then_some(())
-    })
-    .await;
 }
 
 /// A pattern of log lines.
@@ -618,11 +586,11 @@ async fn every_log_line_during_faults_is_expected_and_limited() {
     day.edge.wait_until_ready().await;
     day.send_client_requests().await;
     day.upstream.restore().await;
-    day.wait_until_upstream_recovers().await;
+    day.edge.wait_until_upstream_recovers(1).await;
     assert!(day.standalone.terminate().await.success());
     day.standalone.restart();
     day.standalone.wait_until_ready().await;
-    day.wait_until_upstream_recovers().await;
+    day.edge.wait_until_upstream_recovers(1).await;
     day.send_client_requests().await;
     assert!(day.edge.terminate().await.success());
     assert!(day.standalone.terminate().await.success());

@@ -72,13 +72,6 @@ async fn wait_for_status_page(parapet: &Parapet, token: &str, expect: StatusCode
     .await;
 }
 
-async fn wait_until_logged(parapet: &Parapet, text: &str) {
-    wait_until(&format!("the log contains: {text}"), TIMEOUT, async || {
-        parapet.log().contains(text).then_some(())
-    })
-    .await;
-}
-
 async fn is_ready(parapet: &Parapet) -> bool {
     let ready = parapet.url() + "/internal-backstage/ready";
     http().get(ready).send().await.unwrap().status() == StatusCode::OK
@@ -122,7 +115,7 @@ async fn admin_token_is_replaced(
     wait_for_status_page(&parapet, first, StatusCode::UNAUTHORIZED, UNLEASH_REVOCATION_TIMEOUT)
         .await;
     assert_eq!(parapet.metric(ADMIN_TOKEN_REFUSED).await, Some(1.0));
-    wait_until_logged(&parapet, "Upstream refuses the admin token").await;
+    parapet.wait_until_logged("Upstream refuses the admin token").await;
     // Flags stay served.
     assert_eq!(features_status(&parapet, &sdk).await, StatusCode::OK);
     assert!(is_ready(&parapet).await);
@@ -256,7 +249,7 @@ async fn sighup_rereads_the_admin_token_file_from_the_environment() {
     fs::write(&file, format!("upstream_admin_token = \"{SECOND}\"\nmax_streams = 77\n")).unwrap();
     edge.send_sighup();
     wait_for_status_page(&edge, SECOND, StatusCode::OK, TIMEOUT).await;
-    wait_until_logged(&edge, "Reloaded").await;
+    edge.wait_until_logged("Reloaded").await;
     let log = edge.log();
     let line = log.lines().find(|line| line.contains("Reloaded")).unwrap();
     assert!(line.contains("upstream-admin-token"), "{line}");
@@ -298,7 +291,7 @@ async fn stream_tokens_signed_with_a_reloaded_secret_outlive_the_admin_token() {
     assert_eq!(opens().await, StatusCode::UNAUTHORIZED);
     fs::write(&configs[0], admin(FIRST) + SECRET).unwrap();
     one.send_sighup();
-    wait_until_logged(&one, "Reloaded: ofrep-ticket-secret").await;
+    one.wait_until_logged("Reloaded: ofrep-ticket-secret").await;
     assert_eq!(opens().await, StatusCode::OK);
     fs::write(&configs[0], admin(SECOND) + SECRET).unwrap();
     one.send_sighup();
@@ -323,16 +316,16 @@ async fn admin_token_file_without_token_is_ignored_and_reported() {
     let sdk = create_backend_token(&upstream, FIRST, "sdk").await;
     for (text, report) in [("\n", "is empty"), ("*:development.x", "for the environment")] {
         secret.replace(text);
-        wait_until_logged(&edge, "Cannot read the admin token's file").await;
-        wait_until_logged(&edge, report).await;
+        edge.wait_until_logged("Cannot read the admin token's file").await;
+        edge.wait_until_logged(report).await;
         assert_eq!(edge.admin_get_as("/status", FIRST).await.0, StatusCode::OK);
         assert_eq!(features_status(&edge, &sdk).await, StatusCode::OK);
     }
     fs::remove_file(secret.path()).unwrap();
-    wait_until_logged(&edge, "cannot read").await;
+    edge.wait_until_logged("cannot read").await;
     secret.replace(SECOND);
     symlink("..data/token", secret.path()).unwrap();
-    wait_until_logged(&edge, "The admin token was replaced by its file").await;
+    edge.wait_until_logged("The admin token was replaced by its file").await;
     wait_for_status_page(&edge, SECOND, StatusCode::OK, TIMEOUT).await;
     let (_, shown) = edge.admin_get_as("/status", SECOND).await;
     assert_eq!(shown["upstream"]["adminToken"]["refusedSince"], Value::Null, "{shown}");
@@ -353,11 +346,11 @@ async fn rejected_admin_token_opens_nothing_while_the_disk_hangs() {
     let edge = edge.with_short_intervals().start().await;
     fs::write(&marker, "").unwrap();
     secret.replace(WRONG);
-    wait_until_logged(&edge, "The admin token was replaced by its file").await;
-    wait_until_logged(&edge, "Upstream refuses the admin token").await;
+    edge.wait_until_logged("The admin token was replaced by its file").await;
+    edge.wait_until_logged("Upstream refuses the admin token").await;
     wait_for_status_page(&edge, WRONG, StatusCode::UNAUTHORIZED, TIMEOUT).await;
     assert!(!edge.log().contains("Saving flags or credentials failed"), "{}", edge.log());
-    wait_until_logged(&edge, "Saving flags or credentials failed").await;
+    edge.wait_until_logged("Saving flags or credentials failed").await;
 }
 
 #[tokio::test]
@@ -373,7 +366,7 @@ async fn sighup_replaces_the_tokens_that_fetch_flags() {
     let edge = edge.with_short_intervals().start().await;
     fs::write(&file, format!("{second}\r\n")).unwrap();
     edge.send_sighup();
-    wait_until_logged(&edge, "Reloaded").await;
+    edge.wait_until_logged("Reloaded").await;
     // The first one is now like any other token that SDKs present.
     wait_for_features_status(&edge, &first, StatusCode::OK).await;
     // Upstream no longer accepts it; the second one continues to fetch.
@@ -427,12 +420,12 @@ async fn sighup_replaces_offline_tokens_and_ignores_invalid_configuration() {
     wait_for_features_status(&parapet, SECOND, StatusCode::OK).await;
     wait_for_features_status(&parapet, ELSEWHERE, StatusCode::OK).await;
     assert_eq!(features_status(&parapet, FIRST).await, StatusCode::UNAUTHORIZED);
-    wait_until_logged(&parapet, "Reloaded").await;
+    parapet.wait_until_logged("Reloaded").await;
 
     fs::write(&config, "log = \"loud\"\nmax_stream = 1\n").unwrap();
     fs::write(&tokens, FIRST).unwrap();
     parapet.send_sighup();
-    wait_until_logged(&parapet, "Reload rejected").await;
+    parapet.wait_until_logged("Reload rejected").await;
     let log = parapet.log();
     let line = log.lines().find(|line| line.contains("Reload rejected")).unwrap();
     assert!(line.contains("max_stream") && line.contains("parapet.toml:1"), "{line}");
@@ -442,9 +435,9 @@ async fn sighup_replaces_offline_tokens_and_ignores_invalid_configuration() {
     fs::write(&config, "log = \"info,parapet=debug\"\n").unwrap();
     fs::write(&tokens, format!("{SECOND}\n{ELSEWHERE}\n")).unwrap();
     parapet.send_sighup();
-    wait_until_logged(&parapet, "Reloaded: log").await;
+    parapet.wait_until_logged("Reloaded: log").await;
     parapet.send_sighup();
-    wait_until_logged(&parapet, "nothing has changed").await;
+    parapet.wait_until_logged("nothing has changed").await;
     assert!(is_ready(&parapet).await);
     assert!(parapet.terminate().await.success());
 }
@@ -479,7 +472,7 @@ async fn sighup_rereads_flags_of_a_standalone_and_closes_nothing() {
     let token = create_backend_token(&parapet, ADMIN, "one").await;
     fs::write(&flags, "{").unwrap();
     parapet.send_sighup();
-    wait_until_logged(&parapet, "Reloaded").await;
+    parapet.wait_until_logged("Reloaded").await;
     fs::write(&flags, FLAGS.replace("first", "second")).unwrap();
     parapet.send_sighup();
     wait_until("the flags are read", TIMEOUT, async || {

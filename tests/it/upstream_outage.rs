@@ -78,34 +78,6 @@ impl<'a> EdgeUnderOutage<'a> {
         }
     }
 
-    /// Waits until a request of Parapet to its upstream has failed.
-    async fn wait_until_upstream_fails(&self) {
-        let begin = jiff::Timestamp::now();
-        wait_until("Parapet misses its upstream", TIMEOUT, async || {
-            let (code, status) = self.parapet.admin_get("/status").await;
-            if code == StatusCode::UNAUTHORIZED {
-                // Upstream has rejected the admin token, which therefore opens nothing.
-                return Some(());
-            }
-            let failed = status["upstream"]["lastError"]["at"].as_str()?;
-            (failed.parse::<jiff::Timestamp>().unwrap() > begin).then_some(())
-        })
-        .await;
-    }
-
-    /// Waits until upstream has confirmed the flags of both environments.
-    async fn wait_until_upstream_recovers(&self) {
-        let begin = jiff::Timestamp::now();
-        wait_until("Parapet has its upstream back", TIMEOUT, async || {
-            let (_, status) = self.parapet.admin_get("/status").await;
-            let environments = status["environments"].as_array()?;
-            let confirmed = |it: &Value| it["confirmed"].as_str()?.parse::<jiff::Timestamp>().ok();
-            let all = environments.iter().all(|it| confirmed(it).is_some_and(|at| at > begin));
-            (environments.len() == 2 && all).then_some(())
-        })
-        .await;
-    }
-
     /// The response to a token that was never presented before.
     async fn request_with_token(&self, token: &str) -> reqwest::Response {
         secret_leak_check::register(token);
@@ -126,7 +98,7 @@ impl<'a> EdgeUnderOutage<'a> {
     async fn survive_outage(&self, name: &str, begin: impl AsyncFnOnce(), end: impl AsyncFnOnce()) {
         let apps = [format!("outage-{name}-node"), format!("outage-{name}-browser")];
         begin().await;
-        self.wait_until_upstream_fails().await;
+        self.parapet.wait_until_upstream_fails().await;
         self.assert_flags_served().await;
 
         self.parapet.kill();
@@ -252,7 +224,7 @@ async fn no_upstream_response_removes_flags() {
         .await;
         edge.assert_flags_served().await;
         proxy.restore().await;
-        edge.wait_until_upstream_recovers().await;
+        edge.parapet.wait_until_upstream_recovers(2).await;
         edge.assert_flags_served().await;
     }
 }

@@ -9,6 +9,7 @@ use std::process::{Command, ExitStatus};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use reqwest::StatusCode;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -228,8 +229,36 @@ impl Parapet {
 
     /// Waits until the log contains `text`: a line may be written after its effect is visible.
     pub(crate) async fn wait_until_logged(&self, text: &str) {
-        wait_until(&format!("{text:?} is logged"), Duration::from_secs(10), async || {
+        wait_until(&format!("{text:?} is logged"), Duration::from_mins(1), async || {
             self.log().contains(text).then_some(())
+        })
+        .await;
+    }
+
+    /// Waits until a request to upstream has failed.
+    pub(crate) async fn wait_until_upstream_fails(&self) {
+        let begin = Timestamp::now();
+        wait_until("a request to upstream fails", Duration::from_mins(1), async || {
+            let (code, status) = self.admin_get("/status").await;
+            if code == StatusCode::UNAUTHORIZED {
+                // Upstream has rejected the admin token, which therefore opens nothing.
+                return Some(());
+            }
+            let failed = status["upstream"]["lastError"]["at"].as_str()?;
+            (failed.parse::<Timestamp>().unwrap() > begin).then_some(())
+        })
+        .await;
+    }
+
+    /// Waits until upstream has confirmed the flags of all environments, which are this many.
+    pub(crate) async fn wait_until_upstream_recovers(&self, environment_count: usize) {
+        let begin = Timestamp::now();
+        wait_until("upstream confirms the flags", Duration::from_mins(1), async || {
+            let (_, status) = self.admin_get("/status").await;
+            let environments = status["environments"].as_array()?;
+            let confirmed = |it: &Value| it["confirmed"].as_str()?.parse::<Timestamp>().ok();
+            let all = environments.iter().all(|it| confirmed(it).is_some_and(|at| at > begin));
+            (environments.len() == environment_count && all).then_some(())
         })
         .await;
     }
