@@ -286,6 +286,9 @@ impl TokenKind {
 pub struct Environment(Arc<str>);
 
 impl Environment {
+    /// The environment of tokens, requests and files that name none.
+    pub const DEFAULT: &str = "development";
+
     /// The environment of that name.
     pub fn new(name: &str) -> Self {
         Self(name.into())

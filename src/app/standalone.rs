@@ -33,14 +33,11 @@ use crate::{
     usage::Sink,
 };
 
-/// The environment of configured tokens that name none.
-const DEFAULT_ENVIRONMENT: &str = "development";
-
 /// The grants of offline mode's configured tokens, and the environments of its SDK tokens.
 pub(super) fn offline_tokens(
     offline: &OfflineConfig,
 ) -> (Vec<(TokenDigest, Grant)>, BTreeSet<Environment>) {
-    let fallback = Environment::new(DEFAULT_ENVIRONMENT);
+    let fallback = Environment::new(Environment::DEFAULT);
     let grants = |kind, tokens: &[Token]| {
         let grant = |token| grant_from_token(kind, token, &fallback);
         tokens.iter().map(|token| (token.digest(), grant(token))).collect::<Vec<_>>()

@@ -322,7 +322,7 @@ fn explain_clap_command() -> Command {
             .required(true),
         text("flag", "NAME", "The flag to explain").required(true),
         text("environment", "NAME", "The environment of the flags; not a field of the context")
-            .default_value("development"),
+            .default_value(Environment::DEFAULT),
         text("user-id", "TEXT", "The context's userId"),
         text("session-id", "TEXT", "The context's sessionId"),
         text("remote-address", "ADDRESS", "The context's remoteAddress"),

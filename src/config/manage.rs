@@ -11,7 +11,7 @@ use super::error::ConfigError;
 use crate::{
     control_plane::{RootRole, TokenPermission},
     protocol::timestamp,
-    token::TokenKind,
+    token::{Environment, TokenKind},
 };
 
 /// A task of `token` or `account`.
@@ -134,7 +134,7 @@ pub(super) fn commands() -> [Command; 2] {
                 .arg(text("type", "TYPE", "backend, frontend or admin").default_value("backend"))
                 .arg(
                     text("environment", "NAME", "The environment that it can access")
-                        .default_value("development"),
+                        .default_value(Environment::DEFAULT),
                 )
                 .arg(
                     text(

@@ -8,6 +8,8 @@ use std::{iter, sync::LazyLock};
 
 use clap::builder::StyledStr;
 
+use crate::token::Environment;
+
 use self::Arity::{List, One, Switch};
 
 /// An option.
@@ -503,7 +505,7 @@ keys! {
         INIT_FRONTEND_API_TOKENS = list("init-frontend-api-tokens").secret();
         /// The environments that a single file of flags serves, in addition to those named by tokens at
         /// the start of the server.
-        FLAG_ENVIRONMENTS = list("flag-environments").default("development");
+        FLAG_ENVIRONMENTS = list("flag-environments").default(Environment::DEFAULT);
         /// The database for accounts and tokens: postgres://… if instances share them, with several
         /// hosts separated by commas if needed. Default: the file parapet.db in the data dir.
         DATABASE_URL = one("database-url").secret();

@@ -13,9 +13,6 @@ use super::{
 };
 use crate::token::{Environment, Grant, Projects, Scope, Token, TokenKind};
 
-/// The environment of tokens that contain none.
-const DEFAULT_ENVIRONMENT: &str = "development";
-
 /// Tokens to create in an empty registry.
 #[derive(Clone, Debug, Default)]
 pub struct InitialTokens {
@@ -171,7 +168,7 @@ pub(super) async fn initialize(
     let mut seen = HashSet::new();
     for (name, kind, secret) in seeds.into_iter().filter(|it| seen.insert(it.2.digest())) {
         let Grant { scope, .. } =
-            grant_from_token(kind, &secret, &Environment::new(DEFAULT_ENVIRONMENT));
+            grant_from_token(kind, &secret, &Environment::new(Environment::DEFAULT));
         let Scope { environment, projects } = scope;
         let new = NewToken { name: name.to_owned(), kind, environment, projects, expires_at: None };
         let token = TokenMetadata::new(new, &secret, actor.operator.name());
@@ -227,8 +224,8 @@ impl GeneratedTokens {
         };
         Self {
             admin: secret(TokenKind::Admin, "*"),
-            client: secret(TokenKind::Client, DEFAULT_ENVIRONMENT),
-            frontend: secret(TokenKind::Frontend, DEFAULT_ENVIRONMENT),
+            client: secret(TokenKind::Client, Environment::DEFAULT),
+            frontend: secret(TokenKind::Frontend, Environment::DEFAULT),
         }
     }
 }

@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use super::{
     environment_queue::ApplicationKey,
-    memory_pool::{Quota, Reservation},
+    memory_pool::{Quota, Reservation, TEXT_OVERHEAD_BYTES},
 };
 use crate::{protocol::usage::ClientApplication, token::Environment};
 
@@ -25,10 +25,7 @@ const REREGISTER_INTERVAL: Duration = Duration::from_hours(1);
 /// Time after which an inactive instance is removed.
 const IDLE_TTL: Duration = Duration::from_hours(2);
 
-/// Bytes that a text takes besides its contents: the pointer, the reference counts and the allocator's
-/// overhead.
-const TEXT_OVERHEAD_BYTES: usize = 40;
-/// The same for a JSON object, whose tree consists of nodes with room for eleven fields.
+/// Like [`TEXT_OVERHEAD_BYTES`] for a JSON object, whose tree consists of nodes with room for eleven fields.
 const OBJECT_OVERHEAD_BYTES: usize = 640;
 
 /// The identity of an application instance.

@@ -18,7 +18,7 @@ use std::{
 use jiff::Timestamp;
 use xxhash_rust::xxh3::Xxh3Default;
 
-use super::memory_pool::Reservation;
+use super::memory_pool::{Reservation, TEXT_OVERHEAD_BYTES};
 use crate::protocol::usage::{
     HistogramSample, ImpactMetric, Labels, MAX_INTEGER, MAX_NUMBER, NumericSample, Samples,
     UpperBound,
@@ -28,9 +28,6 @@ use crate::protocol::usage::{
 const MAX_BUCKETS: usize = 256;
 /// The number of gauges whose latest report time is remembered.
 const MAX_GAUGE_TIMES: usize = 16_384;
-/// Bytes that a text takes besides its contents: the pointer, the reference counts and the allocator's
-/// overhead.
-const TEXT_OVERHEAD_BYTES: usize = 40;
 /// Bytes that a histogram bucket takes.
 const BUCKET_BYTES: usize = 32;
 

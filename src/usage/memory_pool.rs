@@ -22,6 +22,10 @@ use crate::token::TokenDigest;
 /// The number of times the free part of a pool that one quota may use.
 const SHARE_FACTOR: usize = 4;
 
+/// Bytes that a text takes besides its contents: the pointer, the reference counts and the allocator's
+/// overhead.
+pub(super) const TEXT_OVERHEAD_BYTES: usize = 40;
+
 /// A bounded amount of memory, with its use by token.
 #[derive(Debug)]
 pub(super) struct MemoryPool {

@@ -14,9 +14,6 @@ use crate::{
     token::{Environment, Project, Projects, TokenKind},
 };
 
-/// The environment of a new token if the request names none.
-const DEFAULT_ENVIRONMENT: &str = "development";
-
 /// Selects the tokens of a list.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum TokenFilter<'a> {
@@ -111,7 +108,7 @@ fn parse_environment(
     const NAME: &str = "environment";
     let field = match (field, kind) {
         (Field::Missing, Some(TokenKind::Admin)) => Field::Valid(ScopeId("*".to_owned())),
-        (Field::Missing, _) => Field::Valid(ScopeId(DEFAULT_ENVIRONMENT.to_owned())),
+        (Field::Missing, _) => Field::Valid(ScopeId(Environment::DEFAULT.to_owned())),
         (field, _) => field,
     };
     let environment = problems.optional(NAME, field)?;
