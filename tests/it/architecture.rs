@@ -19,6 +19,7 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
         ("telemetry", &["protocol"]),
         ("secret_file", &["protocol"]),
         ("rate_limit", &[]),
+        ("backoff", &[]),
     ],
     &[("engine", &[])],
     // `upstream` stores its tokens, and reads PEM files like the listeners.
