@@ -42,6 +42,7 @@ use crate::{
         health::HealthEndpoints,
         https_redirect::HttpsRedirect,
         ofrep::{StreamTicketKey, StreamTickets},
+        pipeline::Authorizer,
         request_metrics::RequestMetrics,
         sdk::{SdkService, Settings},
         server::{self, ConnectionLimits, Drain, HttpService},
@@ -188,17 +189,19 @@ impl App {
         let service = SdkService {
             settings: Settings {
                 base_path: config.data.base_path,
-                token_header: config.data.token_header.clone(),
                 cors: Cors::new(config.data.cors),
                 access: config.data.access,
                 disabled_endpoints: config.data.disabled_endpoints.clone(),
                 max_body_bytes: config.data.max_body_bytes,
                 request_timeout: config.data.request_timeout,
-                first_fetch_timeout: deadline,
                 hostname: hostname().into(),
             },
-            auth: auth.clone(),
-            snapshots: snapshots.clone(),
+            authorizer: Authorizer {
+                auth: auth.clone(),
+                snapshots: snapshots.clone(),
+                token_header: config.data.token_header.clone(),
+                first_fetch_timeout: deadline,
+            },
             streams: Streams::new(streams, auth.clone()),
             feed,
             stream_tickets: StreamTickets::new(ticket_key),
@@ -367,7 +370,7 @@ impl App {
             workers.spawn("control", parts, |(control, auth)| async move {
                 control.run(&auth).await;
             });
-            let parts = (control, service.snapshots.clone(), deliveries);
+            let parts = (control, service.authorizer.snapshots.clone(), deliveries);
             registry_task.spawn("registry", parts, |(control, snapshots, deliveries)| async move {
                 control.store_usage(&snapshots, &mut *deliveries.lock().await).await;
             });

@@ -1,7 +1,7 @@
 //! The HTTP API: routes, handlers and responses.
 //!
 //! The server passes each request to the service of its port: [`sdk`] or [`admin`]. The service matches
-//! the path to a [`route`], authenticates the token and calls the handler of that API. [`response`]
+//! the path to one of the [`routes`], authorizes the token ([`pipeline`]) and calls the handler of that API. [`response`]
 //! builds every response and is the only module that chooses status codes. This module owns no state:
 //! the services below it do.
 
@@ -19,10 +19,11 @@ pub mod health;
 pub mod https_redirect;
 pub mod metrics_ingest;
 pub mod ofrep;
+pub mod pipeline;
 pub mod request_body;
 pub mod request_metrics;
 pub mod response;
-pub mod route;
+pub mod routes;
 pub mod sdk;
 pub mod server;
 pub mod shutdown_signal;

@@ -41,10 +41,10 @@
 //! policy decides when a connection has lasted long enough; it reads counters and no clock. While the
 //! instance drains, every response asks its client to reconnect, before any connection is closed.
 //!
-//! **An SDK's request.** [`http::sdk`] matches the path to a [`http::route::Route`] and has [`auth`]
-//! validate the token: a cached token is a lookup by digest, and a first-seen token waits for a
-//! validation request that it shares with others. The handler loads the [`snapshot`] once. For server
-//! SDKs the body is ready in every encoding. For frontend SDKs [`evaluation`] reads only those context
+//! **An SDK's request.** [`http::sdk`] finds the route in the table of [`http::routes`].
+//! [`http::pipeline`] has [`auth`] validate the token and loads the [`snapshot`] once: a cached token is
+//! a lookup by digest, and a first-seen token waits for a validation request that it shares with others.
+//! Then the handler of the route's API makes the response. For server SDKs the body is ready in every encoding. For frontend SDKs [`evaluation`] reads only those context
 //! fields that affect the flags, and evaluates only combinations that are not cached; the hash of the
 //! outcomes is the entity tag, so that a 304 needs no body. A response that is ready is returned
 //! synchronously; only one that has to wait becomes a future. Nothing is cached by the bytes of a

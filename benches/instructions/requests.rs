@@ -30,6 +30,7 @@ use parapet::http::cors::{self, Cors};
 use parapet::http::failed_request_limiter::FailedRequestLimiter;
 use parapet::http::health::HealthEndpoints;
 use parapet::http::ofrep::{StreamTicketKey, StreamTickets};
+use parapet::http::pipeline::Authorizer;
 use parapet::http::request_metrics::RequestMetrics;
 use parapet::http::response::HttpResponse;
 use parapet::http::sdk::{SdkService, Settings};
@@ -327,20 +328,22 @@ fn sdk_service(flags: usize) -> SdkService {
     SdkService {
         settings: Settings {
             base_path: String::new(),
-            token_header: AUTHORIZATION,
             cors: Cors::new(cors::Config::default()),
             access: client_address::Config::default(),
             disabled_endpoints: BTreeSet::new(),
             max_body_bytes: 1 << 20,
             request_timeout: TIMEOUT,
-            first_fetch_timeout: TIMEOUT,
             hostname: "bench".into(),
         },
-        snapshots: snapshots.clone(),
-        streams: Streams::new(streams, auth.clone()),
+        authorizer: Authorizer {
+            auth: auth.clone(),
+            snapshots: snapshots.clone(),
+            token_header: AUTHORIZATION,
+            first_fetch_timeout: TIMEOUT,
+        },
+        streams: Streams::new(streams, auth),
         feed,
         stream_tickets: StreamTickets::new(StreamTicketKey::random()),
-        auth,
         health: HealthEndpoints::new(
             readiness,
             registry,

@@ -22,7 +22,7 @@ use ipnet::IpNet;
 use crate::{
     auth, control_plane,
     http::{
-        client_address, cors, ofrep::StreamTicketKey, route::OptionalEndpoint,
+        client_address, cors, ofrep::StreamTicketKey, routes::OptionalEndpoint,
         server::ConnectionLimits, streaming,
     },
     sync, telemetry, tls,

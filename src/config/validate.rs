@@ -33,7 +33,7 @@ use crate::{
     http::{
         client_address, cors,
         ofrep::StreamTicketKey,
-        route::OptionalEndpoint,
+        routes::OptionalEndpoint,
         server::ConnectionLimits,
         streaming::{self, FetchMode},
     },

@@ -52,7 +52,7 @@ use super::{
     request_body::RequestBody,
     request_metrics::EndpointLabel,
     response::{self, HttpError, HttpResponse},
-    route::{OptionalEndpoint, normalise},
+    routes::{OptionalEndpoint, normalise},
     sdk::SdkService,
     server::{ConnectionInfo, HttpService, ServiceResponse},
 };
@@ -147,7 +147,7 @@ impl AdminService {
         body: &mut RequestBody,
         address: IpAddr,
         started: Instant,
-    ) -> (EndpointLabel<'static>, Result<HttpResponse, HttpError>) {
+    ) -> (EndpointLabel, Result<HttpResponse, HttpError>) {
         if let Some(file) = self.console_file(&head.method, path, &head.headers).await {
             return (EndpointLabel::AdminOperation(CONSOLE_TEMPLATE), Ok(file));
         }

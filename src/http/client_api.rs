@@ -12,60 +12,67 @@ use percent_encoding::percent_decode_str;
 use semver::Version;
 
 pub use self::delta_events::DeltaEvents;
-use super::response::{self, CachePolicy, HttpError, HttpResponse};
+use super::{
+    pipeline::{AuthorizedRead, RoutedRequest},
+    response::{self, CachePolicy, HttpError, HttpResponse},
+};
 use crate::{
     changes::{ChangeFeed, SubscriptionKey, UpdateKind},
     protocol::delta::EventId,
-    snapshot::{Filter, SegmentFormat, Snapshot, body::PreparedBody},
+    snapshot::{Filter, SegmentFormat, body::PreparedBody},
     token::{Project, Scope},
 };
 
 /// `/api/client/features`: the flags in the token's scope that match the query.
 pub fn features(
-    headers: &HeaderMap,
-    query: &str,
-    snapshot: &Snapshot,
-    scope: &Scope,
+    request: &RoutedRequest<'_>,
+    read: &AuthorizedRead,
 ) -> Result<Arc<PreparedBody>, HttpError> {
-    Ok(snapshot.client_features(&scope.projects, parse_filter(query)?, segment_format(headers)))
+    let (filter, format) = (parse_filter(request.query)?, segment_format(request.headers));
+    Ok(read.snapshot.client_features(&read.grant.scope.projects, filter, format))
 }
 
 /// `/api/client/features/{name}`: one flag, if it is in the token's scope.
 pub async fn feature(
-    headers: &HeaderMap,
-    name: &str,
-    snapshot: &Snapshot,
-    scope: &Scope,
+    request: &RoutedRequest<'_>,
+    read: &AuthorizedRead,
 ) -> Result<HttpResponse, HttpError> {
-    let name = decode_flag_name(name)?;
-    let feature = snapshot.document().feature(&name).ok_or(HttpError::NotFound)?;
-    if !scope.projects.contains(feature.project()) {
+    let (name, document) = (decode_flag_name(request.parameter)?, read.snapshot.document());
+    let feature = document.feature(&name).ok_or(HttpError::NotFound)?;
+    if !read.grant.scope.projects.contains(feature.project()) {
         return Err(HttpError::NotFound);
     }
-    let text = match segment_format(headers) {
+    let text = match segment_format(request.headers) {
         SegmentFormat::Separate => feature.raw().to_owned(),
-        SegmentFormat::Inlined => feature.with_inlined_segments(snapshot.document().segments()),
+        SegmentFormat::Inlined => feature.with_inlined_segments(document.segments()),
     };
-    Ok(response::negotiate_body(
-        headers,
-        &Arc::new(PreparedBody::new(text.into())),
-        CachePolicy::Unspecified,
-    )
-    .await)
+    let body = Arc::new(PreparedBody::new(text.into()));
+    Ok(response::negotiate_body(request.headers, &body, CachePolicy::Unspecified).await)
+}
+
+/// The subscription of a client that follows changes: its scope and the filter of its query.
+pub fn subscription_key(
+    request: &RoutedRequest<'_>,
+    read: &AuthorizedRead,
+) -> Result<SubscriptionKey, HttpError> {
+    let Scope { environment, projects } = read.grant.scope.clone();
+    Ok(SubscriptionKey::new(environment, projects, parse_filter(request.query)?))
 }
 
 /// `/api/client/delta`: the changes since the state in `If-None-Match`, or all flags if that state is
-/// missing or not in the history. `None` if the environment has no flags yet.
+/// missing or not in the history.
 pub async fn delta(
     headers: &HeaderMap,
-    topic: SubscriptionKey,
+    key: SubscriptionKey,
     feed: &ChangeFeed,
-) -> Option<HttpResponse> {
-    let frame = feed.update_since(&Arc::new(topic), parse_state_id(headers.get(IF_NONE_MATCH)))?;
-    Some(match frame.kind() {
-        UpdateKind::Unchanged => response::delta_not_modified(frame.event_id()),
+) -> Result<HttpResponse, HttpError> {
+    let update = feed
+        .update_since(&Arc::new(key), parse_state_id(headers.get(IF_NONE_MATCH)))
+        .ok_or(HttpError::FLAGS_NOT_FETCHED)?;
+    Ok(match update.kind() {
+        UpdateKind::Unchanged => response::delta_not_modified(update.event_id()),
         UpdateKind::Delta | UpdateKind::Snapshot => {
-            response::delta(headers, frame.body(), frame.event_id()).await
+            response::delta(headers, update.body(), update.event_id()).await
         }
     })
 }

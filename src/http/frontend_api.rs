@@ -25,7 +25,7 @@ use super::{
 use crate::{
     evaluation::{self, EvaluatedFlags, subscription},
     protocol::context,
-    snapshot::{FrontendView, Include, body::PreparedBody},
+    snapshot::{Include, body::PreparedBody},
 };
 
 impl From<context::Error> for HttpError {
@@ -48,18 +48,18 @@ pub enum EvaluationResponse {
     NotModified(HeaderValue),
 }
 
-/// Evaluates the flags of `view`, unless the client already has the result.
+/// Evaluates all flags in the token's scope, unless the client already has the result.
 pub fn evaluate(
     headers: &HeaderMap,
-    shown: Include,
-    view: &FrontendView,
-    question: EvaluationRequest<'_>,
+    include: Include,
+    request: EvaluationRequest<'_>,
 ) -> EvaluationResponse {
-    question.with_context(view, |context| {
-        let answer = EvaluatedFlags::evaluate(question.snapshot, view, context, shown);
-        match matching_etag(headers, || answer.etag()) {
+    let view = request.snapshot.frontend_view(&request.scope.projects);
+    request.with_context(&view, |context| {
+        let flags = EvaluatedFlags::evaluate(request.snapshot, &view, context, include);
+        match matching_etag(headers, || flags.etag()) {
             Some(etag) => EvaluationResponse::NotModified(etag),
-            None => EvaluationResponse::Body(answer.body()),
+            None => EvaluationResponse::Body(flags.body()),
         }
     })
 }
@@ -74,8 +74,8 @@ fn matching_etag(headers: &HeaderMap, etag: impl FnOnce() -> HeaderValue) -> Opt
 }
 
 /// The response of `/api/frontend` and `/api/frontend/all`.
-pub async fn flags_response(headers: &HeaderMap, found: EvaluationResponse) -> HttpResponse {
-    match found {
+pub async fn flags_response(headers: &HeaderMap, flags: EvaluationResponse) -> HttpResponse {
+    match flags {
         EvaluationResponse::Body(body) => {
             response::negotiate_body(headers, &body, CachePolicy::NoCache).await
         }
@@ -86,8 +86,8 @@ pub async fn flags_response(headers: &HeaderMap, found: EvaluationResponse) -> H
 }
 
 /// Like [`flags_response`], if the encoded body is available without waiting.
-pub fn flags_response_now(headers: &HeaderMap, found: &EvaluationResponse) -> Option<HttpResponse> {
-    match found {
+pub fn flags_response_now(headers: &HeaderMap, flags: &EvaluationResponse) -> Option<HttpResponse> {
+    match flags {
         EvaluationResponse::Body(body) => {
             response::negotiate_body_now(headers, body, CachePolicy::NoCache).ok()
         }
@@ -101,14 +101,14 @@ pub fn flags_response_now(headers: &HeaderMap, found: &EvaluationResponse) -> Op
 pub async fn flag_response(
     headers: &HeaderMap,
     name: &str,
-    question: EvaluationRequest<'_>,
+    request: EvaluationRequest<'_>,
 ) -> Result<HttpResponse, HttpError> {
     let name = decode_flag_name(name)?;
-    let projects = &question.scope.projects;
-    let view = question.snapshot.frontend_view(projects);
-    let body = question
+    let projects = &request.scope.projects;
+    let view = request.snapshot.frontend_view(projects);
+    let body = request
         .with_context(&view, |context| {
-            evaluation::evaluate_flag(question.snapshot, projects, context, &name)
+            evaluation::evaluate_flag(request.snapshot, projects, context, &name)
         })
         .ok_or(HttpError::NotFound)?;
     Ok(response::negotiate_body(headers, &Arc::new(body), CachePolicy::NoCache).await)

@@ -10,6 +10,7 @@ use tokio::time::Instant;
 use super::{
     request_metrics::RequestMetrics,
     response::{self, HttpResponse},
+    routes::ProbeEndpoint,
 };
 use crate::{control_plane::ControlPlane, snapshot::Snapshots, telemetry::Readiness, usage::Usage};
 
@@ -57,6 +58,15 @@ impl HealthEndpoints {
     /// Whether the instance accepts requests.
     pub fn is_ready(&self) -> bool {
         self.readiness.is_ready()
+    }
+
+    /// The response of one of these endpoints.
+    pub fn respond(&self, endpoint: ProbeEndpoint) -> HttpResponse {
+        match endpoint {
+            ProbeEndpoint::Health => self.liveness(),
+            ProbeEndpoint::Ready => self.ready(),
+            ProbeEndpoint::Metrics => self.prometheus(),
+        }
     }
 
     /// Always 200: the process is alive if it answers.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use hyper::HeaderMap;
 use jiff::Timestamp;
 
-use super::response::{self, HttpError, HttpResponse};
+use super::{response::HttpError, routes::UsageEndpoint};
 use crate::{
     protocol::usage::{
         BulkReport, ClientApplication, ClientMetrics, EdgeInstance, ParseError, SdkMetadata,
@@ -17,51 +17,33 @@ use crate::{
 /// The longest SDK header value that is recorded, in bytes.
 const MAX_HEADER_BYTES: usize = 100;
 
-/// Registers an application.
-pub fn register(
+/// Records a report.
+pub fn record(
+    endpoint: UsageEndpoint,
     usage: &Usage,
-    reporter: &ReportingClient<'_>,
+    client: &ReportingClient<'_>,
     headers: &HeaderMap,
     body: &[u8],
-) -> Result<HttpResponse, HttpError> {
-    let mut application = ClientApplication::parse(body)?;
-    complete_from_headers(&mut application.metadata, headers);
-    usage.record_registration(reporter, application)?;
-    Ok(response::accepted())
-}
-
-/// Records the flag counts of one SDK.
-pub fn client_metrics(
-    usage: &Usage,
-    reporter: &ReportingClient<'_>,
-    headers: &HeaderMap,
-    body: &[u8],
-) -> Result<HttpResponse, HttpError> {
-    let mut report = ClientMetrics::parse(body)?;
-    complete_from_headers(&mut report.metadata, headers);
-    usage.record_metrics(reporter, report, Timestamp::now())?;
-    Ok(response::accepted())
-}
-
-/// Records the counts and registrations that another edge has collected.
-pub fn bulk_metrics(
-    usage: &Usage,
-    reporter: &ReportingClient<'_>,
-    body: &[u8],
-) -> Result<HttpResponse, HttpError> {
-    let bulk = BulkReport::parse(body)?;
-    usage.record_bulk(reporter, bulk, Timestamp::now())?;
-    Ok(response::accepted())
-}
-
-/// Records the status of another edge.
-pub fn edge_instance(
-    usage: &Usage,
-    reporter: &ReportingClient<'_>,
-    body: &[u8],
-) -> Result<HttpResponse, HttpError> {
-    usage.track_downstream_edge(reporter, &EdgeInstance::parse(body)?)?;
-    Ok(response::accepted())
+) -> Result<(), HttpError> {
+    match endpoint {
+        UsageEndpoint::Registration => {
+            let mut application = ClientApplication::parse(body)?;
+            complete_from_headers(&mut application.metadata, headers);
+            usage.record_registration(client, application)?;
+        }
+        UsageEndpoint::Metrics => {
+            let mut report = ClientMetrics::parse(body)?;
+            complete_from_headers(&mut report.metadata, headers);
+            usage.record_metrics(client, report, Timestamp::now())?;
+        }
+        UsageEndpoint::BulkMetrics => {
+            usage.record_bulk(client, BulkReport::parse(body)?, Timestamp::now())?;
+        }
+        UsageEndpoint::EdgeInstance => {
+            usage.track_downstream_edge(client, &EdgeInstance::parse(body)?)?;
+        }
+    }
+    Ok(())
 }
 
 /// Completes the metadata from headers: frontend SDKs send it only there.

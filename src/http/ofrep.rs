@@ -48,19 +48,19 @@ impl From<RequestError> for HttpError {
 /// event stream. `events` is the path of that stream as the provider reaches it.
 pub async fn evaluate_flags(
     headers: &HeaderMap,
-    question: EvaluationRequest<'_>,
+    evaluation: EvaluationRequest<'_>,
     digest: &TokenDigest,
     tickets: &StreamTickets,
     events: &str,
 ) -> HttpResponse {
-    let EvaluationRequest { context: request_context, snapshot, scope, .. } = question;
+    let EvaluationRequest { context: request_context, snapshot, scope, .. } = evaluation;
     let engine = snapshot.engine();
     let view = snapshot.frontend_view(&scope.projects);
     let now = Timestamp::now();
     let context_json = request_context.to_json();
     let draw = if view.inputs().can_be_random() { rand::random() } else { 0 };
-    let question = EvaluationRequest { random_seed: Some(draw), ..question };
-    let body = question.with_context(&view, |context| {
+    let evaluation = EvaluationRequest { random_seed: Some(draw), ..evaluation };
+    let body = evaluation.with_context(&view, |context| {
         let answer = EvaluatedFlags::evaluate(snapshot, &view, context, Include::All);
         // Without randomness the ticket stays the same, so a provider that evaluates again keeps its
         // stream.
@@ -104,14 +104,14 @@ pub async fn evaluate_flags(
 pub async fn evaluate_flag(
     headers: &HeaderMap,
     key: &str,
-    question: EvaluationRequest<'_>,
+    evaluation: EvaluationRequest<'_>,
 ) -> Result<HttpResponse, HttpError> {
-    let EvaluationRequest { snapshot, scope, .. } = question;
+    let EvaluationRequest { snapshot, scope, .. } = evaluation;
     let (engine, key) = (snapshot.engine(), decode_flag_name(key)?);
     let found = engine.find(&key).filter(|&id| scope.projects.contains(engine.flag(id).project()));
     let id = found.ok_or(HttpError::NotFound)?;
     let view = snapshot.frontend_view(&scope.projects);
-    let body = question.with_context(&view, |context| {
+    let body = evaluation.with_context(&view, |context| {
         let outcome = engine.evaluate(id, &engine.bind(context));
         to_json(&to_evaluation(engine, id, outcome))
     });
@@ -123,23 +123,18 @@ pub async fn evaluate_flag(
     .await)
 }
 
-/// Turns a result into a response, with errors in OFREP's format. `key` is the requested flag; `None`
-/// means all flags.
-pub fn into_response(key: Option<&str>, answer: Result<HttpResponse, HttpError>) -> HttpResponse {
-    answer.unwrap_or_else(|failure| error_response(key, &failure))
-}
-
-fn error_response(key: Option<&str>, failure: &HttpError) -> HttpResponse {
-    let error_code = match failure {
+/// An error in OFREP's format. `key` is the requested flag; `None` means all flags.
+pub fn error_response(key: Option<&str>, error: &HttpError) -> HttpResponse {
+    let error_code = match error {
         HttpError::InvalidContext(_) => Some(ErrorCode::InvalidContext),
         HttpError::Malformed(_) | HttpError::UnsupportedMediaType => Some(ErrorCode::ParseError),
         HttpError::NotFound if key.is_some() => Some(ErrorCode::FlagNotFound),
         _ => None,
     };
     let key = key.and_then(|key| decode_flag_name(key).ok());
-    let error_details = failure.to_string();
+    let error_details = error.to_string();
     response::error_with_body(
-        failure,
+        error,
         &EvaluationFailure { key: key.as_deref(), error_code, error_details },
     )
 }

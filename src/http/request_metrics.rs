@@ -19,7 +19,7 @@ use hyper::{Method, StatusCode};
 
 use super::{
     response::{self, HttpResponse},
-    route::Route,
+    routes::{ROUTES, Route},
 };
 use crate::telemetry::{BYTES_BUCKETS, SECONDS_BUCKETS};
 
@@ -37,10 +37,10 @@ const STATUS_CLASSES: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
 const STATUS_LABELS: usize = STATUSES.len() + STATUS_CLASSES.len();
 
 /// The endpoint of a request, as a label.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum EndpointLabel<'a> {
+#[derive(Clone, Copy, Debug)]
+pub enum EndpointLabel {
     /// A route of the SDK port.
-    Route(Route<'a>),
+    Route(&'static Route),
     /// An admin operation, by its path template, which must be one of those passed to
     /// [`RequestMetrics::new`].
     AdminOperation(&'static str),
@@ -96,7 +96,8 @@ impl Default for RequestMetrics {
 impl RequestMetrics {
     /// Metrics with a label value for each route and for each of these admin operation templates.
     pub fn new(operations: impl IntoIterator<Item = &'static str>) -> Self {
-        let mut labels = [&Route::TEMPLATES[..], &OTHER_LABELS].concat();
+        let routes = ROUTES.iter().map(|route| route.path);
+        let mut labels: Vec<_> = routes.chain(OTHER_LABELS).collect();
         for template in operations {
             if !labels.contains(&template) {
                 labels.push(template);
@@ -111,7 +112,7 @@ impl RequestMetrics {
     #[expect(clippy::cast_precision_loss, reason = "bodies are far below 2^52 bytes")]
     pub fn record(
         &self,
-        subject: EndpointLabel<'_>,
+        subject: EndpointLabel,
         method: &Method,
         reply: &HttpResponse,
         took: Duration,
@@ -156,16 +157,11 @@ impl RequestMetrics {
     }
 
     /// The index of a series, computed from the indices of its three labels.
-    fn series_index(
-        &self,
-        subject: EndpointLabel<'_>,
-        method: &Method,
-        status: StatusCode,
-    ) -> usize {
-        let unknown = Route::TEMPLATES.len() + 1;
+    fn series_index(&self, subject: EndpointLabel, method: &Method, status: StatusCode) -> usize {
+        let unknown = ROUTES.len() + 1;
         let subject = match subject {
-            EndpointLabel::Route(route) => route.index(),
-            EndpointLabel::Preflight => Route::TEMPLATES.len(),
+            EndpointLabel::Route(route) => route.index,
+            EndpointLabel::Preflight => ROUTES.len(),
             EndpointLabel::Unknown => unknown,
             EndpointLabel::AdminOperation(template) => {
                 self.endpoints.iter().position(|label| *label == template).unwrap_or(unknown)
@@ -294,7 +290,7 @@ mod tests {
     #[test]
     fn counts_of_all_threads_are_summed_in_the_exposition() {
         let meter = RequestMetrics::default();
-        let subject = EndpointLabel::Route(Route::ClientFeatures);
+        let subject = EndpointLabel::Route(&ROUTES[0]);
         std::thread::scope(|scope| {
             for _ in 0..SHARDS + 3 {
                 scope.spawn(|| {
@@ -352,8 +348,10 @@ mod tests {
             operation,
         );
         check(EndpointLabel::AdminOperation("/other"), Method::PATCH, StatusCode::OK, unknown);
+        let health = ROUTES.iter().find(|route| route.path == "/internal-backstage/health");
+        let health = health.expect("it is a route");
         assert_eq!(
-            meter.series_index(EndpointLabel::Route(Route::Health), &Method::GET, StatusCode::OK),
+            meter.series_index(EndpointLabel::Route(health), &Method::GET, StatusCode::OK),
             meter.series_index(
                 EndpointLabel::AdminOperation("/internal-backstage/health"),
                 &Method::GET,

@@ -1,23 +1,21 @@
 //! The service of the SDK port: requests of SDKs, other edges, health probes and metrics scrapes.
 //!
-//! It serves no secrets and no admin API. Besides its own body, a request waits only for the validation
-//! of a first-seen token.
+//! A request takes the same steps everywhere: find its [route](super::routes), [authorize](super::pipeline)
+//! it, call the handler of its API. Most responses are ready without waiting. Besides its own body, a
+//! request waits only for the validation of a first-seen token.
+//!
+//! It serves no secrets and no admin API.
 
 use std::{
     collections::BTreeSet,
-    pin::Pin,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
-use hyper::{
-    HeaderMap, Method, Request,
-    body::Incoming,
-    header::{HeaderName, HeaderValue},
-    http::request::Parts,
-};
+use hyper::{HeaderMap, Method, Request, body::Incoming, header::HeaderName};
 use jiff::Timestamp;
+use tokio::sync::watch;
 
 use super::{
     client_address::{self, ClientAddresses},
@@ -25,27 +23,31 @@ use super::{
     cors::Cors,
     cpu_bound,
     failed_request_limiter::FailedRequestLimiter,
-    frontend_api::{self, EvaluationRequest, EvaluationResponse, Subscriber},
+    frontend_api::{self, EvaluationRequest, Subscriber},
     health::HealthEndpoints,
     metrics_ingest,
     ofrep::{self, StreamTickets},
+    pipeline::{AuthorizedRead, Authorizer, RoutedRequest},
     request_body::RequestBody,
     request_metrics::{EndpointLabel, RequestMetrics},
     response::{self, CachePolicy, HttpError, HttpResponse},
-    route::{OptionalEndpoint, Route, RouteError, normalise},
+    routes::{
+        self, ClientEndpoint, Endpoint, FrontendEndpoint, OfrepEndpoint, OptionalEndpoint,
+        RouteError, RouteMatch, UsageEndpoint, normalise,
+    },
     server::{ConnectionInfo, HttpService, ServiceResponse},
     streaming::{FetchMode, Streams},
     token_validation,
 };
 use crate::{
-    auth::{AuthError, AuthenticatedToken, Authenticator},
-    changes::{ChangeFeed, SubscriptionKey},
+    auth::AuthenticatedToken,
+    changes::{ChangeFeed, StateId},
     protocol::{
         self,
         context::{FrontendContext, MAX_CONTEXT_BYTES},
     },
-    snapshot::{Include, Snapshot, Snapshots},
-    token::{Grant, Scope, TokenDigest, TokenKind},
+    snapshot::Include,
+    token::{Environment, Scope, TokenKind},
     usage::{ReportingClient, SdkKind, Usage},
 };
 
@@ -54,8 +56,6 @@ use crate::{
 pub struct Settings {
     /// Prefix of every path: empty, or `/…` without a trailing slash.
     pub base_path: String,
-    /// The request header with the SDK's token.
-    pub token_header: HeaderName,
     /// Cross-origin permissions of browsers.
     pub cors: Cors,
     /// Allowed client addresses and trusted proxies.
@@ -66,8 +66,6 @@ pub struct Settings {
     pub max_body_bytes: usize,
     /// Timeout from the request's head to the end of its body.
     pub request_timeout: Duration,
-    /// How long a request with a first-seen token waits for the first flags of its scope.
-    pub first_fetch_timeout: Duration,
     /// This machine's host name, for the `applicationHostname` strategy.
     pub hostname: Arc<str>,
 }
@@ -77,10 +75,8 @@ pub struct Settings {
 pub struct SdkService {
     /// Configuration.
     pub settings: Settings,
-    /// Validates tokens.
-    pub auth: Authenticator,
-    /// The flags of each environment.
-    pub snapshots: Snapshots,
+    /// Authorizes requests by their tokens.
+    pub authorizer: Authorizer,
     /// History of flag changes, for delta requests and streams.
     pub feed: ChangeFeed,
     /// Open event streams.
@@ -106,36 +102,25 @@ impl HttpService for SdkService {
         let started = Instant::now();
         let client =
             self.settings.access.proxies.client_addresses(connection.peer, request.headers());
-        if let Some(reply) = self.respond_now(&request, client, started) {
-            return ServiceResponse::Ready(reply);
+        if let Some(response) = self.respond_now(&request, client, started) {
+            return ServiceResponse::Ready(response);
         }
-        let data = Arc::clone(self);
-        ServiceResponse::deferred(async move { data.respond(request, client, started).await })
+        let service = Arc::clone(self);
+        ServiceResponse::deferred(async move { service.respond(request, client, started).await })
     }
 }
-
-/// Default `Retry-After`.
-const RETRY_AFTER: Duration = Duration::from_secs(5);
 
 /// The largest body with a context, in bytes: the largest accepted context with every character written
 /// as a six-byte escape.
 const MAX_CONTEXT_BODY_BYTES: usize = 6 * MAX_CONTEXT_BYTES + (16 << 10);
 
-/// Alternative token header of OpenFeature providers, accepted on every route.
-const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
-
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
-
-const FLAGS_NOT_FETCHED: HttpError = HttpError::Unavailable {
-    what: "the flags that this token sees have not been fetched",
-    retry_after: RETRY_AFTER,
-};
 
 impl SdkService {
     /// Whether a path belongs to the APIs of SDKs and other edges, for any method.
     pub fn is_sdk_path(&self, path: &str) -> bool {
         let path = normalise(path, &self.settings.base_path);
-        path.is_some_and(|path| Route::is_sdk_path(&path))
+        path.is_some_and(|path| routes::is_sdk_path(&path))
     }
 
     /// The response, if it is available without waiting, as most are.
@@ -145,26 +130,12 @@ impl SdkService {
         client: ClientAddresses,
         started: Instant,
     ) -> Option<HttpResponse> {
-        let (method, headers) = (request.method(), request.headers());
         let path = normalise(request.uri().path(), &self.settings.base_path);
-        let (subject, reply) = match self.match_route(method, path.as_deref(), client) {
-            Ok(route) => {
-                let query = request.uri().query().unwrap_or_default();
-                let reply = match route {
-                    Route::ClientFeatures => self.client_features_now(headers, query)?,
-                    Route::FrontendFlags(shown) if method != Method::POST => {
-                        self.frontend_flags_now(shown, headers, query, client)?
-                    }
-                    Route::Health => Ok(self.health.liveness()),
-                    Route::Ready => Ok(self.health.ready()),
-                    Route::Prometheus => Ok(self.health.prometheus()),
-                    _ => return None,
-                };
-                (EndpointLabel::Route(route), reply.unwrap_or_else(HttpResponse::from))
-            }
-            Err(unrouted) => self.respond_unrouted(unrouted, headers),
+        let (label, response) = match self.route(request, path.as_deref(), client) {
+            Ok(routed) => (EndpointLabel::Route(routed.route), self.handle_now(&routed)?),
+            Err(unrouted) => self.respond_unrouted(unrouted, request.headers()),
         };
-        Some(self.finish_response(subject, method, headers, reply, started))
+        Some(self.finish_response(label, request, response, started))
     }
 
     /// The response, waiting as long as necessary.
@@ -175,39 +146,46 @@ impl SdkService {
         started: Instant,
     ) -> HttpResponse {
         let (head, body) = request.into_parts();
-        let path = normalise(head.uri.path(), &self.settings.base_path);
+        let request = Request::from_parts(head, ());
         let mut body = RequestBody::new(body, started, self.settings.request_timeout);
-        let (subject, reply) = match self.match_route(&head.method, path.as_deref(), client) {
-            Ok(route) => {
-                let reply = self.dispatch(route, &head, &mut body, client).await;
-                (EndpointLabel::Route(route), reply.unwrap_or_else(HttpResponse::from))
+        let path = normalise(request.uri().path(), &self.settings.base_path);
+        let (label, response) = match self.route(&request, path.as_deref(), client) {
+            Ok(routed) => {
+                let result = self.handle(&routed, &mut body).await;
+                (EndpointLabel::Route(routed.route), into_response(&routed, result))
             }
-            Err(unrouted) => self.respond_unrouted(unrouted, &head.headers),
+            Err(unrouted) => self.respond_unrouted(unrouted, request.headers()),
         };
         body.discard().await;
-        self.finish_response(subject, &head.method, &head.headers, reply, started)
+        self.finish_response(label, &request, response, started)
     }
 
-    /// Checks the client address and matches method and path to an enabled route.
-    fn match_route<'a>(
+    /// Checks the client address and finds the route, if it is enabled.
+    fn route<'a, B>(
         &self,
-        method: &Method,
+        request: &'a Request<B>,
         path: Option<&'a str>,
         client: ClientAddresses,
-    ) -> Result<Route<'a>, Unrouted> {
+    ) -> Result<RoutedRequest<'a>, Unrouted> {
         if !self.settings.access.is_allowed(client.verified) {
             return Err(Unrouted::Error(HttpError::AddressBlocked));
         }
+        let method = request.method();
         if method == Method::OPTIONS {
             return Err(Unrouted::Preflight);
         }
-        match path.map_or(Err(RouteError::NotFound), |path| Route::parse(method, path)) {
-            Ok(route) if !self.is_disabled(route) => Ok(route),
-            Ok(_) | Err(RouteError::NotFound) => Err(Unrouted::Error(HttpError::NotFound)),
-            Err(RouteError::MethodNotAllowed(allow)) => {
-                Err(Unrouted::Error(HttpError::MethodNotAllowed(allow.into())))
+        let found = path.map_or(Err(RouteError::NotFound), |path| routes::find(method, path));
+        let RouteMatch { route, parameter } = found.map_err(|error| match error {
+            RouteError::NotFound => Unrouted::Error(HttpError::NotFound),
+            RouteError::MethodNotAllowed(allow) => {
+                Unrouted::Error(HttpError::MethodNotAllowed(allow.into()))
             }
+        })?;
+        if route.optional.is_some_and(|it| self.settings.disabled_endpoints.contains(&it)) {
+            return Err(Unrouted::Error(HttpError::NotFound));
         }
+        let query = request.uri().query().unwrap_or_default();
+        Ok(RoutedRequest { route, parameter, method, headers: request.headers(), query, client })
     }
 
     /// The response to a request without a route, and its label in the metrics.
@@ -215,461 +193,343 @@ impl SdkService {
         &self,
         unrouted: Unrouted,
         headers: &HeaderMap,
-    ) -> (EndpointLabel<'static>, HttpResponse) {
+    ) -> (EndpointLabel, HttpResponse) {
         match unrouted {
             Unrouted::Preflight => {
-                let mut reply = response::empty_preflight();
-                self.settings.cors.add_preflight_headers(headers, reply.headers_mut());
-                (EndpointLabel::Preflight, reply)
+                let mut response = response::empty_preflight();
+                self.settings.cors.add_preflight_headers(headers, response.headers_mut());
+                (EndpointLabel::Preflight, response)
             }
-            Unrouted::Error(failure) => (EndpointLabel::Unknown, failure.into()),
+            Unrouted::Error(error) => (EndpointLabel::Unknown, error.into()),
         }
     }
 
     /// Adds the CORS headers, drops the body for `HEAD`, and records the request.
-    fn finish_response(
+    fn finish_response<B>(
         &self,
-        subject: EndpointLabel<'_>,
-        method: &Method,
-        headers: &HeaderMap,
-        mut reply: HttpResponse,
+        label: EndpointLabel,
+        request: &Request<B>,
+        mut response: HttpResponse,
         started: Instant,
     ) -> HttpResponse {
-        if subject != EndpointLabel::Preflight {
-            self.settings.cors.add_headers(headers, reply.headers_mut());
+        if !matches!(label, EndpointLabel::Preflight) {
+            self.settings.cors.add_headers(request.headers(), response.headers_mut());
         }
-        let reply = response::drop_body_for_head(method, reply);
-        self.request_metrics.record(subject, method, &reply, started.elapsed());
-        reply
+        let response = response::drop_body_for_head(request.method(), response);
+        self.request_metrics.record(label, request.method(), &response, started.elapsed());
+        response
+    }
+
+    /// Calls the handler of a route, if the response is available without waiting.
+    fn handle_now(&self, request: &RoutedRequest<'_>) -> Option<HttpResponse> {
+        let result = match request.route.endpoint {
+            Endpoint::Client(ClientEndpoint::Features) => self.client_features_now(request)?,
+            Endpoint::Frontend(FrontendEndpoint::Flags(include))
+                if request.method != Method::POST =>
+            {
+                self.frontend_flags_now(request, include)?
+            }
+            Endpoint::Probe(probe) => Ok(self.health.respond(probe)),
+            _ => return None,
+        };
+        Some(result.unwrap_or_else(HttpResponse::from))
     }
 
     /// Calls the handler of a route.
-    async fn dispatch(
+    async fn handle(
         &self,
-        route: Route<'_>,
-        head: &Parts,
+        request: &RoutedRequest<'_>,
         body: &mut RequestBody,
-        client: ClientAddresses,
     ) -> Result<HttpResponse, HttpError> {
-        let headers = &head.headers;
-        let query = head.uri.query().unwrap_or_default();
-        match route {
-            Route::ClientFeatures => {
-                let reader = self.authorize(headers, &[TokenKind::Client]).await?;
-                let body =
-                    client_api::features(headers, query, &reader.snapshot, &reader.grant.scope)?;
-                Ok(self.add_fetch_mode(
-                    response::negotiate_body(headers, &body, CachePolicy::Unspecified).await,
-                ))
+        match request.route.endpoint {
+            Endpoint::Probe(probe) => Ok(self.health.respond(probe)),
+            Endpoint::ValidateTokens => self.validate_tokens(request, body).await,
+            Endpoint::Usage(endpoint) => self.record_usage(endpoint, request, body).await,
+            Endpoint::Client(endpoint) => {
+                let read = self.authorizer.authorize(request).await?;
+                self.read_client_api(endpoint, request, read).await
             }
-            Route::FrontendFlags(shown) => {
-                let reader = self.authorize(headers, &[TokenKind::Frontend]).await?;
-                let body = self.read_posted_context(head, body).await?;
-                let evaluation = {
-                    let sent = parse_context(head, body.as_ref())?;
-                    self.evaluate(&reader, &sent, shown, headers, client)
+            Endpoint::Frontend(endpoint) => {
+                let read = self.authorizer.authorize(request).await?;
+                let body = self.read_context_body(request, body).await?;
+                let context = match &body {
+                    Some(body) => FrontendContext::from_json(body)?,
+                    None => FrontendContext::from_query(request.query)?,
                 };
-                Ok(frontend_api::flags_response(headers, evaluation).await)
+                self.read_frontend_api(endpoint, request, read, context).await
             }
-            Route::Health => Ok(self.health.liveness()),
-            Route::Ready => Ok(self.health.ready()),
-            Route::Prometheus => Ok(self.health.prometheus()),
-            Route::ValidateTokens => {
-                let limit = token_validation::MAX_REQUEST_BYTES.min(self.settings.max_body_bytes);
-                let answer = async {
-                    let body = body.read(headers, limit).await?;
-                    token_validation::validate(&self.auth, &body).await
-                };
-                self.failed_attempts.limit(client.verified, answer).await
-            }
-            Route::ClientFeature(name) => {
-                let AuthorizedRead { grant, snapshot, .. } =
-                    self.authorize(headers, &[TokenKind::Client]).await?;
-                client_api::feature(headers, name, &snapshot, &grant.scope).await
-            }
-            Route::ClientDelta => self.client_delta(headers, query).await,
-            Route::ClientStreaming => self.client_stream(headers, query, client).await,
-            Route::FrontendFeature(name) => {
-                let AuthorizedRead { grant, snapshot, .. } =
-                    self.authorize(headers, &[TokenKind::Frontend]).await?;
-                let body = self.read_posted_context(head, body).await?;
-                let sent = parse_context(head, body.as_ref())?;
-                let request = self.evaluation_request(&sent, client, &snapshot, &grant.scope);
-                frontend_api::flag_response(headers, name, request).await
-            }
-            Route::FrontendStreaming => self.frontend_stream(head, body, client).await,
-            Route::OfrepEvents => Ok(ofrep::into_response(None, self.ofrep_events(head, client))),
-            Route::OfrepFlags => {
-                Ok(ofrep::into_response(None, self.ofrep_flags(head, body, client).await))
-            }
-            Route::OfrepFlag(key) => {
-                let result = self.ofrep_flag(head, key, body, client).await;
-                Ok(ofrep::into_response(Some(key), result))
-            }
-            Route::Register(kind) => {
-                let report = self.read_report(kind, headers, body).await?;
-                let register = || {
-                    metrics_ingest::register(&self.usage, &report.reporter(), headers, &report.body)
-                };
-                cpu_bound::run(report.body.len(), register).await
-            }
-            Route::UsageMetrics(kind) => {
-                let report = self.read_report(kind, headers, body).await?;
-                let metrics = || {
-                    metrics_ingest::client_metrics(
-                        &self.usage,
-                        &report.reporter(),
-                        headers,
-                        &report.body,
-                    )
-                };
-                cpu_bound::run(report.body.len(), metrics).await
-            }
-            Route::BulkMetrics => {
-                let report = self.read_report(TokenKind::Client, headers, body).await?;
-                let bulk =
-                    || metrics_ingest::bulk_metrics(&self.usage, &report.reporter(), &report.body);
-                cpu_bound::run(report.body.len(), bulk).await
-            }
-            Route::EdgeInstance => {
-                let report = self.read_report(TokenKind::Client, headers, body).await?;
-                let instance =
-                    || metrics_ingest::edge_instance(&self.usage, &report.reporter(), &report.body);
-                cpu_bound::run(report.body.len(), instance).await
+            Endpoint::OfrepEvents => self.ofrep_events(request),
+            Endpoint::Ofrep(endpoint) => {
+                let read = self.authorizer.authorize(request).await?;
+                let body = self.read_context_body(request, body).await?.unwrap_or_default();
+                let context = protocol::ofrep::parse_context(&body)?;
+                self.read_ofrep(endpoint, request, &read, &context).await
             }
         }
     }
 
-    /// Authenticates and reads a usage report of an SDK or another edge.
-    async fn read_report(
+    /// `/edge/validate`.
+    async fn validate_tokens(
         &self,
-        kind: TokenKind,
-        headers: &HeaderMap,
+        request: &RoutedRequest<'_>,
         body: &mut RequestBody,
-    ) -> Result<UsageReport, HttpError> {
-        let authenticated = self.authenticate(headers, &[kind]).await?;
-        let body = self.read_body(headers, body).await?;
-        let snapshot = self.snapshots.load(&authenticated.grant.scope.environment);
-        Ok(UsageReport { authenticated, snapshot, body })
+    ) -> Result<HttpResponse, HttpError> {
+        let limit = token_validation::MAX_REQUEST_BYTES.min(self.settings.max_body_bytes);
+        let attempt = async {
+            let body = body.read(request.headers, limit).await?;
+            token_validation::validate(&self.authorizer.auth, &body).await
+        };
+        self.failed_attempts.limit(request.client.verified, attempt).await
+    }
+
+    /// Records the report of an SDK or another edge.
+    async fn record_usage(
+        &self,
+        endpoint: UsageEndpoint,
+        request: &RoutedRequest<'_>,
+        body: &mut RequestBody,
+    ) -> Result<HttpResponse, HttpError> {
+        let AuthenticatedToken { grant, digest, .. } =
+            self.authorizer.authenticate(request).await?;
+        let body = Box::pin(body.read(request.headers, self.settings.max_body_bytes)).await?;
+        let snapshot = self.authorizer.snapshots.load(&grant.scope.environment);
+        let client = ReportingClient {
+            token: &digest,
+            sdk_kind: match grant.kind {
+                TokenKind::Frontend => SdkKind::Frontend,
+                TokenKind::Admin | TokenKind::Client => SdkKind::Backend,
+            },
+            scope: &grant.scope,
+            snapshot: snapshot.as_deref(),
+        };
+        let record =
+            || metrics_ingest::record(endpoint, &self.usage, &client, request.headers, &body);
+        cpu_bound::run(body.len(), record).await?;
+        Ok(response::accepted())
     }
 
     /// Handles `/api/client/features`, if no waiting is necessary.
     fn client_features_now(
         &self,
-        headers: &HeaderMap,
-        query: &str,
+        request: &RoutedRequest<'_>,
     ) -> Option<Result<HttpResponse, HttpError>> {
-        let body = self.authorize_now(headers, &[TokenKind::Client])?.and_then(|reader| {
-            client_api::features(headers, query, &reader.snapshot, &reader.grant.scope)
-        });
-        match body {
+        let read = self.authorizer.authorize_now(request)?;
+        match read.and_then(|read| client_api::features(request, &read)) {
             Ok(body) => {
-                let reply =
-                    response::negotiate_body_now(headers, &body, CachePolicy::Unspecified).ok()?;
-                Some(Ok(self.add_fetch_mode(reply)))
+                let policy = CachePolicy::Unspecified;
+                let response = response::negotiate_body_now(request.headers, &body, policy).ok()?;
+                Some(Ok(self.add_fetch_mode(response)))
             }
-            Err(failure) => Some(Err(failure)),
+            Err(error) => Some(Err(error)),
+        }
+    }
+
+    async fn read_client_api(
+        &self,
+        endpoint: ClientEndpoint,
+        request: &RoutedRequest<'_>,
+        read: AuthorizedRead,
+    ) -> Result<HttpResponse, HttpError> {
+        let headers = request.headers;
+        match endpoint {
+            ClientEndpoint::Features => {
+                let body = client_api::features(request, &read)?;
+                let policy = CachePolicy::Unspecified;
+                Ok(self.add_fetch_mode(response::negotiate_body(headers, &body, policy).await))
+            }
+            ClientEndpoint::Feature => client_api::feature(request, &read).await,
+            ClientEndpoint::Delta => {
+                let key = client_api::subscription_key(request, &read)?;
+                client_api::delta(headers, key, &self.feed).await
+            }
+            ClientEndpoint::Streaming => {
+                let key = client_api::subscription_key(request, &read)?;
+                let states = self.subscribe_to_states(key.environment())?;
+                let last_state_id = client_api::parse_state_id(headers.get(LAST_EVENT_ID));
+                let events = client_api::DeltaEvents::new(
+                    self.feed.clone(),
+                    states.clone(),
+                    key,
+                    last_state_id,
+                    self.streams.fetch_mode(),
+                );
+                let bearer = (read.digest, request.client.verified);
+                self.streams.open(bearer, read.grant, states, events)
+            }
         }
     }
 
     /// Adds the header that tells SDKs to switch to streaming, if so configured.
-    fn add_fetch_mode(&self, mut reply: HttpResponse) -> HttpResponse {
+    fn add_fetch_mode(&self, mut response: HttpResponse) -> HttpResponse {
         if self.streams.fetch_mode() == Some(FetchMode::Streaming) {
-            response::suggest_streaming(&mut reply);
+            response::suggest_streaming(&mut response);
         }
-        reply
+        response
+    }
+
+    /// The state ids of an environment, for a stream of its changes.
+    fn subscribe_to_states(
+        &self,
+        environment: &Environment,
+    ) -> Result<watch::Receiver<StateId>, HttpError> {
+        self.feed.subscribe(environment).ok_or(HttpError::FLAGS_NOT_FETCHED)
     }
 
     /// Handles `/api/frontend` with the context in the query, if no waiting is necessary.
     fn frontend_flags_now(
         &self,
-        shown: Include,
-        headers: &HeaderMap,
-        query: &str,
-        client: ClientAddresses,
+        request: &RoutedRequest<'_>,
+        include: Include,
     ) -> Option<Result<HttpResponse, HttpError>> {
-        let evaluation = self.authorize_now(headers, &[TokenKind::Frontend])?.and_then(|reader| {
-            let sent = FrontendContext::from_query(query)?;
-            Ok(self.evaluate(&reader, &sent, shown, headers, client))
+        let evaluated = self.authorizer.authorize_now(request)?.and_then(|read| {
+            let context = FrontendContext::from_query(request.query)?;
+            let evaluation = self.evaluation_request(request, &read, &context);
+            Ok(frontend_api::evaluate(request.headers, include, evaluation))
         });
-        match evaluation {
-            Ok(evaluation) => frontend_api::flags_response_now(headers, &evaluation).map(Ok),
-            Err(failure) => Some(Err(failure)),
+        match evaluated {
+            Ok(flags) => frontend_api::flags_response_now(request.headers, &flags).map(Ok),
+            Err(error) => Some(Err(error)),
         }
     }
 
-    fn evaluate(
+    async fn read_frontend_api(
         &self,
-        reader: &AuthorizedRead,
-        sent: &FrontendContext<'_>,
-        shown: Include,
-        headers: &HeaderMap,
-        client: ClientAddresses,
-    ) -> EvaluationResponse {
-        let scope = &reader.grant.scope;
-        let request = self.evaluation_request(sent, client, &reader.snapshot, scope);
-        frontend_api::evaluate(
-            headers,
-            shown,
-            &reader.snapshot.frontend_view(&scope.projects),
-            request,
-        )
+        endpoint: FrontendEndpoint,
+        request: &RoutedRequest<'_>,
+        read: AuthorizedRead,
+        context: FrontendContext<'_>,
+    ) -> Result<HttpResponse, HttpError> {
+        let headers = request.headers;
+        match endpoint {
+            FrontendEndpoint::Flags(include) => {
+                let evaluation = self.evaluation_request(request, &read, &context);
+                let flags = frontend_api::evaluate(headers, include, evaluation);
+                Ok(frontend_api::flags_response(headers, flags).await)
+            }
+            FrontendEndpoint::Flag => {
+                let evaluation = self.evaluation_request(request, &read, &context);
+                frontend_api::flag_response(headers, request.parameter, evaluation).await
+            }
+            FrontendEndpoint::Streaming => {
+                let scope = &read.grant.scope;
+                let states = self.subscribe_to_states(&scope.environment)?;
+                let subscriber = self.subscriber(context, request, scope, rand::random())?;
+                let last = frontend_api::parse_last_event_id(headers.get(LAST_EVENT_ID));
+                let snapshots = self.authorizer.snapshots.clone();
+                let events = frontend_api::FlagEvents::new(snapshots, subscriber, last);
+                let bearer = (read.digest, request.client.verified);
+                self.streams.open(bearer, read.grant, states, events)
+            }
+        }
     }
 
-    /// Evaluates all flags, for OpenFeature web providers.
-    async fn ofrep_flags(
+    async fn read_ofrep(
         &self,
-        head: &Parts,
-        body: &mut RequestBody,
-        client: ClientAddresses,
+        endpoint: OfrepEndpoint,
+        request: &RoutedRequest<'_>,
+        read: &AuthorizedRead,
+        context: &FrontendContext<'_>,
     ) -> Result<HttpResponse, HttpError> {
-        let headers = &head.headers;
-        let AuthorizedRead { grant, digest, snapshot } =
-            self.authorize(headers, &[TokenKind::Frontend]).await?;
-        let body = self.read_context_body(headers, body).await?;
-        let sent = protocol::ofrep::parse_context(&body)?;
-        let request = self.evaluation_request(&sent, client, &snapshot, &grant.scope);
-        let events = format!("{}/ofrep/v1/events", self.settings.base_path);
-        Ok(ofrep::evaluate_flags(headers, request, &digest, &self.stream_tickets, &events).await)
-    }
-
-    /// Evaluates one flag, for OpenFeature server providers.
-    async fn ofrep_flag(
-        &self,
-        head: &Parts,
-        key: &str,
-        body: &mut RequestBody,
-        client: ClientAddresses,
-    ) -> Result<HttpResponse, HttpError> {
-        let headers = &head.headers;
-        let accepted = [TokenKind::Frontend, TokenKind::Client];
-        let AuthorizedRead { grant, snapshot, .. } = self.authorize(headers, &accepted).await?;
-        let body = self.read_context_body(headers, body).await?;
-        let sent = protocol::ofrep::parse_context(&body)?;
-        let request = self.evaluation_request(&sent, client, &snapshot, &grant.scope);
-        ofrep::evaluate_flag(headers, key, request).await
+        let evaluation = self.evaluation_request(request, read, context);
+        match endpoint {
+            OfrepEndpoint::Flag => {
+                ofrep::evaluate_flag(request.headers, request.parameter, evaluation).await
+            }
+            OfrepEndpoint::Flags => {
+                let events = format!("{}/ofrep/v1/events", self.settings.base_path);
+                let tickets = &self.stream_tickets;
+                let (headers, token) = (request.headers, &read.digest);
+                Ok(ofrep::evaluate_flags(headers, evaluation, token, tickets, &events).await)
+            }
+        }
     }
 
     /// Opens the event stream of an OpenFeature provider, which presents a ticket instead of a token.
-    fn ofrep_events(
-        &self,
-        head: &Parts,
-        client: ClientAddresses,
-    ) -> Result<HttpResponse, HttpError> {
-        let query = head.uri.query().unwrap_or_default();
-        let mut pairs = form_urlencoded::parse(query.as_bytes());
+    fn ofrep_events(&self, request: &RoutedRequest<'_>) -> Result<HttpResponse, HttpError> {
+        let mut query = form_urlencoded::parse(request.query.as_bytes());
         let ticket =
-            pairs.find(|(name, _)| name == "ticket").ok_or(HttpError::InvalidStreamTicket)?;
+            query.find(|(name, _)| name == "ticket").ok_or(HttpError::InvalidStreamTicket)?;
         let ticket = self
             .stream_tickets
             .verify(&ticket.1, Timestamp::now())
             .ok_or(HttpError::InvalidStreamTicket)?;
-        let grant =
-            self.auth.current_grant(&ticket.digest).ok_or(HttpError::InvalidStreamTicket)?;
+        let grant = self
+            .authorizer
+            .auth
+            .current_grant(&ticket.digest)
+            .ok_or(HttpError::InvalidStreamTicket)?;
         if grant.kind != TokenKind::Frontend {
             return Err(HttpError::WrongTokenKind);
         }
-        let states = self.feed.subscribe(&grant.scope.environment).ok_or(FLAGS_NOT_FETCHED)?;
+        let states = self.subscribe_to_states(&grant.scope.environment)?;
         let subscriber =
-            self.subscriber(ticket.context, client, &grant.scope, ticket.random_seed)?;
-        let current = frontend_api::parse_last_event_id(head.headers.get(LAST_EVENT_ID))
+            self.subscriber(ticket.context, request, &grant.scope, ticket.random_seed)?;
+        let current = frontend_api::parse_last_event_id(request.headers.get(LAST_EVENT_ID))
             .unwrap_or(ticket.outcome_hash);
-        let events = ofrep::RefetchEvents::new(self.snapshots.clone(), subscriber, current);
-        self.streams.open((ticket.digest, client.verified), grant, states, events)
-    }
-
-    /// Opens a stream of evaluated flags.
-    async fn frontend_stream(
-        &self,
-        head: &Parts,
-        body: &mut RequestBody,
-        client: ClientAddresses,
-    ) -> Result<HttpResponse, HttpError> {
-        let headers = &head.headers;
-        let AuthorizedRead { grant, digest, .. } =
-            self.authorize(headers, &[TokenKind::Frontend]).await?;
-        let body = self.read_posted_context(head, body).await?;
-        let sent = parse_context(head, body.as_ref())?;
-        let states = self.feed.subscribe(&grant.scope.environment).ok_or(FLAGS_NOT_FETCHED)?;
-        let subscriber = self.subscriber(sent, client, &grant.scope, rand::random())?;
-        let last = frontend_api::parse_last_event_id(headers.get(LAST_EVENT_ID));
-        let events = frontend_api::FlagEvents::new(self.snapshots.clone(), subscriber, last);
-        self.streams.open((digest, client.verified), grant, states, events)
-    }
-
-    fn subscriber(
-        &self,
-        sent: FrontendContext<'_>,
-        client: ClientAddresses,
-        scope: &Scope,
-        draw: u64,
-    ) -> Result<Subscriber, HttpError> {
-        let hostname = Arc::clone(&self.settings.hostname);
-        let snapshot = self.snapshots.load_for(scope).ok_or(FLAGS_NOT_FETCHED)?;
-        Ok(Subscriber::new(sent, client.for_evaluation, hostname, scope.clone(), draw, &snapshot))
-    }
-
-    async fn client_delta(
-        &self,
-        headers: &HeaderMap,
-        query: &str,
-    ) -> Result<HttpResponse, HttpError> {
-        let reader = self.authorize(headers, &[TokenKind::Client]).await?;
-        let topic = subscription_key(&reader.grant, query)?;
-        client_api::delta(headers, topic, &self.feed).await.ok_or(FLAGS_NOT_FETCHED)
-    }
-
-    async fn client_stream(
-        &self,
-        headers: &HeaderMap,
-        query: &str,
-        client: ClientAddresses,
-    ) -> Result<HttpResponse, HttpError> {
-        let AuthorizedRead { grant, digest, .. } =
-            self.authorize(headers, &[TokenKind::Client]).await?;
-        let topic = subscription_key(&grant, query)?;
-        let states = self.feed.subscribe(topic.environment()).ok_or(FLAGS_NOT_FETCHED)?;
-        let last = client_api::parse_state_id(headers.get(LAST_EVENT_ID));
-        let mode = self.streams.fetch_mode();
-        let events =
-            client_api::DeltaEvents::new(self.feed.clone(), states.clone(), topic, last, mode);
-        self.streams.open((digest, client.verified), grant, states, events)
-    }
-
-    fn is_disabled(&self, route: Route<'_>) -> bool {
-        let endpoint = match route {
-            Route::FrontendFlags(Include::All) => OptionalEndpoint::FrontendAll,
-            Route::Prometheus => OptionalEndpoint::Metrics,
-            _ => return false,
-        };
-        self.settings.disabled_endpoints.contains(&endpoint)
-    }
-
-    /// The text of the request's token, unparsed.
-    fn presented_token<'a>(&self, headers: &'a HeaderMap) -> Result<&'a str, HttpError> {
-        let header = headers.get(&self.settings.token_header).or_else(|| headers.get(API_KEY));
-        match header.map(HeaderValue::to_str) {
-            None | Some(Ok("")) => Err(HttpError::MissingToken),
-            Some(Ok(token)) => Ok(token),
-            Some(Err(_)) => Err(HttpError::InvalidToken),
-        }
-    }
-
-    /// Authenticates the request's token and checks that the route accepts its kind and that this
-    /// instance serves its environment.
-    async fn authenticate(
-        &self,
-        headers: &HeaderMap,
-        accepted: &[TokenKind],
-    ) -> Result<AuthenticatedToken, HttpError> {
-        let admission = self.auth.authenticate(self.presented_token(headers)?).await?;
-        self.check_grant(admission, accepted)
-    }
-
-    fn check_grant(
-        &self,
-        admission: AuthenticatedToken,
-        accepted: &[TokenKind],
-    ) -> Result<AuthenticatedToken, HttpError> {
-        if !accepted.contains(&admission.grant.kind) {
-            return Err(HttpError::WrongTokenKind);
-        }
-        if !self.snapshots.is_environment_allowed(&admission.grant.scope.environment) {
-            return Err(HttpError::EnvironmentNotServed);
-        }
-        Ok(admission)
-    }
-
-    /// Authenticates the request and loads a snapshot that covers the token's scope.
-    ///
-    /// A first-seen token may trigger the first fetch of its scope, and waits for it. Flags that were
-    /// never fetched are an error (503), not an empty list.
-    async fn authorize(
-        &self,
-        headers: &HeaderMap,
-        accepted: &[TokenKind],
-    ) -> Result<AuthorizedRead, HttpError> {
-        let AuthenticatedToken { grant, digest, first_seen } =
-            self.authenticate(headers, accepted).await?;
-        let snapshot = match self.snapshots.load_for(&grant.scope) {
-            Some(snapshot) => Some(snapshot),
-            None if first_seen => {
-                let fetched = self.snapshots.wait_for_scope(&grant.scope);
-                tokio::time::timeout(self.settings.first_fetch_timeout, fetched)
-                    .await
-                    .ok()
-                    .flatten()
-            }
-            None => None,
-        };
-        snapshot.map(|snapshot| AuthorizedRead { grant, digest, snapshot }).ok_or(FLAGS_NOT_FETCHED)
-    }
-
-    /// Like [`authorize`](Self::authorize), if no waiting is necessary.
-    fn authorize_now(
-        &self,
-        headers: &HeaderMap,
-        accepted: &[TokenKind],
-    ) -> Option<Result<AuthorizedRead, HttpError>> {
-        let authenticated = match self.presented_token(headers) {
-            Ok(header) => self.auth.authenticate_cached(header)?.map_err(HttpError::from),
-            Err(failure) => Err(failure),
-        };
-        let admission =
-            match authenticated.and_then(|admission| self.check_grant(admission, accepted)) {
-                Ok(admission) => admission,
-                Err(failure) => return Some(Err(failure)),
-            };
-        let AuthenticatedToken { grant, digest, .. } = admission;
-        let snapshot = self.snapshots.load_for(&grant.scope).ok_or(FLAGS_NOT_FETCHED);
-        Some(snapshot.map(|snapshot| AuthorizedRead { grant, digest, snapshot }))
-    }
-
-    /// Reads the body with the context of a `POST`; `None` if the context is in the query.
-    async fn read_posted_context(
-        &self,
-        head: &Parts,
-        body: &mut RequestBody,
-    ) -> Result<Option<Bytes>, HttpError> {
-        if head.method == Method::POST {
-            return self.read_context_body(&head.headers, body).await.map(Some);
-        }
-        Ok(None)
+        let snapshots = self.authorizer.snapshots.clone();
+        let events = ofrep::RefetchEvents::new(snapshots, subscriber, current);
+        self.streams.open((ticket.digest, request.client.verified), grant, states, events)
     }
 
     fn evaluation_request<'a>(
         &'a self,
-        sent: &'a FrontendContext<'a>,
-        client: ClientAddresses,
-        snapshot: &'a Snapshot,
-        scope: &'a Scope,
+        request: &RoutedRequest<'_>,
+        read: &'a AuthorizedRead,
+        context: &'a FrontendContext<'a>,
     ) -> EvaluationRequest<'a> {
-        let hostname = &*self.settings.hostname;
         EvaluationRequest {
-            context: sent,
-            client_address: client.for_evaluation,
-            hostname,
-            snapshot,
-            scope,
+            context,
+            client_address: request.client.for_evaluation,
+            hostname: &self.settings.hostname,
+            snapshot: &read.snapshot,
+            scope: &read.grant.scope,
             random_seed: None,
         }
     }
 
-    fn read_body<'a>(
-        &'a self,
-        headers: &'a HeaderMap,
-        body: &'a mut RequestBody,
-    ) -> Pin<Box<dyn Future<Output = Result<Bytes, HttpError>> + Send + 'a>> {
-        Box::pin(body.read(headers, self.settings.max_body_bytes))
+    /// The client of a stream, which keeps its context.
+    fn subscriber(
+        &self,
+        context: FrontendContext<'_>,
+        request: &RoutedRequest<'_>,
+        scope: &Scope,
+        random_seed: u64,
+    ) -> Result<Subscriber, HttpError> {
+        let snapshot = self.authorizer.snapshots.load_for(scope);
+        let snapshot = snapshot.ok_or(HttpError::FLAGS_NOT_FETCHED)?;
+        let (address, hostname) =
+            (request.client.for_evaluation, Arc::clone(&self.settings.hostname));
+        Ok(Subscriber::new(context, address, hostname, scope.clone(), random_seed, &snapshot))
     }
 
-    /// Reads a body with a context.
-    fn read_context_body<'a>(
-        &'a self,
-        headers: &'a HeaderMap,
-        body: &'a mut RequestBody,
-    ) -> Pin<Box<dyn Future<Output = Result<Bytes, HttpError>> + Send + 'a>> {
-        Box::pin(body.read(headers, self.settings.max_body_bytes.min(MAX_CONTEXT_BODY_BYTES)))
+    /// Reads the body with the context of a `POST`; `None` if the context is in the query.
+    async fn read_context_body(
+        &self,
+        request: &RoutedRequest<'_>,
+        body: &mut RequestBody,
+    ) -> Result<Option<Bytes>, HttpError> {
+        if request.method != Method::POST {
+            return Ok(None);
+        }
+        let limit = self.settings.max_body_bytes.min(MAX_CONTEXT_BODY_BYTES);
+        Box::pin(body.read(request.headers, limit)).await.map(Some)
+    }
+}
+
+/// The response to a routed request. OpenFeature providers expect errors in OFREP's format.
+fn into_response(
+    request: &RoutedRequest<'_>,
+    result: Result<HttpResponse, HttpError>,
+) -> HttpResponse {
+    match (result, request.route.endpoint) {
+        (Ok(response), _) => response,
+        (Err(error), Endpoint::Ofrep(OfrepEndpoint::Flag)) => {
+            ofrep::error_response(Some(request.parameter), &error)
+        }
+        (Err(error), Endpoint::Ofrep(OfrepEndpoint::Flags) | Endpoint::OfrepEvents) => {
+            ofrep::error_response(None, &error)
+        }
+        (Err(error), _) => error.into(),
     }
 }
 
@@ -679,64 +539,4 @@ enum Unrouted {
     Preflight,
     /// A rejected request.
     Error(HttpError),
-}
-
-/// An authenticated request for flags: the token's grant and the snapshot to serve it from.
-struct AuthorizedRead {
-    grant: Arc<Grant>,
-    digest: TokenDigest,
-    snapshot: Arc<Snapshot>,
-}
-
-/// A usage report and the token that it came with.
-struct UsageReport {
-    authenticated: AuthenticatedToken,
-    snapshot: Option<Arc<Snapshot>>,
-    body: Bytes,
-}
-
-impl UsageReport {
-    fn reporter(&self) -> ReportingClient<'_> {
-        let AuthenticatedToken { grant, digest, .. } = &self.authenticated;
-        let sdk_kind = match grant.kind {
-            TokenKind::Frontend => SdkKind::Frontend,
-            TokenKind::Admin | TokenKind::Client => SdkKind::Backend,
-        };
-        ReportingClient {
-            token: digest,
-            sdk_kind,
-            scope: &grant.scope,
-            snapshot: self.snapshot.as_deref(),
-        }
-    }
-}
-
-/// The subscription key of a grant and a query.
-fn subscription_key(grant: &Grant, query: &str) -> Result<SubscriptionKey, HttpError> {
-    let Scope { environment, projects } = grant.scope.clone();
-    Ok(SubscriptionKey::new(environment, projects, client_api::parse_filter(query)?))
-}
-
-/// Parses the context of a request; it borrows from the body or the query.
-fn parse_context<'a>(
-    head: &'a Parts,
-    body: Option<&'a Bytes>,
-) -> Result<FrontendContext<'a>, HttpError> {
-    Ok(match body {
-        Some(body) => FrontendContext::from_json(body)?,
-        None => FrontendContext::from_query(head.uri.query().unwrap_or_default())?,
-    })
-}
-
-impl From<AuthError> for HttpError {
-    fn from(denied: AuthError) -> Self {
-        match denied {
-            AuthError::Unknown => Self::InvalidToken,
-            AuthError::Forbidden => Self::ForbiddenUpstream,
-            AuthError::Unavailable => Self::Unavailable {
-                what: "the token cannot be judged at the moment",
-                retry_after: RETRY_AFTER,
-            },
-        }
-    }
 }

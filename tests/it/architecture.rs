@@ -46,17 +46,18 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
 ];
 
 /// The layers within `http`, lowest first.
-const HTTP_LAYERS: [&[&str]; 9] = [
+const HTTP_LAYERS: [&[&str]; 10] = [
     &[
         "client_address",
         "content_encoding",
         "conditional",
         "cors",
         "cpu_bound",
-        "route",
+        "routes",
         "shutdown_signal",
     ],
     &["response"],
+    &["pipeline"],
     &["failed_request_limiter"],
     &[
         "console",

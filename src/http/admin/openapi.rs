@@ -158,7 +158,7 @@ fn query_parameter(query: &QueryParameter) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::http::route::Route;
+    use crate::http::routes::ROUTES;
 
     #[test]
     fn document_contains_every_operation_with_a_unique_id() {
@@ -188,8 +188,13 @@ mod tests {
     #[test]
     fn document_contains_every_route_of_the_data_listener() {
         let document = document();
-        for template in Route::TEMPLATES {
-            assert!(document["paths"].get(template).is_some(), "{template}");
+        for route in &ROUTES {
+            for path in route.deprecated_paths.iter().chain([&route.path]) {
+                for (method, operation) in [("get", route.get), ("post", route.post)] {
+                    let described = document["paths"][path].get(method);
+                    assert_eq!(described.is_some(), operation.is_some(), "{method} {path}");
+                }
+            }
         }
     }
 }

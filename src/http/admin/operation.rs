@@ -11,7 +11,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator};
 
 use crate::{
     engine::explanation::Explanation,
-    http::route::OptionalEndpoint,
+    http::routes::OptionalEndpoint,
     protocol::{admin as wire, explain::ExplainRequest},
 };
 

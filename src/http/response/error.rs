@@ -126,7 +126,22 @@ fn describe_problem(problem: &FieldError) -> String {
     format!("{} {}", problem.field, problem.reason)
 }
 
+/// Default `Retry-After`.
+const UNAVAILABLE_RETRY_AFTER: Duration = Duration::from_secs(5);
+
 impl HttpError {
+    /// The flags of the token's scope were never fetched.
+    pub const FLAGS_NOT_FETCHED: Self = Self::Unavailable {
+        what: "the flags that this token sees have not been fetched",
+        retry_after: UNAVAILABLE_RETRY_AFTER,
+    };
+
+    /// A token that is not cached cannot be validated, because upstream does not answer.
+    pub const TOKEN_NOT_VALIDATED: Self = Self::Unavailable {
+        what: "the token cannot be judged at the moment",
+        retry_after: UNAVAILABLE_RETRY_AFTER,
+    };
+
     /// The status, and Unleash's name for this kind of error.
     fn status_and_name(&self) -> (StatusCode, &'static str) {
         match self {
