@@ -18,13 +18,13 @@ use super::{
     tokens::TokenRegistry,
     usage_store,
 };
-use crate::{auth::Authenticator, telemetry::error_chain};
+use crate::{auth::Authenticator, backoff::Backoff, telemetry::error_chain};
 
 /// The interval at which tokens are read even without a notification, because a dead connection may go
 /// unnoticed.
 const RELOAD_INTERVAL: Duration = Duration::from_secs(10);
-/// The initial and the maximum delay before a retry after a failure of the database.
-const RETRY_DELAY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// The delays before retries after failures of the database.
+const RETRY_DELAYS: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
 /// The interval at which token uses are stored.
 const USE_RECORD_INTERVAL: Duration = Duration::from_secs(10);
 /// The interval of pruning.
@@ -40,11 +40,11 @@ pub(super) struct Retention {
 /// Follows token changes by other instances until dropped.
 pub(super) async fn follow_changes(database: &Database, registry: &TokenRegistry) {
     let mut follower = ChangeFollower { listener: None, is_outdated: true };
-    let (mut wait, mut outage) = (RETRY_DELAY.0, None);
+    let (mut backoff, mut outage) = (RETRY_DELAYS, None);
     loop {
         match follower.reload_next(database, registry).await {
             Ok(()) => {
-                wait = RETRY_DELAY.0;
+                backoff.reset();
                 if let Some(LoggedOutage { since, .. }) = outage.take() {
                     let away_for = since.elapsed();
                     info!(?away_for, "The control plane's database is reachable again");
@@ -52,8 +52,7 @@ pub(super) async fn follow_changes(database: &Database, registry: &TokenRegistry
             }
             Err(error) => {
                 log_outage(&mut outage, error_chain(&error));
-                tokio::time::sleep(wait).await;
-                wait = (wait * 2).min(RETRY_DELAY.1);
+                tokio::time::sleep(backoff.next_delay(None, rand::random())).await;
             }
         }
     }
@@ -63,23 +62,23 @@ pub(super) async fn follow_changes(database: &Database, registry: &TokenRegistry
 struct LoggedOutage {
     since: Instant,
     reason: String,
-    /// The earliest time to log another reason, and the pause after that.
+    /// The earliest time to log another reason.
     next_log_at: Instant,
-    pause: Duration,
+    pauses: Backoff,
 }
 
 /// Logs why tokens cannot be read. A changed reason is logged again, with increasing pauses.
 fn log_outage(logged: &mut Option<LoggedOutage>, reason: String) {
-    /// The pause after the first reason, and the maximum pause.
-    const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_mins(5));
+    const PAUSES: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_mins(5));
     let now = Instant::now();
-    let (since, pause) = match logged {
+    let (since, mut pauses) = match logged {
         Some(logged) if logged.reason == reason || logged.next_log_at > now => return,
-        Some(logged) => (logged.since, (logged.pause * 2).min(PAUSE.1)),
-        None => (now, PAUSE.0),
+        Some(logged) => (logged.since, logged.pauses),
+        None => (now, PAUSES),
     };
     warn!(error = reason, "The control plane's database is unreachable; tokens stay as last read");
-    *logged = Some(LoggedOutage { since, reason, next_log_at: now + pause, pause });
+    let next_log_at = now + pauses.next_delay(None, 1.0);
+    *logged = Some(LoggedOutage { since, reason, next_log_at, pauses });
 }
 
 /// The state of following changes by others.
