@@ -37,6 +37,7 @@ pub use self::{
 };
 use crate::{
     protocol::tokens::{ListedSecret, TokenList, ValidatedToken},
+    rate_limit::{Rate, RateLimiter},
     telemetry::error_chain,
     token::{Environment, Grant, Token, TokenDigest, TokenKind},
     upstream::{AdminToken, Credentials, TokenAccess, Upstream},
@@ -382,9 +383,8 @@ impl Authenticator {
 /// at once is validated together.
 const BATCH_WINDOW: Duration = Duration::from_millis(3);
 
-/// Rate limit of validation requests for first-seen tokens: a burst, then a rate per second.
-const VALIDATION_BURST: f64 = 20.0;
-const VALIDATIONS_PER_SECOND: f64 = 10.0;
+/// Rate limit of validation requests for first-seen tokens.
+const VALIDATION_RATE: Rate = Rate { burst: 20, interval: Duration::from_millis(100) };
 
 /// The interval between revalidations, and the pause after upstream did not answer. The pause also
 /// applies to a single token whose probe failed.
@@ -422,12 +422,14 @@ impl Inner {
 
     async fn validate_first_seen(&self, issuer: &UpstreamValidator) {
         self.pending.drop_in_flight();
-        let mut allowance = RateLimiter::new(Instant::now());
+        let mut limiter = RateLimiter::new(VALIDATION_RATE);
         loop {
             self.pending.wait().await;
             tokio::time::sleep(BATCH_WINDOW).await;
             if self.remaining_pause().is_none() {
-                allowance.acquire().await;
+                while let Err(wait) = limiter.acquire() {
+                    tokio::time::sleep(wait).await;
+                }
             }
             let tokens = self.pending.next_batch();
             self.validate_and_resolve(issuer, &tokens).await;
@@ -802,36 +804,6 @@ fn unreadable_items_gauge() -> Gauge {
         "Items of upstream's token list that cannot be read, at its last reading"
     );
     gauge!(NAME)
-}
-
-/// A token bucket for validation requests.
-struct RateLimiter {
-    available: f64,
-    updated_at: Instant,
-}
-
-impl RateLimiter {
-    fn new(now: Instant) -> Self {
-        Self { available: VALIDATION_BURST, updated_at: now }
-    }
-
-    /// Waits until one more request may be sent.
-    async fn acquire(&mut self) {
-        loop {
-            let now = Instant::now();
-            let earned = now.duration_since(self.updated_at).as_secs_f64() * VALIDATIONS_PER_SECOND;
-            self.available = (self.available + earned).min(VALIDATION_BURST);
-            self.updated_at = now;
-            if self.available >= 1.0 {
-                self.available -= 1.0;
-                return;
-            }
-            tokio::time::sleep(Duration::from_secs_f64(
-                (1.0 - self.available) / VALIDATIONS_PER_SECOND,
-            ))
-            .await;
-        }
-    }
 }
 
 /// Counters of presented tokens by outcome.

@@ -1,7 +1,9 @@
-//! Rate limits per key: token buckets in memory, in bounded number.
+//! Rate limits: token buckets in memory, single ones and one per key in bounded number.
 //!
-//! A full bucket carries no information and is removed. At the bound, all new keys share one bucket: a
-//! flood of keys limits new clients but does not reset the limits of known ones.
+//! A full bucket of a key carries no information and is removed. At the bound, all new keys share one
+//! bucket: a flood of keys limits new clients but does not reset the limits of known ones.
+//!
+//! Nothing here waits: the caller rejects, or sleeps for the time until it may try again.
 
 use std::{
     collections::HashMap,
@@ -28,10 +30,35 @@ pub struct Rate {
     pub interval: Duration,
 }
 
-impl Rate {
-    /// How long a bucket takes to refill after `used` were taken.
-    fn refill_time(self, used: u32) -> Duration {
-        self.interval * used
+/// A token bucket.
+#[derive(Clone, Copy, Debug)]
+pub struct RateLimiter {
+    rate: Rate,
+    /// When the bucket will be full.
+    full_at: Instant,
+}
+
+impl RateLimiter {
+    /// A full bucket of this rate.
+    pub fn new(rate: Rate) -> Self {
+        Self { rate, full_at: Instant::now() }
+    }
+
+    /// Takes one from the bucket. `Err` is the time until one is available.
+    pub fn acquire(&mut self) -> Result<(), Duration> {
+        let now = Instant::now();
+        let full_at = self.full_at.max(now) + self.rate.interval;
+        let wait = (full_at - now).saturating_sub(self.rate.interval * self.rate.burst);
+        if wait > Duration::ZERO {
+            return Err(wait);
+        }
+        self.full_at = full_at;
+        Ok(())
+    }
+
+    /// Returns what [`acquire`](Self::acquire) took.
+    fn refund(&mut self) {
+        self.full_at = self.full_at.checked_sub(self.rate.interval).unwrap_or(self.full_at);
     }
 }
 
@@ -45,8 +72,8 @@ pub struct KeyedRateLimiter<K> {
 
 #[derive(Debug)]
 struct State<K> {
-    /// When the bucket of each key will be full. New keys share the key `None` at the bound.
-    full_at: HashMap<Option<K>, Instant>,
+    /// New keys share the key `None` at the bound.
+    buckets: HashMap<Option<K>, RateLimiter>,
     /// When full buckets were last removed.
     last_swept: Option<Instant>,
 }
@@ -54,34 +81,27 @@ struct State<K> {
 impl<K: Clone + Eq + Hash> KeyedRateLimiter<K> {
     /// A limiter with full buckets of this rate.
     pub fn new(rate: Rate) -> Self {
-        let state = State { full_at: HashMap::new(), last_swept: None };
+        let state = State { buckets: HashMap::new(), last_swept: None };
         Self { rate, max_keys: MAX_KEYS, state: Mutex::new(state) }
     }
 
     /// Takes one from the bucket of `key`. `Err` is the time until one is available.
     pub fn acquire(&self, key: &K) -> Result<(), Duration> {
-        let now = Instant::now();
         let mut state = self.lock();
         let mut key = Some(key.clone());
-        if !state.full_at.contains_key(&key) && !state.has_room(self.max_keys, now) {
+        if !state.buckets.contains_key(&key) && !state.has_room(self.max_keys) {
             key = None;
         }
-        let full_at = state.full_at.get(&key).map_or(now, |at| (*at).max(now)) + self.rate.interval;
-        let wait = (full_at - now).saturating_sub(self.rate.refill_time(self.rate.burst));
-        if wait > Duration::ZERO {
-            return Err(wait);
-        }
-        state.full_at.insert(key, full_at);
-        Ok(())
+        state.buckets.entry(key).or_insert_with(|| RateLimiter::new(self.rate)).acquire()
     }
 
     /// Returns what [`acquire`](Self::acquire) took. A key without a bucket took it from the shared one.
     pub fn refund(&self, key: &K) {
         let mut state = self.lock();
         let own = Some(key.clone());
-        let key = if state.full_at.contains_key(&own) { own } else { None };
-        if let Some(full_at) = state.full_at.get_mut(&key) {
-            *full_at = full_at.checked_sub(self.rate.interval).unwrap_or(*full_at);
+        let key = if state.buckets.contains_key(&own) { own } else { None };
+        if let Some(bucket) = state.buckets.get_mut(&key) {
+            bucket.refund();
         }
     }
 
@@ -93,13 +113,14 @@ impl<K: Clone + Eq + Hash> KeyedRateLimiter<K> {
 
 impl<K: Eq + Hash> State<K> {
     /// Whether another bucket fits, after removing full ones if that is due.
-    fn has_room(&mut self, max: usize, now: Instant) -> bool {
+    fn has_room(&mut self, max: usize) -> bool {
+        let now = Instant::now();
         let is_due = self.last_swept.is_none_or(|swept| now >= swept + SWEEP_INTERVAL);
-        if self.full_at.len() >= max && is_due {
-            self.full_at.retain(|_, full_at| *full_at > now);
+        if self.buckets.len() >= max && is_due {
+            self.buckets.retain(|_, bucket| bucket.full_at > now);
             self.last_swept = Some(now);
         }
-        self.full_at.len() < max
+        self.buckets.len() < max
     }
 }
 
@@ -144,10 +165,10 @@ mod tests {
         let admitted = (3..1000).filter(|key| buckets.acquire(key).is_ok()).count();
         assert_eq!(admitted, 2);
         assert_eq!(buckets.acquire(&0), Ok(()), "a known key still has its bucket");
-        assert!(buckets.lock().full_at.len() <= 4);
+        assert!(buckets.lock().buckets.len() <= 4);
         tokio::time::advance(Duration::from_mins(1)).await;
         assert_eq!(buckets.acquire(&5), Ok(()));
-        assert_eq!(buckets.lock().full_at.len(), 1);
+        assert_eq!(buckets.lock().buckets.len(), 1);
     }
 
     #[tokio::test(start_paused = true)]

@@ -3,7 +3,10 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -17,7 +20,7 @@ use super::{
     permissions::{Actor, MissingPermission},
 };
 use crate::{
-    rate_limit::{KeyedRateLimiter, Rate, client_network},
+    rate_limit::{KeyedRateLimiter, Rate, RateLimiter, client_network},
     telemetry::error_chain,
 };
 
@@ -31,7 +34,7 @@ const TOTAL_RATE: Rate = Rate { burst: 1000, interval: Duration::from_secs(10) }
 pub(super) struct DenialLog {
     database: Database,
     per_address: KeyedRateLimiter<IpAddr>,
-    total: KeyedRateLimiter<()>,
+    total: Mutex<RateLimiter>,
     /// The number of events dropped since the last recorded one.
     dropped_count: AtomicU64,
 }
@@ -68,9 +71,12 @@ impl DenialReason {
 
 impl DenialLog {
     pub(super) fn new(database: Database) -> Self {
-        let (per_address, total) =
-            (KeyedRateLimiter::new(PER_ADDRESS_RATE), KeyedRateLimiter::new(TOTAL_RATE));
-        Self { database, per_address, total, dropped_count: AtomicU64::new(0) }
+        Self {
+            database,
+            per_address: KeyedRateLimiter::new(PER_ADDRESS_RATE),
+            total: Mutex::new(RateLimiter::new(TOTAL_RATE)),
+            dropped_count: AtomicU64::new(0),
+        }
     }
 
     /// Records an operation that `actor` was denied.
@@ -111,7 +117,8 @@ impl DenialLog {
 
     async fn record(&self, author: &Author<'_>, kind: EventKind, mut data: Value) {
         let from = client_network(author.address.unwrap_or(Ipv4Addr::UNSPECIFIED.into()));
-        if self.per_address.acquire(&from).and_then(|()| self.total.acquire(&())).is_err() {
+        let total = || self.total.lock().unwrap_or_else(PoisonError::into_inner).acquire();
+        if self.per_address.acquire(&from).and_then(|()| total()).is_err() {
             self.dropped_count.fetch_add(1, Ordering::Relaxed);
             return;
         }

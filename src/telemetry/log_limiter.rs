@@ -5,27 +5,33 @@
 
 use std::time::Duration;
 
-use tokio::time::Instant;
+use crate::rate_limit::{Rate, RateLimiter};
 
 /// The shortest interval between two log entries of one event.
 const INTERVAL: Duration = Duration::from_mins(1);
 
 /// Decides which occurrences of one event are logged.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct LogLimiter {
-    logged_at: Option<Instant>,
+    limiter: RateLimiter,
     suppressed: u64,
+}
+
+impl Default for LogLimiter {
+    fn default() -> Self {
+        let limiter = RateLimiter::new(Rate { burst: 1, interval: INTERVAL });
+        Self { limiter, suppressed: 0 }
+    }
 }
 
 impl LogLimiter {
     /// Records an occurrence. `Some` if it should be logged, with the number of occurrences suppressed
     /// before it.
     pub fn admit(&mut self) -> Option<u64> {
-        if self.logged_at.is_some_and(|logged_at| logged_at.elapsed() < INTERVAL) {
+        if self.limiter.acquire().is_err() {
             self.suppressed += 1;
             return None;
         }
-        self.logged_at = Some(Instant::now());
         Some(std::mem::take(&mut self.suppressed))
     }
 }

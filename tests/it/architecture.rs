@@ -16,7 +16,7 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
     &[
         ("token", &[]),
         ("protocol", &["token"]),
-        ("telemetry", &["protocol"]),
+        ("telemetry", &["protocol", "rate_limit"]),
         ("secret_file", &["protocol"]),
         ("rate_limit", &[]),
         ("backoff", &[]),
