@@ -7,6 +7,7 @@
 //! does not override a later request or a later revocation. Writers exclude each other; reads take no
 //! lock.
 
+mod cached_token;
 mod saved;
 #[cfg(test)]
 mod tests;
@@ -14,8 +15,8 @@ mod tests;
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
@@ -25,8 +26,9 @@ use jiff::Timestamp;
 use moka::{policy::EvictionPolicy, sync::Cache};
 use tokio::time::Instant;
 
-pub use self::saved::RestoreError;
+pub(super) use self::cached_token::RequestStart;
 use self::saved::{SavedCache, SavedToken};
+pub use self::{cached_token::CachedToken, saved::RestoreError};
 use super::pending::AuthError;
 use crate::{
     protocol::tokens::{ListedSecret, ListedToken, TokenList},
@@ -36,145 +38,6 @@ use crate::{
 /// How long a revoked token is rejected from the cache. Upstream's own caches may call it valid for
 /// less than that (Unleash refreshes them every minute).
 const REVOCATION_TTL: Duration = Duration::from_mins(10);
-
-/// The start of a request to upstream. Its response counts as of this moment, whenever it arrives.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct RequestStart {
-    /// Its position in the order of all requests and revocations.
-    sequence: u64,
-    /// Monotonic milliseconds since [`TokenCache::started`]; 0 is never.
-    monotonic_ms: u64,
-    /// Wall clock, for display and for the expiry of listed tokens.
-    wall: Timestamp,
-}
-
-impl RequestStart {
-    /// Before every request of this process.
-    pub(super) const NEVER: Self =
-        Self { sequence: 0, monotonic_ms: 0, wall: Timestamp::UNIX_EPOCH };
-}
-
-/// A valid token.
-#[derive(Debug)]
-pub struct CachedToken {
-    grant: Arc<Grant>,
-    masked: Arc<str>,
-    selector: Option<Box<str>>,
-    /// Whether upstream's token list has contained it, so that its absence there means revocation.
-    listed: AtomicBool,
-    /// The sequence number of the latest request that confirmed it.
-    confirmed_sequence: AtomicU64,
-    /// The start of that request in monotonic milliseconds; 0 is never.
-    confirmed_ms: AtomicU64,
-    /// The start of that request by the wall clock, in seconds of Unix time.
-    confirmed_unix_secs: AtomicI64,
-    /// The sequence number of the latest event that made it stale.
-    stale_sequence: AtomicU64,
-    /// The sequence number of the latest request that denied it.
-    denied_sequence: AtomicU64,
-    /// The time of its last revalidation, or the earliest time of the next one, in monotonic
-    /// milliseconds.
-    recheck_after_ms: AtomicU64,
-    /// Set once the token has been presented to this process.
-    plaintext: OnceLock<Token>,
-}
-
-impl CachedToken {
-    fn unconfirmed(grant: Arc<Grant>, masked: Arc<str>, selector: Option<&str>) -> Self {
-        Self {
-            grant,
-            masked,
-            selector: selector.map(Into::into),
-            listed: AtomicBool::new(false),
-            confirmed_sequence: AtomicU64::new(0),
-            confirmed_ms: AtomicU64::new(0),
-            confirmed_unix_secs: AtomicI64::new(0),
-            stale_sequence: AtomicU64::new(0),
-            denied_sequence: AtomicU64::new(0),
-            recheck_after_ms: AtomicU64::new(0),
-            plaintext: OnceLock::new(),
-        }
-    }
-
-    /// Kind, environment and projects of the token.
-    pub fn grant(&self) -> &Arc<Grant> {
-        &self.grant
-    }
-
-    /// The token without its secret part, for display.
-    pub fn masked(&self) -> &str {
-        &self.masked
-    }
-
-    /// The last confirmation by upstream, by the wall clock.
-    pub fn confirmed_at(&self) -> Timestamp {
-        Timestamp::from_second(self.confirmed_unix_secs.load(Ordering::Relaxed))
-            .unwrap_or(Timestamp::UNIX_EPOCH)
-    }
-
-    /// Whether the token has not been presented to this process yet.
-    pub fn is_missing_plaintext(&self) -> bool {
-        self.plaintext.get().is_none()
-    }
-
-    /// Adds the plaintext of a token that was cached by its digest only.
-    pub fn set_plaintext(&self, token: Token) {
-        // A concurrent request may have set the same plaintext.
-        let _ = self.plaintext.set(token);
-    }
-
-    fn is_listed(&self) -> bool {
-        self.listed.load(Ordering::Relaxed)
-    }
-
-    /// Whether a request that began after `start` has confirmed the token.
-    fn is_confirmed_after(&self, start: RequestStart) -> bool {
-        self.confirmed_sequence.load(Ordering::Relaxed) > start.sequence
-    }
-
-    fn confirm(&self, start: RequestStart) {
-        if !self.is_confirmed_after(start) {
-            self.confirmed_sequence.store(start.sequence, Ordering::Relaxed);
-            self.confirmed_ms.store(start.monotonic_ms, Ordering::Relaxed);
-            self.confirmed_unix_secs.store(start.wall.as_second(), Ordering::Relaxed);
-        }
-    }
-
-    /// Makes the token due for revalidation at any age, unless a request that began after `order` has
-    /// confirmed it.
-    fn mark_stale(&self, order: u64) {
-        self.stale_sequence.fetch_max(order, Ordering::Relaxed);
-    }
-
-    /// Whether the token is stale, or was last confirmed before `limit_ms`.
-    fn is_due(&self, limit_ms: Option<u64>) -> bool {
-        let confirmed_ms = self.confirmed_ms.load(Ordering::Relaxed);
-        confirmed_ms == 0
-            || self.stale_sequence.load(Ordering::Relaxed)
-                > self.confirmed_sequence.load(Ordering::Relaxed)
-            || limit_ms.is_some_and(|limit| confirmed_ms < limit)
-    }
-
-    /// Records a denial; true if an earlier request denied the token too and none has confirmed it
-    /// since.
-    fn record_denial(&self, start: RequestStart) -> bool {
-        let before = self.denied_sequence.swap(start.sequence, Ordering::Relaxed);
-        before > self.confirmed_sequence.load(Ordering::Relaxed)
-    }
-
-    /// The same token with another grant.
-    fn with_grant(&self, grant: Grant, start: RequestStart) -> Self {
-        let changed =
-            Self::unconfirmed(Arc::new(grant), Arc::clone(&self.masked), self.selector.as_deref());
-        changed.confirm(start);
-        changed.mark_stale(self.stale_sequence.load(Ordering::Relaxed));
-        changed.listed.store(self.is_listed(), Ordering::Relaxed);
-        if let Some(token) = self.plaintext.get() {
-            changed.set_plaintext(token.clone());
-        }
-        changed
-    }
-}
 
 /// A token that upstream does not know or whose use it forbids.
 #[derive(Debug)]
@@ -232,7 +95,6 @@ pub(super) struct TokenCache {
     revoked: Cache<TokenDigest, u64, RandomState>,
     revoked_selectors: Cache<Box<str>, u64, RandomState>,
     unsaved: AtomicBool,
-    started: Instant,
     /// Locked during each change.
     writer: Mutex<WriterState>,
     capacity: usize,
@@ -279,7 +141,6 @@ impl TokenCache {
                 .eviction_policy(EvictionPolicy::lru())
                 .build_with_hasher(hasher()),
             unsaved: AtomicBool::new(false),
-            started: Instant::now(),
             writer: Mutex::default(),
             capacity: usize::try_from(capacity).unwrap_or(usize::MAX),
         }
@@ -289,7 +150,7 @@ impl TokenCache {
     pub(super) fn start_request(&self) -> RequestStart {
         RequestStart {
             sequence: self.lock().next_sequence(),
-            monotonic_ms: self.elapsed_ms(Instant::now()).max(1),
+            at: Some(Instant::now()),
             wall: Timestamp::now(),
         }
     }
@@ -364,24 +225,18 @@ impl TokenCache {
         }
         self.rejected.invalidate(&digest);
         let cached = match self.valid.get(&digest) {
-            Some(known) if known.is_confirmed_after(start) || *known.grant == grant => {
-                known.confirm(start);
+            Some(known) => {
                 if known.is_missing_plaintext() {
                     known.set_plaintext(token.clone());
                 }
-                return InsertOutcome::Unchanged;
+                if known.is_confirmed_after(start) || **known.grant() == grant {
+                    known.confirm(start);
+                    return InsertOutcome::Unchanged;
+                }
+                known.with_grant(grant, start)
             }
-            Some(known) => known.with_grant(grant, start),
-            None => {
-                let cached =
-                    CachedToken::unconfirmed(Arc::new(grant), token.masked(), token.selector());
-                cached.confirm(start);
-                cached
-            }
+            None => CachedToken::confirmed(token, grant, start),
         };
-        if cached.is_missing_plaintext() {
-            cached.set_plaintext(token.clone());
-        }
         self.valid.insert(digest, Arc::new(cached));
         self.unsaved.store(true, Ordering::Relaxed);
         InsertOutcome::New
@@ -512,7 +367,7 @@ impl TokenCache {
         }
         for (digest, cached) in &self.valid {
             let digest = *digest;
-            let selector = cached.selector.as_deref();
+            let selector = cached.selector();
             let entry = selector.and_then(|it| selectors.get(it));
             if let Some(entry) = entry {
                 changes.learned +=
@@ -573,7 +428,7 @@ impl TokenCache {
     ) -> bool {
         self.mark_listed(known);
         let grant = entry.grant();
-        if known.is_confirmed_after(start) || *known.grant == grant {
+        if known.is_confirmed_after(start) || **known.grant() == grant {
             known.confirm(start);
             return false;
         }
@@ -584,7 +439,7 @@ impl TokenCache {
 
     /// Marks a token as contained in the list.
     fn mark_listed(&self, known: &CachedToken) {
-        if !known.listed.swap(true, Ordering::Relaxed) {
+        if known.mark_listed() {
             self.unsaved.store(true, Ordering::Relaxed);
         }
     }
@@ -626,7 +481,7 @@ impl TokenCache {
     ) -> impl Iterator<Item = (TokenDigest, Arc<CachedToken>)> + 'a {
         let is_named = |digest: &TokenDigest, cached: &CachedToken| match named {
             ListedSecret::Full(token) => token.digest() == *digest,
-            ListedSecret::Selector(selector) => cached.selector.as_deref() == Some(selector),
+            ListedSecret::Selector(selector) => cached.selector() == Some(selector),
         };
         let known = self.valid.iter().filter(move |(digest, cached)| is_named(digest, cached));
         known.map(|(digest, cached)| (*digest, cached))
@@ -637,32 +492,22 @@ impl TokenCache {
     ///
     /// Tokens not presented to this process yet are skipped, and so are postponed ones.
     pub(super) fn take_due_for_revalidation(&self, age: Duration, most: usize) -> Vec<Token> {
-        let age_ms = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
-        let now_ms = self.elapsed_ms(Instant::now());
-        let limit_ms = now_ms.checked_sub(age_ms);
-        let is_ready = |cached: &CachedToken| {
-            !cached.is_missing_plaintext()
-                && cached.is_due(limit_ms)
-                && cached.recheck_after_ms.load(Ordering::Relaxed) <= now_ms
-        };
+        let now = Instant::now();
+        let limit = now.checked_sub(age);
         let due = self.valid.iter().map(|(_, cached)| cached);
-        let mut due: Vec<_> = due.filter(|cached| is_ready(cached)).collect();
-        due.sort_by_cached_key(|cached| {
-            let confirmed_ms = cached.confirmed_ms.load(Ordering::Relaxed);
-            confirmed_ms.max(cached.recheck_after_ms.load(Ordering::Relaxed))
-        });
+        let mut due: Vec<_> = due.filter(|cached| cached.is_due(now, limit)).collect();
+        due.sort_by_cached_key(|cached| cached.last_checked());
         due.truncate(most);
         for cached in &due {
-            cached.recheck_after_ms.store(now_ms, Ordering::Relaxed);
+            cached.postpone_recheck(now);
         }
-        due.iter().filter_map(|cached| cached.plaintext.get().cloned()).collect()
+        due.iter().filter_map(|cached| cached.plaintext().cloned()).collect()
     }
 
     /// Excludes a valid token from revalidation for the duration of `pause`.
     pub(super) fn postpone_revalidation(&self, digest: &TokenDigest, pause: Duration) {
         if let Some(cached) = self.valid.get(digest) {
-            let until_ms = self.elapsed_ms(Instant::now() + pause);
-            cached.recheck_after_ms.fetch_max(until_ms, Ordering::Relaxed);
+            cached.postpone_recheck(Instant::now() + pause);
         }
     }
 
@@ -687,9 +532,9 @@ impl TokenCache {
         self.unsaved.swap(false, Ordering::Relaxed).then(|| {
             let saved = |(digest, cached): (Arc<TokenDigest>, Arc<CachedToken>)| SavedToken {
                 digest: *digest,
-                grant: Arc::clone(&cached.grant),
-                masked: Arc::clone(&cached.masked),
-                selector: cached.selector.clone(),
+                grant: Arc::clone(cached.grant()),
+                masked: cached.masked().into(),
+                selector: cached.selector().map(Into::into),
                 is_listed: cached.is_listed(),
             };
             let saved = SavedCache {
@@ -719,8 +564,7 @@ impl TokenCache {
         let count = saved.valid.len();
         let _changing = self.lock();
         for SavedToken { digest, grant, masked, selector, is_listed } in saved.valid {
-            let cached = CachedToken::unconfirmed(grant, masked, selector.as_deref());
-            cached.listed.store(is_listed, Ordering::Relaxed);
+            let cached = CachedToken::unconfirmed(grant, masked, selector.as_deref(), is_listed);
             self.valid.insert(digest, Arc::new(cached));
         }
         for digest in saved.revoked {
@@ -744,11 +588,6 @@ impl TokenCache {
     fn insert_revoked_selector(&self, selector: &str, order: u64) {
         self.revoked_selectors.insert(selector.into(), order);
         self.unsaved.store(true, Ordering::Relaxed);
-    }
-
-    fn elapsed_ms(&self, instant: Instant) -> u64 {
-        let elapsed = instant.saturating_duration_since(self.started);
-        u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX)
     }
 
     /// A panic under this lock leaves each cache usable as it is.
