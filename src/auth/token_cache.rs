@@ -11,6 +11,7 @@ mod cached_token;
 mod saved;
 #[cfg(test)]
 mod tests;
+mod token_id;
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -27,8 +28,11 @@ use moka::{policy::EvictionPolicy, sync::Cache};
 use tokio::time::Instant;
 
 pub(super) use self::cached_token::RequestStart;
-use self::saved::{SavedCache, SavedToken};
 pub use self::{cached_token::CachedToken, saved::RestoreError};
+use self::{
+    saved::{SavedCache, SavedToken},
+    token_id::TokenId,
+};
 use super::pending::AuthError;
 use crate::{
     protocol::tokens::{ListedSecret, ListedToken, TokenList},
@@ -44,8 +48,8 @@ const REVOCATION_TTL: Duration = Duration::from_mins(10);
 struct RejectedToken {
     /// The sequence number of the request that rejected it.
     sequence: u64,
-    /// The public half of a v2 token, to recognize it in a list if it has been created since.
-    selector: Option<Box<str>>,
+    /// To recognize the token in a list if it has been created since.
+    id: TokenId,
     /// The grant of the token, if upstream knows it and forbids its use.
     forbidden_grant: Option<Arc<Grant>>,
 }
@@ -90,14 +94,12 @@ pub(super) struct ListChanges {
 pub(super) struct TokenCache {
     valid: Cache<TokenDigest, Arc<CachedToken>, RandomState>,
     rejected: Cache<TokenDigest, Arc<RejectedToken>, RandomState>,
-    /// Tokens revoked within [`REVOCATION_TTL`], with the sequence number of the revocation: v2 tokens
-    /// by their selector, which also covers tokens never presented; all others by their digest.
-    revoked: Cache<TokenDigest, u64, RandomState>,
-    revoked_selectors: Cache<Box<str>, u64, RandomState>,
+    /// Tokens revoked within [`REVOCATION_TTL`], with the sequence number of the revocation.
+    revoked: Cache<TokenId, u64, RandomState>,
     unsaved: AtomicBool,
     /// Locked during each change.
     writer: Mutex<WriterState>,
-    capacity: usize,
+    max_listed: usize,
 }
 
 /// State that only writers use.
@@ -106,9 +108,7 @@ struct WriterState {
     last_sequence: u64,
     /// The contents of the latest list. A token missing in the next list has been revoked, whether or
     /// not it is cached.
-    listed: HashSet<TokenDigest>,
-    /// The same for v2 tokens.
-    listed_selectors: HashSet<Box<str>>,
+    listed: HashSet<TokenId>,
 }
 
 impl WriterState {
@@ -123,6 +123,8 @@ impl TokenCache {
     /// A cache for `capacity` valid tokens and as many rejected ones, which expire after `refuse_for`.
     pub(super) fn new(capacity: u64, refuse_for: Duration) -> Self {
         let hasher = RandomState::default;
+        // Upstream may list, and delete, as many tokens as both caches hold.
+        let max_listed = capacity.saturating_mul(2);
         Self {
             valid: Cache::builder().max_capacity(capacity).build_with_hasher(hasher()),
             rejected: Cache::builder()
@@ -130,19 +132,14 @@ impl TokenCache {
                 .time_to_live(refuse_for)
                 .build_with_hasher(hasher()),
             revoked: Cache::builder()
-                .max_capacity(capacity)
+                .max_capacity(max_listed)
                 .time_to_live(REVOCATION_TTL)
                 // The latest revocations matter most, even of tokens not presented yet.
                 .eviction_policy(EvictionPolicy::lru())
                 .build_with_hasher(hasher()),
-            revoked_selectors: Cache::builder()
-                .max_capacity(capacity)
-                .time_to_live(REVOCATION_TTL)
-                .eviction_policy(EvictionPolicy::lru())
-                .build_with_hasher(hasher()),
             unsaved: AtomicBool::new(false),
             writer: Mutex::default(),
-            capacity: usize::try_from(capacity).unwrap_or(usize::MAX),
+            max_listed: usize::try_from(max_listed).unwrap_or(usize::MAX),
         }
     }
 
@@ -162,7 +159,7 @@ impl TokenCache {
 
     /// Why the token with this digest is rejected, if it is.
     pub(super) fn rejection(&self, digest: &TokenDigest) -> Option<AuthError> {
-        if self.revoked.contains_key(digest) {
+        if self.revoked.contains_key(&TokenId::Digest(*digest)) {
             return Some(AuthError::Unknown);
         }
         let refusal = self.rejected.get(digest)?;
@@ -173,17 +170,12 @@ impl TokenCache {
         })
     }
 
-    /// Whether `token` is a v2 token that was revoked by its selector, perhaps before it was ever
-    /// presented. For revocations by digest see [`TokenCache::rejection`].
-    pub(super) fn is_revoked_by_selector(&self, token: &Token) -> bool {
-        let is_revoked = |selector: &str| self.revoked_selectors.contains_key(selector);
-        token.selector().is_some_and(is_revoked)
-    }
-
-    /// Whether `token` was revoked within [`REVOCATION_TTL`].
-    fn is_revoked(&self, token: &Token) -> bool {
+    /// Whether `token` was revoked within [`REVOCATION_TTL`], perhaps before it was ever presented.
+    pub(super) fn is_revoked(&self, token: &Token) -> bool {
+        let digest = token.digest();
         // An earlier release saved v2 tokens by their digests too.
-        self.is_revoked_by_selector(token) || self.revoked.contains_key(&token.digest())
+        self.revoked.contains_key(&TokenId::new(digest, token.selector()))
+            || self.revoked.contains_key(&TokenId::Digest(digest))
     }
 
     /// The cached state of `token`: its grant, or why it is rejected; `None` if it is not cached.
@@ -211,7 +203,7 @@ impl TokenCache {
         grant: Grant,
         start: RequestStart,
     ) -> InsertOutcome {
-        let _changing = self.lock();
+        let _writer = self.lock();
         self.insert_valid(token, grant, start)
     }
 
@@ -244,14 +236,14 @@ impl TokenCache {
 
     /// Records that upstream does not know `token`.
     pub(super) fn record_invalid(&self, token: &Token, start: RequestStart) -> RejectOutcome {
-        let _changing = self.lock();
+        let _writer = self.lock();
         self.insert_rejected(token, None, start)
     }
 
     /// Records that upstream does not know `token`. If the token was valid before, it is rejected only
     /// at the second denial.
     pub(super) fn record_denial(&self, token: &Token, start: RequestStart) -> RejectOutcome {
-        let _changing = self.lock();
+        let _writer = self.lock();
         match self.valid.get(&token.digest()) {
             Some(known) if !known.is_confirmed_after(start) && !known.record_denial(start) => {
                 RejectOutcome::NeedsRecheck
@@ -264,7 +256,7 @@ impl TokenCache {
     ///
     /// A cached valid token stays valid: only an upstream that no longer knows it has revoked it.
     pub(super) fn record_forbidden(&self, token: &Token, grant: Grant, start: RequestStart) {
-        let _changing = self.lock();
+        let _writer = self.lock();
         if self.valid.contains_key(&token.digest()) {
             self.insert_valid(token, grant, start);
         } else {
@@ -284,9 +276,8 @@ impl TokenCache {
             return RejectOutcome::Outdated;
         }
         if self.rejected.get(&digest).is_none_or(|it| it.sequence <= start.sequence) {
-            let selector = token.selector().map(Into::into);
-            let refusal = RejectedToken { sequence: start.sequence, selector, forbidden_grant };
-            self.rejected.insert(digest, Arc::new(refusal));
+            let (sequence, id) = (start.sequence, TokenId::of(token));
+            self.rejected.insert(digest, Arc::new(RejectedToken { sequence, id, forbidden_grant }));
         }
         if known.is_some() {
             self.valid.invalidate(&digest);
@@ -297,7 +288,7 @@ impl TokenCache {
 
     /// Removes a valid token.
     pub(super) fn remove(&self, digest: &TokenDigest) {
-        let _changing = self.lock();
+        let _writer = self.lock();
         if self.valid.remove(digest).is_some() {
             self.unsaved.store(true, Ordering::Relaxed);
         }
@@ -318,66 +309,49 @@ impl TokenCache {
         start: RequestStart,
     ) -> ListChanges {
         let unreadable = list.unreadable_tokens();
-        let mut changing = self.lock();
+        let may_be_unreadable = |id: &TokenId| match id {
+            TokenId::Selector(selector) => unreadable.may_include_selector(selector),
+            TokenId::Digest(digest) => unreadable.may_include(digest, None),
+        };
+        let mut writer = self.lock();
         let mut changes = ListChanges::default();
-        let (mut digests, mut selectors) = (HashSet::new(), HashMap::new());
+        let mut listed = HashMap::new();
         for entry in list.tokens.iter().filter(|entry| !entry.is_expired(start.wall)) {
-            match &entry.secret {
-                ListedSecret::Full(token) => {
-                    let digest = token.digest();
-                    if self.revoked.get(&digest).is_some_and(|revoked| revoked < start.sequence) {
-                        self.revoked.invalidate(&digest);
-                        self.unsaved.store(true, Ordering::Relaxed);
-                    }
-                    digests.insert(digest);
-                    if self.is_admitted_by_list(&digest, entry, served) {
-                        let accepted = self.insert_valid(token, entry.grant(), start);
-                        changes.learned += usize::from(accepted == InsertOutcome::New);
-                    } else {
-                        self.clear_rejection(&digest, entry, start);
-                    }
-                }
-                ListedSecret::Selector(selector) => {
-                    self.clear_revocation(selector, start);
-                    selectors.insert(selector.as_str(), entry);
+            let id = TokenId::of_listed(&entry.secret);
+            self.clear_revocation(&id, start);
+            if let ListedSecret::Full(token) = &entry.secret {
+                let digest = token.digest();
+                if self.is_admitted_by_list(&digest, entry, served) {
+                    let accepted = self.insert_valid(token, entry.grant(), start);
+                    changes.learned += usize::from(accepted == InsertOutcome::New);
+                } else {
+                    self.clear_rejection(&digest, entry, start);
                 }
             }
+            listed.insert(id, entry);
         }
-        let now_listed = selectors.keys().take(self.capacity).map(|it| (*it).into()).collect();
-        let mut gone_selectors = std::mem::replace(&mut changing.listed_selectors, now_listed);
-        gone_selectors
-            .retain(|it| !selectors.contains_key(&**it) && !unreadable.may_include_selector(it));
-        for selector in &gone_selectors {
-            self.insert_revoked_selector(selector, start.sequence);
-        }
-        let now_listed = digests.iter().take(self.capacity).copied().collect();
-        let mut gone = std::mem::replace(&mut changing.listed, now_listed);
-        gone.retain(|it| !digests.contains(it) && !unreadable.may_include(it, None));
-        for digest in &gone {
-            self.revoked.insert(*digest, start.sequence);
-            self.unsaved.store(true, Ordering::Relaxed);
+        let now_listed = listed.keys().take(self.max_listed).cloned().collect();
+        let mut gone = std::mem::replace(&mut writer.listed, now_listed);
+        gone.retain(|id| !listed.contains_key(id) && !may_be_unreadable(id));
+        for id in &gone {
+            self.insert_revoked(id.clone(), start.sequence);
         }
         for (digest, refusal) in &self.rejected {
-            let selector = refusal.selector.as_deref();
-            if refusal.sequence < start.sequence
-                && selector.is_some_and(|it| selectors.contains_key(it))
-            {
+            let is_v2 = refusal.id.selector().is_some();
+            if is_v2 && refusal.sequence < start.sequence && listed.contains_key(&refusal.id) {
                 self.rejected.invalidate(&*digest);
             }
         }
         for (digest, cached) in &self.valid {
-            let digest = *digest;
-            let selector = cached.selector();
-            let entry = selector.and_then(|it| selectors.get(it));
-            if let Some(entry) = entry {
+            let id = cached.id();
+            if let Some(entry) = listed.get(id) {
                 changes.learned +=
-                    usize::from(self.apply_list_entry(digest, &cached, entry, start));
-            } else if digests.contains(&digest) {
-                self.mark_listed(&cached);
-            } else if (cached.is_listed() && !unreadable.may_include(&digest, selector))
-                || selector.map_or(gone.contains(&digest), |it| gone_selectors.contains(it))
+                    usize::from(self.apply_list_entry(*digest, &cached, entry, start));
+            } else if gone.contains(id)
+                || (cached.is_listed() && !unreadable.may_include(&digest, id.selector()))
             {
-                self.insert_revoked(digest, selector, start.sequence);
+                self.insert_revoked(id.clone(), start.sequence);
+                self.valid.invalidate(&*digest);
                 changes.revoked += 1;
             } else {
                 cached.mark_stale(start.sequence);
@@ -410,15 +384,15 @@ impl TokenCache {
         }
     }
 
-    /// Makes a listed v2 token eligible for validation again.
-    fn clear_revocation(&self, selector: &str, start: RequestStart) {
-        if self.revoked_selectors.get(selector).is_some_and(|revoked| revoked < start.sequence) {
-            self.revoked_selectors.invalidate(selector);
+    /// Makes a listed token eligible for validation again.
+    fn clear_revocation(&self, id: &TokenId, start: RequestStart) {
+        if self.revoked.get(id).is_some_and(|revoked| revoked < start.sequence) {
+            self.revoked.invalidate(id);
             self.unsaved.store(true, Ordering::Relaxed);
         }
     }
 
-    /// Confirms a cached v2 token that is listed; true if its grant has changed.
+    /// Confirms a cached token that is listed; true if its grant has changed.
     fn apply_list_entry(
         &self,
         digest: TokenDigest,
@@ -426,7 +400,9 @@ impl TokenCache {
         entry: &ListedToken,
         start: RequestStart,
     ) -> bool {
-        self.mark_listed(known);
+        if known.mark_listed() {
+            self.unsaved.store(true, Ordering::Relaxed);
+        }
         let grant = entry.grant();
         if known.is_confirmed_after(start) || **known.grant() == grant {
             known.confirm(start);
@@ -437,54 +413,34 @@ impl TokenCache {
         true
     }
 
-    /// Marks a token as contained in the list.
-    fn mark_listed(&self, known: &CachedToken) {
-        if known.mark_listed() {
-            self.unsaved.store(true, Ordering::Relaxed);
-        }
-    }
-
     /// Revokes a token that has just been deleted at upstream, before a list shows it. Returns the
     /// digests of the affected tokens.
     pub(super) fn revoke_token(&self, named: &ListedSecret) -> Vec<TokenDigest> {
-        let mut changing = self.lock();
-        let order = changing.next_sequence();
-        let mut digests: Vec<_> = self.matching(named).map(|(digest, _)| digest).collect();
-        let selector = match named {
-            ListedSecret::Full(token) => {
-                digests.push(token.digest());
-                token.selector()
-            }
-            ListedSecret::Selector(selector) => {
-                self.insert_revoked_selector(selector, order);
-                Some(selector.as_str())
-            }
-        };
-        for digest in &digests {
-            self.insert_revoked(*digest, selector, order);
+        let mut writer = self.lock();
+        let order = writer.next_sequence();
+        let id = TokenId::of_listed(named);
+        let mut digests: Vec<_> = self.matching(&id).map(|(digest, _)| digest).collect();
+        if let ListedSecret::Full(token) = named {
+            digests.push(token.digest());
         }
+        for digest in &digests {
+            self.valid.invalidate(digest);
+        }
+        self.insert_revoked(id, order);
         digests
     }
 
     /// Makes a token due for revalidation at any age.
     pub(super) fn mark_stale(&self, named: &ListedSecret) {
-        let mut changing = self.lock();
-        let order = changing.next_sequence();
-        for (_, cached) in self.matching(named) {
+        let mut writer = self.lock();
+        let order = writer.next_sequence();
+        for (_, cached) in self.matching(&TokenId::of_listed(named)) {
             cached.mark_stale(order);
         }
     }
 
-    fn matching<'a>(
-        &'a self,
-        named: &'a ListedSecret,
-    ) -> impl Iterator<Item = (TokenDigest, Arc<CachedToken>)> + 'a {
-        let is_named = |digest: &TokenDigest, cached: &CachedToken| match named {
-            ListedSecret::Full(token) => token.digest() == *digest,
-            ListedSecret::Selector(selector) => cached.selector() == Some(selector),
-        };
-        let known = self.valid.iter().filter(move |(digest, cached)| is_named(digest, cached));
-        known.map(|(digest, cached)| (*digest, cached))
+    fn matching(&self, id: &TokenId) -> impl Iterator<Item = (TokenDigest, Arc<CachedToken>)> {
+        self.valid_entries().filter(move |(_, cached)| cached.id() == id)
     }
 
     /// Takes at most `most` valid tokens that are stale or were confirmed longer than `age` ago, the
@@ -523,30 +479,21 @@ impl TokenCache {
 
     /// The number of rejected and revoked tokens.
     pub(super) fn rejected_count(&self) -> u64 {
-        let revoked = self.revoked.entry_count() + self.revoked_selectors.entry_count();
-        self.rejected.entry_count() + revoked
+        self.rejected.entry_count() + self.revoked.entry_count()
     }
 
     /// The cache in its stored form; `None` if it has not changed since the last call.
     pub(super) fn serialize_if_changed(&self) -> Option<Vec<u8>> {
         self.unsaved.swap(false, Ordering::Relaxed).then(|| {
-            let saved = |(digest, cached): (Arc<TokenDigest>, Arc<CachedToken>)| SavedToken {
-                digest: *digest,
+            let saved = |(digest, cached): (TokenDigest, Arc<CachedToken>)| SavedToken {
+                digest,
                 grant: Arc::clone(cached.grant()),
                 masked: cached.masked().into(),
-                selector: cached.selector().map(Into::into),
+                id: cached.id().clone(),
                 is_listed: cached.is_listed(),
             };
-            let saved = SavedCache {
-                valid: self.valid.iter().map(saved).collect(),
-                revoked: self.revoked.iter().map(|(digest, _)| *digest).collect(),
-                revoked_selectors: self
-                    .revoked_selectors
-                    .iter()
-                    .map(|(selector, _)| (*selector).clone())
-                    .collect(),
-            };
-            saved.to_json()
+            let revoked = self.revoked.iter().map(|(id, _)| (*id).clone()).collect();
+            SavedCache { valid: self.valid_entries().map(saved).collect(), revoked }.to_json()
         })
     }
 
@@ -562,31 +509,19 @@ impl TokenCache {
     pub(super) fn restore(&self, json: &[u8]) -> Result<usize, RestoreError> {
         let saved = SavedCache::parse(json)?;
         let count = saved.valid.len();
-        let _changing = self.lock();
-        for SavedToken { digest, grant, masked, selector, is_listed } in saved.valid {
-            let cached = CachedToken::unconfirmed(grant, masked, selector.as_deref(), is_listed);
+        let _writer = self.lock();
+        for SavedToken { digest, grant, masked, id, is_listed } in saved.valid {
+            let cached = CachedToken::unconfirmed(grant, masked, id, is_listed);
             self.valid.insert(digest, Arc::new(cached));
         }
-        for digest in saved.revoked {
-            self.revoked.insert(digest, RequestStart::NEVER.sequence);
-        }
-        for selector in saved.revoked_selectors {
-            self.revoked_selectors.insert(selector, RequestStart::NEVER.sequence);
+        for id in saved.revoked {
+            self.revoked.insert(id, RequestStart::NEVER.sequence);
         }
         Ok(count)
     }
 
-    fn insert_revoked(&self, digest: TokenDigest, selector: Option<&str>, order: u64) {
-        match selector {
-            Some(selector) => self.insert_revoked_selector(selector, order),
-            None => self.revoked.insert(digest, order),
-        }
-        self.valid.invalidate(&digest);
-        self.unsaved.store(true, Ordering::Relaxed);
-    }
-
-    fn insert_revoked_selector(&self, selector: &str, order: u64) {
-        self.revoked_selectors.insert(selector.into(), order);
+    fn insert_revoked(&self, id: TokenId, order: u64) {
+        self.revoked.insert(id, order);
         self.unsaved.store(true, Ordering::Relaxed);
     }
 

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use jiff::Timestamp;
 use tokio::time::Instant;
 
+use super::token_id::TokenId;
 use crate::token::{Grant, Token};
 
 /// The start of a request to upstream. Its response counts as of this moment, whenever it arrives.
@@ -32,7 +33,7 @@ impl RequestStart {
 pub struct CachedToken {
     grant: Arc<Grant>,
     masked: Arc<str>,
-    selector: Option<Box<str>>,
+    id: TokenId,
     /// Set once the token has been presented to this process.
     plaintext: OnceLock<Token>,
     /// Requests that present the token do not lock it.
@@ -58,7 +59,7 @@ impl CachedToken {
     pub(super) fn unconfirmed(
         grant: Arc<Grant>,
         masked: Arc<str>,
-        selector: Option<&str>,
+        id: TokenId,
         is_listed: bool,
     ) -> Self {
         let status = Status {
@@ -68,18 +69,12 @@ impl CachedToken {
             denied_sequence: 0,
             recheck_after: None,
         };
-        Self {
-            grant,
-            masked,
-            selector: selector.map(Into::into),
-            plaintext: OnceLock::new(),
-            status: Mutex::new(status),
-        }
+        Self { grant, masked, id, plaintext: OnceLock::new(), status: Mutex::new(status) }
     }
 
     /// A token that upstream calls valid.
     pub(super) fn confirmed(token: &Token, grant: Grant, start: RequestStart) -> Self {
-        let cached = Self::unconfirmed(Arc::new(grant), token.masked(), token.selector(), false);
+        let cached = Self::unconfirmed(Arc::new(grant), token.masked(), TokenId::of(token), false);
         cached.status().confirmed = start;
         cached.set_plaintext(token.clone());
         cached
@@ -92,7 +87,7 @@ impl CachedToken {
         Self {
             grant: Arc::new(grant),
             masked: Arc::clone(&self.masked),
-            selector: self.selector.clone(),
+            id: self.id.clone(),
             plaintext: self.plaintext.clone(),
             status: Mutex::new(status),
         }
@@ -108,9 +103,8 @@ impl CachedToken {
         &self.masked
     }
 
-    /// The public half of a v2 token.
-    pub(super) fn selector(&self) -> Option<&str> {
-        self.selector.as_deref()
+    pub(super) fn id(&self) -> &TokenId {
+        &self.id
     }
 
     /// The last confirmation by upstream, by the wall clock in whole seconds.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::token_id::TokenId;
 use crate::token::{Environment, Grant, Projects, Scope, TokenDigest, TokenKind};
 
 const VERSION: u32 = 1;
@@ -12,9 +13,8 @@ const VERSION: u32 = 1;
 #[derive(Debug)]
 pub(super) struct SavedCache {
     pub(super) valid: Vec<SavedToken>,
-    /// Recently revoked tokens; v2 tokens are in `revoked_selectors`.
-    pub(super) revoked: Vec<TokenDigest>,
-    pub(super) revoked_selectors: Vec<Box<str>>,
+    /// Recently revoked tokens.
+    pub(super) revoked: Vec<TokenId>,
 }
 
 /// A valid token without its plaintext.
@@ -23,7 +23,7 @@ pub(super) struct SavedToken {
     pub(super) digest: TokenDigest,
     pub(super) grant: Arc<Grant>,
     pub(super) masked: Arc<str>,
-    pub(super) selector: Option<Box<str>>,
+    pub(super) id: TokenId,
     pub(super) is_listed: bool,
 }
 
@@ -65,12 +65,18 @@ struct SavedTokenRecord {
 
 impl SavedCache {
     pub(super) fn to_json(&self) -> Vec<u8> {
-        let record = Record {
+        let mut record = Record {
             version: VERSION,
             verdicts: self.valid.iter().map(SavedTokenRecord::of).collect(),
-            revoked: self.revoked.iter().map(TokenDigest::to_hex).collect(),
-            revoked_selectors: self.revoked_selectors.clone(),
+            revoked: Vec::new(),
+            revoked_selectors: Vec::new(),
         };
+        for id in &self.revoked {
+            match id {
+                TokenId::Selector(selector) => record.revoked_selectors.push(selector.clone()),
+                TokenId::Digest(digest) => record.revoked.push(digest.to_hex()),
+            }
+        }
         serde_json::to_vec(&record).expect("the token cache is plain text and numbers")
     }
 
@@ -82,10 +88,10 @@ impl SavedCache {
             return Err(RestoreError::Version(record.version));
         }
         let digests = record.revoked.iter().filter_map(|hex| TokenDigest::from_hex(hex));
+        let selectors = record.revoked_selectors.into_iter().map(TokenId::Selector);
         Ok(Self {
-            revoked: digests.collect(),
             valid: record.verdicts.into_iter().filter_map(SavedTokenRecord::into_saved).collect(),
-            revoked_selectors: record.revoked_selectors,
+            revoked: digests.map(TokenId::Digest).chain(selectors).collect(),
         })
     }
 }
@@ -99,7 +105,7 @@ impl SavedTokenRecord {
             environment: scope.environment.as_str().to_owned(),
             projects: scope.projects.to_list().into_iter().map(str::to_owned).collect(),
             masked: saved.masked.as_ref().to_owned(),
-            selector: saved.selector.clone(),
+            selector: saved.id.selector().map(Into::into),
             listed: saved.is_listed,
         }
     }
@@ -109,11 +115,12 @@ impl SavedTokenRecord {
             environment: Environment::new(&self.environment),
             projects: Projects::from_list(self.projects.iter().map(String::as_str)),
         };
+        let digest = TokenDigest::from_hex(&self.digest)?;
         Some(SavedToken {
-            digest: TokenDigest::from_hex(&self.digest)?,
+            digest,
             grant: Arc::new(Grant { kind: TokenKind::parse(&self.kind)?, scope }),
             masked: self.masked.into(),
-            selector: self.selector,
+            id: TokenId::new(digest, self.selector.as_deref()),
             is_listed: self.listed,
         })
     }
