@@ -109,12 +109,12 @@ pub(super) async fn build(
             tokens_validated: latch.add_latch(),
             flags_loaded: latch,
         })),
-        validator: Validator::Upstream(Box::new(UpstreamValidator {
-            upstream: upstream.clone(),
-            admin: admin.clone(),
-            credentials: credentials.clone(),
-            credentials_changed: Arc::clone(&token_added),
-        })),
+        validator: Validator::Upstream(Box::new(UpstreamValidator::new(
+            upstream.clone(),
+            admin.clone(),
+            credentials.clone(),
+            Arc::clone(&token_added),
+        ))),
         admin_token: admin.map(|token| AdminTokenParts {
             token,
             credentials: credentials.clone(),

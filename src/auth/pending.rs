@@ -1,7 +1,9 @@
 //! First-seen tokens that wait for validation: one validation per token, shared by all requests that
 //! present it.
 //!
-//! This is only the queue. The authenticator takes batches from it, validates them and resolves them.
+//! This is only the queue: [`first_validation`](super::first_validation) takes batches from it, validates
+//! them and resolves them. It is made by hand, because a cache that computes missing entries once, such
+//! as moka, computes each by itself and neither batches nor orders them.
 
 use std::{
     collections::HashMap,
@@ -10,22 +12,8 @@ use std::{
 
 use tokio::sync::{Notify, oneshot};
 
+use super::error::AuthError;
 use crate::token::{Grant, Token, TokenDigest};
-
-/// Why a token is not accepted.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
-pub enum AuthError {
-    /// The token is unknown, revoked or malformed.
-    #[error("the token is not valid")]
-    Unknown,
-    /// Upstream knows the token and forbids its use, for instance because it does not serve the
-    /// token's environment.
-    #[error("the token is valid, but upstream forbids its use")]
-    Forbidden,
-    /// The token could not be validated: upstream does not answer, or too many tokens wait.
-    #[error("the token cannot be validated at the moment")]
-    Unavailable,
-}
 
 /// The answer to a request that waits for a validation.
 pub(super) type GrantResult = Result<Arc<Grant>, AuthError>;

@@ -1,11 +1,28 @@
 //! Tests of validation against an upstream that fails in part.
 
-use std::sync::atomic::{AtomicU16, AtomicUsize};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
-use super::*;
+use super::{
+    error::AuthError,
+    first_validation,
+    pending::{PendingValidations, Priority},
+    revalidation,
+    token_cache::{RequestStart, TokenCache},
+    token_list_poller::{TokenListPoller, unusable_list_reason},
+    upstream_validator::{FAILURE_PAUSE, UpstreamValidator},
+};
 use crate::{
-    token::{Projects, Scope},
-    upstream::scripted::{ReceivedRequest, ScriptedReply, ScriptedServer},
+    token::{Environment, Grant, Projects, Scope, Token, TokenKind},
+    upstream::{
+        AdminToken, Credentials, Upstream,
+        scripted::{ReceivedRequest, ScriptedReply, ScriptedServer},
+    },
 };
 
 const PROBE: &str = "GET /base/api/client/features/";
@@ -20,10 +37,11 @@ fn grant(environment: &str) -> Grant {
     Grant { kind: TokenKind::Client, scope }
 }
 
-/// An authenticator that validates at a scripted upstream.
+/// A token cache, and a scripted upstream at which tokens are validated.
 struct Fixture {
     server: ScriptedServer,
-    auth: Authenticator,
+    cache: TokenCache,
+    validator: UpstreamValidator,
 }
 
 impl Fixture {
@@ -38,47 +56,34 @@ impl Fixture {
         script: impl Fn(&ReceivedRequest) -> ScriptedReply + Clone + Send + Sync + 'static,
     ) -> Self {
         let server = ScriptedServer::start(script).await;
-        let config = Config {
-            revalidate_after: Duration::ZERO,
-            forget_invalid_after: Duration::from_secs(30),
-            list_interval: Duration::from_millis(10),
-            deadline: Duration::from_secs(30),
-            capacity: 10_000,
-        };
-        let issuer = UpstreamValidator {
-            upstream: Upstream::new(server.config()).expect("client"),
-            admin,
-            credentials: Credentials::without_admin(),
-            credentials_changed: Arc::default(),
-        };
-        let auth = Authenticator::new(config, Validator::Upstream(Box::new(issuer)), []);
-        Self { server, auth }
-    }
-
-    fn inner(&self) -> &Inner {
-        &self.auth.0
-    }
-
-    fn issuer(&self) -> &UpstreamValidator {
-        let Validator::Upstream(issuer) = &self.inner().validator else { unreachable!() };
-        issuer
+        let upstream = Upstream::new(server.config()).expect("client");
+        let credentials = Credentials::without_admin();
+        Self {
+            server,
+            cache: TokenCache::new(10_000, Duration::from_secs(30)),
+            validator: UpstreamValidator::new(upstream, admin, credentials, Arc::default()),
+        }
     }
 
     /// Caches `token` as valid and due for revalidation.
     fn cache(&self, token: &Token, environment: &str) {
-        self.inner().token_cache.record_valid(token, grant(environment), RequestStart::NEVER);
+        self.cache.record_valid(token, grant(environment), RequestStart::NEVER);
     }
 
-    /// Revalidates once the backoff of every single token has passed.
+    async fn revalidate_due(&self) -> Duration {
+        revalidation::revalidate_due(&self.cache, &self.validator, Duration::ZERO).await
+    }
+
+    /// Revalidates once the pause of every single token has passed.
     async fn revalidate(&self) -> Duration {
         tokio::time::pause();
-        tokio::time::advance(REVALIDATION_BACKOFF).await;
+        tokio::time::advance(FAILURE_PAUSE).await;
         tokio::time::resume();
-        self.inner().revalidate_due(self.issuer()).await
+        self.revalidate_due().await
     }
 
     fn is_valid(&self, token: &Token) -> bool {
-        self.auth.current_grant(&token.digest()).is_some()
+        self.cache.valid(&token.digest()).is_some()
     }
 }
 
@@ -124,20 +129,15 @@ async fn tokens_that_cannot_be_validated_delay_no_others() {
         })
     })
     .await;
-    fixture.inner().report_list_unavailable("a test");
     let stuck: Vec<_> = (0..55).map(|n| token(&format!("*:broken.stuck-{n}"))).collect();
     for token in &stuck {
         fixture.cache(token, "broken");
     }
     let revoked = token("*:dev.revoked");
-    fixture.inner().token_cache.record_valid(
-        &revoked,
-        grant("dev"),
-        fixture.inner().token_cache.start_request(),
-    );
+    fixture.cache.record_valid(&revoked, grant("dev"), fixture.cache.start_request());
     for _ in 0..4 {
         let pause = fixture.revalidate().await;
-        assert_eq!(pause, REVALIDATION_INTERVAL, "the others are validated meanwhile");
+        assert_eq!(pause, revalidation::INTERVAL, "the others are validated meanwhile");
     }
     assert!(!fixture.is_valid(&revoked));
     assert!(stuck.iter().all(|token| fixture.is_valid(token)));
@@ -152,12 +152,12 @@ async fn revalidation_of_cached_tokens_is_rate_limited_while_the_list_is_availab
         fixture.cache(&token(&format!("*:dev.suspected-{n}")), "dev");
     }
     let probes = async || {
-        assert_eq!(fixture.inner().revalidate_due(fixture.issuer()).await, REVALIDATION_INTERVAL);
+        assert_eq!(fixture.revalidate_due().await, revalidation::INTERVAL);
         fixture.server.count(PROBE)
     };
     assert_eq!(
         (probes().await, probes().await),
-        (MAX_REVALIDATIONS_PER_SECOND, 2 * MAX_REVALIDATIONS_PER_SECOND)
+        (revalidation::MAX_BATCH_LEN, 2 * revalidation::MAX_BATCH_LEN)
     );
 }
 
@@ -184,22 +184,24 @@ async fn no_token_is_validated_before_retry_after_has_passed() {
     .await;
     let used = token("*:dev.used");
     fixture.cache(&used, "dev");
-    let authenticate = async || {
+    let pending = PendingValidations::default();
+    let validate = async || {
+        let answer = pending.enqueue(token("*:dev.new"), Priority::Presented).unwrap();
         tokio::select! {
-            admission = fixture.auth.authenticate("*:dev.new") => admission.map(drop),
-            () = fixture.inner().validate_first_seen(fixture.issuer()) => unreachable!(),
+            answer = answer => answer.unwrap().map(drop),
+            () = first_validation::run(&pending, &fixture.cache, &fixture.validator) => unreachable!(),
         }
     };
     for _ in 0..30 {
-        assert_eq!(authenticate().await, Err(AuthError::Unavailable));
+        assert_eq!(validate().await, Err(AuthError::Unavailable));
     }
-    assert!(fixture.revalidate().await > REVALIDATION_BACKOFF);
+    assert!(fixture.revalidate().await > FAILURE_PAUSE);
     assert_eq!(fixture.server.count(VALIDATE), 1);
     paused.store(false, Ordering::Relaxed);
     tokio::time::pause();
     tokio::time::advance(Duration::from_mins(1)).await;
     tokio::time::resume();
-    assert_eq!(authenticate().await, Ok(()));
+    assert_eq!(validate().await, Ok(()));
     fixture.revalidate().await;
     assert_eq!(fixture.server.count(VALIDATE), 3);
 }
@@ -215,6 +217,7 @@ async fn a_deleted_admin_token_is_refused_while_the_token_list_is_unavailable() 
         answer(check.map_or(503, |n| [401, 503, 200, 401, 401, 200][n.min(5)]))
     })
     .await;
+    let token_list = TokenListPoller::new(Duration::from_millis(10));
     let mut changes = admin.subscribe();
     let changes = async {
         for (expected, is_refused) in [(5, true), (6, false)] {
@@ -225,6 +228,6 @@ async fn a_deleted_admin_token_is_refused_while_the_token_list_is_unavailable() 
     };
     tokio::select! {
         () = changes => {}
-        () = fixture.inner().poll_token_list(fixture.issuer()) => unreachable!(),
+        () = token_list.run(&fixture.cache, &fixture.validator) => unreachable!(),
     }
 }

@@ -33,7 +33,7 @@ use self::{
     saved::{SavedCache, SavedToken},
     token_id::TokenId,
 };
-use super::pending::AuthError;
+use super::error::AuthError;
 use crate::{
     protocol::tokens::{ListedSecret, ListedToken, TokenList},
     token::{Environment, Grant, Token, TokenDigest, TokenKind},
