@@ -148,25 +148,18 @@ impl Authenticator {
     fn lookup_cached(&self, header: &str) -> CacheLookup {
         let inner = &*self.0;
         let digest = TokenDigest::of(Token::strip_bearer(header));
-        if let Some(grant) = inner.local_tokens.get_and_mark_used(&digest) {
+        let accept = |grant| {
             inner.metrics.known.increment(1);
-            return CacheLookup::Decided(Ok(AuthenticatedToken {
-                grant,
-                digest,
-                first_seen: false,
-            }));
+            CacheLookup::Decided(Ok(AuthenticatedToken { grant, digest, first_seen: false }))
+        };
+        if let Some(grant) = inner.local_tokens.get_and_mark_used(&digest) {
+            return accept(grant);
         }
         if let Some(cached) = inner.token_cache.valid(&digest) {
             if cached.is_missing_plaintext() {
                 return CacheLookup::Restored(cached, digest);
             }
-            inner.metrics.known.increment(1);
-            let grant = Arc::clone(cached.grant());
-            return CacheLookup::Decided(Ok(AuthenticatedToken {
-                grant,
-                digest,
-                first_seen: false,
-            }));
+            return accept(Arc::clone(cached.grant()));
         }
         if let Some(denied) = inner.token_cache.rejection(&digest) {
             inner.metrics.refused.increment(1);

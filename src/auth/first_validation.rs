@@ -8,13 +8,10 @@ use std::{sync::Arc, time::Duration};
 use super::{
     error::AuthError,
     pending::PendingValidations,
-    token_cache::{InsertOutcome, RequestStart, TokenCache},
+    token_cache::{InsertOutcome, TokenCache},
     upstream_validator::{UpstreamValidator, ValidationBatch, ValidationResult},
 };
-use crate::{
-    rate_limit::{Rate, RateLimiter},
-    token::{Grant, Token},
-};
+use crate::rate_limit::{Rate, RateLimiter};
 
 /// A batch is sent this long after its first token arrived, so that a fleet of clients which starts
 /// at once is validated together.
@@ -55,7 +52,13 @@ async fn validate_batch(
         let digest = token.digest();
         let fallback = match results.remove(&digest) {
             Some(ValidationResult::Valid(grant)) => {
-                record_valid(token, grant, start, cache, validator)
+                match cache.record_valid(token, grant.clone(), start) {
+                    InsertOutcome::New | InsertOutcome::Unchanged => {
+                        validator.offer_credential(token, &grant);
+                        Ok(Arc::new(grant))
+                    }
+                    InsertOutcome::Outdated | InsertOutcome::Revoked => Err(AuthError::Unknown),
+                }
             }
             Some(ValidationResult::Forbidden(grant)) => {
                 cache.record_forbidden(token, grant, start);
@@ -70,22 +73,5 @@ async fn validate_batch(
         // The cache may have a newer result by now; a full cache may not have taken this one.
         let answer = cache.lookup(token).unwrap_or(fallback);
         pending.resolve(&digest, &answer);
-    }
-}
-
-/// Caches a token that upstream calls valid.
-fn record_valid(
-    token: &Token,
-    grant: Grant,
-    start: RequestStart,
-    cache: &TokenCache,
-    validator: &UpstreamValidator,
-) -> Result<Arc<Grant>, AuthError> {
-    match cache.record_valid(token, grant.clone(), start) {
-        InsertOutcome::New | InsertOutcome::Unchanged => {
-            validator.offer_credential(token, &grant);
-            Ok(Arc::new(grant))
-        }
-        InsertOutcome::Outdated | InsertOutcome::Revoked => Err(AuthError::Unknown),
     }
 }

@@ -4,8 +4,8 @@
 //! one. This module sends no requests.
 //!
 //! Upstream's responses are ordered by the start of their requests, not by their arrival: a response
-//! does not override a later request or a later revocation. Writers exclude each other; reads take no
-//! lock.
+//! does not override a later request or a later revocation. Writers exclude each other, because one
+//! change concerns several caches; reads take no lock.
 
 mod cached_token;
 mod saved;
@@ -29,10 +29,7 @@ use tokio::time::Instant;
 
 pub(super) use self::cached_token::RequestStart;
 pub use self::{cached_token::CachedToken, saved::RestoreError};
-use self::{
-    saved::{SavedCache, SavedToken},
-    token_id::TokenId,
-};
+use self::{saved::SavedCache, token_id::TokenId};
 use super::error::AuthError;
 use crate::{
     protocol::tokens::{ListedSecret, ListedToken, TokenList},
@@ -230,7 +227,7 @@ impl TokenCache {
             None => CachedToken::confirmed(token, grant, start),
         };
         self.valid.insert(digest, Arc::new(cached));
-        self.unsaved.store(true, Ordering::Relaxed);
+        self.mark_unsaved();
         InsertOutcome::New
     }
 
@@ -281,7 +278,7 @@ impl TokenCache {
         }
         if known.is_some() {
             self.valid.invalidate(&digest);
-            self.unsaved.store(true, Ordering::Relaxed);
+            self.mark_unsaved();
         }
         RejectOutcome::Rejected
     }
@@ -290,7 +287,7 @@ impl TokenCache {
     pub(super) fn remove(&self, digest: &TokenDigest) {
         let _writer = self.lock();
         if self.valid.remove(digest).is_some() {
-            self.unsaved.store(true, Ordering::Relaxed);
+            self.mark_unsaved();
         }
     }
 
@@ -388,7 +385,7 @@ impl TokenCache {
     fn clear_revocation(&self, id: &TokenId, start: RequestStart) {
         if self.revoked.get(id).is_some_and(|revoked| revoked < start.sequence) {
             self.revoked.invalidate(id);
-            self.unsaved.store(true, Ordering::Relaxed);
+            self.mark_unsaved();
         }
     }
 
@@ -401,7 +398,7 @@ impl TokenCache {
         start: RequestStart,
     ) -> bool {
         if known.mark_listed() {
-            self.unsaved.store(true, Ordering::Relaxed);
+            self.mark_unsaved();
         }
         let grant = entry.grant();
         if known.is_confirmed_after(start) || **known.grant() == grant {
@@ -409,7 +406,7 @@ impl TokenCache {
             return false;
         }
         self.valid.insert(digest, Arc::new(known.with_grant(grant, start)));
-        self.unsaved.store(true, Ordering::Relaxed);
+        self.mark_unsaved();
         true
     }
 
@@ -485,15 +482,8 @@ impl TokenCache {
     /// The cache in its stored form; `None` if it has not changed since the last call.
     pub(super) fn serialize_if_changed(&self) -> Option<Vec<u8>> {
         self.unsaved.swap(false, Ordering::Relaxed).then(|| {
-            let saved = |(digest, cached): (TokenDigest, Arc<CachedToken>)| SavedToken {
-                digest,
-                grant: Arc::clone(cached.grant()),
-                masked: cached.masked().into(),
-                id: cached.id().clone(),
-                is_listed: cached.is_listed(),
-            };
             let revoked = self.revoked.iter().map(|(id, _)| (*id).clone()).collect();
-            SavedCache { valid: self.valid_entries().map(saved).collect(), revoked }.to_json()
+            SavedCache { valid: self.valid_entries().collect(), revoked }.to_json()
         })
     }
 
@@ -510,9 +500,8 @@ impl TokenCache {
         let saved = SavedCache::parse(json)?;
         let count = saved.valid.len();
         let _writer = self.lock();
-        for SavedToken { digest, grant, masked, id, is_listed } in saved.valid {
-            let cached = CachedToken::unconfirmed(grant, masked, id, is_listed);
-            self.valid.insert(digest, Arc::new(cached));
+        for (digest, cached) in saved.valid {
+            self.valid.insert(digest, cached);
         }
         for id in saved.revoked {
             self.revoked.insert(id, RequestStart::NEVER.sequence);
@@ -522,7 +511,7 @@ impl TokenCache {
 
     fn insert_revoked(&self, id: TokenId, order: u64) {
         self.revoked.insert(id, order);
-        self.unsaved.store(true, Ordering::Relaxed);
+        self.mark_unsaved();
     }
 
     /// A panic under this lock leaves each cache usable as it is.

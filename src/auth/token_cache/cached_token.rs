@@ -12,7 +12,7 @@ use super::token_id::TokenId;
 use crate::token::{Grant, Token};
 
 /// The start of a request to upstream. Its response counts as of this moment, whenever it arrives.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(in crate::auth) struct RequestStart {
     /// Its position in the order of all requests and revocations.
     pub(super) sequence: u64,
@@ -41,7 +41,7 @@ pub struct CachedToken {
 }
 
 /// The state of a valid token, as upstream has last described it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Status {
     /// Whether upstream's token list has contained it, so that its absence there means revocation.
     is_listed: bool,
@@ -56,20 +56,15 @@ struct Status {
 }
 
 impl CachedToken {
+    /// A token that upstream has called valid to an earlier process.
     pub(super) fn unconfirmed(
         grant: Arc<Grant>,
         masked: Arc<str>,
         id: TokenId,
         is_listed: bool,
     ) -> Self {
-        let status = Status {
-            is_listed,
-            confirmed: RequestStart::NEVER,
-            stale_sequence: 0,
-            denied_sequence: 0,
-            recheck_after: None,
-        };
-        Self { grant, masked, id, plaintext: OnceLock::new(), status: Mutex::new(status) }
+        let status = Mutex::new(Status { is_listed, ..Status::default() });
+        Self { grant, masked, id, plaintext: OnceLock::new(), status }
     }
 
     /// A token that upstream calls valid.
@@ -119,12 +114,12 @@ impl CachedToken {
     }
 
     /// Whether the token has not been presented to this process yet.
-    pub fn is_missing_plaintext(&self) -> bool {
+    pub(in crate::auth) fn is_missing_plaintext(&self) -> bool {
         self.plaintext.get().is_none()
     }
 
     /// Adds the plaintext of a token that was cached by its digest only.
-    pub fn set_plaintext(&self, token: Token) {
+    pub(in crate::auth) fn set_plaintext(&self, token: Token) {
         // A concurrent request may have set the same plaintext.
         let _ = self.plaintext.set(token);
     }

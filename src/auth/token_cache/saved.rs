@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::token_id::TokenId;
+use super::{cached_token::CachedToken, token_id::TokenId};
 use crate::token::{Environment, Grant, Projects, Scope, TokenDigest, TokenKind};
 
 const VERSION: u32 = 1;
@@ -12,19 +12,9 @@ const VERSION: u32 = 1;
 /// The stored part of the token cache.
 #[derive(Debug)]
 pub(super) struct SavedCache {
-    pub(super) valid: Vec<SavedToken>,
+    pub(super) valid: Vec<(TokenDigest, Arc<CachedToken>)>,
     /// Recently revoked tokens.
     pub(super) revoked: Vec<TokenId>,
-}
-
-/// A valid token without its plaintext.
-#[derive(Debug)]
-pub(super) struct SavedToken {
-    pub(super) digest: TokenDigest,
-    pub(super) grant: Arc<Grant>,
-    pub(super) masked: Arc<str>,
-    pub(super) id: TokenId,
-    pub(super) is_listed: bool,
 }
 
 /// Why a stored token cache cannot be used.
@@ -41,7 +31,7 @@ pub enum RestoreError {
 #[derive(Deserialize, Serialize)]
 struct Record {
     version: u32,
-    verdicts: Vec<SavedTokenRecord>,
+    verdicts: Vec<TokenRecord>,
     #[serde(default)]
     revoked: Vec<String>,
     /// A release that does not read this field validates such a token again, and upstream itself
@@ -50,8 +40,9 @@ struct Record {
     revoked_selectors: Vec<Box<str>>,
 }
 
+/// A valid token without its plaintext.
 #[derive(Deserialize, Serialize)]
-struct SavedTokenRecord {
+struct TokenRecord {
     digest: String,
     kind: String,
     environment: String,
@@ -67,7 +58,7 @@ impl SavedCache {
     pub(super) fn to_json(&self) -> Vec<u8> {
         let mut record = Record {
             version: VERSION,
-            verdicts: self.valid.iter().map(SavedTokenRecord::of).collect(),
+            verdicts: self.valid.iter().map(|(digest, it)| TokenRecord::of(digest, it)).collect(),
             revoked: Vec::new(),
             revoked_selectors: Vec::new(),
         };
@@ -90,38 +81,35 @@ impl SavedCache {
         let digests = record.revoked.iter().filter_map(|hex| TokenDigest::from_hex(hex));
         let selectors = record.revoked_selectors.into_iter().map(TokenId::Selector);
         Ok(Self {
-            valid: record.verdicts.into_iter().filter_map(SavedTokenRecord::into_saved).collect(),
+            valid: record.verdicts.into_iter().filter_map(TokenRecord::into_cached).collect(),
             revoked: digests.map(TokenId::Digest).chain(selectors).collect(),
         })
     }
 }
 
-impl SavedTokenRecord {
-    fn of(saved: &SavedToken) -> Self {
-        let scope = &saved.grant.scope;
+impl TokenRecord {
+    fn of(digest: &TokenDigest, cached: &CachedToken) -> Self {
+        let Grant { kind, scope } = &**cached.grant();
         Self {
-            digest: saved.digest.to_hex(),
-            kind: saved.grant.kind.as_str().to_owned(),
+            digest: digest.to_hex(),
+            kind: kind.as_str().to_owned(),
             environment: scope.environment.as_str().to_owned(),
             projects: scope.projects.to_list().into_iter().map(str::to_owned).collect(),
-            masked: saved.masked.as_ref().to_owned(),
-            selector: saved.id.selector().map(Into::into),
-            listed: saved.is_listed,
+            masked: cached.masked().to_owned(),
+            selector: cached.id().selector().map(Into::into),
+            listed: cached.is_listed(),
         }
     }
 
-    fn into_saved(self) -> Option<SavedToken> {
+    fn into_cached(self) -> Option<(TokenDigest, Arc<CachedToken>)> {
         let scope = Scope {
             environment: Environment::new(&self.environment),
             projects: Projects::from_list(self.projects.iter().map(String::as_str)),
         };
         let digest = TokenDigest::from_hex(&self.digest)?;
-        Some(SavedToken {
-            digest,
-            grant: Arc::new(Grant { kind: TokenKind::parse(&self.kind)?, scope }),
-            masked: self.masked.into(),
-            id: TokenId::new(digest, self.selector.as_deref()),
-            is_listed: self.listed,
-        })
+        let grant = Arc::new(Grant { kind: TokenKind::parse(&self.kind)?, scope });
+        let id = TokenId::new(digest, self.selector.as_deref());
+        let cached = CachedToken::unconfirmed(grant, self.masked.into(), id, self.listed);
+        Some((digest, Arc::new(cached)))
     }
 }
