@@ -4,7 +4,6 @@
 //! with exponential backoff. This module does not interpret flags (`engine` does) and does not decide
 //! who may read them (`auth` does).
 
-mod backoff;
 pub mod environment_manager;
 mod environment_sync;
 mod environment_tracker;

@@ -15,14 +15,14 @@ use tokio::{
 use tracing::{error, warn};
 
 use super::{
-    backoff::Backoff,
-    environment_sync::{Config, Dependencies, EnvironmentSync},
+    environment_sync::{Config, Dependencies, EnvironmentSync, jittered},
     environment_tracker::EnvironmentTracker,
     publish::publish,
     stream_pool,
 };
 use crate::{
     background_writer::BackgroundWriter,
+    backoff::Backoff,
     protocol::features::{Document, parse_query_projects},
     snapshot::{EnvironmentFilter, Snapshots},
     store::{RecordKey, Store},
@@ -33,6 +33,9 @@ use crate::{
 
 /// The interval at which upstream's environments are listed.
 const LIST_INTERVAL: Duration = Duration::from_mins(1);
+
+/// The delay after the first list that failed. It doubles up to the interval.
+const INITIAL_RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// How long to wait before the sync of an environment is restarted after a panic.
 const RESTART_DELAY: Duration = Duration::from_secs(1);
@@ -167,7 +170,7 @@ impl EnvironmentManager {
         let mut loops = JoinSet::new();
         let mut followed: BTreeMap<Environment, Id> = BTreeMap::new();
         let poll_request = watch::Sender::new(());
-        let mut backoff = Backoff::new(LIST_INTERVAL);
+        let mut backoff = Backoff::new(INITIAL_RETRY_DELAY, LIST_INTERVAL);
         let mut environment_list = EnvironmentTracker::default();
         loop {
             let (found, pause) = self.list_environments(&mut backoff, &mut environment_list).await;
@@ -244,7 +247,8 @@ impl EnvironmentManager {
         let retry_after = match self.upstream.list_environments(admin).await {
             Ok(list) => {
                 if let Some(enabled) = environment_list.update(&list, served.clone()) {
-                    return (Some(enabled), backoff.after_success(rand::random()));
+                    backoff.reset();
+                    return (Some(enabled), jittered(LIST_INTERVAL, rand::random()));
                 }
                 if backoff.failures() == 0 {
                     warn!("Upstream lists no enabled environment; the list is ignored");
@@ -261,7 +265,7 @@ impl EnvironmentManager {
                 error.retry().retry_after()
             }
         };
-        let pause = backoff.after_failure(retry_after, rand::random());
+        let pause = backoff.next_delay(retry_after, rand::random());
         (Some(served).filter(|served| !served.is_empty()), pause)
     }
 

@@ -15,7 +15,6 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use super::{
-    backoff::Backoff,
     merge::{FetchedDocument, TokenDocuments, merge},
     poll_once::{Poll, PollError, PollResult},
     publish::publish,
@@ -25,6 +24,7 @@ use super::{
 };
 use crate::{
     background_writer::BackgroundWriter,
+    backoff::Backoff,
     protocol::{
         features::{Document, PreviousRun},
         sse::Event,
@@ -47,6 +47,12 @@ pub struct Config {
 
 /// The interval of checks for a changed set of tokens.
 const TOKEN_CHECK_INTERVAL: Duration = Duration::from_secs(5);
+
+/// The delay after the first failed poll.
+const INITIAL_RETRY_DELAY: Duration = Duration::from_secs(1);
+
+/// The longest delay between retries, unless the poll interval is longer.
+const MAX_RETRY_DELAY: Duration = Duration::from_mins(1);
 
 /// How long to wait for other tokens to report a flag before removing it. Streams of two tokens deliver
 /// the same change within milliseconds of each other.
@@ -136,7 +142,8 @@ impl EnvironmentSync {
         let served = dependencies.snapshots.load(&environment);
         let documents = TokenDocuments::new(served.as_deref(), Instant::now());
         let streams = StreamPool::new(dependencies.config.mode, dependencies.upstream.clone());
-        let backoff = Backoff::new(dependencies.config.interval);
+        let max_delay = MAX_RETRY_DELAY.max(dependencies.config.interval);
+        let backoff = Backoff::new(INITIAL_RETRY_DELAY, max_delay);
         Self {
             environment,
             dependencies,
@@ -173,7 +180,8 @@ impl EnvironmentSync {
             if self.backoff.failures() > 0 {
                 info!(%environment, "Upstream responds again");
             }
-            let pause = self.backoff.after_success(rand::random());
+            self.backoff.reset();
+            let pause = jittered(self.dependencies.config.interval, rand::random());
             let recheck = self.documents.next_recheck();
             let recheck = recheck.and_then(|at| at.checked_duration_since(Instant::now()));
             return recheck.map_or(pause, |recheck| pause.min(recheck));
@@ -187,7 +195,7 @@ impl EnvironmentSync {
         } else {
             debug!(%environment, error = error_chain(&failure), "Still failing to fetch flags");
         }
-        let pause = self.backoff.after_failure(failure.retry_after(), rand::random());
+        let pause = self.backoff.next_delay(failure.retry_after(), rand::random());
         // The failure of one token must not make the flags of the others stale.
         let is_partial = self.documents.has_response_in_round() && failure.retry_after().is_none();
         if is_partial { pause.min(self.dependencies.config.interval) } else { pause }
@@ -302,7 +310,8 @@ impl EnvironmentSync {
                     due = Instant::now();
                 }
                 NextAction::Reconnect(_) if was_synced => {
-                    due = Instant::now() + self.backoff.after_success(rand::random());
+                    let interval = self.dependencies.config.interval;
+                    due = Instant::now() + jittered(interval, rand::random());
                 }
                 NextAction::Reconnect(_) | NextAction::Wait => {}
             }
@@ -402,7 +411,7 @@ impl EnvironmentSync {
     /// Records that every token in use has a synced stream.
     fn on_stream_synced(&mut self) {
         // Earlier poll failures no longer matter.
-        self.backoff.after_success(rand::random());
+        self.backoff.reset();
         if self.transport != Transport::Streaming {
             info!(environment = %self.environment, "Upstream's event stream is open; polling stops");
             self.transport = Transport::Streaming;
@@ -438,6 +447,12 @@ impl EnvironmentSync {
             }
         }
     }
+}
+
+/// The delay until the next request after a success: 0.9 to 1.1 of the interval, by `jitter` (0 to 1). It
+/// spreads the requests of a fleet that started at the same time.
+pub(super) fn jittered(interval: Duration, jitter: f64) -> Duration {
+    interval.mul_f64(0.9 + 0.2 * jitter)
 }
 
 /// Serializes a snapshot's flags for the store, with the state that the next run needs from this one.

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use super::backoff::Backoff;
+use crate::backoff::Backoff;
 
 /// How flags are fetched from upstream (`--upstream-mode`).
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -92,6 +92,10 @@ const EXPECTED_STREAM_RETRY_INTERVAL: Duration = Duration::from_mins(1);
 /// Delay after a 429 without `Retry-After`.
 const DEFAULT_THROTTLED_DELAY: Duration = Duration::from_mins(1);
 
+/// The shortest and the longest delay after attempts that failed, and after streams that closed early.
+const INITIAL_RETRY_DELAY: Duration = Duration::from_secs(1);
+const MAX_RETRY_DELAY: Duration = Duration::from_mins(1);
+
 /// A stream that stayed open this long is reopened immediately.
 const STABLE_AFTER: Duration = Duration::from_secs(10);
 
@@ -118,7 +122,8 @@ pub(super) struct ReconnectPolicy {
 impl ReconnectPolicy {
     /// Starts with an immediate attempt.
     pub(super) fn new(mode: UpstreamMode) -> Self {
-        Self { mode, backoff: Backoff::new(Duration::ZERO), was_synced: false, is_declined: false }
+        let backoff = Backoff::new(INITIAL_RETRY_DELAY, MAX_RETRY_DELAY);
+        Self { mode, backoff, was_synced: false, is_declined: false }
     }
 
     /// Records that a stream has delivered its state.
@@ -145,9 +150,7 @@ impl ReconnectPolicy {
             StreamUnavailable::Throttled(retry_after) => {
                 retry_after.unwrap_or(DEFAULT_THROTTLED_DELAY).mul_f64(1.0 + 0.2 * jitter)
             }
-            StreamUnavailable::Failed(retry_after) => {
-                self.backoff.after_failure(retry_after, jitter)
-            }
+            StreamUnavailable::Failed(retry_after) => self.backoff.next_delay(retry_after, jitter),
         };
         Reconnect { delay, poll_now: refusal == StreamUnavailable::Unauthorized }
     }
@@ -160,7 +163,7 @@ impl ReconnectPolicy {
         jitter: f64,
     ) -> Reconnect {
         if lifetime >= STABLE_AFTER {
-            self.backoff = Backoff::new(Duration::ZERO);
+            self.backoff.reset();
         }
         let delay = match end {
             CloseReason::PollingPreferred => {
@@ -173,7 +176,7 @@ impl ReconnectPolicy {
                 pause.mul_f64(0.8 + 0.4 * jitter)
             }
             // A short-lived stream is reopened with backoff, even after a regular end.
-            _ if lifetime < STABLE_AFTER => self.backoff.after_failure(None, jitter),
+            _ if lifetime < STABLE_AFTER => self.backoff.next_delay(None, jitter),
             CloseReason::Ended(Some(wait)) => {
                 wait.min(MAX_SERVER_RETRY_DELAY).mul_f64(1.0 + 0.2 * jitter)
             }
@@ -290,17 +293,17 @@ mod tests {
     fn delay_grows_while_stream_fails_to_open_or_closes_early() {
         let mut policy = synced_policy(UpstreamMode::Auto);
         let fail = |policy: &mut ReconnectPolicy| {
-            delay_ms(policy.on_unavailable(StreamUnavailable::Failed(None), 0.5))
+            delay_ms(policy.on_unavailable(StreamUnavailable::Failed(None), 1.0))
         };
         let end = |policy: &mut ReconnectPolicy, lifetime| {
-            delay_ms(policy.on_closed(CloseReason::Ended(None), lifetime, 0.5))
+            delay_ms(policy.on_closed(CloseReason::Ended(None), lifetime, 1.0))
         };
         assert_eq!([fail(&mut policy), fail(&mut policy)], [1_000, 2_000]);
         assert_eq!([end(&mut policy, SHORT), end(&mut policy, SHORT)], [4_000, 8_000]);
         for _ in 0..9 {
-            assert!(fail(&mut policy) <= 72_000);
+            assert!(fail(&mut policy) <= 60_000);
         }
-        assert_eq!(end(&mut policy, LONG), 500);
+        assert_eq!(end(&mut policy, LONG), 1_000);
         assert_eq!(fail(&mut policy), 1_000);
         let retry_after = Some(Duration::from_secs(9));
         assert_eq!(

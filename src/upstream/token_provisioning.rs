@@ -25,6 +25,7 @@ use super::{
 };
 use crate::{
     background_writer::BackgroundWriter,
+    backoff::Backoff,
     protocol::tokens::{ListedSecret, ListedToken},
     store::{self, RecordKey},
     telemetry::error_chain,
@@ -129,8 +130,10 @@ enum RecordState {
 
 /// Limits the creation of tokens: at most one a minute, and with doubling pauses while new tokens are
 /// refused.
-#[derive(Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 struct MintLimiter {
+    backoff: Backoff,
+    /// When a token was last created, and the pause after it.
     last_mint: Option<(Instant, Duration)>,
 }
 
@@ -228,10 +231,11 @@ impl TokenProvisioner {
                 return Ok(stored);
             }
         }
-        let before = history.mint_limiter.record_mint();
+        let before = history.mint_limiter;
+        history.mint_limiter.record_mint();
         let created = self.upstream.create_token(&self.admin, &self.token_name, environment).await;
         if created.as_ref().is_err_and(|error| !error.is_ambiguous()) {
-            history.mint_limiter.last_mint = before;
+            history.mint_limiter = before;
         }
         let minted = Credential { token: created.map_err(failed)?, projects: Projects::All };
         info!("Created token {} for environment {environment}", minted.token.masked());
@@ -387,14 +391,20 @@ impl MintLimiter {
         pause.checked_sub(at.elapsed()).filter(|rest| !rest.is_zero())
     }
 
-    /// Records that a token is about to be created; returns the previous record, to undo this one.
-    fn record_mint(&mut self) -> Option<(Instant, Duration)> {
-        let pause = match self.last_mint {
-            // The last token was refused soon after it was created.
-            Some((at, pause)) if at.elapsed() < 2 * pause => (2 * pause).min(Self::MAX_PAUSE),
-            _ => Self::MIN_PAUSE,
-        };
-        self.last_mint.replace((Instant::now(), pause))
+    /// Records that a token is about to be created.
+    fn record_mint(&mut self) {
+        // Upstream accepts a token that was not replaced for two pauses.
+        if self.last_mint.is_none_or(|(at, pause)| at.elapsed() >= 2 * pause) {
+            self.backoff.reset();
+        }
+        // Without jitter: the pause is a limit.
+        self.last_mint = Some((Instant::now(), self.backoff.next_delay(None, 1.0)));
+    }
+}
+
+impl Default for MintLimiter {
+    fn default() -> Self {
+        Self { backoff: Backoff::new(Self::MIN_PAUSE, Self::MAX_PAUSE), last_mint: None }
     }
 }
 
