@@ -5,6 +5,7 @@
 //! who may read them (`auth` does).
 
 pub mod environment_manager;
+mod environment_state;
 mod environment_sync;
 mod environment_tracker;
 pub mod file_source;
@@ -15,5 +16,6 @@ mod reconnect;
 mod stream_events;
 mod stream_pool;
 mod token_precedence;
+mod token_streams;
 
-pub use self::{environment_sync::Config, reconnect::UpstreamMode};
+pub use self::{environment_state::Config, reconnect::UpstreamMode};

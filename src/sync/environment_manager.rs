@@ -15,7 +15,8 @@ use tokio::{
 use tracing::{error, warn};
 
 use super::{
-    environment_sync::{Config, Dependencies, EnvironmentSync, jittered},
+    environment_state::{Config, jittered},
+    environment_sync::{Dependencies, EnvironmentSync},
     environment_tracker::EnvironmentTracker,
     publish::publish,
     stream_pool,

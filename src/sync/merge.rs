@@ -384,6 +384,12 @@ impl TokenDocuments {
         first.filter(|_| revisions.all(|other| other == first))
     }
 
+    /// When the documents of all these tokens were last known to be current: the oldest confirmation.
+    pub(super) fn confirmed_at(&self, tokens: &[Credential]) -> Option<Instant> {
+        let confirmed = tokens.iter().map(|it| self.precedence.confirmed_at(&it.token.digest()));
+        confirmed.min().flatten()
+    }
+
     /// Clears the event id, so that the token's next stream starts with a full state.
     pub(super) fn clear_event_id(&mut self, token: &TokenDigest) {
         if let Some(source) = self.by_token.get_mut(token) {

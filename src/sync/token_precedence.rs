@@ -192,6 +192,11 @@ impl TokenPrecedence {
         }
     }
 
+    /// When a token's view was last confirmed.
+    pub(super) fn confirmed_at(&self, token: &TokenDigest) -> Option<Instant> {
+        Some(self.tokens.get(token)?.confirmed)
+    }
+
     /// Records that a token's view is also the state of this revision.
     pub(super) fn raise_revision(&mut self, token: &TokenDigest, revision: Option<u64>) {
         if let Some(tracked) = self.tokens.get_mut(token) {

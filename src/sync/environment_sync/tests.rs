@@ -24,6 +24,7 @@ use tokio::{net::TcpListener, sync::mpsc, task::AbortHandle, time::timeout};
 use super::*;
 use crate::{
     store::Store,
+    sync::reconnect::UpstreamMode,
     token::{Grant, Projects, Token, TokenKind},
     upstream::scripted::config,
 };
@@ -99,7 +100,7 @@ impl Fixture {
             saver: BackgroundWriter::new(Store::memory()),
         };
         let mut environment_sync = EnvironmentSync::new(environment, dependencies);
-        environment_sync.removal_grace = held_for;
+        environment_sync.state.removal_grace = held_for;
         let (poll_request, poll_requested) = watch::channel(());
         let edge = tokio::spawn(environment_sync.run(poll_requested));
         let tasks = [server.abort_handle(), edge.abort_handle()];
