@@ -4,17 +4,20 @@
 //! with exponential backoff. This module does not interpret flags (`engine` does) and does not decide
 //! who may read them (`auth` does).
 
+mod document_parts;
 pub mod environment_manager;
 mod environment_state;
 mod environment_sync;
 mod environment_tracker;
 pub mod file_source;
 mod merge;
+mod part_history;
 mod poll_once;
 mod publish;
 mod reconnect;
 mod stream_events;
 mod stream_pool;
+mod token_documents;
 mod token_precedence;
 mod token_streams;
 

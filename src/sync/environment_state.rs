@@ -13,8 +13,9 @@ use std::{collections::BTreeSet, mem, sync::Arc, time::Duration};
 use tokio::time::Instant;
 
 use super::{
-    merge::{FetchedDocument, MergeInput, TokenDocuments},
+    merge::MergeInput,
     reconnect::{CloseReason, StreamUnavailable, UpstreamMode},
+    token_documents::{FetchedDocument, TokenDocuments},
     token_streams::TokenStreams,
 };
 use crate::{

@@ -15,12 +15,13 @@ use tracing::{debug, info, warn};
 use self::transport_log::TransportLog;
 use super::{
     environment_state::{Action, Config, EnvironmentState, Publication},
-    merge::{FetchedDocument, merge},
+    merge::merge,
     poll_once::{Poll, PollError, PollResult},
     publish::publish,
     reconnect::CloseReason,
     stream_events::{self, Applied, StreamUpdate},
     stream_pool::{StreamEvent, StreamPool},
+    token_documents::FetchedDocument,
 };
 use crate::{
     background_writer::BackgroundWriter,

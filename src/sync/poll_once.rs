@@ -12,8 +12,8 @@ use tokio::{
 use tracing::debug;
 
 use super::{
-    merge::{FetchedDocument, TokenDocuments},
     stream_events::differences,
+    token_documents::{FetchedDocument, TokenDocuments},
 };
 use crate::{
     protocol::features::Document,
