@@ -22,7 +22,6 @@
 
 mod aggregator;
 mod applications;
-mod backoff;
 mod batch;
 mod counter;
 mod counters;

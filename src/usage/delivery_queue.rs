@@ -143,7 +143,7 @@ impl DeliveryQueue {
     /// At most one batch per environment is in flight.
     pub(super) fn next_batch(&mut self, now: Instant) -> Option<OutgoingBatch> {
         for (environment, queue) in &mut self.queues {
-            if queue.is_sending || !queue.backoff.is_elapsed(now) {
+            if queue.is_sending || !queue.is_due(now) {
                 continue;
             }
             if queue.in_flight.is_none() {
@@ -191,8 +191,8 @@ impl DeliveryQueue {
             SendOutcome::Sent | SendOutcome::Rejected | SendOutcome::TooLarge => 1,
         };
         match outcome {
-            SendOutcome::Unauthorized => queue.backoff.record_failure(now, None, draw),
-            SendOutcome::Retry(delay) => queue.backoff.record_failure(now, delay, draw),
+            SendOutcome::Unauthorized => queue.schedule_retry(now, None, draw),
+            SendOutcome::Retry(delay) => queue.schedule_retry(now, delay, draw),
             SendOutcome::Sent => {
                 let count = queue.complete_in_flight();
                 usage_metrics::count_sent(count);
@@ -226,12 +226,12 @@ impl DeliveryQueue {
     /// When the next batch becomes due, if one is delayed.
     pub(super) fn next_retry_at(&self) -> Option<Instant> {
         let waiting = self.queues.values().filter(|queue| !queue.is_sending && !queue.is_empty());
-        waiting.filter_map(|queue| queue.backoff.retry_at()).min()
+        waiting.filter_map(|queue| queue.retry_at).min()
     }
 
     /// Cancels all delays, for the last attempt at shutdown.
     pub(super) fn reset_backoff(&mut self) {
-        self.queues.values_mut().for_each(|queue| queue.backoff.reset());
+        self.queues.values_mut().for_each(EnvironmentQueue::reset_backoff);
     }
 
     /// Makes batches in flight due again: their results will never be reported.

@@ -8,7 +8,7 @@ use std::{
     fmt,
     iter::repeat,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use jiff::Timestamp;
@@ -16,7 +16,6 @@ use jiff::Timestamp;
 use super::{
     aggregator::Drained,
     applications::Registration,
-    backoff::Backoff,
     batch::{Batch, BatchBuilder, Item, ItemKind, MAX_BODY_BYTES},
     counter::Overflow,
     counters::Counters,
@@ -25,10 +24,15 @@ use super::{
     usage_metrics,
 };
 use crate::{
+    backoff::Backoff,
     protocol::usage::{ClientApplication, ImpactMetric, Samples},
     token::Environment,
 };
 
+/// The delay of a retry after a first failure.
+const MIN_RETRY_DELAY: Duration = Duration::from_secs(1);
+/// The longest delay of a retry, unless the destination requests a longer one.
+const MAX_RETRY_DELAY: Duration = Duration::from_mins(1);
 /// The smallest body limit to choose when upstream rejects bodies as too large, in bytes.
 const MIN_BODY_BYTES: usize = 4096;
 /// Number of items to defer because upstream rejected each of them alone as too large.
@@ -99,7 +103,9 @@ pub(super) struct EnvironmentQueue {
     body_limit: usize,
     /// Number of consecutive bodies that upstream accepted.
     consecutive_successes: u32,
-    pub(super) backoff: Backoff,
+    backoff: Backoff,
+    /// When the next batch may be sent, if the last one failed.
+    pub(super) retry_at: Option<Instant>,
     /// When the oldest pending usage was queued.
     pub(super) waiting_since: Option<Instant>,
     /// Whether a store may hold usage of this environment.
@@ -119,7 +125,8 @@ impl Default for EnvironmentQueue {
             restored_batches: VecDeque::new(),
             body_limit: MAX_BODY_BYTES,
             consecutive_successes: 0,
-            backoff: Backoff::default(),
+            backoff: Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY),
+            retry_at: None,
             waiting_since: None,
             is_persisted: false,
         }
@@ -183,9 +190,31 @@ impl EnvironmentQueue {
         Overflow(lost)
     }
 
+    /// Whether no delay is left after the last failure.
+    pub(super) fn is_due(&self, now: Instant) -> bool {
+        self.retry_at.is_none_or(|at| at <= now)
+    }
+
+    /// Delays the next batch after a failure, at least by the `retry_after` that upstream requests.
+    /// `draw` is uniform in `0..1` and randomizes the delay.
+    pub(super) fn schedule_retry(
+        &mut self,
+        now: Instant,
+        retry_after: Option<Duration>,
+        draw: f64,
+    ) {
+        self.retry_at = Some(now + self.backoff.next_delay(retry_after, draw));
+    }
+
+    /// Ends the delay of the next batch, and makes the next delay the shortest one.
+    pub(super) fn reset_backoff(&mut self) {
+        self.backoff.reset();
+        self.retry_at = None;
+    }
+
     /// Drops the batch in flight, which upstream rejected; returns its evaluations.
     pub(super) fn discard_in_flight(&mut self) -> u64 {
-        self.backoff.reset();
+        self.reset_backoff();
         self.in_flight.take().map_or(0, |(_, batch)| batch.evaluations())
     }
 
@@ -215,8 +244,8 @@ impl EnvironmentQueue {
         let size = batch.body().len();
         let has_accepted = std::mem::take(&mut self.consecutive_successes) > 0;
         if batch.items().len() > 1 {
-            if size <= MIN_BODY_BYTES || self.backoff.is_failing() {
-                self.backoff.record_failure(now, None, draw);
+            if size <= MIN_BODY_BYTES || self.backoff.failures() > 0 {
+                self.schedule_retry(now, None, draw);
             }
             self.body_limit = (size / 2).clamp(MIN_BODY_BYTES, self.body_limit.max(MIN_BODY_BYTES));
             let (front, back) = batch.split();
@@ -226,10 +255,10 @@ impl EnvironmentQueue {
         }
         let was_refused = batch.mark_too_large();
         if size > MIN_BODY_BYTES && has_accepted && was_refused {
-            self.backoff.reset();
+            self.reset_backoff();
             return Some(batch);
         }
-        self.backoff.record_failure(now, None, draw);
+        self.schedule_retry(now, None, draw);
         if size > MIN_BODY_BYTES && self.deferred.len() < MAX_DEFERRED {
             self.deferred.extend(batch.into_items());
         } else {
@@ -244,7 +273,7 @@ impl EnvironmentQueue {
         let in_flight = self.in_flight.as_mut();
         let prepared = in_flight.is_some_and(|(_, batch)| batch.add_empty_strategies());
         if prepared {
-            self.backoff.reset();
+            self.reset_backoff();
         }
         prepared
     }
