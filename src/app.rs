@@ -176,7 +176,7 @@ impl App {
             snapshots.clone(),
             usage.clone(),
             Arc::clone(&request_metrics),
-            mode.control_plane.as_ref().map(|(control, _)| control.clone()),
+            mode.control_plane.clone(),
         );
         let feed = ChangeFeed::new(snapshots.clone());
         let credentials = mode.admin_token.take();
@@ -249,7 +249,7 @@ impl App {
         };
         let operators = AdminService {
             instance,
-            control_plane: mode.control_plane.as_ref().map(|(control, _)| control.clone()),
+            control_plane: mode.control_plane.clone(),
             relay: mode
                 .upstream
                 .clone()
@@ -356,23 +356,16 @@ impl App {
             workers.spawn("admin token", watcher, run);
         }
 
-        // Outlives all tasks that deliver to it, and is not awaited after they end, because a database
-        // may never respond.
-        let mut registry_task = Supervisor::default();
-        if let Some((control, deliveries)) = mode.control_plane {
+        if let Some(control) = mode.control_plane {
             if mode.saves_registry_copies {
                 let parts = (control.clone(), mode.store.clone());
                 workers.spawn("registry copy", parts, |(control, store)| async move {
                     standalone::save_registry_copies(&control, &store).await;
                 });
             }
-            let parts = (control.clone(), persistence.auth.clone());
+            let parts = (control, persistence.auth.clone());
             workers.spawn("control", parts, |(control, auth)| async move {
                 control.run(&auth).await;
-            });
-            let parts = (control, service.authorizer.snapshots.clone(), deliveries);
-            registry_task.spawn("registry", parts, |(control, snapshots, deliveries)| async move {
-                control.store_usage(&snapshots, &mut *deliveries.lock().await).await;
             });
         }
 
@@ -385,7 +378,7 @@ impl App {
         };
         let parts = (persistence.usage.clone(), mode.usage_sink, shutdown);
         flushers.spawn("usage", parts, |(usage, sink, shutdown)| async move {
-            usage.run(sink, shutdown).await;
+            usage.run(sink.as_deref(), &shutdown).await;
         });
         if let Some(saver) = saver {
             let parts = (saver, stop_working.clone());
@@ -436,7 +429,6 @@ impl App {
             workers.abort_all().await;
             stop_working.cancel();
             flushers.join_all().await;
-            registry_task.abort_all().await;
             persistence.save_final().await;
         });
         loop {

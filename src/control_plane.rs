@@ -27,8 +27,8 @@ mod usage_store;
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
-use tokio::sync::{mpsc, watch::Receiver};
-use tracing::{info, warn};
+use tokio::sync::watch::Receiver;
+use tracing::warn;
 
 pub use self::{
     accounts::{Account, AccountChange, NewAccount, PermissionChange},
@@ -46,7 +46,7 @@ pub use self::{
     permissions::{Actor, MissingPermission, Operator, RootRole, TokenAction, TokenPermission},
     sessions::{Activity, Session, SessionRef, SignInAttempt, SignedIn},
     tokens::{NewToken, TokenMetadata},
-    usage_store::{ApplicationSummary, UsageHour},
+    usage_store::{ApplicationSummary, DatabaseUsageSink, UsageHour},
 };
 use self::{
     database::Database,
@@ -61,7 +61,6 @@ use crate::{
     snapshot::Snapshots,
     telemetry::error_chain,
     token::{Grant, Token, TokenDigest, TokenKind},
-    usage::{DeliveryOutcome, RegistryDelivery},
 };
 
 /// The configuration of a control plane.
@@ -218,34 +217,9 @@ impl ControlPlane {
         );
     }
 
-    /// Stores each delivery of usage until the channel is closed; `snapshots` determine which flags are
-    /// configured.
-    pub async fn store_usage(
-        &self,
-        snapshots: &Snapshots,
-        deliveries: &mut mpsc::Receiver<RegistryDelivery>,
-    ) {
-        let health = self.0.database.health();
-        while let Some(delivery) = deliveries.recv().await {
-            let taken = match usage_store::store(&self.0.database, snapshots, &delivery).await {
-                Ok(true) => DeliveryOutcome::Stored,
-                Ok(false) => DeliveryOutcome::Rejected,
-                Err(error) => {
-                    if health.record_usage(false) {
-                        warn!(
-                            error = error_chain(&error),
-                            "Usage could not be stored; it stays queued"
-                        );
-                    }
-                    DeliveryOutcome::Failed
-                }
-            };
-            if taken == DeliveryOutcome::Stored && health.record_usage(true) {
-                info!("Usage is stored again");
-            }
-            // The sender may have timed out; then it delivers again.
-            let _ = delivery.reply.send(taken);
-        }
+    /// The destination of usage in the database; `snapshots` determine which flags are configured.
+    pub fn usage_sink(&self, snapshots: Snapshots) -> DatabaseUsageSink {
+        DatabaseUsageSink::new(self.0.database.clone(), snapshots)
     }
 
     /// The status of the database.

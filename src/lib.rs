@@ -23,8 +23,8 @@
 //! | assembly | [`app`], [`config`], [`commands`], [`probe`] | the parts of each mode, the configuration, subcommands of the command line, the container health check |
 //! | surface | [`http`] | connections and TLS termination ([`http::server`]); routes, handlers and responses, the only place that chooses status codes |
 //! | control plane | [`control_plane`] | accounts, tokens, sessions, the audit log and the usage of a standalone instance, in SQL |
-//! | services | [`sync`], [`auth`], [`usage`], [`evaluation`], [`changes`] | background tasks with their state, and the functions that work on the state below |
-//! | state | [`snapshot`], [`upstream`], [`store`], [`background_writer`], [`tls`] | the flags being served, the client of the upstream server, persistent records and writing them in the background, the listeners' certificates |
+//! | services | [`sync`], [`auth`], [`evaluation`], [`changes`] | background tasks with their state, and the functions that work on the state below |
+//! | state | [`snapshot`], [`usage`], [`upstream`], [`store`], [`background_writer`], [`tls`] | the flags being served, the usage to be sent, the client of the upstream server, persistent records and writing them in the background, the listeners' certificates |
 //! | pure core | [`engine`] | compiled flags and their evaluation; no IO, clock, randomness or logs |
 //! | foundations | [`token`], [`protocol`], [`telemetry`], [`secret_file`], [`rate_limit`], [`backoff`] | tokens and grants, Unleash's JSON, logs and readiness, secrets in files, rate limits, delays between tries |
 //!
@@ -69,8 +69,9 @@
 //!
 //! **A usage report.** [`http::metrics_ingest`] parses it, and [`usage`] aggregates it per environment,
 //! hour, application and flag. At each interval all aggregated counts move to the delivery queue, which
-//! decides what to send and when. Counts that upstream does not accept are kept, aggregated further, and
-//! stored at shutdown.
+//! decides what to send and when. A [`usage::UsageSink`] sends it upstream, or stores it in the control
+//! plane's database. Counts that it does not accept are kept, aggregated further, and stored at
+//! shutdown.
 //!
 //! **An operator's change.** The pages of [`http::console`] call the admin API, as `curl` does.
 //! [`http::admin`] finds the operation in its table and authenticates the caller, by an admin token or

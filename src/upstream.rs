@@ -1,6 +1,7 @@
 //! The client of the upstream Unleash server.
 //!
-//! [`Upstream`] sends the requests; [`Credentials`] provides the tokens. Neither retries, caches
+//! [`Upstream`] sends the requests; [`Credentials`] provides the tokens; [`UpstreamUsageSink`] sends usage
+//! with both. None of them retries, caches
 //! responses or interprets flags: callers decide by [`Error::retry`], [`Error::fault`] and
 //! [`ProvisioningError::retry`].
 
@@ -18,6 +19,7 @@ mod redirect_policy;
 #[cfg(test)]
 pub(crate) mod scripted;
 mod token_provisioning;
+mod usage_sink;
 
 pub use admin_token::{AdminToken, Error as AdminTokenError, State as AdminTokenState};
 pub use client::{FeaturesResponse, FetchResult, TokenAccess, Upstream};
@@ -28,3 +30,4 @@ pub use event_stream::UpstreamEventStream;
 pub use health::Health;
 pub use http_client::Config;
 pub use token_provisioning::{Credential, Error as ProvisioningError};
+pub use usage_sink::UpstreamUsageSink;

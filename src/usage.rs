@@ -1,4 +1,4 @@
-//! Usage reported by SDKs: merged, batched per environment and sent upstream.
+//! Usage reported by SDKs: merged, batched per environment and sent to a [`UsageSink`].
 //!
 //! [`Usage`] bounds the names in a report and adds it to the *aggregator*, which many threads share. At
 //! each interval the *sender* drains the aggregator into the *delivery queue*, which decides which batch
@@ -17,8 +17,9 @@
 //! metrics, and registrations that accompany counts, never cause a report to be rejected: those that
 //! exceed the quota are dropped and counted in the metrics.
 //!
-//! This module does not authorize reports and does no disk IO: the caller stores the bytes from
-//! [`Usage::serialize`].
+//! This module does not authorize reports and does no IO: a [`UsageSink`] sends the batches, and the
+//! caller stores the bytes from [`Usage::serialize`]. Upstream, or the control plane in its place, is
+//! known here only by its limits.
 
 mod aggregator;
 mod applications;
@@ -32,7 +33,6 @@ mod impact_metrics;
 mod memory_pool;
 mod pipeline;
 mod sender;
-mod sink;
 mod spool;
 mod usage_metrics;
 
@@ -54,12 +54,12 @@ use self::{
     usage_metrics::{DropReason, ReportEndpoint},
 };
 pub use self::{
+    batch::{BatchId, OutgoingBatch, SendOutcome, UsageSink},
     delivery_queue::{DeliveryTotals, Revision},
-    environment_queue::BatchId,
     pipeline::Backlog,
     sender::Shutdown,
-    sink::{DeliveryOutcome, RegistryDelivery, Sink},
     spool::RestoreError,
+    usage_metrics::count_unstored_impact_metrics,
 };
 pub use crate::protocol::usage::SdkKind;
 use crate::{
@@ -269,26 +269,16 @@ impl Usage {
     }
 
     /// Sends usage to `sink` at each interval until shutdown is requested, then sends the rest within
-    /// the grace period. Must not run twice at the same time.
+    /// the grace period. Without a sink, usage is counted and dropped at each interval. Must not run
+    /// twice at the same time.
     ///
     /// Usage that could not be sent remains here, to be [serialized](Self::serialize). Dropping the
     /// future, or a panic, loses nothing: the next call resends the batches that were in flight.
-    pub async fn run(&self, sink: Sink, ending: Shutdown) {
+    pub async fn run(&self, sink: Option<&dyn UsageSink>, ending: &Shutdown) {
         let Shared { pipeline, interval, .. } = &*self.shared;
         match sink {
-            Sink::Upstream { upstream, credentials } => {
-                let refusals = sink::FailureLog::default();
-                let send =
-                    |batch| sink::deliver_upstream(&upstream, &credentials, &refusals, batch);
-                sender::run(pipeline, *interval, &ending, send).await;
-            }
-            Sink::Registry(registry) => {
-                let send = |batch| sink::deliver_to_registry(&registry, batch);
-                sender::run(pipeline, *interval, &ending, send).await;
-            }
-            Sink::Discard => {
-                sender::discard_at_interval(pipeline, *interval, &ending.requested).await;
-            }
+            Some(sink) => sender::run(pipeline, *interval, ending, sink).await,
+            None => sender::discard_at_interval(pipeline, *interval, &ending.requested).await,
         }
     }
 

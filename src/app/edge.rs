@@ -22,8 +22,7 @@ use crate::{
     sync::environment_manager::{EnvironmentManager, EnvironmentSelection},
     telemetry::{Latch, error_chain},
     token::{Environment, Grant, Projects, Scope, Token, TokenKind},
-    upstream::{AdminToken, Credentials, Upstream},
-    usage::Sink,
+    upstream::{AdminToken, Credentials, Upstream, UpstreamUsageSink},
 };
 
 /// Delay before configured tokens are validated again after upstream was unavailable.
@@ -122,7 +121,7 @@ pub(super) async fn build(
         }),
         reloadable: Some(reloadable),
         local_tokens,
-        usage_sink: Sink::Upstream { upstream: upstream.clone(), credentials },
+        usage_sink: Some(Arc::new(UpstreamUsageSink::new(upstream.clone(), credentials))),
         upstream: Some(upstream),
         relays_admin_api: edge.admin_relay,
         store,

@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf, sync::Arc};
 
-use tokio::sync::{Mutex, Notify, mpsc};
+use tokio::sync::Notify;
 
 use super::{edge::EdgeSync, reload::Reloadable, supervisor::Supervisor};
 use crate::{
@@ -15,7 +15,7 @@ use crate::{
     tls,
     token::{Grant, TokenDigest},
     upstream::{self, AdminToken, Credentials, Upstream},
-    usage::{RegistryDelivery, Sink},
+    usage::UsageSink,
 };
 
 /// Why an instance does not start or stops.
@@ -52,9 +52,6 @@ pub enum Error {
     Upstream(#[from] upstream::Error),
 }
 
-/// Usage on its way to the registry, for the one task that stores it.
-pub(super) type RegistryDeliveries = Arc<Mutex<mpsc::Receiver<RegistryDelivery>>>;
-
 /// The components of a mode.
 #[derive(Debug)]
 pub(super) struct ModeParts {
@@ -62,7 +59,8 @@ pub(super) struct ModeParts {
     pub(super) flag_source: FlagSource,
     pub(super) validator: Validator,
     pub(super) local_tokens: Vec<(TokenDigest, Grant)>,
-    pub(super) usage_sink: Sink,
+    /// The destination of usage; without one, usage is counted and dropped.
+    pub(super) usage_sink: Option<Arc<dyn UsageSink>>,
     pub(super) upstream: Option<Upstream>,
     /// The admin token for upstream, with everything that depends on it.
     pub(super) admin_token: Option<AdminTokenParts>,
@@ -70,8 +68,8 @@ pub(super) struct ModeParts {
     pub(super) reloadable: Option<Reloadable>,
     /// Whether requests to upstream's admin API are relayed.
     pub(super) relays_admin_api: bool,
-    /// The control plane and the usage to store in it, if this instance has one.
-    pub(super) control_plane: Option<(ControlPlane, RegistryDeliveries)>,
+    /// The control plane, if this instance has one.
+    pub(super) control_plane: Option<ControlPlane>,
     /// Whether copies of its tokens are saved, because the database may be unavailable at the next
     /// start.
     pub(super) saves_registry_copies: bool,

@@ -10,7 +10,6 @@ use std::{
 };
 
 use bytes::Bytes;
-use tokio::sync::{Mutex, mpsc};
 use tracing::{info, warn};
 
 use super::{
@@ -30,7 +29,6 @@ use crate::{
     sync::file_source::FileSource,
     telemetry::{Latch, error_chain},
     token::{Environment, Grant, Token, TokenDigest, TokenKind},
-    usage::Sink,
 };
 
 /// The grants of offline mode's configured tokens, and the environments of its SDK tokens.
@@ -62,9 +60,6 @@ pub(super) async fn build_offline(
     parts_from_files("offline", files, tokens, Store::memory(), latch, reloadable).await
 }
 
-/// Number of usage batches that may be queued for the registry.
-const DELIVERY_CHANNEL_CAPACITY: usize = 16;
-
 /// Standalone mode: an independent server. Calls `announce` once, after the first start has created
 /// accounts and tokens.
 pub(super) async fn build_standalone(
@@ -88,10 +83,9 @@ pub(super) async fn build_standalone(
     let files = FileSource::new(flags, served, snapshots.clone(), None);
     let reloadable = Reloadable::Standalone(files.reload_handle());
     let mut parts = parts_from_files("standalone", files, tokens, store, latch, reloadable).await?;
-    let (deliver, deliveries) = mpsc::channel(DELIVERY_CHANNEL_CAPACITY);
-    parts.usage_sink = Sink::Registry(deliver);
+    parts.usage_sink = Some(Arc::new(control.usage_sink(snapshots.clone())));
     parts.saves_registry_copies = is_remote;
-    parts.control_plane = Some((control, Arc::new(Mutex::new(deliveries))));
+    parts.control_plane = Some(control);
     for environment in named.difference(&snapshots.environments()) {
         warn!(%environment, "Tokens exist for an environment that no file has flags of");
     }
@@ -140,14 +134,14 @@ async fn parts_from_files(
     reloadable: Reloadable,
 ) -> Result<ModeParts, Error> {
     let flag_source = FlagSource::Files(files.start(latch).await?);
-    let (validator, usage_sink, upstream) = (Validator::StaticOnly, Sink::Discard, None);
+    let validator = Validator::StaticOnly;
     Ok(ModeParts {
         name,
         flag_source,
         validator,
         local_tokens: tokens,
-        usage_sink,
-        upstream,
+        usage_sink: None,
+        upstream: None,
         admin_token: None,
         reloadable: Some(reloadable),
         relays_admin_api: false,

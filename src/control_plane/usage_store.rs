@@ -7,8 +7,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use futures_util::future::BoxFuture;
 use jiff::{SignedDuration, Timestamp};
 use sqlx::Row as _;
+use tokio::sync::Mutex;
+use tracing::{info, warn};
 
 use super::{
     database::{Connection, Database, WriteLock, now, timestamp_from_millis, unsigned_count},
@@ -17,8 +20,9 @@ use super::{
 use crate::{
     protocol::usage::{BulkMetric, BulkReport, ClientApplication},
     snapshot::{Snapshot, Snapshots},
+    telemetry::error_chain,
     token::Environment,
-    usage::RegistryDelivery,
+    usage::{BatchId, OutgoingBatch, SendOutcome, UsageSink, count_unstored_impact_metrics},
 };
 
 const HOUR_MILLIS: i64 = 3_600_000;
@@ -81,36 +85,79 @@ pub struct UsageHour {
     pub variants: BTreeMap<String, u64>,
 }
 
-/// Stores a report, the body of `/api/client/metrics/bulk`, in one transaction; returns false if it is
-/// malformed. A batch that is stored already is ignored.
-///
-/// `snapshots` determine which flags and variants are configured.
-pub(super) async fn store(
+/// Stores usage in the database instead of sending it to an upstream.
+#[derive(Debug)]
+pub struct DatabaseUsageSink {
+    database: Database,
+    /// Determine which flags and variants are configured.
+    snapshots: Snapshots,
+    /// Held while a batch is stored, so that the next ones wait without a connection.
+    storing: Mutex<()>,
+}
+
+impl DatabaseUsageSink {
+    pub(super) fn new(database: Database, snapshots: Snapshots) -> Self {
+        Self { database, snapshots, storing: Mutex::default() }
+    }
+
+    /// Stores a batch. Its impact metrics are not stored; they are counted as dropped.
+    async fn store_batch(&self, OutgoingBatch { id, body, .. }: OutgoingBatch) -> SendOutcome {
+        let Ok(report) = BulkReport::parse(&body) else { return SendOutcome::Rejected };
+        let _storing = self.storing.lock().await;
+        let health = self.database.health();
+        match store(&self.database, &self.snapshots, id, &report).await {
+            Ok(()) => {
+                if health.record_usage(true) {
+                    info!("Usage is stored again");
+                }
+                count_unstored_impact_metrics(report.impact_metrics.len());
+                SendOutcome::Sent
+            }
+            Err(error) => {
+                if health.record_usage(false) {
+                    warn!(
+                        error = error_chain(&error),
+                        "Usage could not be stored; it stays queued"
+                    );
+                }
+                SendOutcome::Retry(None)
+            }
+        }
+    }
+}
+
+impl UsageSink for DatabaseUsageSink {
+    fn send(&self, batch: OutgoingBatch) -> BoxFuture<'_, SendOutcome> {
+        Box::pin(self.store_batch(batch))
+    }
+}
+
+/// Stores a report in one transaction. A batch that is stored already is ignored.
+async fn store(
     database: &Database,
     snapshots: &Snapshots,
-    delivery: &RegistryDelivery,
-) -> Result<bool, Error> {
-    let Ok(bulk) = BulkReport::parse(&delivery.body) else { return Ok(false) };
+    id: BatchId,
+    report: &BulkReport,
+) -> Result<(), Error> {
     let mut transaction = database.begin_write(WriteLock::Usage).await?;
     let mark = sqlx::query(
         "INSERT INTO usage_batches (id, stored_at) VALUES ($1, $2) ON CONFLICT DO NOTHING",
     );
-    let mark = mark.bind(delivery.id.to_string()).bind(now().as_millisecond());
+    let mark = mark.bind(id.to_string()).bind(now().as_millisecond());
     if mark.execute(&mut *transaction).await?.rows_affected() == 0 {
-        return Ok(true);
+        return Ok(());
     }
     let mut seen = ReportedApplications::default();
-    for application in &bulk.applications {
+    for application in &report.applications {
         seen.add_application(application);
     }
-    for metric in &bulk.metrics {
+    for metric in &report.metrics {
         let snapshot = snapshots.load(&Environment::new(&metric.environment));
         store_metric(&mut transaction, metric, snapshot.as_deref()).await?;
         seen.add_metric(metric);
     }
     seen.store(&mut transaction).await?;
-    transaction.commit().await?;
-    Ok(true)
+    transaction.commit().await
 }
 
 async fn store_metric(
@@ -415,4 +462,50 @@ pub(super) async fn prune(database: &Database, before: Timestamp) -> Result<(), 
     }
     transaction.commit().await?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use metrics_exporter_prometheus::PrometheusBuilder;
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::control_plane::DatabaseLocation;
+
+    /// Three impact metrics.
+    const IMPACT: &str = r#"{"applications":[],"metrics":[],"impactMetrics":[
+        {"name":"a","help":"h","type":"counter","samples":[{"value":1}]},
+        {"name":"b","help":"h","type":"counter","samples":[{"value":1}]},
+        {"name":"c","help":"h","type":"gauge","samples":[{"value":1}]}]}"#;
+
+    async fn sink(folder: &TempDir) -> DatabaseUsageSink {
+        let location = DatabaseLocation::Sqlite(folder.path().join("parapet.db"));
+        DatabaseUsageSink::new(Database::new(&location).await.unwrap(), Snapshots::default())
+    }
+
+    fn batch(body: &'static str) -> OutgoingBatch {
+        let (id, environment) = (BatchId::default(), Environment::new("dev"));
+        OutgoingBatch { id, environment, body: body.into() }
+    }
+
+    #[tokio::test]
+    async fn batch_is_retried_while_the_database_fails_and_rejected_if_malformed() {
+        let folder = tempfile::tempdir().unwrap();
+        let no_database = "This is another file.".repeat(200);
+        std::fs::write(folder.path().join("parapet.db"), no_database).unwrap();
+        let sink = sink(&folder).await;
+        assert_eq!(sink.send(batch(IMPACT)).await, SendOutcome::Retry(None));
+        assert_eq!(sink.send(batch("{}")).await, SendOutcome::Rejected);
+    }
+
+    #[tokio::test]
+    async fn impact_metrics_are_counted_as_dropped() {
+        let recorder = PrometheusBuilder::new().build_recorder();
+        let registry = recorder.handle();
+        let _counting = metrics::set_default_local_recorder(&recorder);
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(sink(&folder).await.send(batch(IMPACT)).await, SendOutcome::Sent);
+        let (text, item) = (registry.render(), "{item=\"impact_metric_not_kept\"} 3\n");
+        assert!(text.contains(&format!("parapet_usage_items_dropped_total{item}")), "{text}");
+    }
 }

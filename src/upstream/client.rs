@@ -265,7 +265,7 @@ impl Upstream {
     /// Sends a batch of usage: a body of `/api/client/metrics/bulk`.
     ///
     /// Upstream silently drops usage that does not belong to the environment of `token`.
-    pub async fn send_usage(&self, token: &Token, body: Bytes) -> Result<(), Error> {
+    pub(super) async fn send_usage(&self, token: &Token, body: Bytes) -> Result<(), Error> {
         let path = &["api", "client", "metrics", "bulk"];
         let request =
             self.request(Method::POST, path, Some(token)).timeout(LONG_TIMEOUT).body(body);

@@ -1,7 +1,15 @@
-//! Bodies for upstream's `/metrics/bulk`, assembled from serialized items of known size.
+//! Batches of usage, and the [`UsageSink`] that takes them.
+//!
+//! A batch has the body of upstream's `/metrics/bulk`, assembled from serialized items of known size.
+//! The contents of batches and the time of sending are decided elsewhere.
+
+use std::{fmt, time::Duration};
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use jiff::Timestamp;
+
+use crate::token::Environment;
 
 /// The largest body to send, in bytes. Upstream's limit is 100 KiB, excluding headers.
 pub(super) const MAX_BODY_BYTES: usize = 95 * 1024;
@@ -10,6 +18,78 @@ const BODY_START: &str = r#"{"applications":["#;
 const METRICS_START: &str = r#"],"metrics":["#;
 const IMPACT_START: &str = r#"],"impactMetrics":["#;
 const BODY_END: &str = "]}";
+
+/// A destination of usage.
+pub trait UsageSink: fmt::Debug + Send + Sync {
+    /// Sends a batch. If the future is dropped, it is unknown whether the destination accepted it.
+    fn send(&self, batch: OutgoingBatch) -> BoxFuture<'_, SendOutcome>;
+}
+
+/// A batch to send now.
+#[derive(Clone, Debug)]
+pub struct OutgoingBatch {
+    /// Identifies the batch: a retry has the same ID and the same body.
+    pub id: BatchId,
+    /// The environment of its usage.
+    pub environment: Environment,
+    /// The body in the format of `/api/client/metrics/bulk`.
+    pub body: Bytes,
+}
+
+/// The result of sending a batch.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum SendOutcome {
+    /// The destination accepted it.
+    Sent,
+    /// The destination rejected it permanently, but may have stored some of it: resending it, or parts
+    /// of it, could count twice.
+    Rejected,
+    /// The destination, or a proxy in front of it, rejected the body as too large.
+    TooLarge,
+    /// The destination rejected the token, or there is no token for the environment yet.
+    Unauthorized,
+    /// The destination was unavailable or busy; it may have requested a delay.
+    Retry(Option<Duration>),
+}
+
+impl SendOutcome {
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Sent => "sent",
+            Self::Rejected => "rejected",
+            Self::TooLarge => "too_large",
+            Self::Unauthorized => "unauthorized",
+            Self::Retry(_) => "later",
+        }
+    }
+}
+
+/// Identifies a batch across attempts, restarts and instances.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+pub struct BatchId(u128);
+
+impl BatchId {
+    /// The `n`-th batch of an instance with this random number.
+    pub(super) fn new(instance: u64, n: u64) -> Self {
+        Self(u128::from(instance) << 64 | u128::from(n))
+    }
+
+    /// For a batch that was stored without an ID and therefore was never sent with one.
+    pub(super) fn random() -> Self {
+        Self(rand::random())
+    }
+
+    /// Parses the output of `Display`.
+    pub fn parse(text: &str) -> Option<Self> {
+        u128::from_str_radix(text, 16).ok().map(Self)
+    }
+}
+
+impl fmt::Display for BatchId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
 
 /// The list of the body that an item belongs to, in body order.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -72,11 +152,6 @@ impl Batch {
     /// Number of evaluations that it counts.
     pub(super) fn evaluations(&self) -> u64 {
         self.items.iter().fold(0, |sum, item| sum.saturating_add(item.evaluations))
-    }
-
-    /// Number of its items that are impact metrics.
-    pub(super) fn impact_metrics(&self) -> usize {
-        self.items.iter().filter(|item| item.kind == ItemKind::ImpactMetric).count()
     }
 
     /// Splits it into a batch of the first half and the remaining items.

@@ -11,62 +11,23 @@
 //!
 //! A batch in flight is retried *unchanged* and with the same ID until upstream accepts or rejects it.
 //! If it is unknown whether upstream accepted it (the connection broke after it was sent), its
-//! evaluations may be counted twice, unless the destination is a registry, which recognizes the ID. In
-//! all other cases they are counted exactly once.
+//! evaluations may be counted twice, unless the destination recognizes the ID. In all other cases they are counted exactly once.
 
 use std::{
     collections::BTreeMap,
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
 use tracing::warn;
 
 use super::{
     aggregator::Drained,
+    batch::{BatchId, OutgoingBatch, SendOutcome},
     counter::Overflow,
-    environment_queue::{BatchId, EnvironmentQueue},
+    environment_queue::EnvironmentQueue,
     usage_metrics::{self, DropReason},
 };
 use crate::token::Environment;
-
-/// A batch to send now.
-#[derive(Clone, Debug)]
-pub(super) struct OutgoingBatch {
-    pub(super) id: BatchId,
-    pub(super) environment: Environment,
-    pub(super) body: Bytes,
-    /// Number of impact metrics in it, or parts of them.
-    pub(super) impact_metrics: usize,
-}
-
-/// The result of sending a batch.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum SendOutcome {
-    /// Upstream accepted it.
-    Sent,
-    /// Upstream rejected it permanently, but may have stored some of it: resending it, or parts of it,
-    /// could count twice.
-    Rejected,
-    /// Upstream, or a proxy in front of it, rejected the body as too large.
-    TooLarge,
-    /// Upstream rejected the token, or there is no token for the environment yet.
-    Unauthorized,
-    /// Upstream was unavailable or busy; it may have requested a delay.
-    Retry(Option<Duration>),
-}
-
-impl SendOutcome {
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Sent => "sent",
-            Self::Rejected => "rejected",
-            Self::TooLarge => "too_large",
-            Self::Unauthorized => "unauthorized",
-            Self::Retry(_) => "later",
-        }
-    }
-}
 
 /// Identifies a state of the queue: the same revision means the same pending usage.
 ///
@@ -162,8 +123,7 @@ impl DeliveryQueue {
                 Some((id, batch)) => {
                     queue.is_sending = true;
                     let environment = environment.clone();
-                    let (body, impact_metrics) = (batch.body(), batch.impact_metrics());
-                    return Some(OutgoingBatch { id: *id, environment, body, impact_metrics });
+                    return Some(OutgoingBatch { id: *id, environment, body: batch.body() });
                 }
                 None => queue.waiting_since = None,
             }

@@ -5,7 +5,6 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    fmt,
     iter::repeat,
     sync::Arc,
     time::{Duration, Instant},
@@ -16,7 +15,7 @@ use jiff::Timestamp;
 use super::{
     aggregator::Drained,
     applications::Registration,
-    batch::{Batch, BatchBuilder, Item, ItemKind, MAX_BODY_BYTES},
+    batch::{Batch, BatchBuilder, BatchId, Item, ItemKind, MAX_BODY_BYTES},
     counter::Overflow,
     counters::Counters,
     impact_metrics::{AppMetric, ImpactSeries},
@@ -43,33 +42,6 @@ const GROW_LIMIT_AFTER: u32 = 8;
 const SAMPLES_PER_ITEM: usize = 64;
 /// The largest item with several samples, in bytes.
 const MAX_IMPACT_ITEM_BYTES: usize = 16 * 1024;
-
-/// Identifies a batch across attempts, restarts and instances.
-#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
-pub struct BatchId(u128);
-
-impl BatchId {
-    /// The `n`-th batch of an instance with this random number.
-    pub(super) fn new(instance: u64, n: u64) -> Self {
-        Self(u128::from(instance) << 64 | u128::from(n))
-    }
-
-    /// For a batch that was stored without an ID and therefore was never sent with one.
-    pub(super) fn random() -> Self {
-        Self(rand::random())
-    }
-
-    /// Parses the output of `Display`.
-    pub fn parse(text: &str) -> Option<Self> {
-        u128::from_str_radix(text, 16).ok().map(Self)
-    }
-}
-
-impl fmt::Display for BatchId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:032x}", self.0)
-    }
-}
 
 /// Whether a report is older or newer than the pending usage.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

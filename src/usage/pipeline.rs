@@ -10,10 +10,9 @@ use tokio::sync::Notify;
 
 use super::{
     aggregator::Aggregator,
-    batch::ItemKind,
+    batch::{BatchId, ItemKind, OutgoingBatch, SendOutcome},
     counter::{Counter, CounterKey},
-    delivery_queue::{DeliveryQueue, DeliveryTotals, OutgoingBatch, Revision, SendOutcome},
-    environment_queue::BatchId,
+    delivery_queue::{DeliveryQueue, DeliveryTotals, Revision},
     spool::{self, Restored},
     usage_metrics,
 };

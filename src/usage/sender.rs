@@ -1,19 +1,15 @@
 //! The loop that sends pending usage, and the final flush at shutdown.
 //!
-//! The caller provides the function that sends; the delivery queue decides when to retry.
+//! The delivery queue decides when to retry, and the [`UsageSink`] how to send.
 
-use std::{
-    future::Future,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
-use futures_util::{StreamExt as _, stream::FuturesUnordered};
+use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use tokio::time::{MissedTickBehavior, interval_at, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    delivery_queue::{OutgoingBatch, SendOutcome},
-    environment_queue::BatchId,
+    batch::{BatchId, SendOutcome, UsageSink},
     pipeline::Pipeline,
 };
 
@@ -33,24 +29,25 @@ pub struct Shutdown {
     pub forced: CancellationToken,
 }
 
+/// The batches in flight.
+type InFlight<'a> = FuturesUnordered<BoxFuture<'a, (BatchId, SendOutcome)>>;
+
 /// Sends usage after each `interval` until shutdown is requested, then the rest within the grace period.
 ///
 /// Usage that could not be sent remains in the pipeline. Dropping the future loses only the results of
 /// batches in flight, which are therefore resent.
-pub(super) async fn run<F>(
+pub(super) async fn run(
     pipeline: &Pipeline,
     interval: Duration,
     ending: &Shutdown,
-    send: impl Fn(OutgoingBatch) -> F,
-) where
-    F: Future<Output = (BatchId, SendOutcome)>,
-{
+    sink: &dyn UsageSink,
+) {
     pipeline.requeue_in_flight();
     let mut ticks = interval_at(tokio::time::Instant::now() + interval, interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut in_flight = FuturesUnordered::new();
+    let mut in_flight = InFlight::new();
     loop {
-        send_ready_batches(pipeline, &in_flight, &send);
+        send_ready_batches(pipeline, &in_flight, sink);
         tokio::select! {
             () = ending.requested.cancelled() => break,
             _ = ticks.tick() => pipeline.drain(monotonic_now()),
@@ -62,7 +59,7 @@ pub(super) async fn run<F>(
     pipeline.reset_backoff();
     let flush = async {
         loop {
-            send_ready_batches(pipeline, &in_flight, &send);
+            send_ready_batches(pipeline, &in_flight, sink);
             if in_flight.is_empty() && pipeline.next_retry_at().is_none() {
                 break;
             }
@@ -108,13 +105,10 @@ pub(super) async fn discard_at_interval(
     }
 }
 
-fn send_ready_batches<F>(
-    pipeline: &Pipeline,
-    in_flight: &FuturesUnordered<F>,
-    send: &impl Fn(OutgoingBatch) -> F,
-) {
+fn send_ready_batches<'a>(pipeline: &Pipeline, in_flight: &InFlight<'a>, sink: &'a dyn UsageSink) {
     while let Some(batch) = pipeline.next_batch(monotonic_now()) {
-        in_flight.push(send(batch));
+        let id = batch.id;
+        in_flight.push(sink.send(batch).map(move |outcome| (id, outcome)).boxed());
     }
 }
 
@@ -138,13 +132,12 @@ fn monotonic_now() -> Instant {
 #[cfg(test)]
 mod tests {
     use std::{
-        cell::{Cell, RefCell},
+        collections::VecDeque,
         future::pending,
         panic::AssertUnwindSafe,
-        sync::Arc,
+        sync::{Arc, Mutex},
     };
 
-    use futures_util::FutureExt as _;
     use jiff::Timestamp;
 
     use super::*;
@@ -153,6 +146,7 @@ mod tests {
         token::{Environment, TokenDigest},
         usage::{
             aggregator::ReportedCounter,
+            batch::OutgoingBatch,
             counter::{Counter, CounterKey, Hour, NameStatus, Overflow},
         },
     };
@@ -176,38 +170,75 @@ mod tests {
         Shutdown { requested, grace: MINUTE, forced }
     }
 
-    /// Runs the loop for a while. Each batch gets the next of the outcomes, and `Sent` after the last.
+    /// How a [`MemorySink`] responds to a batch.
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum Response {
+        At(Duration, SendOutcome),
+        Never,
+        Panic,
+    }
+
+    const SENT: Response = Response::At(Duration::ZERO, SendOutcome::Sent);
+
+    fn retry(after: Option<Duration>) -> Response {
+        Response::At(Duration::ZERO, SendOutcome::Retry(after))
+    }
+
+    /// Gives each batch the next response, and [`SENT`] after the last.
+    #[derive(Debug)]
+    struct MemorySink {
+        start: Instant,
+        responses: Mutex<VecDeque<Response>>,
+        /// Second and response of each attempt.
+        attempts: Mutex<Vec<(u64, Response)>>,
+    }
+
+    impl MemorySink {
+        fn new(responses: &[Response]) -> Self {
+            let responses = Mutex::new(responses.iter().copied().collect());
+            Self { start: monotonic_now(), responses, attempts: Mutex::default() }
+        }
+    }
+
+    impl UsageSink for MemorySink {
+        fn send(&self, _: OutgoingBatch) -> BoxFuture<'_, SendOutcome> {
+            let response = self.responses.lock().unwrap().pop_front().unwrap_or(SENT);
+            let second = (monotonic_now() - self.start).as_secs();
+            self.attempts.lock().unwrap().push((second, response));
+            Box::pin(async move {
+                match response {
+                    Response::At(delay, outcome) => {
+                        tokio::time::sleep(delay).await;
+                        outcome
+                    }
+                    Response::Never => pending().await,
+                    Response::Panic => panic!("a batch that cannot be sent"),
+                }
+            })
+        }
+    }
+
+    /// Runs the loop for a while, and returns the attempts.
     async fn attempts(
         pipeline: &Pipeline,
         run_for: Duration,
-        outcomes: &[SendOutcome],
-    ) -> Vec<(u64, SendOutcome)> {
-        let start = monotonic_now();
-        let attempts = RefCell::new(Vec::new());
-        let send = |batch: OutgoingBatch| {
-            let mut attempts = attempts.borrow_mut();
-            let outcome = outcomes.get(attempts.len()).copied().unwrap_or(SendOutcome::Sent);
-            attempts.push(((monotonic_now() - start).as_secs(), outcome));
-            async move { (batch.id, outcome) }
-        };
-        let ending = shutdown();
-        tokio::join!(run(pipeline, MINUTE, &ending, send), async {
+        responses: &[Response],
+    ) -> Vec<(u64, Response)> {
+        let (sink, ending) = (MemorySink::new(responses), shutdown());
+        tokio::join!(run(pipeline, MINUTE, &ending, &sink), async {
             tokio::time::sleep(run_for).await;
             ending.requested.cancel();
         });
-        attempts.into_inner()
+        sink.attempts.into_inner().unwrap()
     }
 
     #[tokio::test(start_paused = true)]
     async fn usage_is_sent_at_each_interval_and_at_shutdown() {
         let pipeline = Pipeline::new(10);
         count(&pipeline, 1);
-        assert_eq!(
-            attempts(&pipeline, 2 * MINUTE + MINUTE / 2, &[]).await,
-            [(60, SendOutcome::Sent)]
-        );
+        assert_eq!(attempts(&pipeline, 2 * MINUTE + MINUTE / 2, &[]).await, [(60, SENT)]);
         count(&pipeline, 1);
-        assert_eq!(attempts(&pipeline, MINUTE / 2, &[]).await, [(30, SendOutcome::Sent)]);
+        assert_eq!(attempts(&pipeline, MINUTE / 2, &[]).await, [(30, SENT)]);
         assert_eq!(
             pipeline.totals(),
             crate::usage::delivery_queue::DeliveryTotals { sent: 2, dropped: 0 }
@@ -218,9 +249,9 @@ mod tests {
     async fn failed_batch_is_retried_after_its_delay() {
         let pipeline = Pipeline::new(10);
         count(&pipeline, 1);
-        let delay = SendOutcome::Retry(Some(Duration::from_secs(100)));
+        let delay = retry(Some(Duration::from_secs(100)));
         let made = attempts(&pipeline, 5 * MINUTE, &[delay]).await;
-        assert_eq!(made, [(60, delay), (160, SendOutcome::Sent)]);
+        assert_eq!(made, [(60, delay), (160, SENT)]);
     }
 
     #[tokio::test(start_paused = true)]
@@ -228,14 +259,11 @@ mod tests {
         let pipeline = Pipeline::new(10);
         count(&pipeline, 3);
         let ending = shutdown();
-        let panics = |_| async { panic!("a batch that cannot be sent") };
-        let panicked = AssertUnwindSafe(run(&pipeline, MINUTE, &ending, panics)).catch_unwind();
+        let panics = MemorySink::new(&[Response::Panic]);
+        let panicked = AssertUnwindSafe(run(&pipeline, MINUTE, &ending, &panics)).catch_unwind();
         assert!(panicked.await.is_err());
         count(&pipeline, 4);
-        assert_eq!(
-            attempts(&pipeline, MINUTE * 3 / 2, &[]).await,
-            [(0, SendOutcome::Sent), (60, SendOutcome::Sent)]
-        );
+        assert_eq!(attempts(&pipeline, MINUTE * 3 / 2, &[]).await, [(0, SENT), (60, SENT)]);
         assert_eq!(
             pipeline.totals(),
             crate::usage::delivery_queue::DeliveryTotals { sent: 7, dropped: 0 }
@@ -263,17 +291,13 @@ mod tests {
         count(&pipeline, 7);
         let ending = shutdown();
         ending.requested.cancel();
-        let tries = Cell::new(0);
-        run(&pipeline, MINUTE, &ending, |_| {
-            tries.set(tries.get() + 1);
-            pending()
-        })
-        .await;
-        assert_eq!(tries.get(), 1);
+        let sink = MemorySink::new(&[Response::Never]);
+        run(&pipeline, MINUTE, &ending, &sink).await;
+        assert_eq!(sink.attempts.into_inner().unwrap(), [(0, Response::Never)]);
         let saved = pipeline.serialize().unwrap();
         let restarted = Pipeline::new(10);
         restarted.restore(&saved, monotonic_now()).unwrap();
-        assert_eq!(attempts(&restarted, MINUTE, &[]).await, [(0, SendOutcome::Sent)]);
+        assert_eq!(attempts(&restarted, MINUTE, &[]).await, [(0, SENT)]);
         assert_eq!(restarted.totals().sent, 7);
         assert_eq!(restarted.serialize(), None);
     }
@@ -285,12 +309,10 @@ mod tests {
         let ending = shutdown();
         ending.requested.cancel();
         let start = monotonic_now();
-        let slow = |batch: OutgoingBatch| async move {
-            tokio::time::sleep(FORCED_RESPONSE_TIMEOUT / 2).await;
-            (batch.id, SendOutcome::Retry(None))
-        };
-        tokio::join!(run(&pipeline, MINUTE, &ending, slow), async { ending.forced.cancel() });
-        assert_eq!(monotonic_now() - start, FORCED_RESPONSE_TIMEOUT / 2);
+        let delay = FORCED_RESPONSE_TIMEOUT / 2;
+        let slow = MemorySink::new(&[Response::At(delay, SendOutcome::Retry(None))]);
+        tokio::join!(run(&pipeline, MINUTE, &ending, &slow), async { ending.forced.cancel() });
+        assert_eq!(monotonic_now() - start, delay);
         assert!(pipeline.serialize().is_some());
     }
 }

@@ -13,9 +13,9 @@ use serde_json::value::{RawValue, to_raw_value};
 
 use super::{
     applications::Registration,
-    batch::{Batch, Item, ItemKind},
+    batch::{Batch, BatchId, Item, ItemKind},
     counter::{Counter, CounterKey, Hour, NameStatus},
-    environment_queue::{Age, BatchId, EnvironmentQueue},
+    environment_queue::{Age, EnvironmentQueue},
     impact_metrics::AppMetric,
     memory_pool::{Quota, Reservation},
 };

@@ -7,7 +7,7 @@ use metrics_exporter_prometheus::PrometheusBuilder;
 use proptest::prelude::*;
 use serde_json::json;
 
-use super::{delivery_queue::SendOutcome, *};
+use super::*;
 use crate::{protocol::features::Document, token::Projects};
 
 fn usage(max_counters: usize) -> Usage {

@@ -110,6 +110,11 @@ pub(super) fn count_dropped_items(item: &'static str, count: usize) {
     }
 }
 
+/// Counts the impact metrics of a batch whose destination stores none.
+pub fn count_unstored_impact_metrics(count: usize) {
+    count_dropped_items("impact_metric_not_kept", count);
+}
+
 pub(super) fn count_batch(outcome: &'static str) {
     counter!(BATCHES, "outcome" => outcome).increment(1);
 }

@@ -22,22 +22,18 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
         ("backoff", &[]),
     ],
     &[("engine", &[])],
-    // `upstream` stores its tokens, and reads PEM files like the listeners.
+    // `usage` compares names with the snapshot's. `upstream` stores its tokens, reads PEM files like the
+    // listeners, and is a destination of usage.
     &[
         ("snapshot", &[]),
+        ("usage", &["snapshot"]),
         ("store", &[]),
         ("background_writer", &["store"]),
         ("tls", &[]),
-        ("upstream", &["background_writer", "store", "tls"]),
+        ("upstream", &["background_writer", "store", "tls", "usage"]),
     ],
     // `sync` prewarms the evaluation cache of a snapshot before it is served.
-    &[
-        ("evaluation", &[]),
-        ("auth", &[]),
-        ("changes", &[]),
-        ("sync", &["evaluation"]),
-        ("usage", &[]),
-    ],
+    &[("evaluation", &[]), ("auth", &[]), ("changes", &[]), ("sync", &["evaluation"])],
     &[("control_plane", &[])],
     &[("http", &[])],
     // Above all modules whose settings it collects; only the next layer reads it.
@@ -349,8 +345,7 @@ fn every_file_begins_with_module_docs() {
 
 #[test]
 fn only_http_chooses_status_codes() {
-    let allowed = ["http", "upstream", "upstream.rs", "probe.rs", "usage/sink.rs"];
-    // `usage/sink.rs` reads upstream's statuses but chooses none.
+    let allowed = ["http", "upstream", "upstream.rs", "probe.rs"];
     check_absent("only `http` chooses a status", r"\bStatusCode\b", &allowed);
 }
 

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use jiff::Timestamp;
 use parapet::control_plane::{
     Actor, Config, ControlPlane, Event, EventKind, EventQuery, NewAccount, NewToken, Operator,
@@ -12,9 +11,8 @@ use parapet::control_plane::{
 use parapet::protocol::features::Document;
 use parapet::snapshot::{Snapshot, Snapshots};
 use parapet::token::{Environment, Projects, Scope, TokenKind};
-use parapet::usage::{BatchId, DeliveryOutcome, RegistryDelivery};
+use parapet::usage::{BatchId, OutgoingBatch, SendOutcome, UsageSink as _};
 use serde_json::{Value, json};
-use tokio::sync::{mpsc, oneshot};
 
 use super::fixture::{
     RunningInstance, SHELL, TestDatabase, actor_of_session, password, sign_in_actor,
@@ -108,21 +106,16 @@ async fn events_record_actor_action_time_and_address(db: TestDatabase) {
     assert!(control.events(&editor.operator, &all).await.is_err());
 }
 
-/// Delivers a usage report to the registry and returns the outcome.
-async fn deliver_usage(control: &ControlPlane, body: &Value) -> DeliveryOutcome {
+/// Delivers a usage report to the control plane and returns the outcome.
+async fn deliver_usage(control: &ControlPlane, body: &Value) -> SendOutcome {
     let batch = BatchId::parse(&format!("{:032x}", rand::random::<u128>())).unwrap();
     deliver_usage_batch(control, batch, body).await
 }
 
 /// Delivers it with a batch id.
-async fn deliver_usage_batch(control: &ControlPlane, id: BatchId, body: &Value) -> DeliveryOutcome {
-    let (deliver, mut deliveries) = mpsc::channel(1);
-    let (reply, taken) = oneshot::channel();
-    let body = Bytes::from(body.to_string());
-    deliver.send(RegistryDelivery { id, body, reply }).await.unwrap();
-    drop(deliver);
-    control.store_usage(&configured_flags(), &mut deliveries).await;
-    taken.await.unwrap()
+async fn deliver_usage_batch(control: &ControlPlane, id: BatchId, body: &Value) -> SendOutcome {
+    let (environment, body) = (Environment::new("dev"), body.to_string().into());
+    control.usage_sink(configured_flags()).send(OutgoingBatch { id, environment, body }).await
 }
 
 /// The flag `blue` of `dev`, with the variants `a` and `b`.
@@ -155,12 +148,12 @@ async fn usage_is_merged_by_hour_and_listed(db: TestDatabase) {
     let noon = "2026-05-05T12:20:00Z";
     assert_eq!(
         deliver_usage(&control, &usage_report(noon, 2, &json!({ "a": 2 }))).await,
-        DeliveryOutcome::Stored
+        SendOutcome::Sent
     );
     let later = usage_report("2026-05-05T12:59:59Z", 3, &json!({ "a": 1, "b": 2 }));
-    assert_eq!(deliver_usage(&control, &later).await, DeliveryOutcome::Stored);
+    assert_eq!(deliver_usage(&control, &later).await, SendOutcome::Sent);
     let next = usage_report("2026-05-05T13:00:00Z", 0, &json!({}));
-    assert_eq!(deliver_usage(&control, &next).await, DeliveryOutcome::Stored);
+    assert_eq!(deliver_usage(&control, &next).await, SendOutcome::Sent);
 
     let since: Timestamp = "2026-05-05T12:30:00Z".parse().unwrap();
     let hours = control.flag_usage("blue", since).await.unwrap();
@@ -187,17 +180,17 @@ async fn usage_is_merged_by_hour_and_listed(db: TestDatabase) {
 
 async fn usage_that_cannot_be_stored_is_refused(db: TestDatabase) {
     let control = db.open().await;
-    assert_eq!(deliver_usage(&control, &json!("usage")).await, DeliveryOutcome::Rejected);
+    assert_eq!(deliver_usage(&control, &json!("usage")).await, SendOutcome::Rejected);
     // Input that would fail on every retry is corrected: PostgreSQL stores no NUL and no number beyond
     // its range.
     let noon = "2026-05-05T12:00:00Z";
     let huge = usage_report(noon, u64::MAX, &json!({ "a": u64::MAX, "b\0": 1 }));
-    assert_eq!(deliver_usage(&control, &huge).await, DeliveryOutcome::Stored);
-    assert_eq!(deliver_usage(&control, &huge).await, DeliveryOutcome::Stored);
+    assert_eq!(deliver_usage(&control, &huge).await, SendOutcome::Sent);
+    assert_eq!(deliver_usage(&control, &huge).await, SendOutcome::Sent);
     let mut odd = usage_report(noon, 1, &json!({}));
     odd["metrics"][0]["featureName"] = "gr\0een".into();
     odd["metrics"][0]["appName"] = "x".repeat(5000).into();
-    assert_eq!(deliver_usage(&control, &odd).await, DeliveryOutcome::Stored);
+    assert_eq!(deliver_usage(&control, &odd).await, SendOutcome::Sent);
     let hours = control.flag_usage("blue", Timestamp::UNIX_EPOCH).await.unwrap();
     assert!(hours[0].yes >= (1 << 53) - 1, "{hours:?}");
     assert_eq!(control.flag_usage("green", Timestamp::UNIX_EPOCH).await.unwrap()[0].yes, 1);
@@ -210,7 +203,7 @@ async fn old_usage_and_events_are_deleted_after_retention(db: TestDatabase) {
     db.execute(old).await;
     // The usage is old, but its application was seen just now.
     let long_ago = usage_report("2020-01-01T00:00:00Z", 1, &json!({ "a": 1 }));
-    assert_eq!(deliver_usage(&control, &long_ago).await, DeliveryOutcome::Stored);
+    assert_eq!(deliver_usage(&control, &long_ago).await, SendOutcome::Sent);
     let has_old = async |control: &ControlPlane| {
         let query = EventQuery { created_by: Some("x".to_owned()), ..EventQuery::default() };
         control.events(&SHELL.operator, &query).await.unwrap().total == 1
@@ -239,16 +232,16 @@ async fn repeated_batch_is_counted_once(db: TestDatabase) {
     let id = |text: &str| BatchId::parse(text).unwrap();
     let body = usage_report("2026-05-05T12:20:00Z", 2, &json!({ "a": 2 }));
     for batch in ["1", "1", "2", "1", "2"] {
-        assert_eq!(deliver_usage_batch(&control, id(batch), &body).await, DeliveryOutcome::Stored);
+        assert_eq!(deliver_usage_batch(&control, id(batch), &body).await, SendOutcome::Sent);
     }
     let hours = control.flag_usage("blue", Timestamp::UNIX_EPOCH).await.unwrap();
     assert_eq!((hours[0].yes, hours[0].variants["a"]), (4, 4));
     // A batch that could not be stored is not remembered.
     assert_eq!(
         deliver_usage_batch(&control, id("3"), &json!("usage")).await,
-        DeliveryOutcome::Rejected
+        SendOutcome::Rejected
     );
-    assert_eq!(deliver_usage_batch(&control, id("3"), &body).await, DeliveryOutcome::Stored);
+    assert_eq!(deliver_usage_batch(&control, id("3"), &body).await, SendOutcome::Sent);
     let hours = control.flag_usage("blue", Timestamp::UNIX_EPOCH).await.unwrap();
     assert_eq!(hours[0].yes, 6);
 }
@@ -279,7 +272,7 @@ async fn unknown_flags_and_variants_are_limited_to_ten_thousand_rows(db: TestDat
     let body = json!({ "applications": [], "metrics": [
         metric("blue", json!({ "a": 1, "disabled": 1, "made-up": 1 })), metric("made-up", json!({})),
     ] });
-    assert_eq!(deliver_usage(&control, &body).await, DeliveryOutcome::Stored);
+    assert_eq!(deliver_usage(&control, &body).await, SendOutcome::Sent);
     assert_eq!(db.count("SELECT COUNT(*) FROM flag_usage WHERE known = 1").await, 1);
     assert_eq!(db.count("SELECT COUNT(*) FROM variant_usage WHERE known = 1").await, 2);
 
