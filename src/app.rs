@@ -360,7 +360,7 @@ impl App {
             if mode.saves_registry_copies {
                 let parts = (control.clone(), mode.store.clone());
                 workers.spawn("registry copy", parts, |(control, store)| async move {
-                    standalone::save_registry_copies(&control, &store).await;
+                    standalone::save_registry_copies(&control, &*store).await;
                 });
             }
             let parts = (control, persistence.auth.clone());

@@ -30,7 +30,7 @@ const RETRY_DELAY: Duration = Duration::from_secs(5);
 pub struct BackgroundWriter(Arc<Inner>);
 
 struct Inner {
-    store: Store,
+    store: Arc<dyn Store>,
     /// Records that are not written yet.
     pending: Mutex<HashMap<RecordKey, Encode>>,
     notify: Notify,
@@ -41,12 +41,12 @@ type Encode = Box<dyn Fn() -> Bytes + Send + Sync>;
 
 impl BackgroundWriter {
     /// A writer to this store; [`run`](Self::run) does the writing.
-    pub fn new(store: Store) -> Self {
+    pub fn new(store: Arc<dyn Store>) -> Self {
         Self(Arc::new(Inner { store, pending: Mutex::default(), notify: Notify::new() }))
     }
 
     /// The store, to read records from.
-    pub fn store(&self) -> &Store {
+    pub fn store(&self) -> &Arc<dyn Store> {
         &self.0.store
     }
 
@@ -113,7 +113,10 @@ impl fmt::Debug for BackgroundWriter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::token::Environment;
+    use crate::{
+        store::{FileStore, MemoryStore},
+        token::Environment,
+    };
 
     fn flags(environment: &str) -> RecordKey {
         RecordKey::Flags(Environment::new(environment))
@@ -125,8 +128,8 @@ mod tests {
 
     #[tokio::test]
     async fn newest_version_of_each_record_is_saved_before_shutdown() {
-        let store = Store::memory();
-        let (saver, stop) = (BackgroundWriter::new(store.clone()), CancellationToken::new());
+        let store: Arc<dyn Store> = Arc::new(MemoryStore::default());
+        let (saver, stop) = (BackgroundWriter::new(Arc::clone(&store)), CancellationToken::new());
         let credentials = RecordKey::Credentials(Environment::new("dev"));
         let expected = [(flags("dev"), "new"), (flags("prod"), "other"), (credentials, "sealed")];
         save(&saver, &flags("dev"), "old");
@@ -144,11 +147,11 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn failed_record_is_saved_later_unless_a_newer_version_exists() {
         let folder = tempfile::tempdir().expect("folder");
-        let store = Store::directory(folder.path()).expect("store");
+        let store: Arc<dyn Store> = Arc::new(FileStore::open(folder.path()).expect("store"));
         // A directory at the record's path makes writing fail.
         let in_the_way = folder.path().join("flags-dev.parapet");
         std::fs::create_dir(&in_the_way).expect("directory");
-        let (saver, stop) = (BackgroundWriter::new(store.clone()), CancellationToken::new());
+        let (saver, stop) = (BackgroundWriter::new(Arc::clone(&store)), CancellationToken::new());
         save(&saver, &flags("dev"), "old");
         assert!(saver.save_pending().await.is_some());
         save(&saver, &flags("dev"), "new");

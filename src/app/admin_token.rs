@@ -194,7 +194,7 @@ mod tests {
     use super::*;
     use crate::{
         background_writer::BackgroundWriter,
-        store::{RecordKey, Store},
+        store::{FileStore, RecordKey, Store as _},
         upstream::{Upstream, scripted::config},
     };
 
@@ -251,10 +251,11 @@ mod tests {
     async fn credential_is_reencrypted_once_the_disk_works_again() {
         let folder = tempfile::tempdir().expect("folder");
         let (disk, elsewhere) = (folder.path().join("disk"), folder.path().join("elsewhere"));
-        let store = Store::directory(&disk).expect("store");
-        let (saver, stop) = (BackgroundWriter::new(store.clone()), CancellationToken::new());
+        let store = Arc::new(FileStore::open(&disk).expect("store"));
+        let (saver, stop) =
+            (BackgroundWriter::new(Arc::<FileStore>::clone(&store)), CancellationToken::new());
         let dev = Environment::new("dev");
-        store.save(&RecordKey::Credentials(dev.clone()), RECORD.to_vec()).await.expect("saved");
+        store.save(&RecordKey::Credentials(dev.clone()), RECORD.into()).await.expect("saved");
         let admin = |text| AdminToken::new(Token::parse(text).expect("token"), None);
         let edge = |admin: &AdminToken| {
             let unreachable = Upstream::new(config("http://127.0.0.1:1")).expect("client");

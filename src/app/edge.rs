@@ -18,7 +18,7 @@ use crate::{
     background_writer::BackgroundWriter,
     config::{self, BackupFolder, Credentials as Given},
     snapshot::Snapshots,
-    store::{self, RecordKey, Store, edge_backup},
+    store::{FileStore, MemoryStore, OpenError, RecordKey, Store, edge_backup},
     sync::environment_manager::{EnvironmentManager, EnvironmentSelection},
     telemetry::{Latch, error_chain},
     token::{Environment, Grant, Projects, Scope, Token, TokenKind},
@@ -53,7 +53,7 @@ pub(super) async fn build(
     latch: Latch,
 ) -> Result<ModeParts, Error> {
     let store = open_store(&edge.backup_folder)?;
-    let saver = BackgroundWriter::new(store.clone());
+    let saver = BackgroundWriter::new(Arc::clone(&store));
     let upstream = Upstream::new(edge.upstream)?;
     let (credentials, selection, admin, tokens) = match edge.credentials {
         Given::Admin { token, file, fleet, environments } => {
@@ -84,14 +84,16 @@ pub(super) async fn build(
         credentials: credentials.clone(),
         token_added: Arc::clone(&token_added),
         snapshots: snapshots.clone(),
-        store: store.clone(),
+        store: Arc::clone(&store),
         saver,
     };
     environments.restore().await;
     let imported = import_edge_backup(edge.backup_folder.path(), &environments).await;
     // Once Parapet has stored tokens itself, they also reflect later revocations. This only checks that
     // the record exists; problems with it are reported when it is loaded.
-    let imported = if store.contains(&RecordKey::TokenCache).await { Vec::new() } else { imported };
+    let has_token_cache =
+        store.list().await.map_or(true, |keys| keys.contains(&RecordKey::TokenCache));
+    let imported = if has_token_cache { Vec::new() } else { imported };
     let local_tokens =
         admin.iter().map(|token| admin_token::admin_grant(&token.current())).collect();
     let (send_tokens, configured_tokens) = watch::channel(tokens);
@@ -130,17 +132,18 @@ pub(super) async fn build(
 
 /// Opens the store in a folder. Falls back to memory if the folder is not writable and is only the
 /// default: Unleash Edge starts in a container without a writable folder, and so must its replacement.
-fn open_store(folder: &BackupFolder) -> Result<Store, store::Error> {
-    Store::directory(folder.path()).or_else(|error| match folder {
-        BackupFolder::Configured(_) => Err(error),
-        BackupFolder::Default(_) => {
+fn open_store(folder: &BackupFolder) -> Result<Arc<dyn Store>, OpenError> {
+    match (FileStore::open(folder.path()), folder) {
+        (Ok(store), _) => Ok(Arc::new(store)),
+        (Err(error), BackupFolder::Configured(_)) => Err(error),
+        (Err(error), BackupFolder::Default(_)) => {
             warn!(
                 error = error_chain(&error),
                 "State cannot be stored: the next start needs upstream for flags and tokens, and usage still unsent at shutdown is lost. Name a writable folder with --backup-folder"
             );
-            Ok(Store::memory())
+            Ok(Arc::new(MemoryStore::default()))
         }
-    })
+    }
 }
 
 /// Imports the backup of Unleash Edge in the folder; unreadable parts are skipped.
@@ -304,11 +307,9 @@ mod tests {
     async fn only_a_configured_folder_must_be_writable() {
         let file = tempfile::NamedTempFile::new().expect("file");
         let nowhere = file.path().join("backup");
-        let error = open_store(&BackupFolder::Configured(nowhere.clone()))
-            .expect_err("a file is in the way");
-        assert!(matches!(error, store::Error::Directory { .. }), "{error:?}");
+        open_store(&BackupFolder::Configured(nowhere.clone())).expect_err("a file is in the way");
         let store = open_store(&BackupFolder::Default(nowhere)).expect("memory");
-        store.save(&RecordKey::TokenCache, "x").await.expect("save");
+        store.save(&RecordKey::TokenCache, "x".into()).await.expect("save");
 
         let folder = tempfile::tempdir().expect("folder");
         open_store(&BackupFolder::Default(folder.path().join("backup"))).expect("store");

@@ -32,7 +32,7 @@ pub enum Error {
     ListenerStopped,
     /// The store cannot be opened.
     #[error("cannot open the store")]
-    Store(#[from] store::Error),
+    Store(#[from] store::OpenError),
     /// The registry of accounts and tokens cannot be opened.
     #[error("cannot open the registry of accounts and tokens")]
     Registry(#[from] control_plane::Error),
@@ -74,7 +74,7 @@ pub(super) struct ModeParts {
     /// start.
     pub(super) saves_registry_copies: bool,
     /// Stores validated tokens, usage and credentials between runs.
-    pub(super) store: Store,
+    pub(super) store: Arc<dyn Store>,
 }
 
 /// The admin token, and what must follow when it is replaced.

@@ -28,7 +28,7 @@ const USAGE_SUBJECT: &str = "Pending usage";
 /// Saves state for the next run.
 #[derive(Clone, Debug)]
 pub(super) struct Persistence {
-    store: Store,
+    store: Arc<dyn Store>,
     pub(super) auth: Authenticator,
     pub(super) usage: Usage,
     usage_files: Arc<UsageFiles>,
@@ -36,7 +36,7 @@ pub(super) struct Persistence {
 
 impl Persistence {
     /// Restores the state of an earlier run; unreadable records are skipped.
-    pub(super) async fn restore(store: Store, auth: Authenticator, usage: Usage) -> Self {
+    pub(super) async fn restore(store: Arc<dyn Store>, auth: Authenticator, usage: Usage) -> Self {
         match store.load(&RecordKey::TokenCache).await {
             Ok(Some(saved)) => match auth.restore(&saved) {
                 Ok(count) => info!(count, "Restored tokens validated in an earlier run"),
@@ -47,7 +47,7 @@ impl Persistence {
             Ok(None) => {}
             Err(error) => warn!(error = error_chain(&error), "Stored tokens cannot be used"),
         }
-        let files = Arc::new(UsageFiles::open(store.clone(), &usage).await);
+        let files = Arc::new(UsageFiles::open(Arc::clone(&store), &usage).await);
         let persistence = Self { store, auth, usage, usage_files: files };
         if persistence.usage_files.recover_orphans(&persistence.usage).await {
             persistence.save_usage(&mut None, &mut SaveLog::new(USAGE_SUBJECT)).await;
@@ -126,7 +126,7 @@ impl Persistence {
 
     async fn save_token_cache(&self, log: &mut SaveLog) {
         let Some(tokens) = self.auth.serialize_if_changed() else { return };
-        match self.store.save(&RecordKey::TokenCache, tokens).await {
+        match self.store.save(&RecordKey::TokenCache, tokens.into()).await {
             Ok(()) => log.record_success(),
             Err(error) => {
                 self.auth.mark_unsaved();
@@ -174,12 +174,21 @@ mod tests {
     use crate::{
         auth::{self, Validator},
         protocol::usage::{ClientMetrics, ConnectVia},
+        store::FileStore,
         token::{Environment, Grant, Projects, Scope, Token, TokenDigest, TokenKind},
         usage::{self, ReportingClient, SdkKind},
     };
 
+    fn open(folder: &Path) -> Arc<FileStore> {
+        Arc::new(FileStore::open(folder).expect("store"))
+    }
+
     /// An instance that uses this folder; upstream is unreachable.
     async fn start(folder: &Path) -> Persistence {
+        start_with(open(folder)).await
+    }
+
+    async fn start_with(store: Arc<FileStore>) -> Persistence {
         let config = auth::Config {
             revalidate_after: Duration::from_mins(1),
             forget_invalid_after: Duration::from_mins(1),
@@ -190,7 +199,7 @@ mod tests {
         let config_of_usage = usage::Config { interval: Duration::from_mins(1), max_counters: 100 };
         let hop = ConnectVia { app_name: "parapet".into(), instance_id: "i".into() };
         Persistence::restore(
-            Store::directory(folder).expect("store"),
+            store,
             Authenticator::new(config, Validator::StaticOnly, []),
             Usage::new(&config_of_usage, hop),
         )
@@ -266,11 +275,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn hanging_save_of_tokens_delays_neither_usage_nor_shutdown() {
         let folder = tempfile::tempdir().expect("folder");
-        let persistence = start(folder.path()).await;
+        let store = open(folder.path());
+        let persistence = start_with(Arc::clone(&store)).await;
         let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
         let token = Token::parse("*:dev.0123456789abcdef").expect("token");
         persistence.auth.import(&token, &Grant { kind: TokenKind::Client, scope });
-        let _hangs = persistence.store.block_saves(&RecordKey::TokenCache).await;
+        let _hangs = store.block_saves(&RecordKey::TokenCache).await;
         count(&persistence, 7);
         let _ = persistence.usage.serialize();
         let (stop, begun) = (CancellationToken::new(), Instant::now());

@@ -25,7 +25,7 @@ use crate::{
     },
     secret_file::parent_dir,
     snapshot::Snapshots,
-    store::{RecordKey, Store},
+    store::{FileStore, MemoryStore, RecordKey, Store},
     sync::file_source::FileSource,
     telemetry::{Latch, error_chain},
     token::{Environment, Grant, Token, TokenDigest, TokenKind},
@@ -57,7 +57,8 @@ pub(super) async fn build_offline(
     let path = offline.bootstrap_file;
     let files = FileSource::new(path, environments, snapshots.clone(), offline.reload_interval);
     let reloadable = Reloadable::Offline(files.reload_handle());
-    parts_from_files("offline", files, tokens, Store::memory(), latch, reloadable).await
+    parts_from_files("offline", files, tokens, Arc::new(MemoryStore::default()), latch, reloadable)
+        .await
 }
 
 /// Standalone mode: an independent server. Calls `announce` once, after the first start has created
@@ -69,12 +70,12 @@ pub(super) async fn build_standalone(
     latch: Latch,
     announce: impl FnOnce(&BootstrapReport),
 ) -> Result<ModeParts, Error> {
-    let store = Store::directory(data_dir)?;
+    let store = Arc::new(FileStore::open(data_dir)?);
     // Comes before the database is created, so that a start that fails here is not the first one.
     let flags = prepare_flags_path(standalone.flags)?;
     // A SQLite database is a local file, so a copy would not be more available than the file.
     let is_remote = matches!(standalone.control.location, DatabaseLocation::Postgres(_));
-    let copy = if is_remote { load_registry_copy(&store).await } else { None };
+    let copy = if is_remote { load_registry_copy(&*store).await } else { None };
     let (control, opened) =
         ControlPlane::open(standalone.control, copy.as_deref(), announce).await?;
     let tokens = control.grants();
@@ -129,7 +130,7 @@ async fn parts_from_files(
     name: &'static str,
     files: FileSource,
     tokens: Vec<(TokenDigest, Grant)>,
-    store: Store,
+    store: Arc<dyn Store>,
     latch: Latch,
     reloadable: Reloadable,
 ) -> Result<ModeParts, Error> {
@@ -152,7 +153,7 @@ async fn parts_from_files(
 }
 
 /// The copy of the registry's tokens from an earlier run.
-async fn load_registry_copy(store: &Store) -> Option<Vec<u8>> {
+async fn load_registry_copy(store: &dyn Store) -> Option<Vec<u8>> {
     let copy = store.load(&RecordKey::Registry).await;
     copy.unwrap_or_else(|error| {
         warn!(error = error_chain(&error), "Cannot read the copy of the registry's tokens");
@@ -162,7 +163,7 @@ async fn load_registry_copy(store: &Store) -> Option<Vec<u8>> {
 
 /// Saves copies of the registry's tokens until dropped, so that a start can serve them while the
 /// database is unavailable.
-pub(super) async fn save_registry_copies(control: &ControlPlane, store: &Store) {
+pub(super) async fn save_registry_copies(control: &ControlPlane, store: &dyn Store) {
     /// Delay before a failed save is retried.
     const RETRY: Duration = Duration::from_secs(5);
     let mut changes = control.subscribe_to_tokens();

@@ -6,6 +6,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 use tracing::{info, warn};
 
@@ -33,7 +34,7 @@ pub(super) enum SaveError {
 #[derive(Debug)]
 pub(super) struct UsageFiles {
     /// The store of the folder, which other processes may share.
-    store: Store,
+    store: Arc<dyn Store>,
     own_slot: Mutex<OwnSlot>,
     /// Records that were recovered, and must be emptied once their usage is stored again.
     recovered: Mutex<Vec<(SlotId, RecordLock)>>,
@@ -66,7 +67,7 @@ impl OwnSlot {
     ///
     /// A slot that cannot be locked may belong to another process. It is not used if any other slot
     /// shows that locks work in this folder.
-    async fn acquire(folder: &Store) -> (Self, Option<Error>) {
+    async fn acquire(folder: &dyn Store) -> (Self, Option<Error>) {
         let mut is_shared = false;
         let mut failure = None;
         let mut failures = 0;
@@ -119,8 +120,8 @@ impl OwnSlot {
 
 impl UsageFiles {
     /// Acquires a slot and restores its usage.
-    pub(super) async fn open(store: Store, usage: &Usage) -> Self {
-        let (own, failure) = OwnSlot::acquire(&store).await;
+    pub(super) async fn open(store: Arc<dyn Store>, usage: &Usage) -> Self {
+        let (own, failure) = OwnSlot::acquire(&*store).await;
         own.log_degradation(failure.as_ref());
         let slot = own.slot();
         let files = Self {
@@ -142,15 +143,19 @@ impl UsageFiles {
     pub(super) async fn recover_orphans(&self, usage: &Usage) -> bool {
         let mut any = self.retry_acquire(usage).await;
         let OwnSlot::Locked { slot: own, .. } = self.own_slot() else { return any };
-        let slots = self.store.usage_slots().await.unwrap_or_else(|error| {
+        let keys = self.store.list().await.unwrap_or_else(|error| {
             warn!(
                 error = error_chain(&error),
                 "Cannot list slots; usage of ended instances is not recovered"
             );
             Vec::new()
         });
-        for slot in slots.into_iter().filter(|slot| *slot != own && !self.is_recovered(*slot)) {
-            match self.store.try_lock(&RecordKey::Usage(slot)).await {
+        for key in keys {
+            let RecordKey::Usage(slot) = key else { continue };
+            if slot == own || self.is_recovered(slot) {
+                continue;
+            }
+            match self.store.try_lock(&key).await {
                 Ok(Some(lock)) => {
                     if self.restore_slot(slot, usage).await {
                         self.lock_recovered().push((slot, lock));
@@ -175,7 +180,7 @@ impl UsageFiles {
         if matches!(before, OwnSlot::Locked { .. }) {
             return false;
         }
-        let (own, failure) = OwnSlot::acquire(&self.store).await;
+        let (own, failure) = OwnSlot::acquire(&*self.store).await;
         *self.own_slot.lock().unwrap_or_else(PoisonError::into_inner) = own.clone();
         let is_locked = matches!(own, OwnSlot::Locked { .. });
         if is_locked {
@@ -196,7 +201,7 @@ impl UsageFiles {
             return if bytes.is_empty() { Ok(()) } else { Err(SaveError::NoSlot) };
         };
         let written = matches!(own, OwnSlot::Unlocked).then(|| digest(&bytes));
-        self.store.save(&RecordKey::Usage(slot), bytes).await?;
+        self.store.save(&RecordKey::Usage(slot), bytes.into()).await?;
         if slot == SlotId::FIRST {
             *self.lock_unlocked_digest() = written;
         } else {
@@ -204,7 +209,7 @@ impl UsageFiles {
         }
         let recovered = std::mem::take(&mut *self.lock_recovered());
         for (slot, lock) in recovered {
-            if let Err(error) = self.store.save(&RecordKey::Usage(slot), Vec::new()).await {
+            if let Err(error) = self.store.save(&RecordKey::Usage(slot), Bytes::new()).await {
                 warn!(
                     error = error_chain(&error),
                     "Cannot empty the record of an ended instance yet"
@@ -233,7 +238,7 @@ impl UsageFiles {
         let Ok(saved) = self.store.load(&first).await else { return };
         let is_ours =
             saved.is_some_and(|saved| *self.lock_unlocked_digest() == Some(digest(&saved)));
-        if is_ours && let Err(error) = self.store.save(&first, Vec::new()).await {
+        if is_ours && let Err(error) = self.store.save(&first, Bytes::new()).await {
             return warn!(error = error_chain(&error), "Cannot empty the former copy of usage yet");
         }
         *self.lock_unlocked_digest() = None;
@@ -300,7 +305,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::{protocol::usage::ConnectVia, usage::Config};
+    use crate::{protocol::usage::ConnectVia, store::FileStore, usage::Config};
 
     /// Five pending evaluations.
     const STORED: &[u8] = br#"{"version":1,"environments":{"dev":{"batch":[],"pieces":[],
@@ -324,10 +329,14 @@ mod tests {
         path
     }
 
+    fn open(folder: &Path) -> Arc<dyn Store> {
+        Arc::new(FileStore::open(folder).unwrap())
+    }
+
     /// A store in a folder where no slot can be locked, and the obstacle for each slot.
-    fn store_without_locks() -> (TempDir, Store, Vec<PathBuf>) {
+    fn store_without_locks() -> (TempDir, Arc<dyn Store>, Vec<PathBuf>) {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::directory(folder.path()).unwrap();
+        let store = open(folder.path());
         let obstacles = (1..20).map(|slot| block_lock_file(folder.path(), slot)).collect();
         (folder, store, obstacles)
     }
@@ -339,12 +348,12 @@ mod tests {
     #[tokio::test]
     async fn slot_that_cannot_be_locked_is_skipped() {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::directory(folder.path()).unwrap();
+        let store = open(folder.path());
         let _other = store.try_lock(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap();
-        store.save(&RecordKey::Usage(SlotId::FIRST), STORED).await.unwrap();
+        store.save(&RecordKey::Usage(SlotId::FIRST), STORED.into()).await.unwrap();
         block_lock_file(folder.path(), 2);
         let usage = usage();
-        let files = UsageFiles::open(store.clone(), &usage).await;
+        let files = UsageFiles::open(Arc::clone(&store), &usage).await;
         assert_eq!(files.own_slot().slot(), Some(slot(3)));
         files.recover_orphans(&usage).await;
         files.save(b"ours".to_vec()).await.unwrap();
@@ -356,11 +365,11 @@ mod tests {
     #[tokio::test]
     async fn first_slot_is_not_used_unlocked_if_another_can_be_locked() {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::directory(folder.path()).unwrap();
-        store.save(&RecordKey::Usage(SlotId::FIRST), STORED).await.unwrap();
+        let store = open(folder.path());
+        store.save(&RecordKey::Usage(SlotId::FIRST), STORED.into()).await.unwrap();
         block_lock_file(folder.path(), 1);
         let usage = usage();
-        let files = UsageFiles::open(store.clone(), &usage).await;
+        let files = UsageFiles::open(Arc::clone(&store), &usage).await;
         files.recover_orphans(&usage).await;
         files.save(b"ours".to_vec()).await.unwrap();
         assert_eq!((files.own_slot().slot(), pending_metrics(&usage)), (Some(slot(2)), 0));
@@ -370,12 +379,12 @@ mod tests {
     #[tokio::test]
     async fn without_a_slot_nothing_is_stored_until_one_can_be_locked() {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::directory(folder.path()).unwrap();
+        let store = open(folder.path());
         let other = store.try_lock(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap();
-        store.save(&RecordKey::Usage(SlotId::FIRST), STORED).await.unwrap();
+        store.save(&RecordKey::Usage(SlotId::FIRST), STORED.into()).await.unwrap();
         let obstacles: Vec<_> = (2..20).map(|slot| block_lock_file(folder.path(), slot)).collect();
         let usage = usage();
-        let files = UsageFiles::open(store.clone(), &usage).await;
+        let files = UsageFiles::open(Arc::clone(&store), &usage).await;
         assert!(!files.recover_orphans(&usage).await);
         assert!(matches!(files.save(b"ours".to_vec()).await, Err(SaveError::NoSlot)));
         assert_eq!(store.load(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap(), STORED);
@@ -391,9 +400,9 @@ mod tests {
     #[tokio::test]
     async fn folder_without_locks_uses_first_slot_until_locks_work() {
         let (_folder, store, obstacles) = store_without_locks();
-        store.save(&RecordKey::Usage(SlotId::FIRST), STORED).await.unwrap();
+        store.save(&RecordKey::Usage(SlotId::FIRST), STORED.into()).await.unwrap();
         let usage = usage();
-        let files = UsageFiles::open(store.clone(), &usage).await;
+        let files = UsageFiles::open(Arc::clone(&store), &usage).await;
         assert_eq!(pending_metrics(&usage), 1);
         assert!(!files.recover_orphans(&usage).await);
         files.save(b"ours".to_vec()).await.unwrap();
@@ -412,9 +421,9 @@ mod tests {
     #[tokio::test]
     async fn own_usage_in_an_unlocked_slot_is_counted_once() {
         let (_folder, store, mut obstacles) = store_without_locks();
-        store.save(&RecordKey::Usage(SlotId::FIRST), STORED).await.unwrap();
+        store.save(&RecordKey::Usage(SlotId::FIRST), STORED.into()).await.unwrap();
         let usage = usage();
-        let files = UsageFiles::open(store.clone(), &usage).await;
+        let files = UsageFiles::open(Arc::clone(&store), &usage).await;
         let evaluations = || usage.pending()["metrics"][0]["bucket"]["yes"].as_u64();
         assert_eq!(evaluations(), Some(5));
 
@@ -444,7 +453,7 @@ mod tests {
     async fn own_usage_is_removed_from_the_unlocked_slot() {
         let (_folder, store, mut obstacles) = store_without_locks();
         let usage = usage();
-        let files = UsageFiles::open(store.clone(), &usage).await;
+        let files = UsageFiles::open(Arc::clone(&store), &usage).await;
         files.save(STORED.to_vec()).await.unwrap();
         fs::remove_dir(obstacles.remove(1)).unwrap();
         assert!(files.recover_orphans(&usage).await);
@@ -455,7 +464,7 @@ mod tests {
 
         // Data that another process wrote there is preserved.
         let files = UsageFiles { unlocked_digest: Mutex::new(Some(digest(STORED))), ..files };
-        store.save(&RecordKey::Usage(slot(1)), "theirs").await.unwrap();
+        store.save(&RecordKey::Usage(slot(1)), "theirs".into()).await.unwrap();
         files.save(STORED.to_vec()).await.unwrap();
         assert_eq!(load(slot(1)).await, b"theirs");
     }
@@ -463,9 +472,9 @@ mod tests {
     #[tokio::test]
     async fn saving_without_a_slot_fails_and_usage_is_not_restored_twice() {
         let (_folder, store, mut obstacles) = store_without_locks();
-        store.save(&RecordKey::Usage(SlotId::FIRST), STORED).await.unwrap();
+        store.save(&RecordKey::Usage(SlotId::FIRST), STORED.into()).await.unwrap();
         let usage = usage();
-        let files = UsageFiles::open(store.clone(), &usage).await;
+        let files = UsageFiles::open(Arc::clone(&store), &usage).await;
         // Another process has locked a slot, so this one may no longer use the first.
         fs::remove_dir(obstacles.remove(1)).unwrap();
         let _other = store.try_lock(&RecordKey::Usage(slot(2))).await.unwrap().unwrap();

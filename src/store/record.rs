@@ -1,4 +1,4 @@
-//! The format of a record on disk: a header line, then the bytes.
+//! The format of a record wherever it outlives the process: a header line, then the bytes.
 //!
 //! The header is `parapet <version> <length> <checksum>`. The checksum is the XXH3-128 of the bytes in
 //! hexadecimal: it detects damage, not tampering.

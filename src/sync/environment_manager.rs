@@ -68,7 +68,7 @@ pub struct EnvironmentManager {
     /// The served snapshots.
     pub snapshots: Snapshots,
     /// The store to restore flags from at a start without upstream.
-    pub store: Store,
+    pub store: Arc<dyn Store>,
     /// Saves flags to that store in the background.
     pub saver: BackgroundWriter,
 }
@@ -80,7 +80,7 @@ impl EnvironmentManager {
         if let EnvironmentSelection::Named(wanted) = &self.selection {
             self.snapshots.set_environments(&EnvironmentFilter::Only(wanted.clone()));
         }
-        let stored = match self.store.environments().await {
+        let stored = match self.store.list().await {
             Ok(stored) => stored,
             Err(error) => {
                 return warn!(
@@ -89,10 +89,14 @@ impl EnvironmentManager {
                 );
             }
         };
-        for environment in stored {
-            match self.store.load(&RecordKey::Flags(environment.clone())).await {
+        for key in stored {
+            let RecordKey::Flags(environment) = &key else { continue };
+            match self.store.load(&key).await {
                 Ok(Some(bytes)) => {
-                    let scope = Scope { environment, projects: parse_query_projects(&bytes) };
+                    let scope = Scope {
+                        environment: environment.clone(),
+                        projects: parse_query_projects(&bytes),
+                    };
                     self.serve_stored(scope, &bytes).await;
                 }
                 Ok(None) => {}

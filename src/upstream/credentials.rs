@@ -370,7 +370,7 @@ mod tests {
         super::scripted::{ReceivedRequest, ScriptedReply, ScriptedServer},
         *,
     };
-    use crate::store::Store;
+    use crate::store::{FileStore, MemoryStore};
 
     const ADMIN: &str = "*:*.964a287e1b728cb5f4f3e012";
 
@@ -461,7 +461,7 @@ mod tests {
     }
 
     fn memory_saver() -> BackgroundWriter {
-        BackgroundWriter::new(Store::memory())
+        BackgroundWriter::new(Arc::new(MemoryStore::default()))
     }
 
     /// Saves pending records, as at shutdown.
@@ -509,7 +509,7 @@ mod tests {
     async fn restart_needs_no_upstream_and_store_contains_no_secret() {
         let (_, server) = FakeAdminApi::start(SecretFormat::V2).await;
         let folder = tempfile::tempdir().expect("folder");
-        let saver = BackgroundWriter::new(Store::directory(folder.path()).expect("store"));
+        let saver = BackgroundWriter::new(Arc::new(FileStore::open(folder.path()).expect("store")));
         let made = obtain_one(&edge(&server, &saver)).await;
         save_pending(&saver).await;
         let calls = server.received_requests().len();
@@ -527,7 +527,7 @@ mod tests {
     async fn no_token_is_created_while_stored_record_is_slow_to_read() {
         let (admin, server) = FakeAdminApi::start(SecretFormat::V2).await;
         let folder = tempfile::tempdir().expect("folder");
-        let saver = BackgroundWriter::new(Store::directory(folder.path()).expect("store"));
+        let saver = BackgroundWriter::new(Arc::new(FileStore::open(folder.path()).expect("store")));
         let made = obtain_one(&edge(&server, &saver)).await;
         save_pending(&saver).await;
         // Opening a named pipe for reading blocks until there is a writer.

@@ -6,7 +6,7 @@
 //! tokens are in use: [`Credentials`](super::Credentials) does, and runs one exchange at a time per
 //! environment.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use jiff::{SignedDuration, Timestamp};
@@ -275,7 +275,7 @@ impl TokenProvisioner {
     ) {
         if matches!(history.record, RecordState::Unread) {
             let (store, key) =
-                (self.saver.store().clone(), RecordKey::Credentials(environment.clone()));
+                (Arc::clone(self.saver.store()), RecordKey::Credentials(environment.clone()));
             let mut read = JoinSet::new();
             read.spawn(async move { store.load(&key).await });
             history.record = RecordState::Reading(read);

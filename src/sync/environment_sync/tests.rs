@@ -23,7 +23,7 @@ use tokio::{net::TcpListener, sync::mpsc, task::AbortHandle, time::timeout};
 
 use super::*;
 use crate::{
-    store::Store,
+    store::MemoryStore,
     sync::reconnect::UpstreamMode,
     token::{Grant, Projects, Token, TokenKind},
     upstream::scripted::config,
@@ -97,7 +97,7 @@ impl Fixture {
             upstream: Upstream::new(config(&url)).unwrap(),
             credentials,
             snapshots: snapshots.clone(),
-            saver: BackgroundWriter::new(Store::memory()),
+            saver: BackgroundWriter::new(Arc::new(MemoryStore::default())),
         };
         let mut environment_sync = EnvironmentSync::new(environment, dependencies);
         environment_sync.state.removal_grace = held_for;
