@@ -9,7 +9,7 @@ use proptest::{
 };
 use serde_json::{Value, json};
 
-use super::context::Context;
+use super::{constraint::Operator, context::Context};
 
 const FIELDS: [&str; 8] = [
     "userId",
@@ -27,29 +27,19 @@ pub(crate) const DATES: [&str; 3] =
 const STICKINESS: [&str; 6] = ["default", "random", "userId", "sessionId", "plan", "currentTime"];
 
 fn constraint() -> impl Strategy<Value = Value> {
-    let operators = [
-        "IN",
-        "NOT_IN",
-        "STR_CONTAINS",
-        "STR_STARTS_WITH",
-        "NUM_GT",
-        "SEMVER_GTE",
-        "REGEX",
-        "IN_CIDR",
-        "DATE_AFTER",
-        "DATE_BEFORE",
-    ];
+    let operators = Operator::NAMES.map(|(name, _)| name);
     let values = subsequence(TEXTS.to_vec(), 1..4);
     let all = (select(operators.to_vec()), select(FIELDS.to_vec()), values, select(DATES.to_vec()));
     (all, any::<[bool; 2]>()).prop_map(
         |((operator, field, values, date), [inverted, ignore_case])| {
-            let value = match operator {
-                "NUM_GT" => "8",
-                "SEMVER_GTE" => "1.2.0",
-                "REGEX" => "^[a-c]",
-                _ => date,
+            let (value, values) = match Operator::parse(operator).unwrap() {
+                Operator::In | Operator::NotIn | Operator::Text(_) => ("", values),
+                Operator::Number(_) => ("8", values),
+                Operator::Version(_) => ("1.2.0", values),
+                Operator::After | Operator::Before => (date, values),
+                Operator::Regex => ("^[a-c]", values),
+                Operator::InCidr => ("", vec!["10.0.0.0/8"]),
             };
-            let values = if operator == "IN_CIDR" { vec!["10.0.0.0/8"] } else { values };
             json!({
                 "contextName": field, "operator": operator, "value": value, "values": values,
                 "inverted": inverted, "caseInsensitive": ignore_case,

@@ -48,9 +48,25 @@ enum Test {
     Regex { field: FieldId, regex: Box<Regex> },
 }
 
+/// An operator of a constraint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Operator {
+    In,
+    NotIn,
+    Text(TextPosition),
+    Number(Comparison),
+    Version(Comparison),
+    /// Compares the time and ignores the constraint's field, as in the Node SDK.
+    After,
+    /// Like [`After`](Self::After).
+    Before,
+    Regex,
+    InCidr,
+}
+
 /// The required order of a value relative to the operand.
-#[derive(Debug, Clone, Copy)]
-enum Comparison {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Comparison {
     Equal,
     Greater,
     GreaterOrEqual,
@@ -59,8 +75,8 @@ enum Comparison {
 }
 
 /// The required position of a text in a value.
-#[derive(Debug, Clone, Copy)]
-enum TextPosition {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TextPosition {
     Start,
     End,
     Anywhere,
@@ -80,20 +96,12 @@ impl Constraint {
         schema: &mut ContextSchema,
         defects: &mut Vec<Defect>,
     ) -> CompiledConstraint {
-        let constraint = match source {
-            Lenient::Valid(source) => ParsedConstraint::parse(source),
-            Lenient::Missing | Lenient::Malformed => None,
-        };
-        let Some(constraint) = constraint else {
-            defects.push(Defect::Malformed(DefinitionPart::Constraint));
-            return CompiledConstraint::Never;
-        };
-        match constraint.compile(schema, defects) {
-            Ok(Some(test)) => {
-                CompiledConstraint::Test(Self { test, inverted: constraint.inverted })
-            }
-            Ok(None) if constraint.inverted => CompiledConstraint::Always,
-            Ok(None) => CompiledConstraint::Never,
+        let compiled = ParsedConstraint::parse(source)
+            .and_then(|constraint| Ok((constraint.compile(schema, defects)?, constraint.inverted)));
+        match compiled {
+            Ok((Some(test), inverted)) => CompiledConstraint::Test(Self { test, inverted }),
+            Ok((None, true)) => CompiledConstraint::Always,
+            Ok((None, false)) => CompiledConstraint::Never,
             Err(defect) => {
                 defects.push(defect);
                 CompiledConstraint::Never
@@ -205,20 +213,54 @@ impl TextPosition {
     }
 }
 
-/// Whether an operator compares with a list of values instead of a single one.
-pub(super) fn is_list_operator(operator: &str) -> bool {
-    matches!(operator, "IN" | "NOT_IN" | "IN_CIDR") || operator.starts_with("STR_")
-}
+impl Operator {
+    /// Every operator, with its name in definitions.
+    pub(super) const NAMES: [(&'static str, Self); 19] = [
+        ("IN", Self::In),
+        ("NOT_IN", Self::NotIn),
+        ("STR_STARTS_WITH", Self::Text(TextPosition::Start)),
+        ("STR_ENDS_WITH", Self::Text(TextPosition::End)),
+        ("STR_CONTAINS", Self::Text(TextPosition::Anywhere)),
+        ("NUM_EQ", Self::Number(Comparison::Equal)),
+        ("NUM_GT", Self::Number(Comparison::Greater)),
+        ("NUM_GTE", Self::Number(Comparison::GreaterOrEqual)),
+        ("NUM_LT", Self::Number(Comparison::Less)),
+        ("NUM_LTE", Self::Number(Comparison::LessOrEqual)),
+        ("SEMVER_EQ", Self::Version(Comparison::Equal)),
+        ("SEMVER_GT", Self::Version(Comparison::Greater)),
+        ("SEMVER_GTE", Self::Version(Comparison::GreaterOrEqual)),
+        ("SEMVER_LT", Self::Version(Comparison::Less)),
+        ("SEMVER_LTE", Self::Version(Comparison::LessOrEqual)),
+        ("DATE_AFTER", Self::After),
+        ("DATE_BEFORE", Self::Before),
+        ("REGEX", Self::Regex),
+        ("IN_CIDR", Self::InCidr),
+    ];
 
-/// Whether an operator compares the time. It ignores the constraint's field.
-pub(super) fn is_time_operator(operator: &str) -> bool {
-    matches!(operator, "DATE_AFTER" | "DATE_BEFORE")
+    pub(super) fn parse(name: &str) -> Option<Self> {
+        Self::NAMES.iter().find(|it| it.0 == name).map(|it| it.1)
+    }
+
+    fn name(self) -> &'static str {
+        let entry = Self::NAMES.iter().find(|it| it.1 == self);
+        entry.expect("every operator has a name").0
+    }
+
+    /// Whether it compares with a list of values instead of a single one.
+    pub(super) fn compares_with_list(self) -> bool {
+        matches!(self, Self::In | Self::NotIn | Self::Text(_) | Self::InCidr)
+    }
+
+    /// Whether it compares the time, whichever field the constraint names.
+    pub(super) fn compares_time(self) -> bool {
+        matches!(self, Self::After | Self::Before)
+    }
 }
 
 /// A well-formed constraint.
 struct ParsedConstraint<'a> {
     field: &'a str,
-    operator: &'a str,
+    operator: Operator,
     value: Option<&'a str>,
     /// Trimmed and without empty ones, as in the Node SDK.
     values: Vec<&'a str>,
@@ -227,16 +269,18 @@ struct ParsedConstraint<'a> {
 }
 
 impl<'a> ParsedConstraint<'a> {
-    fn parse(source: &'a wire::Constraint<'_>) -> Option<Self> {
-        let (Lenient::Valid(field), Lenient::Valid(operator)) =
+    fn parse(source: &'a Lenient<wire::Constraint<'_>>) -> Result<Self, Defect> {
+        let malformed = || Defect::Malformed(DefinitionPart::Constraint);
+        let Lenient::Valid(source) = source else { return Err(malformed()) };
+        let (Lenient::Valid(field), Lenient::Valid(name)) =
             (&source.context_name, &source.operator)
         else {
-            return None;
+            return Err(malformed());
         };
         let value = match &source.value {
             Lenient::Valid(value) => Some(&**value),
             Lenient::Missing => None,
-            Lenient::Malformed => return None,
+            Lenient::Malformed => return Err(malformed()),
         };
         let mut values = Vec::new();
         match &source.values {
@@ -245,22 +289,21 @@ impl<'a> ParsedConstraint<'a> {
                     match item {
                         Lenient::Valid(text) if !text.is_empty() => values.push(text.trim()),
                         Lenient::Valid(_) | Lenient::Missing => {}
-                        Lenient::Malformed => return None,
+                        Lenient::Malformed => return Err(malformed()),
                     }
                 }
             }
             Lenient::Missing => {}
-            Lenient::Malformed => return None,
+            Lenient::Malformed => return Err(malformed()),
         }
-        let ignored = source.case_insensitive.or_default()?;
+        let ignored = source.case_insensitive.or_default().ok_or_else(malformed)?;
         let case = if ignored { CaseSensitivity::Insensitive } else { CaseSensitivity::Sensitive };
-        let inverted = source.inverted.or_default()?;
-        let (operator, inverted) = match &**operator {
-            // Holds as well if the field is missing or the list is empty.
-            "NOT_IN" => ("IN", !inverted),
-            operator => (operator, inverted),
-        };
-        Some(Self { field, operator, value, values, inverted, case })
+        let inverted = source.inverted.or_default().ok_or_else(malformed)?;
+        let operator =
+            Operator::parse(name).ok_or_else(|| Defect::UnknownOperator(name.to_string()))?;
+        // An inverted `IN`: it holds as well if the field is missing or the list is empty.
+        let inverted = inverted != (operator == Operator::NotIn);
+        Ok(Self { field, operator, value, values, inverted, case })
     }
 
     /// The test before inversion; `None` if it fails for every context.
@@ -269,31 +312,16 @@ impl<'a> ParsedConstraint<'a> {
         schema: &mut ContextSchema,
         defects: &mut Vec<Defect>,
     ) -> Result<Option<Test>, Defect> {
-        match self.operator {
-            "IN" => Ok(self.membership_test(schema)),
-            "STR_STARTS_WITH" => Ok(self.text_test(schema, TextPosition::Start)),
-            "STR_ENDS_WITH" => Ok(self.text_test(schema, TextPosition::End)),
-            "STR_CONTAINS" => Ok(self.text_test(schema, TextPosition::Anywhere)),
-            "NUM_EQ" => self.number_test(schema, "NUM_EQ", Comparison::Equal).map(Some),
-            "NUM_GT" => self.number_test(schema, "NUM_GT", Comparison::Greater).map(Some),
-            "NUM_GTE" => self.number_test(schema, "NUM_GTE", Comparison::GreaterOrEqual).map(Some),
-            "NUM_LT" => self.number_test(schema, "NUM_LT", Comparison::Less).map(Some),
-            "NUM_LTE" => self.number_test(schema, "NUM_LTE", Comparison::LessOrEqual).map(Some),
-            "SEMVER_EQ" => self.version_test(schema, "SEMVER_EQ", Comparison::Equal).map(Some),
-            "SEMVER_GT" => self.version_test(schema, "SEMVER_GT", Comparison::Greater).map(Some),
-            "SEMVER_GTE" => {
-                self.version_test(schema, "SEMVER_GTE", Comparison::GreaterOrEqual).map(Some)
-            }
-            "SEMVER_LT" => self.version_test(schema, "SEMVER_LT", Comparison::Less).map(Some),
-            "SEMVER_LTE" => {
-                self.version_test(schema, "SEMVER_LTE", Comparison::LessOrEqual).map(Some)
-            }
-            "DATE_AFTER" => self.date_operand("DATE_AFTER").map(|date| Some(Test::After(date))),
-            "DATE_BEFORE" => self.date_operand("DATE_BEFORE").map(|date| Some(Test::Before(date))),
-            "REGEX" => self.regex_test(schema).map(Some),
-            "IN_CIDR" => Ok(self.address_test(schema, defects)),
-            unknown => Err(Defect::UnknownOperator(unknown.to_owned())),
-        }
+        Ok(match self.operator {
+            Operator::In | Operator::NotIn => self.membership_test(schema),
+            Operator::Text(position) => self.text_test(schema, position),
+            Operator::Number(order) => Some(self.number_test(schema, order)?),
+            Operator::Version(order) => Some(self.version_test(schema, order)?),
+            Operator::After => Some(Test::After(self.parse_operand(date::parse)?)),
+            Operator::Before => Some(Test::Before(self.parse_operand(date::parse)?)),
+            Operator::Regex => Some(self.regex_test(schema)?),
+            Operator::InCidr => self.address_test(schema, defects),
+        })
     }
 
     fn membership_test(&self, schema: &mut ContextSchema) -> Option<Test> {
@@ -311,38 +339,21 @@ impl<'a> ParsedConstraint<'a> {
         (!needles.is_empty()).then_some(Test::Text { field, place, case: self.case, needles })
     }
 
-    fn number_test(
-        &self,
-        schema: &mut ContextSchema,
-        operator: &'static str,
-        order: Comparison,
-    ) -> Result<Test, Defect> {
-        let than = self.parse_operand(operator, parse::number)?;
+    fn number_test(&self, schema: &mut ContextSchema, order: Comparison) -> Result<Test, Defect> {
+        let than = self.parse_operand(parse::number)?;
         let field = schema.intern_field(self.field);
         Ok(Test::Number { field, slot: schema.number_slot(field), order, than })
     }
 
-    fn version_test(
-        &self,
-        schema: &mut ContextSchema,
-        operator: &'static str,
-        order: Comparison,
-    ) -> Result<Test, Defect> {
-        let than = self.parse_operand(operator, Version::parse)?.into_owned();
+    fn version_test(&self, schema: &mut ContextSchema, order: Comparison) -> Result<Test, Defect> {
+        let than = self.parse_operand(Version::parse)?.into_owned();
         let field = schema.intern_field(self.field);
         Ok(Test::Version { field, slot: schema.version_slot(field), order, than: Box::new(than) })
     }
 
-    /// The operand of a date operator, which compares with the current time and ignores the field, as in
-    /// the Node SDK.
-    fn date_operand(&self, operator: &'static str) -> Result<Timestamp, Defect> {
-        self.parse_operand(operator, date::parse)
-    }
-
     fn regex_test(&self, schema: &mut ContextSchema) -> Result<Test, Defect> {
-        let regex = self.parse_operand("REGEX", |value| {
-            re2::compile(value, self.case == CaseSensitivity::Insensitive)
-        })?;
+        let ignores_case = self.case == CaseSensitivity::Insensitive;
+        let regex = self.parse_operand(|value| re2::compile(value, ignores_case))?;
         Ok(Test::Regex { field: schema.intern_field(self.field), regex: Box::new(regex) })
     }
 
@@ -352,12 +363,7 @@ impl<'a> ParsedConstraint<'a> {
         for &value in &self.values {
             match parse::network(value) {
                 Some(range) => ranges.push(range),
-                None => {
-                    defects.push(Defect::InvalidOperand {
-                        operator: "IN_CIDR",
-                        operand: value.to_owned(),
-                    });
-                }
+                None => defects.push(self.invalid_operand(value)),
             }
         }
         let field = schema.intern_field(self.field);
@@ -365,14 +371,30 @@ impl<'a> ParsedConstraint<'a> {
         (!ranges.is_empty()).then(|| Test::Address { field, slot, ranges: ranges.into() })
     }
 
-    fn parse_operand<T>(
-        &self,
-        operator: &'static str,
-        parse: impl FnOnce(&'a str) -> Option<T>,
-    ) -> Result<T, Defect> {
-        self.value.and_then(parse).ok_or_else(|| Defect::InvalidOperand {
-            operator,
-            operand: self.value.unwrap_or_default().to_owned(),
-        })
+    fn parse_operand<T>(&self, parse: impl FnOnce(&'a str) -> Option<T>) -> Result<T, Defect> {
+        let parsed = self.value.and_then(parse);
+        parsed.ok_or_else(|| self.invalid_operand(self.value.unwrap_or_default()))
+    }
+
+    fn invalid_operand(&self, operand: &str) -> Defect {
+        Defect::InvalidOperand { operator: self.operator.name(), operand: operand.to_owned() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn console_describes_exactly_the_operators_of_the_engine() {
+        let console = include_str!("../http/console/descriptions.js");
+        let (_, table) = console.split_once("const OPERATORS = {").unwrap();
+        let (table, _) = table.split_once("};").unwrap();
+        let rows = table.lines().filter_map(|line| line.trim().split_once(": ["));
+        let mut described: Vec<_> = rows.map(|(name, _)| name).collect();
+        let mut known = Operator::NAMES.map(|(name, _)| name);
+        described.sort_unstable();
+        known.sort_unstable();
+        assert_eq!(described, known);
     }
 }

@@ -11,7 +11,7 @@ mod sentences;
 use self::sentences::{membership, quoted};
 use super::bucket::DrawId;
 use super::compile;
-use super::constraint::{self, CompiledConstraint};
+use super::constraint::{self, CompiledConstraint, Operator};
 use super::context::{BoundContext, Context, ContextSchema, FieldId};
 use super::explanation::{
     BucketAssignment, Constraint, Decision, Explanation, Parameter, Parent, Payload, Rule, Segment,
@@ -348,19 +348,21 @@ impl FlagExplainer<'_, '_, '_> {
             },
             why: String::new(),
         };
+        let mut operator = None;
         if let Lenient::Valid(source) = source {
             let text = |text: &Lenient<wire::Text<'_>>| text.clone().valid().map(String::from);
             explained.field = text(&source.context_name).unwrap_or_default();
             explained.operator = text(&source.operator).unwrap_or_default();
+            operator = Operator::parse(&explained.operator);
             explained.values = match &source.values {
-                Lenient::Valid(list) if constraint::is_list_operator(&explained.operator) => {
+                Lenient::Valid(list) if operator.is_some_and(Operator::compares_with_list) => {
                     list.iter().filter_map(text).collect()
                 }
                 _ => text(&source.value).into_iter().collect(),
             };
             explained.inverted = source.inverted.valid().unwrap_or_default();
             explained.case_insensitive = source.case_insensitive.valid().unwrap_or_default();
-            explained.context_value = if constraint::is_time_operator(&explained.operator) {
+            explained.context_value = if operator.is_some_and(Operator::compares_time) {
                 Some(self.evaluation_time())
             } else {
                 context_value(self.context, &explained.field)
@@ -368,8 +370,9 @@ impl FlagExplainer<'_, '_, '_> {
         }
         let is_generated = self.context.session_is_generated
             && explained.field == FieldId::SESSION_ID_NAME
-            && !constraint::is_time_operator(&explained.operator);
-        explained.why = sentences::constraint(&explained, &compiled, problem, is_generated);
+            && !operator.is_some_and(Operator::compares_time);
+        explained.why =
+            sentences::constraint(&explained, operator, &compiled, problem, is_generated);
         explained
     }
 

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::super::compile::Dependency;
-use super::super::constraint::{self, CompiledConstraint};
+use super::super::constraint::{Comparison, CompiledConstraint, Operator, TextPosition};
 use super::super::explanation::{BucketAssignment, Constraint, Decision, Explanation, Strategy};
 
 /// Maximum number of values that a sentence lists.
@@ -71,36 +71,44 @@ pub(super) fn parent(dependency: &Dependency<'_>, parent: &Explanation, satisfie
     format!("parent {} has to be {required} {actual} {state}", quoted(&parent.flag))
 }
 
-/// A constraint, the value in the context, and the result.
+/// The words of an operator.
+fn phrase(operator: Operator) -> &'static str {
+    match operator {
+        Operator::In => "is one of",
+        Operator::NotIn => "is none of",
+        Operator::Text(TextPosition::Start) => "starts with one of",
+        Operator::Text(TextPosition::End) => "ends with one of",
+        Operator::Text(TextPosition::Anywhere) => "contains one of",
+        Operator::Number(Comparison::Equal) => "is the number",
+        Operator::Number(Comparison::Greater) => "is a number greater than",
+        Operator::Number(Comparison::GreaterOrEqual) => "is a number not less than",
+        Operator::Number(Comparison::Less) => "is a number less than",
+        Operator::Number(Comparison::LessOrEqual) => "is a number not greater than",
+        Operator::Version(Comparison::Equal) => "is the version",
+        Operator::Version(Comparison::Greater) => "is a version after",
+        Operator::Version(Comparison::GreaterOrEqual) => "is a version not before",
+        Operator::Version(Comparison::Less) => "is a version before",
+        Operator::Version(Comparison::LessOrEqual) => "is a version not after",
+        Operator::After => "is after",
+        Operator::Before => "is before",
+        Operator::Regex => "matches",
+        Operator::InCidr => "is an address in one of",
+    }
+}
+
+/// A constraint, the value in the context, and the result. An unknown operator is named as written.
 pub(super) fn constraint(
     explained: &Constraint,
+    operator: Option<Operator>,
     compiled: &CompiledConstraint,
     problem: Option<String>,
     is_generated: bool,
 ) -> String {
-    let phrase = match explained.operator.as_str() {
-        "IN" => "is one of",
-        "NOT_IN" => "is none of",
-        "STR_STARTS_WITH" => "starts with one of",
-        "STR_ENDS_WITH" => "ends with one of",
-        "STR_CONTAINS" => "contains one of",
-        "NUM_EQ" => "is the number",
-        "NUM_GT" => "is a number greater than",
-        "NUM_GTE" => "is a number not less than",
-        "NUM_LT" => "is a number less than",
-        "NUM_LTE" => "is a number not greater than",
-        "SEMVER_EQ" => "is the version",
-        "SEMVER_GT" => "is a version after",
-        "SEMVER_GTE" => "is a version not before",
-        "SEMVER_LT" => "is a version before",
-        "SEMVER_LTE" => "is a version not after",
-        "DATE_AFTER" => "is after",
-        "DATE_BEFORE" => "is before",
-        "REGEX" => "matches",
-        "IN_CIDR" => "is an address in one of",
-        other => other,
+    let phrase = match operator {
+        Some(operator) => phrase(operator),
+        None => &explained.operator,
     };
-    let subject = if constraint::is_time_operator(&explained.operator) {
+    let subject = if operator.is_some_and(Operator::compares_time) {
         "the time".to_owned()
     } else {
         quoted(&explained.field)
