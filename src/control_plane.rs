@@ -17,6 +17,7 @@ mod health;
 mod initial_settings;
 mod maintenance;
 mod migrations;
+mod new_token;
 mod password;
 mod permissions;
 mod sessions;
@@ -42,10 +43,11 @@ pub use self::{
     error::Error,
     health::{ConnectionCount, DatabaseStatus},
     initial_settings::InitialSetting,
+    new_token::NewToken,
     password::{Password, PasswordError},
     permissions::{Actor, MissingPermission, Operator, RootRole, TokenAction, TokenPermission},
     sessions::{Activity, Session, SessionRef, SignInAttempt, SignedIn},
-    tokens::{NewToken, TokenMetadata},
+    tokens::TokenMetadata,
     usage_store::{ApplicationSummary, DatabaseUsageSink, UsageHour},
 };
 use self::{

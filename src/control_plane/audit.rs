@@ -126,6 +126,9 @@ pub struct EventQuery {
 }
 
 impl EventQuery {
+    /// The number of events in one page if a request names none.
+    pub const DEFAULT_LIMIT: u32 = 100;
+
     /// The maximum number of events in one page.
     pub const MAX_LIMIT: u32 = 1000;
 }

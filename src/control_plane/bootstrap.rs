@@ -7,9 +7,10 @@ use super::{
     database::{Connection, Database, WriteLock},
     error::Error,
     initial_settings::{self, InitialSetting},
+    new_token::NewToken,
     password::{Hasher, Password},
     permissions::{Actor, Operator, RootRole},
-    tokens::{self, NewToken, TokenMetadata},
+    tokens::{self, TokenMetadata},
 };
 use crate::token::{Environment, Grant, Projects, Scope, Token, TokenKind};
 

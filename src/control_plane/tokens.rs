@@ -16,41 +16,23 @@ use tokio::{
     sync::{Mutex, watch},
     time::Instant,
 };
-use zeroize::Zeroizing;
 
 use super::{
     audit::{self, EventKind, NewEvent},
     authorization, cookie_token,
     database::{Connection, Database, WriteLock, now, timestamp_from_millis},
     error::Error,
+    new_token::NewToken,
     permissions::{Actor, Operator, TokenAction},
     token_snapshot,
 };
 use crate::{
     auth::Authenticator,
-    protocol::admin::{MAX_PROJECTS, Name},
     token::{Environment, Grant, Projects, Scope, Token, TokenDigest, TokenKind},
 };
 
-/// The longest name of an environment or a project, in bytes.
-const MAX_ID_LEN: usize = 100;
 /// The precision of `seen_at`.
 const SEEN_AT_PRECISION: SignedDuration = SignedDuration::from_mins(1);
-
-/// A token to create.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct NewToken {
-    /// Its display name.
-    pub name: String,
-    /// Its kind.
-    pub kind: TokenKind,
-    /// Its environment; `*` for admin tokens.
-    pub environment: Environment,
-    /// Its projects.
-    pub projects: Projects,
-    /// The time of its expiry.
-    pub expires_at: Option<Timestamp>,
-}
 
 /// A token, without its secret.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -75,64 +57,6 @@ pub struct TokenMetadata {
     pub seen_at: Option<Timestamp>,
     /// The token with its secret part masked, for display.
     pub masked: Arc<str>,
-}
-
-impl NewToken {
-    /// Generates a secret in Unleash's v2 format: a public selector, and a verifier of 256 random bits.
-    pub(super) fn generate_secret(&self) -> Token {
-        let projects = match &self.projects {
-            Projects::All => "*",
-            Projects::Only(ids) => match ids.first() {
-                Some(id) if ids.len() == 1 => id.as_str(),
-                _ => "[]",
-            },
-        };
-        let (selector, verifier) =
-            (cookie_token::random_base64url::<16>(), cookie_token::random_base64url::<32>());
-        let environment = &self.environment;
-        let text = format!("{projects}:{environment}.v2_{}_{}", *selector, *verifier);
-        Token::parse(&Zeroizing::new(text)).expect("checked names and base64url make a token")
-    }
-
-    fn validate(&self) -> Result<(), Error> {
-        Name::parse(&self.name).map_err(|reason| Error::invalid("tokenName", reason))?;
-        let environment = self.environment.as_str();
-        let is_any = environment == "*";
-        match self.kind {
-            TokenKind::Admin if !is_any => {
-                return Err(Error::invalid("environment", "must be *: admin tokens see all"));
-            }
-            TokenKind::Client | TokenKind::Frontend if is_any => {
-                let reason = format!("{} tokens are for one environment", self.kind.as_str());
-                return Err(Error::invalid("environment", reason));
-            }
-            _ if !is_any && !is_valid_id(environment) => {
-                let reason = "must be letters, digits, - and _";
-                return Err(Error::invalid("environment", reason));
-            }
-            _ => {}
-        }
-        if let Projects::Only(ids) = &self.projects {
-            let are_ids = ids.iter().all(|id| is_valid_id(id.as_str()));
-            if ids.is_empty() || ids.len() > MAX_PROJECTS || !are_ids {
-                let reason = "must be * or ids of letters, digits, - and _";
-                return Err(Error::invalid("projects", reason));
-            }
-            if self.kind == TokenKind::Admin {
-                return Err(Error::invalid("projects", "must be *: admin tokens see all"));
-            }
-        }
-        if self.expires_at.is_some_and(|at| at <= now()) {
-            return Err(Error::invalid("expiresAt", "must be in the future"));
-        }
-        Ok(())
-    }
-}
-
-/// Whether a text is a valid environment or project in a token.
-fn is_valid_id(text: &str) -> bool {
-    let is_letter = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'~');
-    (1..=MAX_ID_LEN).contains(&text.len()) && text.bytes().all(is_letter)
 }
 
 impl TokenMetadata {

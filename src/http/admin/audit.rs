@@ -1,14 +1,11 @@
 //! Operations on the audit log.
 
-use super::{operation::MAX_EVENTS, request::QueryParams};
+use super::request::QueryParams;
 use crate::{
     control_plane::{ControlPlane, Event, EventKind, EventQuery, Operator},
     http::response::{self, HttpError, HttpResponse},
     protocol::admin::{self as wire, FieldErrors, Rfc3339Millis},
 };
-
-/// The default number of events in a response.
-const DEFAULT_EVENT_LIMIT: u32 = 100;
 
 /// Lists audit events, newest first.
 pub(super) async fn list_events(
@@ -31,7 +28,9 @@ pub(super) async fn list_events(
         since: query.timestamp(&mut problems, "from"),
         until: query.timestamp(&mut problems, "to"),
         before: query.number(&mut problems, "before", 1, u32::MAX).map(i64::from),
-        limit: query.number(&mut problems, "limit", 1, MAX_EVENTS).unwrap_or(DEFAULT_EVENT_LIMIT),
+        limit: query
+            .number(&mut problems, "limit", 1, EventQuery::MAX_LIMIT)
+            .unwrap_or(EventQuery::DEFAULT_LIMIT),
         offset: query.number(&mut problems, "offset", 0, u32::MAX).unwrap_or(0),
     };
     problems.finish()?;

@@ -10,6 +10,7 @@ use percent_encoding::percent_decode_str;
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 
 use crate::{
+    control_plane::EventQuery,
     engine::explanation::Explanation,
     http::routes::OptionalEndpoint,
     protocol::{admin as wire, explain::ExplainRequest},
@@ -378,9 +379,6 @@ const AUDIT_TAG: &str = "Audit";
 const FLAGS_TAG: &str = "Flags";
 const USAGE_TAG: &str = "Usage";
 
-/// The maximum number of events in a response.
-pub(super) const MAX_EVENTS: u32 = 1000;
-
 /// The maximum number of accounts in a page.
 pub(super) const MAX_ACCOUNTS: u32 = 1000;
 
@@ -438,7 +436,7 @@ pub(super) static OPERATIONS: &[Operation] = &[
         time("from", "Events at or after this time"),
         time("to", "Events before this time"),
         number("before", 1, u32::MAX, "Events before the one with this id, for the next page"),
-        number("limit", 1, MAX_EVENTS, "The maximum number of events; 100 by default"),
+        number("limit", 1, EventQuery::MAX_LIMIT, "The maximum number of events; 100 by default"),
         number("offset", 0, u32::MAX, "The number of newest events to skip"),
     ]),
 

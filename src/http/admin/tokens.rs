@@ -8,8 +8,7 @@ use crate::{
     control_plane::{Actor, ControlPlane, NewToken, TokenMetadata},
     http::response::{self, HttpError, HttpResponse},
     protocol::admin::{
-        self as wire, Field, FieldErrors, MAX_PROJECTS, Rfc3339, Rfc3339Millis, ScopeId,
-        SecretOrIdentifier,
+        self as wire, Field, FieldErrors, Rfc3339, Rfc3339Millis, ScopeId, SecretOrIdentifier,
     },
     token::{Environment, Project, Projects, TokenKind},
 };
@@ -96,9 +95,6 @@ fn parse_new_token(
     Ok(problems.into_result(new())?)
 }
 
-/// The error for an admin token with a narrower scope, so that it never has more access than requested.
-const ADMIN_SCOPE_ERROR: &str = "must be *: admin tokens see all";
-
 fn parse_environment(
     problems: &mut FieldErrors,
     field: Field<ScopeId>,
@@ -112,16 +108,11 @@ fn parse_environment(
         (field, _) => field,
     };
     let environment = problems.optional(NAME, field)?;
-    match (kind, environment.0.as_str()) {
-        (Some(TokenKind::Admin) | None, "*") => {}
-        (Some(TokenKind::Admin), _) => problems.add(NAME, ADMIN_SCOPE_ERROR),
-        (Some(TokenKind::Client | TokenKind::Frontend), "*") => {
-            problems.add(NAME, "must be one: only admin tokens see all of them");
-        }
-        (_, name) if !catalogue.has_environment(name) => {
-            problems.add(NAME, unknown_name_error(name, &catalogue.environment_names()));
-        }
-        _ => {}
+    let name = environment.0.as_str();
+    if let Err(reason) = NewToken::check_environment(kind, name) {
+        problems.add(NAME, reason);
+    } else if name != "*" && !catalogue.has_environment(name) {
+        problems.add(NAME, unknown_name_error(name, &catalogue.environment_names()));
     }
     Some(environment)
 }
@@ -139,23 +130,20 @@ fn parse_projects(
         (Field::Missing, None) => ("projects", vec![ScopeId("*".to_owned())]),
         (listed, _) => ("projects", problems.optional("projects", listed)?),
     };
-    if projects.is_empty() || projects.len() > MAX_PROJECTS {
-        problems.add(path, format!("must name 1 to {MAX_PROJECTS}, or `*` for all"));
-    } else if kind == Some(TokenKind::Admin) && projects.iter().any(|id| id.0 != "*") {
-        problems.add(path, ADMIN_SCOPE_ERROR);
-    } else if let Some(missing) =
-        projects.iter().find(|id| id.0 != "*" && !catalogue.has_project(&id.0))
-    {
-        problems.add(path, unknown_name_error(&missing.0, &catalogue.project_ids()));
+    let ids: Vec<_> = projects.iter().map(|id| id.0.as_str()).collect();
+    if let Err(reason) = NewToken::check_projects(kind, &ids) {
+        problems.add(path, reason);
+    } else if let Some(missing) = ids.iter().find(|id| **id != "*" && !catalogue.has_project(id)) {
+        problems.add(path, unknown_name_error(missing, &catalogue.project_ids()));
     }
     Some(projects)
 }
 
-/// Parses an expiry, which must be in the future.
+/// Parses the time of an expiry.
 fn parse_expiry(problems: &mut FieldErrors, field: Field<Option<Rfc3339>>) -> Option<Timestamp> {
     let end = problems.optional("expiresAt", field).flatten()?.0;
-    if end <= Timestamp::now() {
-        problems.add("expiresAt", "must be in the future");
+    if let Err(reason) = NewToken::check_expiry(end) {
+        problems.add("expiresAt", reason);
     }
     Some(end)
 }

@@ -146,9 +146,9 @@ impl JsonSchema for Email {
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct ScopeId(pub String);
 
-impl FieldType for ScopeId {
-    fn from_json(value: &Value) -> Result<Self, String> {
-        let text = value.as_str().ok_or("must be a string")?;
+impl ScopeId {
+    /// Parses a name or an id, or `*`; the error describes the expected value.
+    pub fn parse(text: &str) -> Result<Self, String> {
         let fits = |c: char| c.is_ascii_alphanumeric() || "-_~".contains(c);
         if text != "*"
             && (text.is_empty() || text.len() > MAX_SCOPE_ID_LEN || !text.chars().all(fits))
@@ -158,6 +158,12 @@ impl FieldType for ScopeId {
             ));
         }
         Ok(Self(text.to_owned()))
+    }
+}
+
+impl FieldType for ScopeId {
+    fn from_json(value: &Value) -> Result<Self, String> {
+        Self::parse(value.as_str().ok_or("must be a string")?)
     }
 }
 
