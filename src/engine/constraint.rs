@@ -9,11 +9,12 @@ use std::cmp::Ordering;
 use ipnet::IpNet;
 use jiff::Timestamp;
 use regex::Regex;
+use semver::Version;
 
 use super::context::{BoundContext, ContextSchema, FieldId, ParsedSlot, StringSet};
 use super::date;
 use super::inputs::EvaluationInputs;
-use super::parse::{self, Version};
+use super::parse;
 use super::problem::{Defect, DefinitionPart};
 use super::re2;
 use crate::protocol::features::{self as wire, Lenient};
@@ -42,7 +43,7 @@ enum Test {
     Number { field: FieldId, slot: ParsedSlot, order: Comparison, than: f64 },
     After(Timestamp),
     Before(Timestamp),
-    Version { field: FieldId, slot: ParsedSlot, order: Comparison, than: Box<Version<Box<str>>> },
+    Version { field: FieldId, slot: ParsedSlot, order: Comparison, than: Box<Version> },
     Address { field: FieldId, slot: ParsedSlot, ranges: Box<[IpNet]> },
     Text { field: FieldId, place: TextPosition, case: CaseSensitivity, needles: Box<[Box<str>]> },
     Regex { field: FieldId, regex: Box<Regex> },
@@ -154,7 +155,7 @@ impl Test {
             Self::After(date) => bound.evaluation_time().is_some_and(|time| time > *date),
             Self::Before(date) => bound.evaluation_time().is_some_and(|time| time < *date),
             Self::Version { slot, order, than, .. } => {
-                order.accepts(bound.version(*slot).map(|version| version.compare(than)))
+                order.accepts(bound.version(*slot).map(|version| version.cmp_precedence(than)))
             }
             Self::Address { slot, ranges, .. } => bound
                 .address(*slot)
@@ -346,7 +347,7 @@ impl<'a> ParsedConstraint<'a> {
     }
 
     fn version_test(&self, schema: &mut ContextSchema, order: Comparison) -> Result<Test, Defect> {
-        let than = self.parse_operand(Version::parse)?.into_owned();
+        let than = self.parse_operand(parse::version)?;
         let field = schema.intern_field(self.field);
         Ok(Test::Version { field, slot: schema.version_slot(field), order, than: Box::new(than) })
     }

@@ -9,10 +9,11 @@ use std::net::IpAddr;
 
 use foldhash::fast::RandomState;
 use jiff::Timestamp;
+use semver::Version;
 use smallvec::SmallVec;
 
 use super::date;
-use super::parse::{self, Version};
+use super::parse;
 
 /// The user and application to evaluate for, with the time and the random seed of the evaluation.
 #[derive(Debug, Clone, Copy, Default)]
@@ -196,7 +197,7 @@ impl ContextSchema {
             versions: self
                 .version_fields
                 .iter()
-                .map(|field| Version::parse(text(field)?))
+                .map(|field| parse::version(text(field)?))
                 .collect(),
             addresses: self.address_fields.iter().map(address).collect(),
             evaluation_time: values.evaluation_time(),
@@ -259,7 +260,7 @@ pub struct BoundContext<'a> {
     values: ContextValues<'a>,
     interned: SmallVec<[Option<InternedString>; 16]>,
     numbers: Vec<f64>,
-    versions: Vec<Option<Version<&'a str>>>,
+    versions: Vec<Option<Version>>,
     addresses: Vec<Option<IpAddr>>,
     evaluation_time: Option<Timestamp>,
 }
@@ -284,7 +285,7 @@ impl<'a> BoundContext<'a> {
         self.numbers[slot.0 as usize]
     }
 
-    pub(super) fn version(&self, slot: ParsedSlot) -> Option<&Version<&'a str>> {
+    pub(super) fn version(&self, slot: ParsedSlot) -> Option<&Version> {
         self.versions[slot.0 as usize].as_ref()
     }
 

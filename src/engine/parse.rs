@@ -1,12 +1,12 @@
 //! Parsing of numbers, versions, networks and lists, compatible with the Node SDK.
 //!
-//! Numbers follow JavaScript's rules where values that occur in practice make a difference. Only
-//! [`Version::into_owned`] allocates.
+//! Numbers follow JavaScript's rules where values that occur in practice make a difference. Nothing here
+//! allocates, except for versions with a long pre-release or build.
 
-use std::cmp::Ordering;
 use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net};
+use semver::Version;
 
 /// Parses a number like JavaScript's `Number(text)`: surrounding space is ignored, the empty text is
 /// zero, and `0x`, `0o`, `0b` prefix integers.
@@ -66,89 +66,9 @@ pub(super) fn comma_list(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// A semantic version. Build metadata is validated and dropped.
-///
-/// `P` is the text of the pre-release: borrowed from a context, or owned by a constraint.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Version<P> {
-    core: [u64; 3],
-    pre_release: P,
-}
-
-impl<'a> Version<&'a str> {
-    /// Parses `1.2.3`, `1.2.3-rc.1` or `1.2.3-rc.1+build` as defined by <https://semver.org>.
-    pub(super) fn parse(text: &'a str) -> Option<Self> {
-        let (text, build) = match text.trim().split_once('+') {
-            Some((text, build)) => (text, Some(build)),
-            None => (text.trim(), None),
-        };
-        let (core, pre) = match text.split_once('-') {
-            Some((core, pre)) => (core, Some(pre)),
-            None => (text, None),
-        };
-        let mut numerals = core.split('.').map(version_number);
-        let core = [numerals.next()??, numerals.next()??, numerals.next()??];
-        let well_formed = numerals.next().is_none()
-            && build.is_none_or(|build| build.split('.').all(is_identifier))
-            && pre.is_none_or(|pre| pre.split('.').all(is_pre_release));
-        well_formed.then(|| Self { core, pre_release: pre.unwrap_or("") })
-    }
-
-    /// The same version, independent of the text that it was parsed from.
-    pub(super) fn into_owned(self) -> Version<Box<str>> {
-        Version { core: self.core, pre_release: self.pre_release.into() }
-    }
-}
-
-impl<P: AsRef<str>> Version<P> {
-    /// Orders by precedence: a pre-release comes before its release.
-    pub(super) fn compare<Q: AsRef<str>>(&self, other: &Version<Q>) -> Ordering {
-        self.core.cmp(&other.core).then_with(|| {
-            match (self.pre_release.as_ref(), other.pre_release.as_ref()) {
-                ("", "") => Ordering::Equal,
-                ("", _) => Ordering::Greater,
-                (_, "") => Ordering::Less,
-                (ours, theirs) => compare_pre_release(ours, theirs),
-            }
-        })
-    }
-}
-
-fn compare_pre_release(ours: &str, theirs: &str) -> Ordering {
-    let mut theirs = theirs.split('.');
-    for our in ours.split('.') {
-        let Some(their) = theirs.next() else {
-            return Ordering::Greater;
-        };
-        let order = match (is_numeric(our), is_numeric(their)) {
-            // Without leading zeros the longer numeral is the greater one.
-            (true, true) => our.len().cmp(&their.len()).then_with(|| our.cmp(their)),
-            (true, false) => Ordering::Less,
-            (false, true) => Ordering::Greater,
-            (false, false) => our.cmp(their),
-        };
-        if order.is_ne() {
-            return order;
-        }
-    }
-    if theirs.next().is_some() { Ordering::Less } else { Ordering::Equal }
-}
-
-fn version_number(text: &str) -> Option<u64> {
-    let plain = is_numeric(text) && (text.len() == 1 || !text.starts_with('0'));
-    plain.then(|| text.parse().ok())?
-}
-
-fn is_numeric(text: &str) -> bool {
-    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
-}
-
-fn is_pre_release(part: &str) -> bool {
-    is_identifier(part) && (part == "0" || !is_numeric(part) || !part.starts_with('0'))
-}
-
-fn is_identifier(text: &str) -> bool {
-    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+/// Parses a semantic version as defined by <https://semver.org>. Space around it is ignored.
+pub(super) fn version(text: &str) -> Option<Version> {
+    Version::parse(text.trim()).ok()
 }
 
 #[cfg(test)]
@@ -203,11 +123,12 @@ mod tests {
         ];
         for (i, left) in order.iter().enumerate() {
             for (j, right) in order.iter().enumerate() {
-                let (left, right) = (Version::parse(left).unwrap(), Version::parse(right).unwrap());
-                assert_eq!(left.compare(&right), i.cmp(&j));
+                let [left, right] = [left, right].map(|text| version(text).unwrap());
+                assert_eq!(left.cmp_precedence(&right), i.cmp(&j));
             }
         }
-        assert_eq!(Version::parse("1.0.0+a.1"), Version::parse("1.0.0"));
+        let build = version(" 1.0.0+a.01 ").unwrap();
+        assert!(build.cmp_precedence(&Version::new(1, 0, 0)).is_eq());
     }
 
     #[test]
@@ -227,7 +148,7 @@ mod tests {
             "1.-2.3",
             "99999999999999999999.0.0",
         ] {
-            assert_eq!(Version::parse(text), None, "{text}");
+            assert_eq!(version(text), None, "{text}");
         }
     }
 }
