@@ -1,6 +1,7 @@
 //! Unleash's JSON on the network. No other module derives serde for Unleash's shapes.
 //!
-//! Parsing is lenient where servers and SDKs differ. Data that is forwarded keeps fields unknown here.
+//! Parsing is lenient where servers and SDKs differ ([`lenient`]). Data that is forwarded keeps fields
+//! unknown here.
 //! This module evaluates and stores nothing.
 
 pub mod admin;
@@ -10,6 +11,7 @@ pub mod delta;
 pub mod excerpt;
 pub mod explain;
 pub mod features;
+pub mod lenient;
 pub mod ofrep;
 pub mod sse;
 pub mod timestamp;

@@ -18,7 +18,8 @@ use super::flag::{self, Flag, FlagId, Outcome};
 use super::plan::{Conditions, FlagPlan, Parent};
 use super::problem::{Defect, DefinitionPart, Problem};
 use super::strategy::{self, Strategy, StrategyCompiler};
-use crate::protocol::features::{self as wire, Document, Lenient};
+use crate::protocol::features::{self as wire, Document};
+use crate::protocol::lenient::{Lenient, Text};
 
 /// The parts of an engine.
 #[derive(Clone, Debug)]
@@ -105,10 +106,10 @@ struct Builder<'d> {
 
 /// A condition on another flag.
 pub(super) struct Dependency<'d> {
-    pub(super) parent: wire::Text<'d>,
+    pub(super) parent: Text<'d>,
     pub(super) enabled: bool,
     /// Unless empty, the other flag has to be on with one of these variants.
-    pub(super) variants: Vec<wire::Text<'d>>,
+    pub(super) variants: Vec<Text<'d>>,
 }
 
 impl<'d> Builder<'d> {

@@ -17,7 +17,8 @@ use super::inputs::EvaluationInputs;
 use super::parse;
 use super::problem::{Defect, DefinitionPart};
 use super::re2;
-use crate::protocol::features::{self as wire, Lenient};
+use crate::protocol::features as wire;
+use crate::protocol::lenient::Lenient;
 
 /// A compiled constraint.
 #[derive(Debug)]

@@ -21,7 +21,8 @@ use super::flag::{self, Flag, FlagId, Outcome};
 use super::problem::{Defect, DefinitionPart};
 use super::strategy::{self, ParsedRule, ParsedStrategy, StrategyCompiler};
 use super::variant::{self, Stickiness};
-use crate::protocol::features::{self as wire, Document, Lenient, Parameters};
+use crate::protocol::features::{self as wire, Document, Parameters};
+use crate::protocol::lenient::{Lenient, Text};
 
 /// An engine with the document that it was compiled from, and a context.
 #[derive(Clone, Copy, Debug)]
@@ -242,7 +243,7 @@ impl FlagExplainer<'_, '_, '_> {
         &mut self,
         source: &Lenient<wire::Strategy<'_>>,
     ) -> (Option<u32>, Strategy) {
-        let text = |text: &Lenient<wire::Text<'_>>| text.clone().valid().map(String::from);
+        let text = |text: &Lenient<Text<'_>>| text.clone().valid().map(String::from);
         let mut explained = Strategy {
             name: String::new(),
             title: None,
@@ -350,7 +351,7 @@ impl FlagExplainer<'_, '_, '_> {
         };
         let mut operator = None;
         if let Lenient::Valid(source) = source {
-            let text = |text: &Lenient<wire::Text<'_>>| text.clone().valid().map(String::from);
+            let text = |text: &Lenient<Text<'_>>| text.clone().valid().map(String::from);
             explained.field = text(&source.context_name).unwrap_or_default();
             explained.operator = text(&source.operator).unwrap_or_default();
             operator = Operator::parse(&explained.operator);

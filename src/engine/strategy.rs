@@ -12,7 +12,8 @@ use super::inputs::EvaluationInputs;
 use super::parse;
 use super::problem::{Defect, DefinitionPart};
 use super::variant::{self, Stickiness, Variant, VariantSelection};
-use crate::protocol::features::{self as wire, Lenient, Parameters};
+use crate::protocol::features::{self as wire, Parameters};
+use crate::protocol::lenient::Lenient;
 
 /// A strategy that can match.
 #[derive(Debug, Clone)]

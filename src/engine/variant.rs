@@ -4,7 +4,8 @@ use super::bucket::{self, DrawId, HashPrefix, VARIANT_SEED};
 use super::context::{BoundContext, ContextSchema, FieldId, StringSet};
 use super::inputs::EvaluationInputs;
 use super::problem::{Defect, DefinitionPart};
-use crate::protocol::features::{self as wire, Lenient};
+use crate::protocol::features as wire;
+use crate::protocol::lenient::Lenient;
 
 /// A variant of a flag.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -4,11 +4,13 @@
 //! ignored. A body that is not a JSON object is an error. So is an oversized context, because the time
 //! of an evaluation grows with it. This module adds no defaults; the caller completes the context.
 
-use std::{borrow::Cow, fmt, iter};
+use std::{borrow::Cow, iter};
 
 use memchr::{memchr, memchr2};
 use percent_encoding::percent_decode_str;
-use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::de::{IgnoredAny, MapAccess, SeqAccess};
+
+use super::lenient::{Lenient, LenientValue, Text};
 
 /// The context of a frontend request. Every value is a string, borrowed from the request if it needs no
 /// decoding.
@@ -111,7 +113,26 @@ impl<'a> FrontendContext<'a> {
         if body.iter().all(u8::is_ascii_whitespace) {
             return Ok(Self::default());
         }
-        let Envelope(context) = serde_json::from_slice(body)?;
+        let Lenient::Valid(Value::Object(mut fields)) = serde_json::from_slice(body)? else {
+            let no_object = serde::de::Error::custom("the context must be a JSON object");
+            return Err(Error::Json(no_object));
+        };
+        let is_inner = |(name, value): &(Text<'_>, _)| {
+            name == "context" && matches!(value, Lenient::Valid(Value::Object(_)))
+        };
+        if let Some(at) = fields.iter().position(is_inner)
+            && let Lenient::Valid(Value::Object(inner)) = fields.swap_remove(at).1
+        {
+            fields = inner;
+        }
+        // `properties` is processed last, so that the top level takes precedence in any order.
+        fields.sort_by_key(|(name, _)| name == "properties");
+        let mut context = Self::default();
+        for (name, value) in fields {
+            if let Lenient::Valid(value) = value {
+                context.set_json(name, value);
+            }
+        }
         context.check_size()
     }
 
@@ -237,12 +258,12 @@ impl<'a> FrontendContext<'a> {
             Value::Scalar(value) => self.set(name, value),
             Value::Object(fields) if name == "properties" => {
                 for (name, value) in fields {
-                    if let Value::Scalar(value) = value {
+                    if let Lenient::Valid(Value::Scalar(value)) = value {
                         self.set_property(name, value);
                     }
                 }
             }
-            Value::Object(_) | Value::Other => {}
+            Value::Object(_) => {}
         }
     }
 }
@@ -412,124 +433,55 @@ fn append_value(values: &mut Cow<'_, str>, value: &str) {
     values.push_str(value);
 }
 
-/// A body, with or without `context` around the fields.
-struct Envelope<'a>(FrontendContext<'a>);
-
-impl<'de> Deserialize<'de> for Envelope<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let Value::Object(mut fields) = Value::deserialize(deserializer)? else {
-            return Err(serde::de::Error::custom("the context must be a JSON object"));
-        };
-        let inner = fields
-            .iter()
-            .position(|(name, value)| name == "context" && matches!(value, Value::Object(_)));
-        if let Some(at) = inner
-            && let Value::Object(inner) = fields.swap_remove(at).1
-        {
-            fields = inner;
-        }
-        // `properties` is processed last, so that the top level takes precedence in any order.
-        fields.sort_by_key(|(name, _)| name == "properties");
-        let mut context = FrontendContext::default();
-        for (name, value) in fields {
-            context.set_json(name, value);
-        }
-        Ok(Self(context))
-    }
-}
-
 /// A JSON value, reduced to the forms that a context can use.
 enum Value<'a> {
-    Scalar(Cow<'a, str>),
-    Object(Vec<(Cow<'a, str>, Self)>),
-    /// Null, or an array of anything but scalars.
-    Other,
+    Scalar(Text<'a>),
+    Object(Vec<(Text<'a>, Lenient<Self>)>),
 }
 
-impl<'de> Deserialize<'de> for Value<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(ValueVisitor)
-    }
-}
-
-struct ValueVisitor;
-
-impl<'de> Visitor<'de> for ValueVisitor {
-    type Value = Value<'de>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a JSON value")
+impl<'de: 'a, 'a> LenientValue<'de> for Value<'a> {
+    fn from_bool(value: bool) -> Lenient<Self> {
+        Text::from_bool(value).map(Self::Scalar)
     }
 
-    fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Self::Value, E> {
-        Ok(Value::Scalar(Cow::Borrowed(text)))
+    fn from_integer(value: i128) -> Lenient<Self> {
+        Text::from_integer(value).map(Self::Scalar)
     }
 
-    fn visit_str<E>(self, text: &str) -> Result<Self::Value, E> {
-        Ok(Value::Scalar(Cow::Owned(text.to_owned())))
+    fn from_float(value: f64) -> Lenient<Self> {
+        Text::from_float(value).map(Self::Scalar)
     }
 
-    fn visit_bool<E>(self, value: bool) -> Result<Self::Value, E> {
-        Ok(Value::Scalar(Cow::Borrowed(if value { "true" } else { "false" })))
+    fn from_text(value: Text<'de>) -> Lenient<Self> {
+        Lenient::Valid(Self::Scalar(value))
     }
 
-    fn visit_i64<E>(self, value: i64) -> Result<Self::Value, E> {
-        Ok(Value::Scalar(Cow::Owned(value.to_string())))
-    }
-
-    fn visit_u64<E>(self, value: u64) -> Result<Self::Value, E> {
-        Ok(Value::Scalar(Cow::Owned(value.to_string())))
-    }
-
-    fn visit_f64<E>(self, value: f64) -> Result<Self::Value, E> {
-        Ok(Value::Scalar(Cow::Owned(value.to_string())))
-    }
-
-    fn visit_unit<E>(self) -> Result<Self::Value, E> {
-        Ok(Value::Other)
-    }
-
-    fn visit_seq<A: serde::de::SeqAccess<'de>>(
-        self,
-        mut items: A,
-    ) -> Result<Self::Value, A::Error> {
-        // As in a query: JavaScript's conversion of an array to a string.
+    /// As in a query: JavaScript's conversion of an array to a string.
+    fn from_list<A: SeqAccess<'de>>(mut list: A) -> Result<Lenient<Self>, A::Error> {
         let mut joined = String::new();
         let mut is_first = true;
-        while let Some(item) = items.next_element()? {
-            let Value::Scalar(item) = item else {
-                while items.next_element::<IgnoredAny>()?.is_some() {}
-                return Ok(Value::Other);
+        while let Some(item) = list.next_element()? {
+            let Lenient::Valid(Self::Scalar(item)) = item else {
+                while list.next_element::<IgnoredAny>()?.is_some() {}
+                return Ok(Lenient::Malformed);
             };
             if !std::mem::take(&mut is_first) {
                 joined.push(',');
             }
             joined.push_str(&item);
         }
-        Ok(Value::Scalar(Cow::Owned(joined)))
+        Ok(Lenient::Valid(Self::Scalar(joined.into())))
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Self::Value, A::Error> {
+    fn from_object<A: MapAccess<'de>>(mut object: A) -> Result<Lenient<Self>, A::Error> {
         let mut fields = Vec::new();
-        while let Some(ObjectKey(name)) = entries.next_key()? {
+        while let Some(name) = object.next_key::<Lenient<Text<'_>>>()? {
             if fields.len() == MAX_FIELDS {
                 return Err(serde::de::Error::custom(Error::TooManyFields));
             }
-            fields.push((name, entries.next_value()?));
+            fields.push((name.valid().unwrap_or_default(), object.next_value()?));
         }
-        Ok(Value::Object(fields))
-    }
-}
-
-/// An object's key, borrowed if it has no escapes.
-struct ObjectKey<'a>(Cow<'a, str>);
-
-impl<'de> Deserialize<'de> for ObjectKey<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        match deserializer.deserialize_str(ValueVisitor)? {
-            Value::Scalar(name) => Ok(Self(name)),
-            Value::Object(_) | Value::Other => Err(serde::de::Error::custom("a key must be text")),
-        }
+        Ok(Lenient::Valid(Self::Object(fields)))
     }
 }
 

@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 
 use super::{
     context::{self, FrontendContext},
-    features::{Lenient, Text},
+    lenient::{Lenient, Text},
 };
 
 /// A request to explain a flag.

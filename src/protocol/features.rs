@@ -18,11 +18,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 pub use self::definition::{
-    Constraint, Definition, Dependency, Lenient, Override, Parameters, Payload, Strategy, Text,
-    Variant,
+    Constraint, Definition, Dependency, Override, Parameters, Payload, Strategy, Variant,
 };
 use self::definition::{Meta, SegmentBody};
-use super::byte_order_mark::without_byte_order_mark;
+use super::{
+    byte_order_mark::without_byte_order_mark,
+    lenient::{Lenient, Text},
+};
 use crate::token::Projects;
 
 /// The project of a flag without one, as in Unleash.

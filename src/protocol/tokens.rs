@@ -13,7 +13,7 @@ use serde::{
 };
 use serde_json::value::RawValue;
 
-use super::timestamp;
+use super::{lenient::readable_items, timestamp};
 use crate::token::{
     Environment, Grant, ParseError, Projects, Scope, Token, TokenDigest, TokenKind,
 };
@@ -33,7 +33,7 @@ pub struct ValidateRequest<'a> {
 #[derive(Debug, Deserialize, Serialize)]
 pub struct ValidateResponse {
     /// The valid tokens with their grants.
-    #[serde(deserialize_with = "readable")]
+    #[serde(deserialize_with = "readable_items")]
     pub tokens: Vec<ValidatedToken>,
 }
 
@@ -119,7 +119,7 @@ pub struct CreatedToken {
 #[derive(Debug, Deserialize)]
 pub struct EnvironmentList {
     /// The environments, disabled ones included.
-    #[serde(deserialize_with = "readable")]
+    #[serde(deserialize_with = "readable_items")]
     pub environments: Vec<ListedEnvironment>,
 }
 
@@ -409,16 +409,6 @@ fn resolve_projects(
 #[derive(Deserialize)]
 #[serde(transparent)]
 struct CowStr<'a>(#[serde(borrow)] Cow<'a, str>);
-
-/// Deserializes a list and skips unreadable items.
-pub(crate) fn readable<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
-where
-    D: Deserializer<'de>,
-    T: Deserialize<'de>,
-{
-    let items = Vec::<&'de RawValue>::deserialize(deserializer)?;
-    Ok(items.into_iter().filter_map(|item| serde_json::from_str(item.get()).ok()).collect())
-}
 
 fn deserialize_tokens<'de, D>(deserializer: D) -> Result<Cow<'static, [Token]>, D::Error>
 where

@@ -14,8 +14,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     protocol::{
-        byte_order_mark::without_byte_order_mark,
-        tokens::{ValidatedToken, readable},
+        byte_order_mark::without_byte_order_mark, lenient::readable_items, tokens::ValidatedToken,
     },
     token::{Environment, Grant, Token},
 };
@@ -50,7 +49,7 @@ pub async fn load_tokens(folder: &Path) -> Result<Vec<(Token, Grant)>, Error> {
     #[derive(Deserialize)]
     #[serde(transparent)]
     struct Tokens {
-        #[serde(deserialize_with = "readable")]
+        #[serde(deserialize_with = "readable_items")]
         tokens: Vec<ValidatedToken>,
     }
     let file = folder.join("unleash_tokens.json");
