@@ -6,8 +6,10 @@ use std::time::Duration;
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 
-use crate::control_plane::{run_parapet, temp_file_with};
-use crate::rig::{Parapet, Sdk, Unleash, UnleashVersion, http, secret_leak_check, wait_until};
+use crate::control_plane::{run_parapet, session_cookies, temp_file_with};
+use crate::rig::{
+    Parapet, Sdk, Unleash, UnleashVersion, http, secret_leak_check, send_json, wait_until,
+};
 
 /// The account of a fresh Unleash.
 const OWNER: (&str, &str) = ("admin", "unleash4all");
@@ -25,29 +27,17 @@ async fn edge(unleash: &Unleash) -> Parapet {
 }
 
 async fn send(request: RequestBuilder) -> (StatusCode, Value) {
-    let answer = request.send().await.unwrap();
-    let (status, body) = (answer.status(), answer.bytes().await.unwrap());
-    (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+    send_json(request, &Value::Null).await
 }
 
 /// Signs in to Unleash through the edge, and returns the cookies.
 async fn sign_in(parapet: &Parapet) -> String {
     let body = json!({ "username": OWNER.0, "password": OWNER.1 }).to_string();
     let login = http().post(parapet.admin_url() + "/auth/simple/login");
-    let answer = login.header("content-type", "application/json").body(body).send().await.unwrap();
-    assert_eq!(answer.status(), StatusCode::OK);
-    let cookies = answer.headers().get_all("set-cookie").iter();
-    let cookies: Vec<_> = cookies
-        .map(|cookie| cookie.to_str().unwrap().split(';').next().unwrap().to_owned())
-        .collect();
-    for cookie in &cookies {
-        secret_leak_check::register(cookie.split_once('=').unwrap().1);
-    }
-    cookies.join("; ")
-}
-
-async fn features_status(parapet: &Parapet, token: &str) -> StatusCode {
-    parapet.get("/api/client/features", token).await.0
+    let login = login.header("content-type", "application/json").body(body);
+    let response = login.send().await.unwrap();
+    assert_eq!(response.status(), StatusCode::OK);
+    session_cookies(&response)
 }
 
 async fn token_lifecycle(version: UnleashVersion) {
@@ -98,9 +88,9 @@ async fn token_lifecycle(version: UnleashVersion) {
     let path = format!("/api/admin/api-tokens/{identifier}");
     let (status, gone) = send(own(ask(Method::DELETE, &path, None))).await;
     assert!(status.is_success(), "{status} {gone}");
-    assert_eq!(features_status(&parapet, &secret).await, StatusCode::UNAUTHORIZED);
+    assert_eq!(parapet.features_status(&secret).await, StatusCode::UNAUTHORIZED);
     assert!(unleash.tokens_named(&name).await.is_empty());
-    assert_eq!(features_status(&parapet, &secret).await, StatusCode::UNAUTHORIZED, "and stays so");
+    assert_eq!(parapet.features_status(&secret).await, StatusCode::UNAUTHORIZED, "and stays so");
 }
 
 #[tokio::test]
@@ -200,8 +190,7 @@ async fn command_line_manages_unleash_tokens_through_edge_or_directly() {
             secret_leak_check::register(secret);
             assert_eq!(unleash.tokens_named("by-shell").await.len(), 1);
             wait_until("the new token works", Duration::from_secs(10), async || {
-                (parapet.get("/api/client/features", secret).await.0 == StatusCode::OK)
-                    .then_some(())
+                (parapet.features_status(secret).await == StatusCode::OK).then_some(())
             })
             .await;
             let listed = ask(&["token", "list", "--name", "by-shell"], "");

@@ -19,16 +19,15 @@ use tokio::task::JoinSet;
 
 use crate::in_process_parapet::{CLIENT, FRONTEND, InProcessParapet};
 use crate::rig::{
-    Driver, EventStream, Nginx, Parapet, PersistentConnection, Protocol, SelfSignedCertificate,
-    SendOutcome, Setup, StallMode, StalledClient, http, node, secret_leak_check, tests_dir,
-    wait_until,
+    Driver, EventStream, FEATURES, Nginx, Parapet, PersistentConnection, Protocol,
+    SelfSignedCertificate, SendOutcome, Setup, StallMode, StalledClient, http, node,
+    secret_leak_check, tests_dir, wait_until,
 };
 
 const FLAGS: &str = r#"{"features":[{"name":"a","project":"default","enabled":true,
     "strategies":[{"name":"default"}]}]}"#;
 
 /// The path for server SDKs.
-const FEATURES: &str = "/api/client/features";
 
 /// Offline, with a client token and a frontend token.
 fn offline() -> Setup {
@@ -471,7 +470,7 @@ async fn idle_connections_leave_file_descriptors_for_probes() {
             assert!(parapet.is_healthy().await && parapet.is_ready().await, "with {nth} more");
         }
     }
-    assert_eq!(parapet.get(FEATURES, CLIENT).await.0, StatusCode::OK);
+    assert_eq!(parapet.features_status(CLIENT).await, StatusCode::OK);
     assert_eq!(parapet.fd_limit(), 256);
     let log = parapet.log();
     assert!(log.contains("Too few file descriptors for --max-connections"), "{log}");

@@ -250,7 +250,7 @@ async fn token_created_in_the_console_works_in_an_sdk() {
     drop(load);
 
     // Deleting asks for confirmation, and revokes the token.
-    let status = async || parapet.get("/api/client/features", &secret).await.0;
+    let status = async || parapet.features_status(&secret).await;
     assert_eq!(status().await, StatusCode::OK);
     console.open_section("API access").await;
     console.call("delete_token", json!({ "name": "checkout" })).await;
@@ -470,7 +470,7 @@ async fn console_of_an_edge_manages_accounts_and_tokens_of_unleash() {
         text.contains("of the edge") && !text.contains(&secret),
         "lists mask what Unleash shows"
     );
-    let status = async || parapet.get("/api/client/features", &secret).await.0;
+    let status = async || parapet.features_status(&secret).await;
     assert_eq!(status().await, StatusCode::OK);
     for (section, _) in PAGES.iter().filter(|(section, _)| *section != "Flags") {
         console.open_section(section).await;

@@ -13,7 +13,7 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use sqlx::{Connection as _, Executor as _};
 
-use crate::rig::{Parapet, Postgres, http, secret_leak_check, wait_until};
+use crate::rig::{Parapet, Postgres, http, secret_leak_check, send_json, wait_until};
 
 const FLAGS: &str = r#"{"features":[
     {"name":"first","project":"default","enabled":true,"strategies":[{"name":"default"}]},
@@ -142,17 +142,22 @@ async fn sign_in_with(
     if !answer.status().is_success() {
         return Err(answer.status());
     }
-    let set = answer.headers().get_all("set-cookie").iter();
-    let cookies: Vec<_> = set
-        .map(|cookie| {
-            let cookie = cookie.to_str().unwrap();
-            assert!(cookie.contains("HttpOnly") && cookie.contains("SameSite=Strict"), "{cookie}");
-            let pair = cookie.split(';').next().unwrap().to_owned();
-            secret_leak_check::register(pair.split_once('=').unwrap().1);
-            pair
-        })
-        .collect();
-    Ok(Session { url, cookies: cookies.join("; ") })
+    for cookie in answer.headers().get_all("set-cookie") {
+        let cookie = cookie.to_str().unwrap();
+        assert!(cookie.contains("HttpOnly") && cookie.contains("SameSite=Strict"), "{cookie}");
+    }
+    Ok(Session { url, cookies: session_cookies(&answer) })
+}
+
+/// The cookies that a response sets, as a client sends them back. Their values become secrets.
+pub(crate) fn session_cookies(response: &reqwest::Response) -> String {
+    let cookies = response.headers().get_all("set-cookie").iter();
+    let cookies = cookies.map(|cookie| {
+        let (pair, _) = cookie.to_str().unwrap().split_once(';').unwrap();
+        secret_leak_check::register(pair.split_once('=').unwrap().1);
+        pair
+    });
+    cookies.collect::<Vec<_>>().join("; ")
 }
 
 impl Session {
@@ -172,12 +177,7 @@ impl Session {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        if !body.is_null() {
-            request = request.header("content-type", "application/json").body(body.to_string());
-        }
-        let answer = request.send().await.unwrap();
-        let (status, body) = (answer.status(), answer.bytes().await.unwrap());
-        (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+        send_json(request, body).await
     }
 
     async fn get(&self, path: &str) -> Value {
@@ -217,10 +217,6 @@ impl Session {
     }
 }
 
-async fn features_status(parapet: &Parapet, token: &str) -> StatusCode {
-    parapet.get("/api/client/features", token).await.0
-}
-
 /// The identifier of the token of this name, as lists show it.
 async fn identifier(session: &Session, name: &str) -> String {
     let listed = session.get(&format!("/api/admin/api-tokens/{name}")).await;
@@ -237,20 +233,15 @@ async fn token_lifecycle(kept: DatabaseKind) {
     let (status, made) = owner.create_token("client", "checkout").await;
     assert_eq!(status, StatusCode::CREATED, "{made}");
     let secret = made["secret"].as_str().unwrap().to_owned();
-    assert_eq!(features_status(&parapet, &secret).await, StatusCode::OK, "it works at once");
+    assert_eq!(parapet.features_status(&secret).await, StatusCode::OK, "it works at once");
     let listed = owner.get("/api/admin/api-tokens/checkout").await;
     assert!(!listed.to_string().contains(&secret), "lists show no secret");
     assert_eq!(listed["tokens"][0]["type"], "backend");
 
     // Reported usage is stored and listed.
-    let report = json!({ "appName": "shop", "instanceId": "i", "bucket": {
-        "start": jiff::Timestamp::now().to_string(), "stop": jiff::Timestamp::now().to_string(),
-        "toggles": { "first": { "yes": 3, "no": 1, "variants": { "a": 2 } } } } });
+    let toggles = json!({ "first": { "yes": 3, "no": 1, "variants": { "a": 2 } } });
     for _ in 0..2 {
-        let post =
-            http().post(parapet.url() + "/api/client/metrics").header("authorization", &secret);
-        let post = post.header("content-type", "application/json").body(report.to_string());
-        assert_eq!(post.send().await.unwrap().status(), StatusCode::ACCEPTED);
+        parapet.report_usage(&secret, "shop", &toggles).await;
     }
     wait_until("the usage is shown", Duration::from_secs(30), async || {
         let usage = owner.get("/api/admin/client-metrics/features/first/raw").await;
@@ -270,21 +261,21 @@ async fn token_lifecycle(kept: DatabaseKind) {
         owner.call(Method::PUT, &path, &json!({ "expiresAt": end.to_string() })).await;
     assert_eq!(status, StatusCode::OK);
     wait_until("the token has expired", Duration::from_secs(10), async || {
-        (features_status(&parapet, &secret).await == StatusCode::UNAUTHORIZED).then_some(())
+        (parapet.features_status(&secret).await == StatusCode::UNAUTHORIZED).then_some(())
     })
     .await;
     owner.call(Method::PUT, &path, &json!({ "expiresAt": null })).await;
-    assert_eq!(features_status(&parapet, &secret).await, StatusCode::OK, "and comes back");
+    assert_eq!(parapet.features_status(&secret).await, StatusCode::OK, "and comes back");
 
     // Deleted by its secret, it is rejected at once, on this instance and after a restart.
     let path = format!("/api/admin/api-tokens/{secret}");
     assert_eq!(owner.call(Method::DELETE, &path, &Value::Null).await.0, StatusCode::OK);
-    assert_eq!(features_status(&parapet, &secret).await, StatusCode::UNAUTHORIZED);
+    assert_eq!(parapet.features_status(&secret).await, StatusCode::UNAUTHORIZED);
     let (_, kept_token) = owner.create_token("frontend", "kept").await;
     assert!(parapet.terminate().await.success());
     parapet.restart();
     parapet.wait_until_ready().await;
-    assert_eq!(features_status(&parapet, &secret).await, StatusCode::UNAUTHORIZED);
+    assert_eq!(parapet.features_status(&secret).await, StatusCode::UNAUTHORIZED);
     let frontend = kept_token["secret"].as_str().unwrap();
     assert_eq!(parapet.get("/api/frontend", frontend).await.0, StatusCode::OK);
 
@@ -577,7 +568,7 @@ async fn token_deleted_on_one_instance_is_rejected_by_the_other() {
     let secret = made["secret"].as_str().unwrap();
     let at_other = async |expect| {
         wait_until("the other instance has noticed", Duration::from_secs(10), async || {
-            (features_status(&other, secret).await == expect).then_some(())
+            (other.features_status(secret).await == expect).then_some(())
         })
         .await;
     };
@@ -611,13 +602,8 @@ async fn edge_uses_standalone_as_upstream_like_unleash() {
         .await;
     let (_, made) = owner.create_token("client", "behind the edge").await;
     let secret = made["secret"].as_str().unwrap();
-    assert_eq!(features_status(&edge, secret).await, StatusCode::OK);
-    let report = json!({ "appName": "far", "instanceId": "i", "bucket": {
-        "start": jiff::Timestamp::now().to_string(), "stop": jiff::Timestamp::now().to_string(),
-        "toggles": { "first": { "yes": 5, "no": 0 } } } });
-    let post = http().post(edge.url() + "/api/client/metrics").header("authorization", secret);
-    let post = post.header("content-type", "application/json").body(report.to_string());
-    assert_eq!(post.send().await.unwrap().status(), StatusCode::ACCEPTED);
+    assert_eq!(edge.features_status(secret).await, StatusCode::OK);
+    edge.report_usage(secret, "far", &json!({ "first": { "yes": 5, "no": 0 } })).await;
     wait_until("the usage has come through", Duration::from_mins(1), async || {
         let usage = owner.get("/api/admin/client-metrics/features/first/raw").await;
         let hours = usage["data"].as_array().unwrap().iter();
@@ -627,7 +613,7 @@ async fn edge_uses_standalone_as_upstream_like_unleash() {
     let path = format!("/api/admin/api-tokens/{}", identifier(&owner, "behind%20the%20edge").await);
     assert_eq!(owner.call(Method::DELETE, &path, &Value::Null).await.0, StatusCode::OK);
     wait_until("the edge refuses it", Duration::from_mins(1), async || {
-        (features_status(&edge, secret).await == StatusCode::UNAUTHORIZED).then_some(())
+        (edge.features_status(secret).await == StatusCode::UNAUTHORIZED).then_some(())
     })
     .await;
 }
@@ -659,12 +645,12 @@ async fn token_is_created_used_and_deleted_through_edge_that_relays_to_standalon
     let (status, made) = owner.create_token("client", "through the edge").await;
     assert_eq!(status, StatusCode::CREATED, "{made}");
     let secret = made["secret"].as_str().unwrap();
-    assert_eq!(features_status(&edge, secret).await, StatusCode::OK);
+    assert_eq!(edge.features_status(secret).await, StatusCode::OK);
     let path =
         format!("/api/admin/api-tokens/{}", identifier(&owner, "through%20the%20edge").await);
     assert_eq!(owner.call(Method::DELETE, &path, &Value::Null).await.0, StatusCode::OK);
-    assert_eq!(features_status(&edge, secret).await, StatusCode::UNAUTHORIZED);
-    assert_eq!(features_status(&standalone, secret).await, StatusCode::UNAUTHORIZED);
+    assert_eq!(edge.features_status(secret).await, StatusCode::UNAUTHORIZED);
+    assert_eq!(standalone.features_status(secret).await, StatusCode::UNAUTHORIZED);
     let deleted = owner.get("/api/admin/events?type=api-token-deleted").await;
     assert_eq!(deleted["events"][0]["createdBy"], OWNER);
     assert_eq!(owner.call(Method::POST, "/logout", &Value::Null).await.0, StatusCode::NO_CONTENT);
@@ -758,14 +744,14 @@ async fn command_line_changes_are_enforced_by_running_instance() {
     let secret = made.trim();
     secret_leak_check::register(secret);
     wait_until("the new token works", Duration::from_secs(10), async || {
-        (features_status(&parapet, secret).await == StatusCode::OK).then_some(())
+        (parapet.features_status(secret).await == StatusCode::OK).then_some(())
     })
     .await;
     let listed = run_on_database(&parapet, &["token", "list"], "").unwrap();
     assert!(listed.contains("from the shell") && !listed.contains(secret), "{listed}");
     run_on_database(&parapet, &["token", "revoke", "-"], secret).unwrap();
     wait_until("it is refused", Duration::from_secs(10), async || {
-        (features_status(&parapet, secret).await == StatusCode::UNAUTHORIZED).then_some(())
+        (parapet.features_status(secret).await == StatusCode::UNAUTHORIZED).then_some(())
     })
     .await;
     assert!(
@@ -845,7 +831,7 @@ async fn command_line_works_with_url_as_with_database() {
     let made = json(&["token", "create", "--name", "far", "--project", "web"]);
     let secret = made["secret"].as_str().unwrap();
     secret_leak_check::register(secret);
-    assert_eq!(features_status(&parapet, secret).await, StatusCode::OK);
+    assert_eq!(parapet.features_status(secret).await, StatusCode::OK);
     let listed = json(&["token", "list", "--name", "far"]);
     assert_eq!(listed[0]["projects"], json!(["web"]));
     // Both ways show the same token.
@@ -856,7 +842,7 @@ async fn command_line_works_with_url_as_with_database() {
     assert_eq!(near[0]["type"], listed[0]["type"]);
     let gone = ask(&["token", "revoke", "-"], secret).unwrap();
     assert!(gone.starts_with("revoked far (") && !gone.contains(secret), "{gone}");
-    assert_eq!(features_status(&parapet, secret).await, StatusCode::UNAUTHORIZED);
+    assert_eq!(parapet.features_status(secret).await, StatusCode::UNAUTHORIZED);
     let again = ask(&["token", "revoke", "-"], secret).unwrap_err();
     assert!(again.contains("there is no such token"), "{again}");
 

@@ -83,7 +83,7 @@ async fn compression_bombs_are_cheap_to_reject_and_throttle_their_sender() {
     assert!(refused > REQUESTS, "{refused}");
     let status = post(&other, "/edge/validate", "", ordinary.into()).await;
     assert_eq!(status, StatusCode::OK, "others are answered");
-    assert_eq!(parapet.get("/api/client/features", CLIENT).await.0, StatusCode::OK);
+    assert_eq!(parapet.features_status(CLIENT).await, StatusCode::OK);
 }
 
 #[tokio::test]

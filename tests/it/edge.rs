@@ -391,7 +391,7 @@ async fn terminated_edge_serves_during_drain_delay_and_sends_its_usage() {
         })
         .await;
         assert_eq!(parapet.get("/internal-backstage/health", "").await.0, StatusCode::OK);
-        assert_eq!(parapet.get("/api/client/features", &token).await.0, StatusCode::OK);
+        assert_eq!(parapet.features_status(&token).await, StatusCode::OK);
         let mut late = Sdk::node(&parapet.url(), &token, "drain-late").await;
         late.use_flag(flag, 2).await;
         late.flush().await;

@@ -13,18 +13,8 @@ use crate::rig::{Parapet, STORE_TIMEOUT, Sdk, TokenKind, Unleash, http, wait_unt
 
 const ENVIRONMENT: &str = "development";
 
-const FEATURES: &str = "/api/client/features";
-
 /// Many times the intervals of 0.5 s, and far below those of an hour.
 const TIMEOUT: Duration = Duration::from_mins(1);
-
-/// The number of polls for flags by an edge, with any response.
-async fn poll_count(parapet: &Parapet) -> u64 {
-    let page = parapet.metrics().await;
-    let polls = "parapet_upstream_requests_total{purpose=\"features\"";
-    let samples = page.lines().filter(|line| line.starts_with(polls));
-    samples.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
-}
 
 /// An edge with Unleash's admin token, and a second edge behind it with its own token, which would poll
 /// once an hour.
@@ -83,7 +73,7 @@ async fn change_passes_two_edges_without_polling() {
             unleash.create_token(TokenKind::Backend, ENVIRONMENT, &["*"], "chain-change").await;
         let mut sdk = Sdk::node_streaming(&chain.second.url(), &token, "chain-change").await;
         wait_until_sdk_sees(&mut sdk, &flag, true).await;
-        let before = poll_count(&chain.second).await;
+        let before = chain.second.upstream_poll_count().await;
         for enabled in [false, true, false] {
             if enabled {
                 unleash.enable(&flag, ENVIRONMENT).await;
@@ -100,7 +90,7 @@ async fn change_passes_two_edges_without_polling() {
         wait_until_sdk_sees(&mut sdk, &flag, true).await;
         chain.wait_until_streaming(2).await;
 
-        assert_eq!(poll_count(&chain.second).await, before, "{}", chain.second.log());
+        assert_eq!(chain.second.upstream_poll_count().await, before, "{}", chain.second.log());
         assert_eq!(sdk.stderr(), "", "nothing of it was seen behind the second");
         // Each of its two environments was requested once at each start, and is polled.
         let refused = "Polling upstream: it does not support streaming";
@@ -185,7 +175,7 @@ async fn revoked_token_is_rejected_behind_two_edges_and_its_streams_close() {
         let flag = format!("chain.revocation-{:?}", unleash.version()).to_lowercase();
         unleash.create_enabled_flag(&flag, ENVIRONMENT, &[]).await;
         let chain = Chain::start(&unleash, name).await;
-        let status = async |token: &str| chain.second.get(FEATURES, token).await.0;
+        let status = async |token: &str| chain.second.features_status(token).await;
         let until_status = async |token: &str, expect: StatusCode| {
             // The token list may not have contained a token that was created a moment ago. Then
             // Unleash's caches decide, within a minute.

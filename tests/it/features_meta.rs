@@ -6,9 +6,7 @@ use reqwest::StatusCode;
 use serde_json::{Value, json};
 
 use crate::in_process_parapet::{CLIENT, InProcessParapet, WEB_CLIENT};
-use crate::rig::{Parapet, TokenKind, Unleash, http, wait_until};
-
-const FEATURES: &str = "/api/client/features";
+use crate::rig::{FEATURES, Parapet, TokenKind, Unleash, http, wait_until};
 
 fn flags(web: &str, shop: &str, revision: u64) -> String {
     let flag = |name: &str, project: &str| json!({ "name": name, "project": project, "enabled": true, "strategies": [] });

@@ -5,24 +5,15 @@
 //! replicas.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::convert::Infallible;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bytes::Bytes;
-use http_body_util::{BodyExt as _, Full};
-use hyper::body::Incoming;
-use hyper::service::service_fn;
-use hyper::{Request, Response};
-use hyper_util::rt::TokioIo;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
 
 use crate::rig::{
-    FakeWallClock, Parapet, STORE_TIMEOUT, Setup, TokenKind, Unleash, UnleashVersion,
-    build_hanging_disk_library, http, secret_leak_check, wait_until,
+    EntityTags, FakeWallClock, Parapet, STORE_TIMEOUT, ScriptedUpstream, Setup, TokenKind, Unleash,
+    UnleashVersion, build_hanging_disk_library, free_port, secret_leak_check, wait_until,
 };
 
 const ALL: &str = "*:development.all-projects-0123456789abcdef0123456789";
@@ -32,136 +23,22 @@ const C_FRONTEND: &str = "c:development.frontend-of-c-0123456789abcdef01234567";
 const A_AND_B: &str = "[]:development.projects-a-and-b-0123456789abcdef01234";
 const B_AND_C: &str = "[]:development.projects-b-and-c-0123456789abcdef01234";
 
-const FEATURES: &str = "/api/client/features";
 const TIMEOUT: Duration = Duration::from_mins(1);
 const AGE: &str = r#"parapet_snapshot_age_seconds{environment="development"}"#;
 const SWAPS: &str = r#"parapet_snapshot_swaps_total{environment="development"}"#;
 
-/// The projects of a token, as `/edge/validate` lists them.
-fn projects(token: &str) -> &'static [&'static str] {
-    match token {
-        A => &["a"],
-        C | C_FRONTEND => &["c"],
-        A_AND_B => &["a", "b"],
-        B_AND_C => &["b", "c"],
-        _ => &["*"],
+/// An upstream whose tokens have the projects in their names.
+async fn start_upstream() -> ScriptedUpstream {
+    for token in [ALL, A, C, C_FRONTEND, A_AND_B, B_AND_C] {
+        secret_leak_check::register(token);
     }
-}
-
-#[derive(Default)]
-struct State {
-    /// The flags that each token sees, as `project/name`.
-    flags: BTreeMap<&'static str, Vec<&'static str>>,
-    /// The number of requests for flags with each token.
-    polls: BTreeMap<String, usize>,
-    /// Whether responses have an entity tag.
-    has_tags: bool,
-    /// The revision in responses, if they have one as Unleash's do.
-    revision: Option<u64>,
-    /// Tokens that cannot be validated at the moment.
-    unavailable: BTreeSet<&'static str>,
-    /// Tokens that have been revoked.
-    revoked: BTreeSet<&'static str>,
-}
-
-#[derive(Clone, Default)]
-struct Upstream(Arc<Mutex<State>>);
-
-impl Upstream {
-    async fn start() -> (Self, String) {
-        for token in [ALL, A, C, C_FRONTEND, A_AND_B, B_AND_C] {
-            secret_leak_check::register(token);
-        }
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
-        let upstream = Self::default();
-        let shared = upstream.clone();
-        tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                let upstream = shared.clone();
-                let service = service_fn(move |request| {
-                    let upstream = upstream.clone();
-                    async move { Ok::<_, Infallible>(upstream.respond(request).await) }
-                });
-                let http = hyper::server::conn::http1::Builder::new();
-                tokio::spawn(http.serve_connection(TokioIo::new(stream), service));
-            }
-        });
-        (upstream, url)
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn set_flags(&self, token: &'static str, flags: &[&'static str]) {
-        self.state().flags.insert(token, flags.to_vec());
-    }
-
-    /// Waits for two more requests for flags with each token: then the first response has been applied.
-    async fn wait_until_polled(&self, tokens: &[&str]) {
-        let polls = |token: &str| self.state().polls.get(token).copied().unwrap_or_default();
-        let expected: Vec<_> = tokens.iter().map(|token| (*token, polls(token) + 2)).collect();
-        wait_until("flags are requested", TIMEOUT, async || {
-            expected.iter().all(|(token, count)| polls(token) >= *count).then_some(())
-        })
-        .await;
-    }
-
-    async fn respond(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
-        let (head, body) = request.into_parts();
-        let body = body.collect().await.unwrap().to_bytes();
-        let header = |name| head.headers.get(name).map_or("", |it| it.to_str().unwrap());
-        let mut state = self.state();
-        match head.uri.path() {
-            "/edge/validate" => {
-                let question: Value = serde_json::from_slice(&body).unwrap();
-                let tokens = question["tokens"].as_array().unwrap().iter();
-                let tokens: Vec<_> = tokens.map(|it| it.as_str().unwrap()).collect();
-                if tokens.iter().any(|token| state.unavailable.contains(token)) {
-                    return respond(StatusCode::SERVICE_UNAVAILABLE, &Value::Null);
-                }
-                let valid = tokens.iter().filter(|token| !state.revoked.contains(**token));
-                let valid = valid.map(|&token| {
-                    let kind = if token == C_FRONTEND { "frontend" } else { "client" };
-                    json!({"token": token, "type": kind, "environment": "development", "projects": projects(token)})
-                });
-                respond(StatusCode::OK, &json!({ "tokens": valid.collect::<Vec<_>>() }))
-            }
-            _ if state.revoked.contains(header("authorization")) => {
-                respond(StatusCode::UNAUTHORIZED, &Value::Null)
-            }
-            FEATURES => {
-                let token = header("authorization");
-                *state.polls.entry(token.to_owned()).or_default() += 1;
-                let flags = state.flags.get(token).cloned().unwrap_or_default();
-                let etag = match state.revision {
-                    Some(revision) => format!("\"76d8bb0e:{revision}:v1\""),
-                    None => format!("\"{}\"", flags.join(" ")),
-                };
-                if state.has_tags && header("if-none-match") == etag {
-                    return respond(StatusCode::NOT_MODIFIED, &Value::Null);
-                }
-                let revision = state.revision.unwrap_or(state.polls[token] as u64);
-                let flags = flags.iter().map(|flag| {
-                    let (project, name) = flag.split_once('/').unwrap();
-                    json!({"name": name, "project": project, "enabled": true, "strategies": [{"name": "default"}]})
-                });
-                // Each response differs in its metadata, without a change of flags.
-                let body = json!({"version": 2, "features": flags.collect::<Vec<_>>(), "meta": {"revisionId": revision}});
-                let mut response = respond(StatusCode::OK, &body);
-                if state.has_tags {
-                    response.headers_mut().insert("etag", etag.parse().unwrap());
-                }
-                response
-            }
-            _ => respond(StatusCode::NOT_FOUND, &Value::Null),
-        }
-    }
-}
-
-fn respond(status: StatusCode, body: &Value) -> Response<Full<Bytes>> {
-    Response::builder().status(status).body(Full::from(body.to_string())).unwrap()
+    let upstream = ScriptedUpstream::start().await;
+    let mut state = upstream.state();
+    state.entity_tags = EntityTags::Absent;
+    state.projects = BTreeMap::from([(A_AND_B, &["a", "b"][..]), (B_AND_C, &["b", "c"])]);
+    state.frontend_tokens.insert(C_FRONTEND);
+    drop(state);
+    upstream
 }
 
 /// An edge that polls twice a second.
@@ -169,15 +46,16 @@ fn edge(url: &str) -> Setup {
     Parapet::edge(url).with_short_intervals().flag("--upstream-mode", "poll")
 }
 
-/// The names of the flags that a token gets, or the status if it gets none.
+/// The names of the flags that a token of any kind gets, or the status if it gets none.
 async fn served_flags(parapet: &Parapet, token: &str) -> Result<Vec<String>, StatusCode> {
-    let (path, list) =
-        if token == C_FRONTEND { ("/api/frontend", "toggles") } else { (FEATURES, "features") };
-    let (status, body) = parapet.get(path, token).await;
+    if token != C_FRONTEND {
+        return parapet.served_flags(token).await;
+    }
+    let (status, body) = parapet.get("/api/frontend", token).await;
     if status != StatusCode::OK {
         return Err(status);
     }
-    let flags = body[list].as_array().unwrap().iter();
+    let flags = body["toggles"].as_array().unwrap().iter();
     Ok(flags.map(|flag| flag["name"].as_str().unwrap().to_owned()).collect())
 }
 
@@ -216,10 +94,10 @@ fn remove_record(parapet: &Parapet, name: &str) {
 
 #[tokio::test]
 async fn flags_of_unused_tokens_are_removed_after_a_restart() {
-    let (upstream, url) = Upstream::start().await;
+    let upstream = start_upstream().await;
     upstream.set_flags(ALL, &["a/a1", "c/c1"]);
     upstream.set_flags(A, &["a/a1"]);
-    let parapet = edge(&url).start_listening().await;
+    let parapet = edge(&upstream.url()).start_listening().await;
     wait_until_served(&parapet, ALL, &["a1", "c1"]).await;
     wait_until_served(&parapet, C_FRONTEND, &["c1"]).await;
     parapet.wait_until_stored("c1").await;
@@ -257,9 +135,9 @@ async fn flags_of_unused_tokens_are_removed_after_a_restart() {
 
 #[tokio::test]
 async fn stored_flags_stay_while_a_configured_token_cannot_be_validated() {
-    let (upstream, url) = Upstream::start().await;
+    let upstream = start_upstream().await;
     upstream.set_flags(ALL, &["a/a1", "c/c1"]);
-    let mut parapet = edge(&url).env("TOKENS", ALL).start().await;
+    let mut parapet = edge(&upstream.url()).env("TOKENS", ALL).start().await;
     wait_until_served(&parapet, C_FRONTEND, &["c1"]).await;
     parapet.wait_until_stored("c1").await;
     parapet.wait_until_stored("c:development.fron****").await;
@@ -267,7 +145,7 @@ async fn stored_flags_stay_while_a_configured_token_cannot_be_validated() {
 
     upstream.set_flags(A, &["a/a2"]);
     upstream.set_flags(C, &["c/c2"]);
-    upstream.state().unavailable.insert(C);
+    upstream.fail("/edge/validate", C, StatusCode::SERVICE_UNAVAILABLE);
     parapet.restart_with_env("TOKENS", format!("{A},{C}"));
     parapet.wait_until_ready().await;
     wait_until_served(&parapet, A, &["a2"]).await;
@@ -283,16 +161,16 @@ async fn stored_flags_stay_while_a_configured_token_cannot_be_validated() {
     wait_until_served(&parapet, A, &["a2"]).await;
     upstream.wait_until_polled(&[A]).await;
     assert_eq!(served_flags(&parapet, C_FRONTEND).await, Ok(vec!["c1".to_owned()]));
-    upstream.state().unavailable.clear();
+    upstream.clear_failures();
     wait_until_served(&parapet, C_FRONTEND, &["c2"]).await;
 }
 
 #[tokio::test]
 async fn stored_flags_stay_until_sdks_present_their_tokens_again() {
-    let (upstream, url) = Upstream::start().await;
+    let upstream = start_upstream().await;
     upstream.set_flags(A, &["a/a1"]);
     upstream.set_flags(C, &["c/c1"]);
-    let parapet = edge(&url).start_listening().await;
+    let parapet = edge(&upstream.url()).start_listening().await;
     wait_until_served(&parapet, A, &["a1"]).await;
     wait_until_served(&parapet, C, &["c1"]).await;
     wait_until_served(&parapet, C_FRONTEND, &["c1"]).await;
@@ -319,9 +197,9 @@ async fn stored_flags_stay_until_sdks_present_their_tokens_again() {
 
 #[tokio::test]
 async fn edge_with_invalid_tokens_is_ready_with_stored_flags() {
-    let (upstream, url) = Upstream::start().await;
+    let upstream = start_upstream().await;
     upstream.set_flags(ALL, &["a/a1", "c/c1"]);
-    let parapet = edge(&url).env("TOKENS", ALL).start().await;
+    let parapet = edge(&upstream.url()).env("TOKENS", ALL).start().await;
     parapet.wait_until_stored("c1").await;
     parapet.terminate().await;
     remove_record(&parapet, "verdicts");
@@ -333,11 +211,11 @@ async fn edge_with_invalid_tokens_is_ready_with_stored_flags() {
 
 #[tokio::test]
 async fn newest_state_is_served_when_two_tokens_see_a_project() {
-    let (upstream, url) = Upstream::start().await;
+    let upstream = start_upstream().await;
     let (mut one, mut two) = (vec!["a/a1", "b/b1"], vec!["b/b1", "c/c1"]);
     upstream.set_flags(A_AND_B, &one);
     upstream.set_flags(B_AND_C, &two);
-    let parapet = edge(&url).env("TOKENS", format!("{A_AND_B},{B_AND_C}")).start().await;
+    let parapet = edge(&upstream.url()).env("TOKENS", format!("{A_AND_B},{B_AND_C}")).start().await;
     wait_until_served(&parapet, A_AND_B, &["a1", "b1"]).await;
     wait_until_served(&parapet, B_AND_C, &["b1", "c1"]).await;
     // Either token may be the first to see a change of project b; the other one sees only changes of its
@@ -389,14 +267,18 @@ async fn newest_state_is_served_when_two_tokens_see_a_project() {
 
 /// A stale replica of upstream responds to the first requests after a restart.
 async fn restart_with_stale_replica(has_revisions: bool) {
-    let (upstream, url) = Upstream::start().await;
+    let upstream = start_upstream().await;
     let show = |flag, revision| {
+        upstream.set_flags(A, &[flag]);
         let mut state = upstream.state();
-        state.flags.insert(A, vec![flag]);
-        (state.has_tags, state.revision) = (true, has_revisions.then_some(revision));
+        if has_revisions {
+            (state.entity_tags, state.revision) = (EntityTags::Revision, Some(revision));
+        } else {
+            state.entity_tags = EntityTags::Names;
+        }
     };
     show("a/a2", 12);
-    let parapet = edge(&url).env("TOKENS", A).start().await;
+    let parapet = edge(&upstream.url()).env("TOKENS", A).start().await;
     wait_until_served(&parapet, A, &["a2"]).await;
     parapet.wait_until_stored("a2").await;
     parapet.terminate().await;
@@ -434,21 +316,22 @@ async fn state_without_revision_is_not_served_in_the_first_seconds_after_a_resta
 
 #[tokio::test]
 async fn newer_revision_is_served_at_once_after_a_restart() {
-    let (upstream, url) = Upstream::start().await;
+    let upstream = start_upstream().await;
     upstream.set_flags(A, &["a/a1"]);
-    (upstream.state().has_tags, upstream.state().revision) = (true, Some(10));
-    let parapet = edge(&url).env("TOKENS", A).start().await;
+    upstream.state().entity_tags = EntityTags::Revision;
+    upstream.state().revision = Some(10);
+    let parapet = edge(&upstream.url()).env("TOKENS", A).start().await;
     wait_until_served(&parapet, A, &["a1"]).await;
     parapet.wait_until_stored("a1").await;
     parapet.terminate().await;
 
     upstream.set_flags(A, &["a/a2"]);
     upstream.state().revision = Some(11);
-    let before = upstream.state().polls[A];
+    let before = upstream.poll_count(A);
     parapet.restart();
     parapet.wait_until_ready().await;
     wait_until("the first response is dealt with", TIMEOUT, async || {
-        (upstream.state().polls[A] > before + 1).then_some(())
+        (upstream.poll_count(A) > before + 1).then_some(())
     })
     .await;
     assert_eq!(served_flags(&parapet, A).await, Ok(vec!["a2".to_owned()]));
@@ -456,9 +339,9 @@ async fn newer_revision_is_served_at_once_after_a_restart() {
 
 #[tokio::test]
 async fn unchanged_flags_without_etag_are_confirmed_but_not_swapped_or_saved() {
-    let (upstream, url) = Upstream::start().await;
+    let upstream = start_upstream().await;
     upstream.set_flags(ALL, &["a/a1"]);
-    let parapet = edge(&url).env("TOKENS", ALL).start().await;
+    let parapet = edge(&upstream.url()).env("TOKENS", ALL).start().await;
     wait_until_served(&parapet, ALL, &["a1"]).await;
     parapet.wait_until_stored("a1").await;
     let record = parapet.data_dir().join("backup/flags-development.parapet");
@@ -476,11 +359,11 @@ async fn unchanged_flags_without_etag_are_confirmed_but_not_swapped_or_saved() {
 
 #[tokio::test]
 async fn hanging_disk_delays_neither_flags_nor_shutdown() {
-    let (upstream, url) = Upstream::start().await;
+    let upstream = start_upstream().await;
     upstream.set_flags(ALL, &["a/a1"]);
     let folder = tempfile::tempdir().unwrap();
     let marker = folder.path().join("hangs");
-    let setup = edge(&url).env("TOKENS", ALL).env("HANG", &marker);
+    let setup = edge(&upstream.url()).env("TOKENS", ALL).env("HANG", &marker);
     let parapet = setup.env("LD_PRELOAD", build_hanging_disk_library(folder.path())).start().await;
     wait_until_served(&parapet, ALL, &["a1"]).await;
     parapet.wait_until_stored("a1").await;
@@ -617,17 +500,12 @@ async fn wall_clock_set_back_stops_neither_polls_nor_revocations_nor_usage() {
     }
 
     let now = jiff::Timestamp::now();
-    let report = json!({"appName": APP, "instanceId": "one", "bucket": {
-        "start": now, "stop": now, "toggles": {BEFORE: {"yes": 3, "no": 1}}}});
     let registration = json!({"appName": APP, "instanceId": "one", "strategies": ["default"],
         "started": now, "interval": 15_000});
-    for (path, body) in [("/register", &registration), ("/metrics", &report)] {
-        for (parapet, _) in edges {
-            let post = http().post(format!("{}/api/client{path}", parapet.url()));
-            let post = post.header("Authorization", &reporter);
-            let post = post.header("Content-Type", "application/json").body(body.to_string());
-            assert_eq!(post.send().await.unwrap().status(), StatusCode::ACCEPTED);
-        }
+    for (parapet, _) in edges {
+        let status = parapet.post("/api/client/register", &reporter, &registration).await;
+        assert_eq!(status, StatusCode::ACCEPTED);
+        parapet.report_usage(&reporter, APP, &json!({BEFORE: {"yes": 3, "no": 1}})).await;
     }
     wait_until("usage of both edges is stored", STORE_TIMEOUT, async || {
         // An hour in the future of their clock is counted as the next one.
@@ -661,9 +539,9 @@ async fn ready_response(parapet: &Parapet) -> (StatusCode, Value) {
 
 #[tokio::test]
 async fn edge_without_tokens_is_ready_once_a_client_token_fetches_flags() {
-    let (upstream, url) = Upstream::start().await;
+    let upstream = start_upstream().await;
     upstream.set_flags(ALL, &["a/a1"]);
-    let parapet = edge(&url).start_listening().await;
+    let parapet = edge(&upstream.url()).start_listening().await;
     let (status, body) = ready_response(&parapet).await;
     assert_eq!((status, &body["status"]), (StatusCode::SERVICE_UNAVAILABLE, &json!("NOTREADY")));
     assert!(body["error"].as_str().unwrap().contains("token"), "{body}");
@@ -680,9 +558,7 @@ async fn edge_without_tokens_is_ready_once_a_client_token_fetches_flags() {
 
 #[tokio::test]
 async fn edge_with_unreachable_upstream_is_not_ready() {
-    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("http://{}", nobody.local_addr().unwrap());
-    drop(nobody);
+    let url = format!("http://127.0.0.1:{}", free_port());
     let admin = "*:*.admin-of-nobody-0123456789abcdef0123456789abcdef";
     let setups = [
         edge(&url),

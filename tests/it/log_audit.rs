@@ -12,7 +12,8 @@ use serde_json::{Map, Value, json};
 use sqlx::{Connection as _, Executor as _, PgConnection};
 
 use crate::rig::{
-    ChaosProxy, Fault, Parapet, Postgres, PostgresProxy, http, secret_leak_check, wait_until,
+    ChaosProxy, FEATURES, Fault, Parapet, Postgres, PostgresProxy, http, secret_leak_check,
+    wait_until,
 };
 
 /// Longer than the retry delays, which grow during an outage.
@@ -20,8 +21,6 @@ const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// The number of each kind of request during each fault: one log line for each would be too many.
 const REQUESTS_PER_FAULT: usize = 20;
-
-const FEATURES: &str = "/api/client/features";
 
 fn flags(enabled: bool) -> String {
     let strategy = json!([{ "name": "default" }]);
@@ -136,14 +135,10 @@ impl Scenario {
     /// Tries to create a token at the standalone.
     async fn create_token(&self) -> StatusCode {
         let token = json!({ "tokenName": "it", "type": "client", "environment": "development" });
-        let create =
-            http().request(Method::POST, self.standalone.admin_url() + "/api/admin/api-tokens");
-        let create =
-            create.header("authorization", &self.admin).header("content-type", "application/json");
-        let answer = create.body(token.to_string()).send().await.unwrap();
-        let (status, made) = (answer.status(), answer.text().await.unwrap());
+        let path = "/api/admin/api-tokens";
+        let (status, made) =
+            self.standalone.admin_request(Method::POST, path, &self.admin, &token).await;
         if status == StatusCode::CREATED {
-            let made: Value = serde_json::from_str(&made).unwrap();
             secret_leak_check::register(made["secret"].as_str().unwrap());
         }
         status

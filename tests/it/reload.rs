@@ -11,7 +11,7 @@ use tempfile::TempDir;
 
 use crate::rig::{
     Parapet, TokenKind, Unleash, UnleashVersion, build_hanging_disk_library, http,
-    secret_leak_check, wait_until,
+    secret_leak_check, send_json, wait_until,
 };
 
 const FLAGS: &str = r#"{"version":2,"features":[
@@ -54,13 +54,9 @@ impl MountedSecret {
     }
 }
 
-async fn features_status(parapet: &Parapet, token: &str) -> StatusCode {
-    parapet.get("/api/client/features", token).await.0
-}
-
 async fn wait_for_features_status(parapet: &Parapet, token: &str, expect: StatusCode) {
     wait_until(&format!("a token gets {expect}"), TIMEOUT, async || {
-        (features_status(parapet, token).await == expect).then_some(())
+        (parapet.features_status(token).await == expect).then_some(())
     })
     .await;
 }
@@ -70,11 +66,6 @@ async fn wait_for_status_page(parapet: &Parapet, token: &str, expect: StatusCode
         (parapet.admin_get_as("/status", token).await.0 == expect).then_some(())
     })
     .await;
-}
-
-async fn is_ready(parapet: &Parapet) -> bool {
-    let ready = parapet.url() + "/internal-backstage/ready";
-    http().get(ready).send().await.unwrap().status() == StatusCode::OK
 }
 
 /// The environments of the edge's own tokens, with their masked secrets from the list.
@@ -117,8 +108,8 @@ async fn admin_token_is_replaced(
     assert_eq!(parapet.metric(ADMIN_TOKEN_REFUSED).await, Some(1.0));
     parapet.wait_until_logged("Upstream refuses the admin token").await;
     // Flags stay served.
-    assert_eq!(features_status(&parapet, &sdk).await, StatusCode::OK);
-    assert!(is_ready(&parapet).await);
+    assert_eq!(parapet.features_status(&sdk).await, StatusCode::OK);
+    assert!(parapet.is_ready().await);
     // Another valid admin token of upstream opens the admin listener.
     wait_for_status_page(&parapet, other, StatusCode::OK, TIMEOUT).await;
     let (_, shown) = parapet.admin_get_as("/status", other).await;
@@ -155,7 +146,7 @@ async fn admin_token_is_replaced(
     unleash.admin_post("/api/admin/environments/production/on", &json!({})).await;
     let there = unleash.create_token(TokenKind::Backend, "production", &["*"], "there").await;
     wait_until("a new environment is served", UNLEASH_REVOCATION_TIMEOUT, async || {
-        (features_status(&parapet, &there).await == StatusCode::OK).then_some(())
+        (parapet.features_status(&there).await == StatusCode::OK).then_some(())
     })
     .await;
     let now = own_tokens(&unleash, FLEET).await;
@@ -167,7 +158,7 @@ async fn admin_token_is_replaced(
     assert!(parapet.terminate().await.success());
     parapet.restart();
     parapet.wait_until_ready().await;
-    assert_eq!(features_status(&parapet, &sdk).await, StatusCode::OK);
+    assert_eq!(parapet.features_status(&sdk).await, StatusCode::OK);
     assert_eq!(own_tokens(&unleash, FLEET).await, now);
 }
 
@@ -206,20 +197,6 @@ async fn standalone(folder: &Path, tokens: &[&str]) -> Parapet {
         .await
 }
 
-async fn admin_request(
-    server: &Parapet,
-    token: &str,
-    method: Method,
-    path: &str,
-    body: &Value,
-) -> Value {
-    let request = http().request(method, server.admin_url() + path).header("Authorization", token);
-    let request = request.header("Content-Type", "application/json").body(body.to_string());
-    let answer = request.send().await.unwrap();
-    assert!(answer.status().is_success(), "{path}: {}", answer.status());
-    serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap_or(Value::Null)
-}
-
 async fn create_backend_token(server: &Parapet, admin: &str, name: &str) -> String {
     create_token(server, admin, name, "backend").await
 }
@@ -227,8 +204,9 @@ async fn create_backend_token(server: &Parapet, admin: &str, name: &str) -> Stri
 async fn create_token(server: &Parapet, admin: &str, name: &str, kind: &str) -> String {
     let new_token =
         json!({ "tokenName": name, "type": kind, "environment": "development", "projects": ["*"] });
-    let made =
-        admin_request(server, admin, Method::POST, "/api/admin/api-tokens", &new_token).await;
+    let (status, made) =
+        server.admin_request(Method::POST, "/api/admin/api-tokens", admin, &new_token).await;
+    assert_eq!(status, StatusCode::CREATED, "{made}");
     let secret = made["secret"].as_str().unwrap().to_owned();
     secret_leak_check::register(&secret);
     secret
@@ -319,7 +297,7 @@ async fn admin_token_file_without_token_is_ignored_and_reported() {
         edge.wait_until_logged("Cannot read the admin token's file").await;
         edge.wait_until_logged(report).await;
         assert_eq!(edge.admin_get_as("/status", FIRST).await.0, StatusCode::OK);
-        assert_eq!(features_status(&edge, &sdk).await, StatusCode::OK);
+        assert_eq!(edge.features_status(&sdk).await, StatusCode::OK);
     }
     fs::remove_file(secret.path()).unwrap();
     edge.wait_until_logged("cannot read").await;
@@ -370,18 +348,11 @@ async fn sighup_replaces_the_tokens_that_fetch_flags() {
     // The first one is now like any other token that SDKs present.
     wait_for_features_status(&edge, &first, StatusCode::OK).await;
     // Upstream no longer accepts it; the second one continues to fetch.
-    let listed =
-        admin_request(&upstream, ADMIN, Method::GET, "/api/admin/api-tokens/first", &json!({}))
-            .await;
+    let (_, listed) = upstream.admin_get_as("/api/admin/api-tokens/first", ADMIN).await;
     let id = listed["tokens"][0]["secret"].as_str().unwrap();
-    admin_request(
-        &upstream,
-        ADMIN,
-        Method::DELETE,
-        &format!("/api/admin/api-tokens/{id}"),
-        &json!({}),
-    )
-    .await;
+    let path = format!("/api/admin/api-tokens/{id}");
+    let (status, body) = upstream.admin_request(Method::DELETE, &path, ADMIN, &Value::Null).await;
+    assert!(status.is_success(), "{body}");
     fs::write(folder.path().join("flags.json"), FLAGS.replace("first", "renamed")).unwrap();
     wait_until("the edge serves what has changed since", TIMEOUT, async || {
         let (_, flags) = edge.get("/api/client/features", &second).await;
@@ -412,14 +383,14 @@ async fn sighup_replaces_offline_tokens_and_ignores_invalid_configuration() {
         .env("CLIENT_TOKENS_FILE", &tokens)
         .start()
         .await;
-    assert_eq!(features_status(&parapet, FIRST).await, StatusCode::OK);
-    assert_eq!(features_status(&parapet, SECOND).await, StatusCode::UNAUTHORIZED);
+    assert_eq!(parapet.features_status(FIRST).await, StatusCode::OK);
+    assert_eq!(parapet.features_status(SECOND).await, StatusCode::UNAUTHORIZED);
 
     fs::write(&tokens, format!("\u{feff}{SECOND},\n  {ELSEWHERE}\n\n")).unwrap();
     parapet.send_sighup();
     wait_for_features_status(&parapet, SECOND, StatusCode::OK).await;
     wait_for_features_status(&parapet, ELSEWHERE, StatusCode::OK).await;
-    assert_eq!(features_status(&parapet, FIRST).await, StatusCode::UNAUTHORIZED);
+    assert_eq!(parapet.features_status(FIRST).await, StatusCode::UNAUTHORIZED);
     parapet.wait_until_logged("Reloaded").await;
 
     fs::write(&config, "log = \"loud\"\nmax_stream = 1\n").unwrap();
@@ -429,8 +400,8 @@ async fn sighup_replaces_offline_tokens_and_ignores_invalid_configuration() {
     let log = parapet.log();
     let line = log.lines().find(|line| line.contains("Reload rejected")).unwrap();
     assert!(line.contains("max_stream") && line.contains("parapet.toml:1"), "{line}");
-    assert_eq!(features_status(&parapet, SECOND).await, StatusCode::OK);
-    assert_eq!(features_status(&parapet, FIRST).await, StatusCode::UNAUTHORIZED);
+    assert_eq!(parapet.features_status(SECOND).await, StatusCode::OK);
+    assert_eq!(parapet.features_status(FIRST).await, StatusCode::UNAUTHORIZED);
 
     fs::write(&config, "log = \"info,parapet=debug\"\n").unwrap();
     fs::write(&tokens, format!("{SECOND}\n{ELSEWHERE}\n")).unwrap();
@@ -438,7 +409,7 @@ async fn sighup_replaces_offline_tokens_and_ignores_invalid_configuration() {
     parapet.wait_until_logged("Reloaded: log").await;
     parapet.send_sighup();
     parapet.wait_until_logged("nothing has changed").await;
-    assert!(is_ready(&parapet).await);
+    assert!(parapet.is_ready().await);
     assert!(parapet.terminate().await.success());
 }
 
@@ -452,7 +423,7 @@ async fn offline_is_ready_once_sighup_loads_its_first_tokens() {
     fs::write(&config, "").unwrap();
     let setup = Parapet::mode("offline").flag("--bootstrap-file", &flags);
     let parapet = setup.flag("--config", &config).start_listening().await;
-    assert!(!is_ready(&parapet).await);
+    assert!(!parapet.is_ready().await);
     fs::write(&config, format!("client_tokens = [\"{TOKEN}\"]\n")).unwrap();
     parapet.send_sighup();
     wait_for_features_status(&parapet, TOKEN, StatusCode::OK).await;
@@ -466,8 +437,7 @@ async fn sighup_rereads_flags_of_a_standalone_and_closes_nothing() {
     let parapet = standalone(folder.path(), &[ADMIN]).await;
     let account = json!({ "username": "admin", "password": "a password of the owner" });
     let sign_in = http().post(parapet.admin_url() + "/auth/simple/login");
-    let sign_in = sign_in.header("Content-Type", "application/json").body(account.to_string());
-    assert_eq!(sign_in.send().await.unwrap().status(), StatusCode::OK);
+    assert_eq!(send_json(sign_in, &account).await.0, StatusCode::OK);
     let flags = folder.path().join("flags.json");
     let token = create_backend_token(&parapet, ADMIN, "one").await;
     fs::write(&flags, "{").unwrap();

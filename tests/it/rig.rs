@@ -1,5 +1,6 @@
 //! The rig: real Unleash servers on a private PostgreSQL, the official SDKs, the real `parapet` binary,
-//! and a proxy that breaks the connection between them.
+//! a proxy that breaks the connection between them, and one scripted upstream for responses that a real
+//! one does not give.
 //!
 //! Everything listens on unused loopback ports, lives in temporary directories, and ends with the test
 //! process, even if that is killed. The rig does not use Parapet's internals. `tests/run` installs what
@@ -19,6 +20,7 @@ mod postgres_proxy;
 mod process;
 mod real_sdk;
 mod real_unleash;
+mod scripted_upstream;
 pub(crate) mod secret_leak_check;
 mod self_signed_certificate;
 mod stalled_client;
@@ -28,14 +30,15 @@ pub(crate) use clock::FakeWallClock;
 pub(crate) use event_stream::EventStream;
 pub(crate) use hanging_disk::build_hanging_disk_library;
 pub(crate) use json_lines_driver::Driver;
-pub(crate) use net::{http, wait_until};
+pub(crate) use net::{free_port, http, send_json, wait_until};
 pub(crate) use nginx::Nginx;
-pub(crate) use parapet::{Parapet, Setup};
+pub(crate) use parapet::{FEATURES, Parapet, Setup};
 pub(crate) use persistent_connection::{PersistentConnection, Protocol, SendOutcome};
 pub(crate) use postgres::Postgres;
 pub(crate) use postgres_proxy::{PostgresProxy, SilencePoint};
 pub(crate) use process::{node, tests_dir};
 pub(crate) use real_sdk::{Evaluation, Sdk};
 pub(crate) use real_unleash::{HourlyUsage, STORE_TIMEOUT, TokenKind, Unleash, UnleashVersion};
+pub(crate) use scripted_upstream::{EntityTags, STREAM, ScriptedUpstream, event, feature};
 pub(crate) use self_signed_certificate::SelfSignedCertificate;
 pub(crate) use stalled_client::{StallMode, StalledClient};

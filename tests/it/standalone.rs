@@ -7,7 +7,7 @@ use reqwest::StatusCode;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use crate::rig::{Parapet, http, wait_until};
+use crate::rig::{Parapet, free_port, http, send_json, wait_until};
 
 const FLAGS: &str =
     r#"{"features":[{"name":"first","enabled":true,"strategies":[{"name":"default"}]}]}"#;
@@ -88,7 +88,7 @@ async fn first_start_writes_secrets_and_working_commands_to_a_file_and_logs_its_
     }
     let [client, frontend, admin] = first_tokens(&text);
     let works = async || {
-        assert_eq!(parapet.get("/api/client/features", &client).await.0, StatusCode::OK);
+        assert_eq!(parapet.features_status(&client).await, StatusCode::OK);
         assert_eq!(parapet.get("/api/frontend", &frontend).await.0, StatusCode::OK);
         let status = http().get(parapet.admin_url() + "/status").header("authorization", &admin);
         assert_eq!(status.send().await.unwrap().status(), StatusCode::OK);
@@ -98,8 +98,7 @@ async fn first_start_writes_secrets_and_working_commands_to_a_file_and_logs_its_
     let password = password.split_whitespace().next().unwrap();
     let body = serde_json::json!({ "username": "admin", "password": password });
     let sign_in = http().post(parapet.admin_url() + "/auth/simple/login");
-    let sign_in = sign_in.header("content-type", "application/json").body(body.to_string());
-    assert_eq!(sign_in.send().await.unwrap().status(), StatusCode::OK);
+    assert_eq!(send_json(sign_in, &body).await.0, StatusCode::OK);
 
     let log = log_after_starts(&parapet, 1).await;
     let lines: Vec<serde_json::Value> =
@@ -213,7 +212,7 @@ async fn changed_first_start_settings_are_reported_as_ignored() {
     parapet.wait_until_ready().await;
     let log = log_after_starts(&parapet, 2).await;
     assert!(!log.contains("ignored"), "{log}");
-    assert_eq!(parapet.get("/api/client/features", FIRST).await.0, StatusCode::UNAUTHORIZED);
+    assert_eq!(parapet.features_status(FIRST).await, StatusCode::UNAUTHORIZED);
 
     assert!(parapet.terminate().await.success());
     parapet.restart_with_env("INIT_BACKEND_API_TOKENS", format!("{FIRST},{SECOND}"));
@@ -221,7 +220,7 @@ async fn changed_first_start_settings_are_reported_as_ignored() {
     let log = log_after_starts(&parapet, 3).await;
     assert_eq!(log.matches("ignored").count(), 1, "{log}");
     assert!(log.contains("INIT_*_API_TOKENS have changed"), "{log}");
-    assert_eq!(parapet.get("/api/client/features", SECOND).await.0, StatusCode::UNAUTHORIZED);
+    assert_eq!(parapet.features_status(SECOND).await, StatusCode::UNAUTHORIZED);
 
     assert!(parapet.terminate().await.success());
     parapet.restart_with_env("INIT_BACKEND_API_TOKENS", FIRST);
@@ -374,7 +373,7 @@ async fn terminated_instance_is_not_ready_first_and_serves_until_it_ends() {
             (printed["status"] == "DRAINING").then_some(())
         })
         .await;
-        assert_eq!(parapet.get("/api/client/features", token).await.0, StatusCode::OK);
+        assert_eq!(parapet.features_status(token).await, StatusCode::OK);
         assert_eq!(parapet.get("/internal-backstage/health", "").await.0, StatusCode::OK);
     };
     let (status, ()) = tokio::join!(parapet.terminate(), while_draining);
@@ -394,9 +393,7 @@ fn unusable_data_directory_exits_1() {
 
 #[test]
 fn unreachable_database_is_reported_with_the_reason() {
-    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("postgres://u:a-password@{}/db", nobody.local_addr().unwrap());
-    drop(nobody);
+    let url = format!("postgres://u:a-password@127.0.0.1:{}/db", free_port());
     let output = run_parapet(&["--flags=flags.json", "--database-url", &url], &[]);
     let printed = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{printed}");

@@ -26,12 +26,10 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use self::certificate_authority::{CertificateFiles, TestAuthority};
 use crate::in_process_parapet::CLIENT;
-use crate::rig::{Parapet, Setup, http, wait_until};
+use crate::rig::{FEATURES, Parapet, Setup, http, wait_until};
 
 const FLAGS: &str =
     r#"{"features":[{"name":"a","enabled":true,"strategies":[{"name":"default"}]}]}"#;
-
-const FEATURES: &str = "/api/client/features";
 
 /// Far above the time of anything here.
 const TIMEOUT: Duration = Duration::from_secs(30);

@@ -429,7 +429,7 @@ async fn client_token_for_all_environments_gets_403_as_from_unleash() {
     assert_eq!((&answer["name"], &answer["message"]), (&"NoAccessError".into(), &message.into()));
     let requests_before = proxy.requests().len();
     for _ in 0..20 {
-        assert_eq!(parapet.get("/api/client/features", token).await.0, StatusCode::FORBIDDEN);
+        assert_eq!(parapet.features_status(token).await, StatusCode::FORBIDDEN);
     }
     let asked_again = proxy.requests().split_off(requests_before);
     assert!(asked_again.iter().all(|it| it.path != "/edge/validate"), "{asked_again:?}");

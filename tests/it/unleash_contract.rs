@@ -9,7 +9,9 @@ use std::time::Duration;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use crate::rig::{STORE_TIMEOUT, Sdk, TokenKind, Unleash, UnleashVersion, http, wait_until};
+use crate::rig::{
+    STORE_TIMEOUT, Sdk, TokenKind, Unleash, UnleashVersion, http, send_json, wait_until,
+};
 
 /// Sends a request as an edge or an SDK does: `Null` means no body, `""` no token.
 async fn send_request(
@@ -19,16 +21,9 @@ async fn send_request(
     token: &str,
     body: &Value,
 ) -> (StatusCode, Value) {
-    let mut request = http().request(method, unleash.url() + path);
-    if !token.is_empty() {
-        request = request.header("Authorization", token);
-    }
-    if !body.is_null() {
-        request = request.header("Content-Type", "application/json").body(body.to_string());
-    }
-    let answer = request.send().await.unwrap();
-    let (status, body) = (answer.status(), answer.bytes().await.unwrap());
-    (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+    let request = http().request(method, unleash.url() + path);
+    let request = if token.is_empty() { request } else { request.header("Authorization", token) };
+    send_json(request, body).await
 }
 
 /// One application's usage of one flag in this hour, as an edge posts it.

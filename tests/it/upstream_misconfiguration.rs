@@ -1,17 +1,15 @@
 //! Obstacles between an edge and its upstream, and what the edge reports about them: redirects,
 //! certificates, tokens in the wrong place, damaged records.
 
-use std::net::SocketAddr;
 use std::process::Command;
 use std::time::Duration;
 
 use reqwest::StatusCode;
 use tempfile::TempDir;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 
 use crate::in_process_parapet::CLIENT;
-use crate::rig::{Parapet, wait_until};
+use crate::rig::{ChaosProxy, FEATURES, Fault, Parapet, free_port, wait_until};
 
 const ADMIN: &str = "*:*.reach-0123456789abcdef0123456789abcdef0123456789ab";
 const FLAGS: &str =
@@ -31,44 +29,6 @@ pub(crate) async fn start_upstream(folder: &TempDir, admin: &str) -> Parapet {
         .await
 }
 
-/// A server in front of `upstream` that redirects every path to one below `to`, from which requests are
-/// forwarded.
-async fn start_redirector(upstream: &Parapet, to: Option<String>) -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let target = upstream.admin_url().replace("http://", "");
-    tokio::spawn(async move {
-        while let Ok((mut client, _)) = listener.accept().await {
-            let (target, to) = (target.clone(), to.clone());
-            tokio::spawn(async move {
-                let mut head = Vec::new();
-                while !head.windows(4).any(|it| it == b"\r\n\r\n") {
-                    if client.read_buf(&mut head).await? == 0 {
-                        return Ok(());
-                    }
-                }
-                let head = String::from_utf8_lossy(&head).into_owned();
-                let path = head.split(' ').nth(1).unwrap_or_default();
-                if let Some(rest) = path.strip_prefix("/moved") {
-                    let head = head.replacen(path, rest, 1);
-                    let head = head.replacen("\r\n", "\r\nconnection: close\r\n", 1);
-                    let mut server = TcpStream::connect(target).await?;
-                    server.write_all(head.as_bytes()).await?;
-                    copy_bidirectional(&mut client, &mut server).await?;
-                } else {
-                    let to = to.unwrap_or_else(|| "/moved".to_owned());
-                    let answer = format!(
-                        "HTTP/1.1 308 Permanent Redirect\r\nlocation: {to}{path}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-                    );
-                    client.write_all(answer.as_bytes()).await?;
-                }
-                Ok::<_, std::io::Error>(())
-            });
-        }
-    });
-    address
-}
-
 /// Waits until a log line contains `text`, and returns that line.
 async fn wait_for_log_line(parapet: &Parapet, text: &str) -> String {
     wait_until(&format!("the log contains {text}"), TIMEOUT, async || {
@@ -81,10 +41,11 @@ async fn wait_for_log_line(parapet: &Parapet, text: &str) -> String {
 async fn redirect_within_the_origin_is_followed() {
     let folder = tempfile::tempdir().unwrap();
     let upstream = start_upstream(&folder, ADMIN).await;
-    let redirector = start_redirector(&upstream, None).await;
-    let url = format!("http://{redirector}");
+    let redirector = ChaosProxy::start(&upstream.admin_url()).await;
+    redirector.set_fault(Fault::Redirect { to: "/moved".to_owned() }).await;
+    let url = redirector.url();
     let edge = Parapet::edge(&url).env("TOKENS", CLIENT).with_short_intervals().start().await;
-    let (status, flags) = edge.get("/api/client/features", CLIENT).await;
+    let (status, flags) = edge.get(FEATURES, CLIENT).await;
     assert_eq!((status, &flags["features"][0]["name"]), (StatusCode::OK, &"here".into()));
     assert!(wait_for_log_line(&edge, "Parapet listens").await.contains(&url), "it names upstream");
 }
@@ -95,8 +56,9 @@ async fn redirect_to_another_origin_is_reported_and_gets_no_token() {
     let upstream = start_upstream(&folder, ADMIN).await;
     let elsewhere = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let to = format!("http://{}/unleash", elsewhere.local_addr().unwrap());
-    let redirector = start_redirector(&upstream, Some(to.clone())).await;
-    let edge = Parapet::edge(&format!("http://{redirector}")).env("UPSTREAM_ADMIN_TOKEN", ADMIN);
+    let redirector = ChaosProxy::start(&upstream.admin_url()).await;
+    redirector.set_fault(Fault::Redirect { to: to.clone() }).await;
+    let edge = Parapet::edge(&redirector.url()).env("UPSTREAM_ADMIN_TOKEN", ADMIN);
     let edge = edge.with_short_intervals().start_listening().await;
     let logged = wait_for_log_line(&edge, "308 Permanent Redirect").await;
     assert!(logged.contains(&format!("a redirect to {to}: --upstream-url")), "{logged}");
@@ -118,7 +80,7 @@ async fn untrusted_certificate_is_logged_once_even_after_another_failure() {
     make.args(["req", "-x509", "-nodes", "-newkey", "rsa:2048", "-subj", "/CN=localhost"]);
     make.arg("-keyout").arg(&key).arg("-out").arg(&certificate);
     assert!(make.output().unwrap().status.success(), "openssl makes a certificate");
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = free_port();
     let edge = Parapet::edge(&format!("https://localhost:{port}")).env("TOKENS", CLIENT);
     let edge = edge.with_short_intervals().start_listening().await;
     wait_for_log_line(&edge, "Connection refused").await;

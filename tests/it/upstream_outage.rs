@@ -10,8 +10,8 @@ use reqwest::StatusCode;
 use serde_json::{Value, json};
 
 use crate::rig::{
-    ChaosProxy, Fault, Parapet, Sdk, TokenKind, Unleash, UnleashVersion, http, secret_leak_check,
-    wait_until,
+    ChaosProxy, Fault, Parapet, Sdk, TokenKind, Unleash, UnleashVersion, free_port, http,
+    secret_leak_check, wait_until,
 };
 
 /// Longer than the retry delays, which grow during an outage.
@@ -231,9 +231,7 @@ async fn no_upstream_response_removes_flags() {
 
 #[tokio::test]
 async fn upstream_that_was_never_reachable_is_logged_once() {
-    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("http://{}", nobody.local_addr().unwrap());
-    drop(nobody);
+    let url = format!("http://127.0.0.1:{}", free_port());
     let token = "*:development.0123456789abcdef0123456789abcdef";
     let parapet = Parapet::edge(&url).flag("--tokens", token).with_short_intervals().spawn();
     let warning = "Token validation at upstream failed";

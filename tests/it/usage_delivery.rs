@@ -14,7 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::rig::{
     ChaosProxy, Fault, Parapet, Postgres, STORE_TIMEOUT, TokenKind, Unleash, UnleashVersion, http,
-    secret_leak_check, wait_until,
+    secret_leak_check, send_json, wait_until,
 };
 
 const ENVIRONMENT: &str = "development";
@@ -37,8 +37,7 @@ async fn edge(unleash: &Unleash, url: &str, fleet: &str) -> Parapet {
 
 async fn post(server: &str, path: &str, token: &str, body: &Value) -> StatusCode {
     let request = http().post(format!("{server}{path}")).header("Authorization", token);
-    let request = request.header("Content-Type", "application/json").body(body.to_string());
-    request.send().await.unwrap().status()
+    send_json(request, body).await.0
 }
 
 /// Posts until the response is a success: a first-seen token may have to be validated first.

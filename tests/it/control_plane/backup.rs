@@ -10,8 +10,8 @@ use std::time::Duration;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use super::{DatabaseKind, Installation, OWNER, PASSWORD, Session, features_status, sign_in};
-use crate::rig::{Parapet, http, secret_leak_check, wait_until};
+use super::{DatabaseKind, Installation, OWNER, PASSWORD, Session, sign_in};
+use crate::rig::{Parapet, secret_leak_check, wait_until};
 
 /// The number of tokens that are created while a backup is written.
 const TOKENS_DURING_BACKUP: usize = 30;
@@ -59,13 +59,8 @@ async fn api_contents(session: &Session) -> [Value; 5] {
 }
 
 async fn report_usage(parapet: &Parapet, owner: &Session, token: &str) {
-    let now = jiff::Timestamp::now().to_string();
-    let report = json!({ "appName": "shop", "instanceId": "i", "bucket": {
-        "start": now, "stop": now,
-        "toggles": { "first": { "yes": 3, "no": 1, "variants": { "a": 2 } } } } });
-    let post = http().post(parapet.url() + "/api/client/metrics").header("authorization", token);
-    let post = post.header("content-type", "application/json").body(report.to_string());
-    assert_eq!(post.send().await.unwrap().status(), StatusCode::ACCEPTED);
+    let toggles = json!({ "first": { "yes": 3, "no": 1, "variants": { "a": 2 } } });
+    parapet.report_usage(token, "shop", &toggles).await;
     wait_until("the usage is stored", Duration::from_secs(30), async || {
         let usage = owner.get("/api/admin/client-metrics/features/first/raw").await;
         usage["data"].as_array().filter(|hours| !hours.is_empty()).map(drop)
@@ -146,7 +141,7 @@ async fn backup_is_restored(from: DatabaseKind, to: DatabaseKind) {
     restored.wait_until_ready().await;
     let owner = sign_in(&restored, OWNER, PASSWORD).await.unwrap();
     assert_eq!(api_contents(&owner).await, before);
-    assert_eq!(features_status(&restored, &secret).await, StatusCode::OK);
+    assert_eq!(restored.features_status(&secret).await, StatusCode::OK);
     // Ids are never reused, because the audit log names accounts by them.
     assert!(owner.create_account("later", 3).await > gone);
 

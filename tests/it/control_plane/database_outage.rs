@@ -8,13 +8,8 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use sqlx::{Connection as _, Executor as _, PgConnection};
 
-use super::{
-    DatabaseKind, FLAGS, Installation, NEW_PASSWORD, OWNER, PASSWORD, Session, features_status,
-    sign_in,
-};
-use crate::rig::{
-    Parapet, Postgres, PostgresProxy, SilencePoint, http, secret_leak_check, wait_until,
-};
+use super::{DatabaseKind, FLAGS, Installation, NEW_PASSWORD, OWNER, PASSWORD, Session, sign_in};
+use crate::rig::{Parapet, Postgres, PostgresProxy, SilencePoint, secret_leak_check, wait_until};
 
 /// Two instances on one database.
 struct InstancePair {
@@ -60,7 +55,7 @@ impl InstancePair {
     async fn token(&self, name: &str) -> String {
         let secret = create_token(&self.owner, name).await;
         wait_until("the token is known", Duration::from_secs(10), async || {
-            (features_status(&self.two, &secret).await == StatusCode::OK).then_some(())
+            (self.two.features_status(&secret).await == StatusCode::OK).then_some(())
         })
         .await;
         secret
@@ -91,7 +86,7 @@ async fn delete(session: &Session, secret: &str) -> StatusCode {
 /// Waits until `parapet` rejects a token.
 async fn wait_until_rejected(parapet: &Parapet, secret: &str, limit: Duration) {
     wait_until("the revocation takes effect", limit, async || {
-        (features_status(parapet, secret).await == StatusCode::UNAUTHORIZED).then_some(())
+        (parapet.features_status(secret).await == StatusCode::UNAUTHORIZED).then_some(())
     })
     .await;
 }
@@ -185,7 +180,7 @@ async fn requests_waiting_for_locked_table_get_a_response() {
     let pair = InstancePair::start_with(&["--edge-request-timeout", "2"]).await;
     let secret = create_token(&pair.owner_of_two(), "first").await;
     wait_until("the token is known", Duration::from_secs(10), async || {
-        (features_status(&pair.one, &secret).await == StatusCode::OK).then_some(())
+        (pair.one.features_status(&secret).await == StatusCode::OK).then_some(())
     })
     .await;
     let mut holder = PgConnection::connect(&pair.url).await.unwrap();
@@ -215,23 +210,13 @@ async fn requests_waiting_for_locked_table_get_a_response() {
     let (status, answer) = pair.owner_of_two().call(Method::POST, user, &account).await;
     assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{answer}");
     assert!(answer.to_string().contains("is busy"), "the response has the reason: {answer}");
-    assert_eq!(features_status(&pair.one, &secret).await, StatusCode::OK, "flags need no database");
+    assert_eq!(pair.one.features_status(&secret).await, StatusCode::OK, "flags need no database");
     holder.execute("ROLLBACK").await.unwrap();
     wait_until_token_created(&pair.owner, Duration::from_secs(15)).await;
 }
 
 async fn post_usage(parapet: &Parapet, secret: &str, times: u64) {
-    post_usage_as(parapet, secret, "shop", times).await;
-}
-
-async fn post_usage_as(parapet: &Parapet, secret: &str, app: &str, times: u64) {
-    let now = jiff::Timestamp::now().to_string();
-    let toggles = json!({ "first": { "yes": times, "no": 0 } });
-    let bucket = json!({ "start": now, "stop": now, "toggles": toggles });
-    let report = json!({ "appName": app, "instanceId": "i", "bucket": bucket });
-    let post = http().post(parapet.url() + "/api/client/metrics").header("authorization", secret);
-    let post = post.header("content-type", "application/json").body(report.to_string());
-    assert_eq!(post.send().await.unwrap().status(), StatusCode::ACCEPTED);
+    parapet.report_usage(secret, "shop", &json!({ "first": { "yes": times, "no": 0 } })).await;
 }
 
 async fn wait_until_counted(session: &Session, times: u64, limit: Duration) {
@@ -300,7 +285,7 @@ async fn unavailable_database_is_reported_at_once_with_reason() {
     assert_eq!((status, ready["status"].as_str()), (StatusCode::OK, Some("READY")), "{ready}");
     assert!(ready["warning"].as_str().unwrap().contains("database"), "{ready}");
     assert_eq!(pair.one.metric("parapet_database_reachable").await, Some(0.0));
-    assert_eq!(features_status(&pair.one, &secret).await, StatusCode::OK, "flags need no database");
+    assert_eq!(pair.one.features_status(&secret).await, StatusCode::OK, "flags need no database");
     wait_until("the reason is logged", Duration::from_secs(10), async || {
         pair.one.log()[before..].contains("refused").then_some(())
     })
@@ -340,7 +325,7 @@ async fn deleted_database_file_accepts_no_changes() {
     assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{reported}");
     assert!(reported.to_string().contains("deleted or replaced"), "{reported}");
     parapet.wait_until_logged("parapet.db was deleted or replaced").await;
-    assert_eq!(features_status(&parapet, &secret).await, StatusCode::OK, "flags need no database");
+    assert_eq!(parapet.features_status(&secret).await, StatusCode::OK, "flags need no database");
     std::fs::write(&file, "").unwrap();
     assert_eq!(make().await.0, StatusCode::SERVICE_UNAVAILABLE, "another file is not that one");
     std::fs::rename(&aside, &file).unwrap();
@@ -350,8 +335,8 @@ async fn deleted_database_file_accepts_no_changes() {
     assert!(parapet.terminate().await.success());
     parapet.restart();
     parapet.wait_until_ready().await;
-    assert_eq!(features_status(&parapet, &secret).await, StatusCode::OK);
-    assert_eq!(features_status(&parapet, made["secret"].as_str().unwrap()).await, StatusCode::OK);
+    assert_eq!(parapet.features_status(&secret).await, StatusCode::OK);
+    assert_eq!(parapet.features_status(made["secret"].as_str().unwrap()).await, StatusCode::OK);
 }
 
 /// The local copy of the tokens serves SDKs only.
@@ -382,8 +367,8 @@ async fn start_without_database_accepts_cached_tokens() {
     proxy.refuse().await;
     parapet.restart();
     parapet.wait_until_ready().await;
-    assert_eq!(features_status(&parapet, &kept).await, StatusCode::OK);
-    assert_eq!(features_status(&parapet, &revoked).await, StatusCode::UNAUTHORIZED);
+    assert_eq!(parapet.features_status(&kept).await, StatusCode::OK);
+    assert_eq!(parapet.features_status(&revoked).await, StatusCode::UNAUTHORIZED);
     let refused = sign_in(&parapet, OWNER, PASSWORD).await.err();
     assert_eq!(refused, Some(StatusCode::SERVICE_UNAVAILABLE));
     parapet.wait_until_logged("serving with a saved copy of the tokens").await;
@@ -394,7 +379,7 @@ async fn start_without_database_accepts_cached_tokens() {
     })
     .await;
     let after = create_token(&owner, "after").await;
-    assert_eq!(features_status(&parapet, &after).await, StatusCode::OK);
+    assert_eq!(parapet.features_status(&after).await, StatusCode::OK);
 
     // A copy of another database does not count.
     assert!(parapet.terminate().await.success());
@@ -448,7 +433,7 @@ async fn first_start_that_fails_after_creating_account_has_shown_the_password() 
     parapet.restart();
     parapet.wait_until_ready().await;
     assert!(sign_in(&parapet, OWNER, &password).await.is_ok());
-    assert_eq!(features_status(&parapet, &client).await, StatusCode::OK);
+    assert_eq!(parapet.features_status(&client).await, StatusCode::OK);
     assert!(!file.exists(), "nothing is made a second time");
 }
 
@@ -578,7 +563,7 @@ async fn write_until(parapet: &Parapet, session: &Session, name: &str, end: Inst
         }
         let secret = made["secret"].as_str().unwrap().to_owned();
         assert_eq!(
-            features_status(parapet, &secret).await,
+            parapet.features_status(&secret).await,
             StatusCode::OK,
             "what is made is in force"
         );
@@ -588,7 +573,7 @@ async fn write_until(parapet: &Parapet, session: &Session, name: &str, end: Inst
         }
         match delete(session, &secret).await {
             StatusCode::OK => {
-                let status = features_status(parapet, &secret).await;
+                let status = parapet.features_status(&secret).await;
                 assert_eq!(status, StatusCode::UNAUTHORIZED, "what is deleted is refused");
                 reported.deleted.push(secret);
             }
@@ -608,7 +593,7 @@ async fn use_flag(parapet: &Parapet, secret: &str, name: &str, end: Instant) -> 
     let mut acknowledged = Vec::new();
     while Instant::now() < end {
         let app = format!("{name} {}", acknowledged.len());
-        post_usage_as(parapet, secret, &app, 1).await;
+        parapet.report_usage(secret, &app, &json!({ "first": { "yes": 1, "no": 0 } })).await;
         acknowledged.push(app);
         tokio::time::sleep(Duration::from_millis(30)).await;
     }
@@ -699,13 +684,13 @@ async fn random_silence_loses_no_acknowledged_write_and_instances_agree() {
         for reported in &reported {
             for (name, secret) in &reported.created {
                 assert_eq!(
-                    features_status(parapet, secret).await,
+                    parapet.features_status(secret).await,
                     StatusCode::OK,
                     "{name}, seed {seed}"
                 );
             }
             for secret in &reported.deleted {
-                let status = features_status(parapet, secret).await;
+                let status = parapet.features_status(secret).await;
                 assert_eq!(status, StatusCode::UNAUTHORIZED, "seed {seed}");
             }
         }

@@ -5,8 +5,8 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use super::{
-    DatabaseKind, Installation, NEW_PASSWORD, OWNER, PASSWORD, Session, features_status,
-    identifier, run_on_database, sign_in,
+    DatabaseKind, Installation, NEW_PASSWORD, OWNER, PASSWORD, Session, identifier,
+    run_on_database, sign_in,
 };
 use crate::rig::{Parapet, Postgres, http, secret_leak_check};
 
@@ -101,7 +101,7 @@ async fn use_every_secret(kept: DatabaseKind) {
     for kind in ["client", "frontend", "admin"] {
         let (_, made) = owner.create_token(kind, &format!("of-{kind}")).await;
         let secret = made["secret"].as_str().unwrap();
-        features_status(&parapet, secret).await;
+        parapet.features_status(secret).await;
         let by_token = Session { url: owner.url.clone(), cookies: String::new() };
         let header = [("authorization", secret)];
         let listed = by_token.call_as(Method::GET, "/api/admin/api-tokens", &Value::Null, &header);

@@ -39,6 +39,9 @@ pub(crate) enum Fault {
     RejectPosts { prefix: &'static str, status: StatusCode },
     /// The proxy responds to GET requests for this path itself; all other requests pass.
     RespondToGet { path: &'static str, status: StatusCode, body: &'static str },
+    /// The proxy redirects requests to `to` followed by their path. It forwards requests whose path is
+    /// below `to`, without that prefix.
+    Redirect { to: String },
     /// All requests pass, but responses to GET requests for this path wait until the fault changes.
     BlockResponsesTo { path: &'static str },
 }
@@ -195,12 +198,16 @@ impl ProxyWorker {
         self.recorded.lock().unwrap_or_else(PoisonError::into_inner).push(seen);
 
         let fault = self.faults.borrow().clone();
+        let redirected = match &fault {
+            Fault::Redirect { to } => path.strip_prefix(to.as_str()),
+            _ => None,
+        };
         let forward = async || {
             let mut headers = head.headers.clone();
             headers.remove("host");
             headers.remove("connection");
-            let request =
-                http().request(head.method.clone(), self.upstream.clone() + &path).headers(headers);
+            let url = self.upstream.clone() + redirected.unwrap_or(&path);
+            let request = http().request(head.method.clone(), url).headers(headers);
             let mut request = request.body(body.clone());
             if path.ends_with("/streaming") {
                 request = request.timeout(STREAM_TIMEOUT);
@@ -219,7 +226,13 @@ impl ProxyWorker {
                 let response = Response::builder().status(status).body(full_body(body.into()));
                 Ok(response.expect("tests make well-formed answers"))
             }
+            Fault::Redirect { to } if redirected.is_none() => {
+                let response = Response::builder().status(StatusCode::PERMANENT_REDIRECT);
+                let response = response.header("location", to + &path);
+                Ok(response.body(full_body(Bytes::new())).expect("tests redirect to a URL"))
+            }
             Fault::None
+            | Fault::Redirect { .. }
             | Fault::RejectPosts { .. }
             | Fault::RespondToGet { .. }
             | Fault::BlockResponsesTo { .. } => {

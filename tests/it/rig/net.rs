@@ -5,6 +5,9 @@ use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
+use reqwest::{RequestBuilder, StatusCode};
+use serde_json::Value;
+
 /// Ports that the rig assigns. They are below the range of the kernel's ephemeral ports, so that a
 /// restarted server finds its port still free.
 const PORT_RANGE: std::ops::Range<u16> = 12_000..32_000;
@@ -46,6 +49,19 @@ pub(crate) fn http() -> &'static reqwest::Client {
             .unwrap()
     });
     &CLIENT
+}
+
+/// Sends a request, with this JSON as its body unless it is `Null`. Returns the status and the JSON of the
+/// response, which is `Null` if there is none.
+pub(crate) async fn send_json(request: RequestBuilder, body: &Value) -> (StatusCode, Value) {
+    let request = if body.is_null() {
+        request
+    } else {
+        request.header("content-type", "application/json").body(body.to_string())
+    };
+    let response = request.send().await.unwrap();
+    let (status, body) = (response.status(), response.bytes().await.unwrap());
+    (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
 }
 
 /// How much longer a busy machine may take than an idle one: a test fails because something does not

@@ -10,14 +10,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use reqwest::StatusCode;
-use serde_json::Value;
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::net::{free_port, http, wait_until};
+use super::net::{free_port, http, send_json, wait_until};
 use super::process::{OnParentExit, Process, ProcessOutput};
 use super::secret_leak_check;
 use super::self_signed_certificate::SelfSignedCertificate;
+
+/// The path of the flags for server SDKs.
+pub(crate) const FEATURES: &str = "/api/client/features";
 
 /// How to start an instance. [`Parapet`] stores it to start the instance again in the same way.
 #[derive(Debug)]
@@ -176,23 +179,69 @@ impl Parapet {
 
     /// The response to a GET on the data listener with this token.
     pub(crate) async fn get(&self, path: &str, token: &str) -> (StatusCode, Value) {
-        let answer = self
-            .http_client()
-            .get(self.url() + path)
-            .header("Authorization", token)
-            .send()
-            .await
-            .unwrap();
-        let (status, body) = (answer.status(), answer.bytes().await.unwrap());
-        (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+        let request = self.http_client().get(self.url() + path).header("Authorization", token);
+        send_json(request, &Value::Null).await
+    }
+
+    /// The status of the response to a POST on the data listener with this token.
+    pub(crate) async fn post(&self, path: &str, token: &str, body: &Value) -> StatusCode {
+        let request = self.http_client().post(self.url() + path).header("Authorization", token);
+        send_json(request, body).await.0
+    }
+
+    /// Reports usage, as an SDK whose application has this name. `toggles` are the counts of each flag.
+    pub(crate) async fn report_usage(&self, token: &str, app_name: &str, toggles: &Value) {
+        let now = Timestamp::now();
+        let bucket = json!({ "start": now, "stop": now, "toggles": toggles });
+        let report = json!({ "appName": app_name, "instanceId": "i", "bucket": bucket });
+        let status = self.post("/api/client/metrics", token, &report).await;
+        assert_eq!(status, StatusCode::ACCEPTED);
     }
 
     /// The response to an operator's GET on the admin listener.
     pub(crate) async fn admin_get(&self, path: &str) -> (StatusCode, Value) {
-        let request = http().get(self.admin_url() + path);
-        let answer = request.header("Authorization", self.operator_token()).send().await.unwrap();
-        let (status, body) = (answer.status(), answer.bytes().await.unwrap());
-        (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+        self.admin_get_as(path, &self.operator_token()).await
+    }
+
+    /// The response to a GET on the admin listener with this token.
+    pub(crate) async fn admin_get_as(&self, path: &str, token: &str) -> (StatusCode, Value) {
+        self.admin_request(Method::GET, path, token, &Value::Null).await
+    }
+
+    /// The response to a request on the admin listener with this token. `Null` means no body.
+    pub(crate) async fn admin_request(
+        &self,
+        method: Method,
+        path: &str,
+        token: &str,
+        body: &Value,
+    ) -> (StatusCode, Value) {
+        let request = http().request(method, self.admin_url() + path);
+        send_json(request.header("Authorization", token), body).await
+    }
+
+    /// The status of a server SDK's request for flags.
+    pub(crate) async fn features_status(&self, token: &str) -> StatusCode {
+        self.get(FEATURES, token).await.0
+    }
+
+    /// The names of the flags that a server SDK gets, or the status if it gets none.
+    pub(crate) async fn served_flags(&self, token: &str) -> Result<Vec<String>, StatusCode> {
+        let (status, body) = self.get(FEATURES, token).await;
+        if status != StatusCode::OK {
+            return Err(status);
+        }
+        let flags = body["features"].as_array().unwrap().iter();
+        Ok(flags.map(|flag| flag["name"].as_str().unwrap().to_owned()).collect())
+    }
+
+    /// Waits until a server SDK gets exactly these flags.
+    pub(crate) async fn wait_until_served(&self, token: &str, names: &[&str]) {
+        let expected = Ok(names.iter().map(|&name| name.to_owned()).collect());
+        wait_until(&format!("{names:?} are served"), Duration::from_mins(2), async || {
+            (self.served_flags(token).await == expected).then_some(())
+        })
+        .await;
     }
 
     /// Waits until a file in its data directory contains `text`.
@@ -225,6 +274,14 @@ impl Parapet {
         let page = self.metrics().await;
         page.lines()
             .find_map(|line| line.strip_prefix(sample)?.strip_prefix(' ')?.trim().parse().ok())
+    }
+
+    /// The number of its polls for flags at upstream, with any response.
+    pub(crate) async fn upstream_poll_count(&self) -> u64 {
+        const POLLS: &str = "parapet_upstream_requests_total{purpose=\"features\"";
+        let page = self.metrics().await;
+        let samples = page.lines().filter(|line| line.starts_with(POLLS));
+        samples.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
     }
 
     /// Waits until the log contains `text`: a line may be written after its effect is visible.
@@ -366,14 +423,6 @@ impl Parapet {
     pub(crate) fn send_sighup(&self) {
         let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
         process.as_ref().expect("it is running").send_sighup();
-    }
-
-    /// The response to a GET on the admin listener with this token.
-    pub(crate) async fn admin_get_as(&self, path: &str, token: &str) -> (StatusCode, Value) {
-        let request = http().get(self.admin_url() + path).header("Authorization", token);
-        let answer = request.send().await.unwrap();
-        let (status, body) = (answer.status(), answer.bytes().await.unwrap());
-        (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
     }
 
     /// Starts it again after [`kill`](Self::kill) or [`terminate`](Self::terminate), with the same ports

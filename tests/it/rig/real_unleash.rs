@@ -13,7 +13,7 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 
-use super::net::{free_port, http, wait_until};
+use super::net::{free_port, http, send_json, wait_until};
 use super::postgres::Postgres;
 use super::process::{OnParentExit, Process, node};
 use super::secret_leak_check;
@@ -203,14 +203,8 @@ impl Unleash {
         path: &str,
         body: &Value,
     ) -> (StatusCode, Value) {
-        let mut request =
-            http().request(method, self.url() + path).header("Authorization", self.admin_token());
-        if !body.is_null() {
-            request = request.header("Content-Type", "application/json").body(body.to_string());
-        }
-        let response = request.send().await.unwrap();
-        let (status, body) = (response.status(), response.bytes().await.unwrap());
-        (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+        let request = http().request(method, self.url() + path);
+        send_json(request.header("Authorization", self.admin_token()), body).await
     }
 
     /// Calls the admin API and panics if that fails.

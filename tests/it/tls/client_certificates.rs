@@ -243,7 +243,7 @@ async fn edge_presents_its_client_certificate_from_every_file_format() {
         upstream.metric(refused).await.filter(|&count| count > 0.5)
     })
     .await;
-    assert_eq!(stranger.get(FEATURES, CLIENT).await.0, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(stranger.features_status(CLIENT).await, StatusCode::SERVICE_UNAVAILABLE);
     // Usually the edge receives the alert with the reason, but not if its connection is closed before it
     // sends the request.
     wait_until("the log contains it", TIMEOUT, async || {
