@@ -9,7 +9,7 @@ use std::time::Duration;
 use reqwest::StatusCode;
 use serde_json::json;
 
-use crate::rig::{Parapet, STORE_TIMEOUT, Sdk, TokenKind, Unleash, http, wait_until};
+use crate::rig::{LogEvent, Parapet, STORE_TIMEOUT, Sdk, TokenKind, Unleash, http, wait_until};
 
 const ENVIRONMENT: &str = "development";
 
@@ -46,11 +46,8 @@ impl Chain {
 
     /// Waits until the second edge has logged this many times that it follows the first one's stream.
     async fn wait_until_streaming(&self, times: usize) {
-        wait_until("the second edge follows the first", TIMEOUT, async || {
-            (self.second.log().matches("Upstream's event stream is open").count() == times)
-                .then_some(())
-        })
-        .await;
+        let lines = self.second.wait_until_logged_times(LogEvent::STREAMING, times).await;
+        assert_eq!(lines.len(), times);
     }
 }
 
@@ -93,16 +90,12 @@ async fn change_passes_two_edges_without_polling() {
         assert_eq!(chain.second.upstream_poll_count().await, before, "{}", chain.second.log());
         assert_eq!(sdk.stderr(), "", "nothing of it was seen behind the second");
         // Each of its two environments was requested once at each start, and is polled.
-        let refused = "Polling upstream: it does not support streaming";
-        wait_until("each environment was requested once", TIMEOUT, async || {
-            (chain.first.log().matches(refused).count() == 2 * 2).then_some(())
-        })
-        .await;
+        let lines = chain.first.wait_until_logged_times(LogEvent::POLLING, 2 * 2).await;
+        assert_eq!(lines.len(), 2 * 2, "{lines:?}");
         let sample = "parapet_upstream_requests_total{purpose=\"stream\",outcome=\"not_offered\"}";
         assert_eq!(chain.first.metric(sample).await, Some(2.0));
-        let log = chain.first.log();
-        let warns = |line: &&str| line.contains("WARN") && line.contains(" stream");
-        assert_eq!(log.lines().find(warns), None, "that is nothing to worry about");
+        let warnings = chain.first.logged(LogEvent::warn("sync::").with("transport"));
+        assert!(warnings.is_empty(), "that is nothing to worry about: {warnings:?}");
         sdk.close().await;
     })
     .await;

@@ -6,14 +6,13 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use regex::Regex;
 use reqwest::{Method, StatusCode};
 use serde_json::{Map, Value, json};
 use sqlx::{Connection as _, Executor as _, PgConnection};
 
 use crate::rig::{
-    ChaosProxy, FEATURES, Fault, Parapet, Postgres, PostgresProxy, http, secret_leak_check,
-    wait_until,
+    ChaosProxy, FEATURES, Fault, LogEvent, Parapet, Postgres, PostgresProxy, http, is_within,
+    secret_leak_check, wait_until,
 };
 
 /// Longer than the retry delays, which grow during an outage.
@@ -256,7 +255,8 @@ impl Scenario {
         for parapet in self.instances() {
             wait_until("the log reports that saves succeed again", TIMEOUT, async || {
                 self.report(parapet).await;
-                parapet.log().contains("can be stored again").then_some(())
+                let event = LogEvent::info("app::persistence").without("count");
+                (!parapet.logged(event).is_empty()).then_some(())
             })
             .await;
         }
@@ -268,13 +268,14 @@ impl Scenario {
         let path = self.folder.path().join("flags.json");
         let change = |text: &str| std::fs::write(&path, text).unwrap();
         change("{");
-        self.standalone.wait_until_logged("Reloading flags failed").await;
+        self.standalone.wait_until_logged(LogEvent::FLAG_FILE_FAILED).await;
         for _ in 0..3 {
             self.standalone.send_sighup();
             self.send_client_requests().await;
         }
         change(&flags(false));
-        self.standalone.wait_until_logged("is readable again").await;
+        let is_readable = LogEvent::info("sync::").without("environment");
+        self.standalone.wait_until_logged(is_readable).await;
         wait_until("the change has arrived", TIMEOUT, async || {
             let (_, body) = self.edge.get(FEATURES, &self.client).await;
             (body["features"][0]["enabled"] == false).then_some(())
@@ -283,12 +284,12 @@ impl Scenario {
     }
 }
 
-/// A pattern of log lines.
+/// A kind of log line. Those of one module that have the same level and fields count together.
 struct ExpectedLine {
     level: &'static str,
-    /// A regular expression for the whole message.
-    message: &'static str,
-    /// The names of the other fields.
+    /// The module below `parapet`; with `::` at the end, and every module below it.
+    module: &'static str,
+    /// The names of the fields, besides the message. Those with a question mark are optional.
     fields: &'static [&'static str],
     /// The limit for the whole test.
     at_most: usize,
@@ -296,181 +297,80 @@ struct ExpectedLine {
 
 const fn expected_line(
     level: &'static str,
-    message: &'static str,
+    module: &'static str,
     fields: &'static [&'static str],
     at_most: usize,
 ) -> ExpectedLine {
-    ExpectedLine { level, message, fields, at_most }
+    ExpectedLine { level, module, fields, at_most }
 }
 
 /// Lines of both.
 const COMMON: &[ExpectedLine] = &[
-    expected_line("INFO", "Parapet listens", &["mode", "data", "admin", "upstream?", "version"], 2),
-    expected_line("INFO", "New flags", &["environment", "flags", "revision?", "problems"], 4),
-    expected_line("INFO", "Shutdown requested; readiness withdrawn", &["drain_delay"], 2),
-    expected_line("INFO", "Shutdown complete", &[], 2),
-    expected_line(
-        "WARN",
-        "Requests in flight did not finish in time and were dropped",
-        &["grace"],
-        2,
-    ),
-    // The disk.
-    expected_line(
-        "WARN",
-        "(The copy of|Pending usage|Validated tokens).* cannot be stored",
-        &["error"],
-        3,
-    ),
-    expected_line(
-        "INFO",
-        "(The copy of|Pending usage|Validated tokens).* can be stored again",
-        &[],
-        3,
-    ),
-    expected_line("WARN", "Saving flags or credentials failed; retrying every 5 s", &["error"], 1),
-    expected_line("INFO", "Saving flags and credentials works again", &[], 1),
-    expected_line(
-        "WARN",
-        "Cannot list slots; usage of ended instances is not recovered",
-        &["error"],
-        2,
-    ),
+    // The start, the begin of a shutdown and its end.
+    expected_line("INFO", "app", &["mode", "data", "admin", "upstream?", "version"], 2),
+    expected_line("INFO", "app", &["drain_delay"], 2),
+    expected_line("INFO", "app", &[], 2),
+    expected_line("WARN", "http::server", &["grace"], 2),
+    // Flags are published.
+    expected_line("INFO", "sync::", &["environment", "flags", "revision?", "problems"], 4),
+    // The disk fails, and works again.
+    expected_line("WARN", "app::persistence", &["error"], 3),
+    expected_line("INFO", "app::persistence", &[], 3),
+    expected_line("WARN", "background_writer", &["error"], 1),
+    expected_line("INFO", "background_writer", &[], 1),
+    expected_line("WARN", "app::usage_files", &["error"], 2),
 ];
 
 /// Lines of a standalone.
 const STANDALONE: &[ExpectedLine] = &[
-    expected_line("INFO", "First start: created an admin account", &["username", "console"], 1),
-    expected_line("WARN", "The generated password and tokens are in a file .*", &["file"], 1),
+    // The first start creates an account, and a file with secrets.
+    expected_line("INFO", "app::initial_credentials", &["username", "console"], 1),
+    expected_line("WARN", "app::initial_credentials", &["file"], 1),
     // The database: one fault has several effects, each with a line.
-    expected_line(
-        "WARN",
-        "The control plane's database is unreachable; tokens stay as last read",
-        &["error"],
-        DATABASE_FAULTS * 2,
-    ),
-    expected_line(
-        "INFO",
-        "The control plane's database is reachable again",
-        &["away_for"],
-        DATABASE_FAULTS,
-    ),
-    expected_line(
-        "INFO",
-        "The connection for change notifications was lost; reconnecting",
-        &["error"],
-        DATABASE_FAULTS,
-    ),
-    expected_line(
-        "WARN",
-        "Usage could not be stored; it stays queued",
-        &["error"],
-        DATABASE_FAULTS,
-    ),
-    expected_line("INFO", "Usage is stored again", &[], DATABASE_FAULTS),
-    expected_line(
-        "ERROR",
-        "The control plane's database failed; requests for accounts and tokens get a 503",
-        &["error", "more_since_last_line?"],
-        DATABASE_FAULTS,
-    ),
-    expected_line(
-        "WARN",
-        "A denial could not be written to the audit log",
-        &["error"],
-        DATABASE_FAULTS,
-    ),
+    expected_line("WARN", "control_plane::maintenance", &["error"], DATABASE_FAULTS * 2),
+    expected_line("INFO", "control_plane::maintenance", &["away_for"], DATABASE_FAULTS),
+    expected_line("INFO", "control_plane::maintenance", &["error"], DATABASE_FAULTS),
+    // Usage cannot be stored, and is stored again.
+    expected_line("WARN", "control_plane", &["error"], DATABASE_FAULTS),
+    expected_line("INFO", "control_plane", &[], DATABASE_FAULTS),
+    // Requests of operators fail, and denials are not written to the audit log.
+    expected_line("ERROR", "http::admin::", &["error", "more_since_last_line?"], DATABASE_FAULTS),
+    expected_line("WARN", "control_plane::denial_log", &["error"], DATABASE_FAULTS),
     // The flag file, once and with each SIGHUP.
-    expected_line("WARN", "Reloading flags failed; the last known flags stay", &["error"], 4),
-    expected_line("INFO", ".*flags.json is readable again", &[], 1),
-    expected_line("INFO", "Reloaded: nothing has changed; flags are read again", &[], 3),
+    expected_line("WARN", "sync::", &["error"], 4),
+    expected_line("INFO", "sync::", &[], 1),
+    expected_line("INFO", "app::reload", &[], 3),
 ];
 
 /// Lines of an edge. Each fault of upstream has one line for each operation, with its end.
 const EDGE: &[ExpectedLine] = &[
-    expected_line(
-        "INFO",
-        "Exchanging the admin token for one token per environment",
-        &["fleet", "list_interval"],
-        2,
-    ),
-    expected_line(
-        "INFO",
-        "(Created|Found) token .{1,30}\\*{4} for environment development",
-        &[],
-        3,
-    ),
-    expected_line("INFO", "Restored tokens validated in an earlier run", &["count"], 1),
-    expected_line("INFO", "Restored usage of an earlier run; it will be sent", &[], 1),
-    expected_line(
-        "WARN",
-        "Fetching flags failed and is retried; the last known flags stay",
-        &["environment", "error"],
-        ALL_FAULTS,
-    ),
-    expected_line("INFO", "Upstream responds again", &["environment"], ALL_FAULTS),
-    expected_line(
-        "INFO",
-        "Upstream's event stream is open; polling stops",
-        &["environment"],
-        ALL_FAULTS,
-    ),
-    // The stream may be opened again while upstream still fails.
-    expected_line(
-        "INFO",
-        "Polling upstream( again)?: (its stream was lost|its stream cannot be opened|it accepts no further stream)",
-        &["environment", "error"],
-        ALL_FAULTS * 2,
-    ),
-    expected_line(
-        "WARN",
-        "Upstream's token list could not be read; known tokens are validated one by one",
-        &["error"],
-        ALL_FAULTS,
-    ),
-    expected_line("INFO", "Upstream's token list is read again", &[], ALL_FAULTS),
-    expected_line(
-        "INFO",
-        "Upstream's tokens changed",
-        &["changes.learned", "changes.revoked"],
-        ALL_FAULTS,
-    ),
-    expected_line(
-        "WARN",
-        "Token validation at upstream failed; requests with first-seen tokens get 503",
-        &["error"],
-        ALL_FAULTS,
-    ),
-    expected_line("INFO", "Upstream validates tokens again", &[], ALL_FAULTS),
-    expected_line(
-        "WARN",
-        "Listing upstream's environments failed; the known environments stay",
-        &["error"],
-        ALL_FAULTS,
-    ),
-    expected_line(
-        "WARN",
-        "Upstream is unreachable for another reason than before",
-        &["error"],
-        ALL_FAULTS,
-    ),
-    expected_line(
-        "WARN",
-        "Sending a batch of usage failed; it will be retried.*",
-        &["environment", "error"],
-        ALL_FAULTS * 2,
-    ),
-    expected_line("INFO", "Upstream accepts usage again", &["environment"], ALL_FAULTS),
-    expected_line("WARN", "Shutdown ended before all usage was sent", &["grace"], 1),
-    // Upstream rejects every token, including the admin token.
-    expected_line(
-        "WARN",
-        "Upstream refuses the edge's token for environment development; looking for another",
-        &[],
-        8,
-    ),
-    expected_line("WARN", "Upstream refuses the admin token: .*", &["token"], 2),
-    expected_line("INFO", "Upstream accepts the admin token", &["token"], 4),
+    // The admin token is exchanged for tokens of environments.
+    expected_line("INFO", "app::edge", &["fleet", "list_interval"], 2),
+    expected_line("INFO", "upstream::token_provisioning", &[], 3),
+    // State of an earlier run is restored.
+    expected_line("INFO", "app::persistence", &["count"], 1),
+    expected_line("INFO", "app::usage_files", &[], 1),
+    // Fetching flags fails, and works again.
+    expected_line("WARN", "sync::", &["environment", "error"], ALL_FAULTS),
+    expected_line("INFO", "sync::", &["environment"], ALL_FAULTS),
+    // The stream opens, and ends. It may be opened again while upstream still fails.
+    expected_line("INFO", "sync::", &["environment", "transport", "error?"], ALL_FAULTS * 3),
+    // Listing the environments fails.
+    expected_line("WARN", "sync::", &["error"], ALL_FAULTS),
+    // The token list and the validation of tokens fail, and work again.
+    expected_line("WARN", "auth", &["error"], ALL_FAULTS * 2),
+    expected_line("INFO", "auth", &[], ALL_FAULTS * 2),
+    // Tokens were created or deleted at upstream.
+    expected_line("INFO", "auth", &["changes.learned", "changes.revoked"], ALL_FAULTS),
+    expected_line("WARN", "upstream::health", &["error"], ALL_FAULTS),
+    // Sending usage fails, and works again.
+    expected_line("WARN", "usage::", &["environment", "error"], ALL_FAULTS * 2),
+    expected_line("INFO", "usage::", &["environment"], ALL_FAULTS),
+    expected_line("WARN", "usage::", &["grace"], 1),
+    // Upstream rejects every token, including the admin token, and accepts that again.
+    expected_line("WARN", "upstream::credentials", &[], 8),
+    expected_line("WARN", "upstream::admin_token", &["token"], 2),
+    expected_line("INFO", "upstream::admin_token", &["token"], 4),
 ];
 
 /// The number of faults of the database.
@@ -480,19 +380,17 @@ const ALL_FAULTS: usize = 16;
 
 /// A report of every unexpected line.
 fn check_log(name: &str, log: &str, expected: &[&ExpectedLine]) -> String {
-    let patterns: Vec<_> =
-        expected.iter().map(|it| Regex::new(&format!("^(?:{})$", it.message)).unwrap()).collect();
     let (mut complaints, mut counts) = (String::new(), BTreeMap::<usize, Vec<&str>>::new());
     for line in log.lines() {
         let wrong = match parse_log_line(line) {
             Err(wrong) => wrong,
-            Ok((level, message, fields)) => {
-                let fits = |(at, it): (usize, &&ExpectedLine)| {
+            Ok((level, target, fields)) => {
+                let fits = |it: &&ExpectedLine| {
                     it.level == level
-                        && patterns[at].is_match(&message)
+                        && is_within(&target, it.module)
                         && has_fields(it.fields, &fields)
                 };
-                match expected.iter().enumerate().position(fits) {
+                match expected.iter().position(fits) {
                     Some(at) => {
                         counts.entry(at).or_default().push(line);
                         continue;
@@ -504,10 +402,10 @@ fn check_log(name: &str, log: &str, expected: &[&ExpectedLine]) -> String {
         writeln!(complaints, "{name}: {wrong}: {line}").unwrap();
     }
     for (at, lines) in counts {
-        let ExpectedLine { level, message, at_most, .. } = expected[at];
+        let ExpectedLine { level, module, at_most, .. } = expected[at];
         if lines.len() > *at_most {
             let lines = lines.join("\n  ");
-            writeln!(complaints, "{name}: more than {at_most} of {level} {message}:\n  {lines}")
+            writeln!(complaints, "{name}: more than {at_most} of {level} in {module}:\n  {lines}")
                 .unwrap();
         }
     }
@@ -521,7 +419,7 @@ fn has_fields(names: &[&str], fields: &Map<String, Value>) -> bool {
     names.iter().all(is_there) && fields.keys().all(is_known)
 }
 
-/// The level, the message and the other fields of a line.
+/// The level, the target and the fields of a line, besides its message.
 fn parse_log_line(line: &str) -> Result<(String, String, Map<String, Value>), String> {
     if line.len() > 4096 {
         return Err(format!("it is {} bytes long", line.len()));
@@ -532,12 +430,13 @@ fn parse_log_line(line: &str) -> Result<(String, String, Map<String, Value>), St
         Some(Value::String(text)) if !text.is_empty() => Ok(text),
         other => Err(format!("its {name} is {other:?}")),
     };
-    let (time, target) = (text("timestamp")?, text("target")?);
+    let (time, level, target) = (text("timestamp")?, text("level")?, text("target")?);
+    text("message")?;
     time.parse::<jiff::Timestamp>().map_err(|error| format!("its time cannot be read: {error}"))?;
     if !target.starts_with("parapet") {
         return Err("it is of another's making".to_owned());
     }
-    Ok((text("level")?, text("message")?, fields))
+    Ok((level, target, fields))
 }
 
 #[tokio::test(flavor = "multi_thread")]

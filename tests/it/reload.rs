@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::rig::{
-    Parapet, TokenKind, Unleash, UnleashVersion, build_hanging_disk_library, http,
+    LogEvent, Parapet, TokenKind, Unleash, UnleashVersion, build_hanging_disk_library, http,
     secret_leak_check, send_json, wait_until,
 };
 
@@ -22,6 +22,12 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Unleash accepts a deleted token for up to a minute.
 const UNLEASH_REVOCATION_TIMEOUT: Duration = Duration::from_secs(100);
+
+const ADMIN_TOKEN_REFUSED_LINE: LogEvent = LogEvent::warn("upstream::admin_token");
+const ADMIN_TOKEN_ACCEPTED: LogEvent = LogEvent::info("upstream::admin_token");
+const ADMIN_TOKEN_REPLACED: LogEvent = LogEvent::info("app::admin_token");
+const ADMIN_TOKEN_UNREADABLE: LogEvent = LogEvent::warn("app::admin_token").with("error");
+const SAVING_FAILED: LogEvent = LogEvent::warn("background_writer");
 
 const ADMIN_TOKEN_REFUSED: &str = "parapet_upstream_admin_token_refused";
 
@@ -106,7 +112,7 @@ async fn admin_token_is_replaced(
     wait_for_status_page(&parapet, first, StatusCode::UNAUTHORIZED, UNLEASH_REVOCATION_TIMEOUT)
         .await;
     assert_eq!(parapet.metric(ADMIN_TOKEN_REFUSED).await, Some(1.0));
-    parapet.wait_until_logged("Upstream refuses the admin token").await;
+    parapet.wait_until_logged(ADMIN_TOKEN_REFUSED_LINE).await;
     // Flags stay served.
     assert_eq!(parapet.features_status(&sdk).await, StatusCode::OK);
     assert!(parapet.is_ready().await);
@@ -118,11 +124,7 @@ async fn admin_token_is_replaced(
     unleash.insert_admin_token(second).await;
     secret.replace(&format!("\u{feff}{second}\n"));
     wait_for_status_page(&parapet, second, StatusCode::OK, UNLEASH_REVOCATION_TIMEOUT).await;
-    wait_until("the new admin token is accepted", UNLEASH_REVOCATION_TIMEOUT, async || {
-        let accepted = parapet.log().matches("Upstream accepts the admin token").count();
-        (accepted >= 2).then_some(())
-    })
-    .await;
+    parapet.wait_until_logged_times(ADMIN_TOKEN_ACCEPTED, 2).await;
     assert_eq!(parapet.metric(ADMIN_TOKEN_REFUSED).await, Some(0.0));
     let (_, shown) = parapet.admin_get_as("/status", second).await;
     assert_eq!(shown["upstream"]["adminToken"]["refusedSince"], Value::Null, "{shown}");
@@ -227,11 +229,9 @@ async fn sighup_rereads_the_admin_token_file_from_the_environment() {
     fs::write(&file, format!("upstream_admin_token = \"{SECOND}\"\nmax_streams = 77\n")).unwrap();
     edge.send_sighup();
     wait_for_status_page(&edge, SECOND, StatusCode::OK, TIMEOUT).await;
-    edge.wait_until_logged("Reloaded").await;
-    let log = edge.log();
-    let line = log.lines().find(|line| line.contains("Reloaded")).unwrap();
+    let line = edge.wait_until_logged(LogEvent::RELOADED).await;
     assert!(line.contains("upstream-admin-token"), "{line}");
-    assert!(line.contains("needs a restart") && line.contains("max-streams"), "{line}");
+    assert!(line.contains("max-streams"), "it names what needs a restart: {line}");
 }
 
 /// The event stream URL that `edge` offers to a provider.
@@ -269,16 +269,13 @@ async fn stream_tokens_signed_with_a_reloaded_secret_outlive_the_admin_token() {
     assert_eq!(opens().await, StatusCode::UNAUTHORIZED);
     fs::write(&configs[0], admin(FIRST) + SECRET).unwrap();
     one.send_sighup();
-    one.wait_until_logged("Reloaded: ofrep-ticket-secret").await;
+    let line = one.wait_until_logged(LogEvent::RELOADED).await;
+    assert!(line.contains("ofrep-ticket-secret"), "{line}");
     assert_eq!(opens().await, StatusCode::OK);
     fs::write(&configs[0], admin(SECOND) + SECRET).unwrap();
     one.send_sighup();
     wait_for_status_page(&one, SECOND, StatusCode::OK, TIMEOUT).await;
-    wait_until("upstream accepts the second", TIMEOUT, async || {
-        let accepted = one.log().matches("Upstream accepts the admin token").count();
-        (accepted >= 2).then_some(())
-    })
-    .await;
+    one.wait_until_logged_times(ADMIN_TOKEN_ACCEPTED, 2).await;
     assert_eq!(opens().await, StatusCode::OK);
 }
 
@@ -292,18 +289,17 @@ async fn admin_token_file_without_token_is_ignored_and_reported() {
     let edge = Parapet::edge(&upstream.admin_url()).env("UPSTREAM_ADMIN_TOKEN_FILE", secret.path());
     let edge = edge.with_short_intervals().start().await;
     let sdk = create_backend_token(&upstream, FIRST, "sdk").await;
-    for (text, report) in [("\n", "is empty"), ("*:development.x", "for the environment")] {
+    for (text, count) in [("\n", 1), ("*:development.x", 2)] {
         secret.replace(text);
-        edge.wait_until_logged("Cannot read the admin token's file").await;
-        edge.wait_until_logged(report).await;
+        edge.wait_until_logged_times(ADMIN_TOKEN_UNREADABLE, count).await;
         assert_eq!(edge.admin_get_as("/status", FIRST).await.0, StatusCode::OK);
         assert_eq!(edge.features_status(&sdk).await, StatusCode::OK);
     }
     fs::remove_file(secret.path()).unwrap();
-    edge.wait_until_logged("cannot read").await;
+    edge.wait_until_logged_times(ADMIN_TOKEN_UNREADABLE, 3).await;
     secret.replace(SECOND);
     symlink("..data/token", secret.path()).unwrap();
-    edge.wait_until_logged("The admin token was replaced by its file").await;
+    edge.wait_until_logged(ADMIN_TOKEN_REPLACED).await;
     wait_for_status_page(&edge, SECOND, StatusCode::OK, TIMEOUT).await;
     let (_, shown) = edge.admin_get_as("/status", SECOND).await;
     assert_eq!(shown["upstream"]["adminToken"]["refusedSince"], Value::Null, "{shown}");
@@ -324,11 +320,11 @@ async fn rejected_admin_token_opens_nothing_while_the_disk_hangs() {
     let edge = edge.with_short_intervals().start().await;
     fs::write(&marker, "").unwrap();
     secret.replace(WRONG);
-    edge.wait_until_logged("The admin token was replaced by its file").await;
-    edge.wait_until_logged("Upstream refuses the admin token").await;
+    edge.wait_until_logged(ADMIN_TOKEN_REPLACED).await;
+    edge.wait_until_logged(ADMIN_TOKEN_REFUSED_LINE).await;
     wait_for_status_page(&edge, WRONG, StatusCode::UNAUTHORIZED, TIMEOUT).await;
-    assert!(!edge.log().contains("Saving flags or credentials failed"), "{}", edge.log());
-    edge.wait_until_logged("Saving flags or credentials failed").await;
+    assert!(edge.logged(SAVING_FAILED).is_empty(), "{}", edge.log());
+    edge.wait_until_logged(SAVING_FAILED).await;
 }
 
 #[tokio::test]
@@ -344,7 +340,7 @@ async fn sighup_replaces_the_tokens_that_fetch_flags() {
     let edge = edge.with_short_intervals().start().await;
     fs::write(&file, format!("{second}\r\n")).unwrap();
     edge.send_sighup();
-    edge.wait_until_logged("Reloaded").await;
+    edge.wait_until_logged(LogEvent::RELOADED).await;
     // The first one is now like any other token that SDKs present.
     wait_for_features_status(&edge, &first, StatusCode::OK).await;
     // Upstream no longer accepts it; the second one continues to fetch.
@@ -391,14 +387,12 @@ async fn sighup_replaces_offline_tokens_and_ignores_invalid_configuration() {
     wait_for_features_status(&parapet, SECOND, StatusCode::OK).await;
     wait_for_features_status(&parapet, ELSEWHERE, StatusCode::OK).await;
     assert_eq!(parapet.features_status(FIRST).await, StatusCode::UNAUTHORIZED);
-    parapet.wait_until_logged("Reloaded").await;
+    parapet.wait_until_logged(LogEvent::RELOADED).await;
 
     fs::write(&config, "log = \"loud\"\nmax_stream = 1\n").unwrap();
     fs::write(&tokens, FIRST).unwrap();
     parapet.send_sighup();
-    parapet.wait_until_logged("Reload rejected").await;
-    let log = parapet.log();
-    let line = log.lines().find(|line| line.contains("Reload rejected")).unwrap();
+    let line = parapet.wait_until_logged(LogEvent::error("app::reload")).await;
     assert!(line.contains("max_stream") && line.contains("parapet.toml:1"), "{line}");
     assert_eq!(parapet.features_status(SECOND).await, StatusCode::OK);
     assert_eq!(parapet.features_status(FIRST).await, StatusCode::UNAUTHORIZED);
@@ -406,9 +400,9 @@ async fn sighup_replaces_offline_tokens_and_ignores_invalid_configuration() {
     fs::write(&config, "log = \"info,parapet=debug\"\n").unwrap();
     fs::write(&tokens, format!("{SECOND}\n{ELSEWHERE}\n")).unwrap();
     parapet.send_sighup();
-    parapet.wait_until_logged("Reloaded: log").await;
+    parapet.wait_until_logged_times(LogEvent::RELOADED, 2).await;
     parapet.send_sighup();
-    parapet.wait_until_logged("nothing has changed").await;
+    parapet.wait_until_logged_times(LogEvent::RELOADED, 3).await;
     assert!(parapet.is_ready().await);
     assert!(parapet.terminate().await.success());
 }
@@ -442,7 +436,7 @@ async fn sighup_rereads_flags_of_a_standalone_and_closes_nothing() {
     let token = create_backend_token(&parapet, ADMIN, "one").await;
     fs::write(&flags, "{").unwrap();
     parapet.send_sighup();
-    parapet.wait_until_logged("Reloaded").await;
+    parapet.wait_until_logged(LogEvent::RELOADED).await;
     fs::write(&flags, FLAGS.replace("first", "second")).unwrap();
     parapet.send_sighup();
     wait_until("the flags are read", TIMEOUT, async || {

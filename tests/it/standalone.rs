@@ -7,7 +7,10 @@ use reqwest::StatusCode;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use crate::rig::{Parapet, free_port, http, send_json, wait_until};
+use crate::rig::{LogEvent, Parapet, free_port, http, send_json, wait_until};
+
+/// An initial setting that has changed since the first start.
+const IGNORED_SETTING: LogEvent = LogEvent::warn("app::standalone").without("environment");
 
 const FLAGS: &str =
     r#"{"features":[{"name":"first","enabled":true,"strategies":[{"name":"default"}]}]}"#;
@@ -45,11 +48,9 @@ fn first_start_file(parapet: &Parapet) -> std::path::PathBuf {
 
 /// The log once it contains `starts` starts; output from before an instance is ready may be read later.
 async fn log_after_starts(parapet: &Parapet, starts: usize) -> String {
-    wait_until("the start is logged", Duration::from_secs(30), async || {
-        let log = parapet.log();
-        (log.matches("Parapet listens").count() == starts).then_some(log)
-    })
-    .await
+    let lines = parapet.wait_until_logged_times(LogEvent::LISTENING, starts).await;
+    assert_eq!(lines.len(), starts);
+    parapet.log()
 }
 
 /// The `curl` commands of the first start.
@@ -127,8 +128,8 @@ async fn password_set_after_the_first_start_is_reported_as_ignored() {
     assert!(parapet.terminate().await.success());
     parapet.restart_with_env("UNLEASH_DEFAULT_ADMIN_PASSWORD", "a later password");
     parapet.wait_until_ready().await;
-    let log = log_after_starts(&parapet, 2).await;
-    assert!(log.contains("UNLEASH_DEFAULT_ADMIN_PASSWORD has changed"), "{log}");
+    let line = parapet.wait_until_logged(IGNORED_SETTING).await;
+    assert!(line.contains("UNLEASH_DEFAULT_ADMIN_PASSWORD"), "{line}");
 }
 
 /// Killed when dropped.
@@ -172,12 +173,8 @@ async fn first_start_without_flags_writes_an_example_and_later_starts_require_fl
     let parapet = Parapet::mode("standalone").env("INIT_BACKEND_API_TOKENS", token).start().await;
     let file = parapet.data_dir().parent().unwrap().join("config/flags.json");
     assert_eq!(std::fs::read("config/flags.json").unwrap(), std::fs::read(&file).unwrap());
-    let printed = async || {
-        let log = parapet.log();
-        let line = log.lines().find(|line| line.contains("wrote an example to edit"));
-        line.map(|line| assert!(line.contains("config/flags.json"), "{line}"))
-    };
-    wait_until("it is reported", Duration::from_secs(10), printed).await;
+    let line = parapet.wait_until_logged(LogEvent::info("app::standalone").with("file")).await;
+    assert!(line.contains("config/flags.json"), "{line}");
     let (_, flags) = parapet.get("/api/client/features", token).await;
     assert!(flags.to_string().contains("demo.on-for-all"), "{flags}");
 
@@ -187,7 +184,7 @@ async fn first_start_without_flags_writes_an_example_and_later_starts_require_fl
     let ended =
         wait_until("it ends", Duration::from_secs(30), async || parapet.exit_status()).await;
     assert_eq!(ended.code(), Some(64), "{}", parapet.log());
-    parapet.wait_until_logged("config/flags.json does not exist").await;
+    parapet.wait_until_printed("config/flags.json does not exist").await;
     assert!(!file.exists());
 }
 
@@ -210,16 +207,16 @@ async fn changed_first_start_settings_are_reported_as_ignored() {
     assert!(parapet.terminate().await.success());
     parapet.restart();
     parapet.wait_until_ready().await;
-    let log = log_after_starts(&parapet, 2).await;
-    assert!(!log.contains("ignored"), "{log}");
+    log_after_starts(&parapet, 2).await;
+    assert!(parapet.logged(IGNORED_SETTING).is_empty(), "{}", parapet.log());
     assert_eq!(parapet.features_status(FIRST).await, StatusCode::UNAUTHORIZED);
 
     assert!(parapet.terminate().await.success());
     parapet.restart_with_env("INIT_BACKEND_API_TOKENS", format!("{FIRST},{SECOND}"));
     parapet.wait_until_ready().await;
-    let log = log_after_starts(&parapet, 3).await;
-    assert_eq!(log.matches("ignored").count(), 1, "{log}");
-    assert!(log.contains("INIT_*_API_TOKENS have changed"), "{log}");
+    log_after_starts(&parapet, 3).await;
+    let lines = parapet.logged(IGNORED_SETTING);
+    assert!(lines.len() == 1 && lines[0].contains("INIT_*_API_TOKENS"), "{lines:?}");
     assert_eq!(parapet.features_status(SECOND).await, StatusCode::UNAUTHORIZED);
 
     assert!(parapet.terminate().await.success());
@@ -229,8 +226,8 @@ async fn changed_first_start_settings_are_reported_as_ignored() {
     parapet.restart_with_env("UNLEASH_DEFAULT_ADMIN_PASSWORD", "another password");
     parapet.wait_until_ready().await;
     let log = log_after_starts(&parapet, 5).await;
-    assert_eq!(log.matches("ignored").count(), 2, "{log}");
-    assert!(log.contains("UNLEASH_DEFAULT_ADMIN_PASSWORD has changed"), "{log}");
+    let lines = parapet.logged(IGNORED_SETTING);
+    assert!(lines.len() == 2 && lines[1].contains("UNLEASH_DEFAULT_ADMIN_PASSWORD"), "{lines:?}");
     assert!(!log.contains("another password") && !log.contains("first password"), "{log}");
 }
 
@@ -241,11 +238,8 @@ async fn token_of_environment_without_flags_is_reported() {
     std::fs::create_dir(&folder).unwrap();
     std::fs::copy(home.flags(), folder.join("production.json")).unwrap();
     let parapet = Parapet::mode("standalone").flag("--flags", &folder).start().await;
-    let printed = "Tokens exist for an environment that no file has flags of";
-    wait_until("the log reports it", Duration::from_secs(10), async || {
-        parapet.log().contains(printed).then_some(())
-    })
-    .await;
+    let event = LogEvent::warn("app::standalone").with("environment");
+    parapet.wait_until_logged(event).await;
     let [client, frontend, _] =
         first_tokens(&std::fs::read_to_string(first_start_file(&parapet)).unwrap());
     for (path, token) in [("/api/client/features", &client), ("/api/frontend", &frontend)] {
@@ -326,13 +320,10 @@ async fn edited_flag_file_is_served_and_invalid_edit_is_ignored() {
     };
     shows("second").await;
     home.write_flags("{ this is no flag file");
-    let printed = async || parapet.log().contains("Reloading flags failed").then_some(());
-    wait_until("the invalid edit is reported", limit, printed).await;
+    parapet.wait_until_logged(LogEvent::FLAG_FILE_FAILED).await;
     assert!(served().await.contains("second"));
     std::fs::remove_file(home.flags()).unwrap();
-    let printed =
-        async || (parapet.log().matches("Reloading flags failed").count() > 1).then_some(());
-    wait_until("the missing file is reported", limit, printed).await;
+    parapet.wait_until_logged_times(LogEvent::FLAG_FILE_FAILED, 2).await;
     assert!(served().await.contains("second"));
     home.write_flags(&FLAGS.replace("first", "third"));
     shows("third").await;

@@ -26,7 +26,7 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use self::certificate_authority::{CertificateFiles, TestAuthority};
 use crate::in_process_parapet::CLIENT;
-use crate::rig::{FEATURES, Parapet, Setup, http, wait_until};
+use crate::rig::{FEATURES, LogEvent, Parapet, Setup, http, wait_until};
 
 const FLAGS: &str =
     r#"{"features":[{"name":"a","enabled":true,"strategies":[{"name":"default"}]}]}"#;
@@ -68,9 +68,8 @@ impl TlsParapet {
     async fn start(setup: Setup) -> Self {
         let parapet = setup.spawn();
         let address = wait_until("its address is in the log", Duration::from_mins(1), async || {
-            let log = parapet.log();
-            assert!(parapet.exit_status().is_none(), "it ended:\n{log}");
-            let line = log.lines().find(|line| line.contains("Parapet listens"))?;
+            assert!(parapet.exit_status().is_none(), "it ended:\n{}", parapet.log());
+            let line = parapet.logged(LogEvent::LISTENING).pop()?;
             let address = line.split_whitespace().find_map(|word| word.strip_prefix("data="))?;
             Some(address.parse().unwrap())
         })
@@ -299,14 +298,11 @@ async fn handshakes_and_expiry_appear_in_metrics_status_and_log() {
     let setup =
         setup.flag("--admin-tls-cert", &past.certificate).flag("--admin-tls-key", &past.key);
     let parapet = TlsParapet::start(setup).await;
-    let log = parapet.parapet.log();
-    let warnings: Vec<_> = log.lines().filter(|line| line.contains(" WARN ")).collect();
-    for expected in [
-        format!("the certificate in {soon_file} expires at "),
-        format!("the certificate in {past_file} expired at "),
-    ] {
-        assert!(warnings.iter().any(|line| line.contains(&expected)), "{expected}: {log}");
+    let warnings = parapet.parapet.logged(LogEvent::warn("tls::watch"));
+    for file in [&soon_file, &past_file] {
+        assert!(warnings.iter().any(|line| line.contains(file)), "{file}: {warnings:?}");
     }
+    let log = parapet.parapet.log();
     assert!(!log.contains("late.crt"), "{log}");
 
     // Each connection is new; the second one resumes the first one's session.

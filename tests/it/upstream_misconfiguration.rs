@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use tokio::net::TcpListener;
 
 use crate::in_process_parapet::CLIENT;
-use crate::rig::{ChaosProxy, FEATURES, Fault, Parapet, free_port, wait_until};
+use crate::rig::{ChaosProxy, FEATURES, Fault, LogEvent, Parapet, free_port, wait_until};
 
 const ADMIN: &str = "*:*.reach-0123456789abcdef0123456789abcdef0123456789ab";
 const FLAGS: &str =
@@ -47,7 +47,8 @@ async fn redirect_within_the_origin_is_followed() {
     let edge = Parapet::edge(&url).env("TOKENS", CLIENT).with_short_intervals().start().await;
     let (status, flags) = edge.get(FEATURES, CLIENT).await;
     assert_eq!((status, &flags["features"][0]["name"]), (StatusCode::OK, &"here".into()));
-    assert!(wait_for_log_line(&edge, "Parapet listens").await.contains(&url), "it names upstream");
+    let line = edge.wait_until_logged(LogEvent::LISTENING).await;
+    assert!(line.contains(&url), "it names upstream: {line}");
 }
 
 #[tokio::test]
@@ -61,7 +62,7 @@ async fn redirect_to_another_origin_is_reported_and_gets_no_token() {
     let edge = Parapet::edge(&redirector.url()).env("UPSTREAM_ADMIN_TOKEN", ADMIN);
     let edge = edge.with_short_intervals().start_listening().await;
     let logged = wait_for_log_line(&edge, "308 Permanent Redirect").await;
-    assert!(logged.contains(&format!("a redirect to {to}: --upstream-url")), "{logged}");
+    assert!(logged.contains(&to) && logged.contains("--upstream-url"), "{logged}");
     let redirected =
         "parapet_upstream_requests_total{purpose=\"environments\",outcome=\"redirected\"}";
     wait_until("it was redirected again and again", TIMEOUT, async || {
@@ -90,8 +91,8 @@ async fn untrusted_certificate_is_logged_once_even_after_another_failure() {
     serve.arg("-key").arg(&key).arg("-cert").arg(&certificate);
     serve.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null());
     let _server = ChildProcess(serve.stderr(std::process::Stdio::null()).spawn().unwrap());
-    let logged = wait_for_log_line(&edge, "certificate").await;
-    assert!(logged.contains("unreachable for another reason than before"), "{logged}");
+    let logged = edge.wait_until_logged(LogEvent::warn("upstream::health")).await;
+    assert!(logged.contains("certificate"), "{logged}");
     let failed = "parapet_upstream_requests_total{purpose=\"validate\",outcome=\"unreachable\"}";
     let before = edge.metric(failed).await.unwrap();
     wait_until("many handshakes have failed", TIMEOUT, async || {
@@ -119,8 +120,8 @@ async fn admin_token_in_tokens_setting_is_reported_with_the_right_setting() {
     let upstream = start_upstream(&folder, ADMIN).await;
     let edge = Parapet::edge(&upstream.admin_url()).env("TOKENS", ADMIN);
     let edge = edge.with_short_intervals().start_listening().await;
-    let logged = wait_for_log_line(&edge, "A token of --tokens cannot be used").await;
-    assert!(logged.contains("belongs in --upstream-admin-token"), "{logged}");
+    let logged = edge.wait_until_logged(LogEvent::warn("app::edge").with("token")).await;
+    assert!(logged.contains("--upstream-admin-token"), "{logged}");
 }
 
 #[tokio::test]
@@ -131,6 +132,6 @@ async fn damaged_token_cache_record_is_set_aside_and_logged() {
     std::fs::write(edge.data_dir().join("backup/verdicts.parapet"), "no verdicts").unwrap();
     edge.restart();
     edge.wait_until_listening().await;
-    let logged = wait_for_log_line(&edge, "verdicts.damaged").await;
-    assert!(logged.contains("Stored tokens cannot be used"), "{logged}");
+    let logged = edge.wait_until_logged(LogEvent::warn("app::persistence").with("error")).await;
+    assert!(logged.contains("verdicts.damaged"), "{logged}");
 }

@@ -11,7 +11,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::rig::{
-    ChaosProxy, EntityTags, FEATURES, Parapet, STREAM, ScriptedUpstream, event, feature,
+    ChaosProxy, EntityTags, FEATURES, LogEvent, Parapet, STREAM, ScriptedUpstream, event, feature,
     secret_leak_check, wait_until,
 };
 
@@ -20,6 +20,8 @@ const ADMIN: &str = "*:*.admin-of-the-followed-0123456789abcdef0123456789";
 
 /// Longer than the delay of one minute after some refusals.
 const TIMEOUT: Duration = Duration::from_mins(2);
+
+const FETCHING_FAILED: LogEvent = LogEvent::warn("sync::").with("error");
 
 const OPEN_STREAMS: &str = "parapet_upstream_streams";
 
@@ -35,21 +37,15 @@ async fn wait_until_streaming(parapet: &Parapet) {
     .await;
 }
 
-/// The number of occurrences of this text in the log.
-fn log_count(parapet: &Parapet, text: &str) -> usize {
-    parapet.log().matches(text).count()
+/// Waits until the log has this many lines of this kind, and no more.
+async fn wait_until_logged(parapet: &Parapet, event: LogEvent, times: usize) {
+    let lines = parapet.wait_until_logged_times(event, times).await;
+    assert_eq!(lines.len(), times, "{lines:?}");
 }
 
-async fn wait_until_logged(parapet: &Parapet, text: &str, times: usize) {
-    wait_until(&format!("the log contains {times} times: {text}"), TIMEOUT, async || {
-        (log_count(parapet, text) >= times).then_some(())
-    })
-    .await;
-    assert_eq!(log_count(parapet, text), times, "{}", parapet.log());
+fn log_count(parapet: &Parapet, event: LogEvent) -> usize {
+    parapet.logged(event).len()
 }
-
-/// The log message when streams cover all tokens.
-const STREAMING_LOG_TEXT: &str = "Upstream's event stream is open";
 
 /// An upstream with a stream, and one flag that every token sees.
 async fn start_upstream() -> ScriptedUpstream {
@@ -103,7 +99,7 @@ async fn frequently_polling_edge(url: &str) -> Parapet {
 async fn stream_is_resumed_from_last_event_after_end_or_reset() {
     let upstream = start_upstream().await;
     let parapet = rarely_polling_edge(&upstream.url()).await;
-    wait_until_logged(&parapet, STREAMING_LOG_TEXT, 1).await;
+    wait_until_logged(&parapet, LogEvent::STREAMING, 1).await;
     upstream.send_event(&replace_flag(&upstream, "second"));
     parapet.wait_until_served(TOKEN, &["second"]).await;
 
@@ -121,7 +117,7 @@ async fn stream_is_resumed_from_last_event_after_end_or_reset() {
         (&requests[0].last_event_id, requests[1].last_event_id.as_deref()),
         (&None, Some("11"))
     );
-    assert_eq!(log_count(&parapet, "Polling upstream again"), 0, "an end in good order is no news");
+    assert_eq!(log_count(&parapet, LogEvent::POLLING), 0, "an end in good order is no news");
     wait_until_streaming(&parapet).await;
     upstream.send_event(&replace_flag(&upstream, "sixth"));
     parapet.wait_until_served(TOKEN, &["sixth"]).await;
@@ -132,8 +128,8 @@ async fn stream_is_resumed_from_last_event_after_end_or_reset() {
     parapet.wait_until_served(TOKEN, &["seventh"]).await;
     let requests = upstream.wait_for_requests(STREAM, 3).await;
     assert_eq!(requests[2].last_event_id.as_deref(), Some("12"));
-    assert_eq!(log_count(&parapet, "Polling upstream again: its stream was lost"), 1);
-    wait_until_logged(&parapet, STREAMING_LOG_TEXT, 2).await;
+    assert_eq!(log_count(&parapet, LogEvent::POLLING), 1);
+    wait_until_logged(&parapet, LogEvent::STREAMING, 2).await;
     assert_eq!(
         (ended_streams(&parapet, "over").await, ended_streams(&parapet, "broken").await),
         (Some(1.0), Some(1.0))
@@ -145,7 +141,7 @@ async fn stream_is_resumed_from_last_event_after_end_or_reset() {
 async fn invalid_event_leads_to_a_new_snapshot() {
     let upstream = start_upstream().await;
     let parapet = rarely_polling_edge(&upstream.url()).await;
-    wait_until_logged(&parapet, STREAMING_LOG_TEXT, 1).await;
+    wait_until_logged(&parapet, LogEvent::STREAMING, 1).await;
     let odd = json!({ "events": [{ "type": "feature-vanished", "eventId": 8, "name": "first" }] });
     let odd = [
         event("unleash-updated", 8, &odd),
@@ -169,7 +165,7 @@ async fn invalid_event_leads_to_a_new_snapshot() {
 async fn edge_polls_without_stream_and_old_etags_do_not_confirm_streamed_state() {
     let upstream = start_upstream().await;
     let parapet = frequently_polling_edge(&upstream.url()).await;
-    wait_until_logged(&parapet, STREAMING_LOG_TEXT, 1).await;
+    wait_until_logged(&parapet, LogEvent::STREAMING, 1).await;
     upstream.send_event(&replace_flag(&upstream, "second"));
     parapet.wait_until_served(TOKEN, &["second"]).await;
     let before = upstream.requests(FEATURES).len();
@@ -224,7 +220,7 @@ async fn upstream_without_stream_is_polled_until_it_hints_at_one() {
     let parapet = frequently_polling_edge(&upstream.url()).await;
     upstream.wait_for_requests(FEATURES, 6).await;
     assert_eq!(upstream.requests(STREAM).len(), 1, "it is left in peace");
-    assert_eq!(log_count(&parapet, "Polling upstream: it does not support streaming"), 1);
+    assert_eq!(log_count(&parapet, LogEvent::POLLING), 1);
     replace_flag(&upstream, "second");
     parapet.wait_until_served(TOKEN, &["second"]).await;
     let refused = "parapet_upstream_requests_total{purpose=\"stream\",outcome=\"not_offered\"}";
@@ -243,11 +239,11 @@ async fn upstream_without_stream_is_polled_until_it_hints_at_one() {
 async fn edge_polls_when_upstream_requests_polling() {
     let upstream = start_upstream().await;
     let parapet = frequently_polling_edge(&upstream.url()).await;
-    wait_until_logged(&parapet, STREAMING_LOG_TEXT, 1).await;
+    wait_until_logged(&parapet, LogEvent::STREAMING, 1).await;
     let before = upstream.requests(FEATURES).len();
     upstream.send_event(&event("fetch-mode", 7, &json!("streaming")));
     upstream.send_event("event: fetch-mode\ndata: polling\n\n");
-    wait_until_logged(&parapet, "Polling upstream again: it requests polling", 1).await;
+    wait_until_logged(&parapet, LogEvent::POLLING, 1).await;
     replace_flag(&upstream, "second");
     parapet.wait_until_served(TOKEN, &["second"]).await;
     upstream.wait_for_requests(FEATURES, before + 6).await;
@@ -264,7 +260,7 @@ async fn upstream_at_stream_limit_is_polled_until_retry_after() {
     upstream.wait_for_requests(STREAM, 3).await;
     replace_flag(&upstream, "second");
     parapet.wait_until_served(TOKEN, &["second"]).await;
-    assert_eq!(log_count(&parapet, "Polling upstream: it accepts no further stream"), 1);
+    assert_eq!(log_count(&parapet, LogEvent::POLLING), 1);
     upstream.state().stream_status = StatusCode::OK;
     wait_until_streaming(&parapet).await;
 }
@@ -278,9 +274,8 @@ async fn token_rejected_by_stream_only_is_polled() {
     replace_flag(&upstream, "second");
     parapet.wait_until_served(TOKEN, &["second"]).await;
     assert_eq!(upstream.requests(STREAM).len(), 1);
-    assert_eq!(log_count(&parapet, "Upstream refuses a token"), 0, "{}", parapet.log());
-    let refused = "Polling upstream: it does not accept the token for its stream";
-    assert_eq!(log_count(&parapet, refused), 1);
+    assert!(!parapet.log().contains(" WARN "), "{}", parapet.log());
+    assert_eq!(log_count(&parapet, LogEvent::POLLING), 1);
 }
 
 #[tokio::test]
@@ -298,8 +293,7 @@ async fn upstream_mode_forces_polling_or_streaming() {
     let edge =
         Parapet::edge(&upstream.url()).env("TOKENS", TOKEN).flag("--upstream-mode", "stream");
     let parapet = edge.with_short_intervals().start().await;
-    let warning =
-        "Polling upstream although --upstream-mode is stream: it does not support streaming";
+    let warning = LogEvent::warn("sync::").with("transport=poll");
     wait_until_logged(&parapet, warning, 1).await;
     upstream.state().stream_status = StatusCode::OK;
     upstream.state().has_stream_hint = true;
@@ -327,18 +321,18 @@ fn write_flags(file: &PathBuf, flag: &str) {
 async fn restarted_upstream_is_streamed_again_without_polling() {
     let (upstream, _folder, file) = offline("first").await;
     let parapet = rarely_polling_edge(&upstream.url()).await;
-    wait_until_logged(&parapet, STREAMING_LOG_TEXT, 1).await;
+    wait_until_logged(&parapet, LogEvent::STREAMING, 1).await;
     let before = parapet.upstream_poll_count().await;
     write_flags(&file, "second");
     parapet.wait_until_served(TOKEN, &["second"]).await;
 
     upstream.kill();
-    wait_until_logged(&parapet, "Polling upstream again: ", 1).await;
+    wait_until_logged(&parapet, LogEvent::POLLING, 1).await;
     assert_eq!(parapet.served_flags(TOKEN).await.unwrap(), ["second"]);
     write_flags(&file, "third");
     upstream.restart();
     parapet.wait_until_served(TOKEN, &["third"]).await;
-    wait_until_logged(&parapet, STREAMING_LOG_TEXT, 2).await;
+    wait_until_logged(&parapet, LogEvent::STREAMING, 2).await;
 
     assert!(upstream.terminate().await.success());
     write_flags(&file, "fourth");
@@ -354,10 +348,10 @@ async fn flags_stay_during_network_failure_and_stream_resumes() {
     let (upstream, _folder, file) = offline("first").await;
     let proxy = ChaosProxy::start(&upstream.url()).await;
     let parapet = frequently_polling_edge(&proxy.url()).await;
-    wait_until_logged(&parapet, STREAMING_LOG_TEXT, 1).await;
+    wait_until_logged(&parapet, LogEvent::STREAMING, 1).await;
     for (flag, stalls) in [("second", false), ("third", true)] {
         let (streams, polls) = (proxy.request_count(STREAM), proxy.request_count(FEATURES));
-        let seen = log_count(&parapet, "Fetching flags failed");
+        let seen = log_count(&parapet, FETCHING_FAILED);
         proxy.disconnect().await;
         if stalls {
             proxy.stall().await;
@@ -368,7 +362,7 @@ async fn flags_stay_during_network_failure_and_stream_resumes() {
             .await;
         }
         wait_until("upstream is missed", TIMEOUT, async || {
-            (log_count(&parapet, "Fetching flags failed") > seen).then_some(())
+            (log_count(&parapet, FETCHING_FAILED) > seen).then_some(())
         })
         .await;
         let before = parapet.served_flags(TOKEN).await.unwrap();
@@ -395,7 +389,7 @@ async fn stream_of_revoked_token_closes_without_removing_flags() {
         ["first"],
         "it waits for the flags of a first-seen token"
     );
-    wait_until_logged(&parapet, STREAMING_LOG_TEXT, 1).await;
+    wait_until_logged(&parapet, LogEvent::STREAMING, 1).await;
     upstream.state().revoked.insert(TOKEN);
     wait_until("the stream is closed", TIMEOUT, async || {
         upstream.are_streams_closed().then_some(())
@@ -461,7 +455,7 @@ async fn edge_in_front_of_standalone_streams_with_admin_token_and_reports_stream
     let upstream = standalone.env("INIT_ADMIN_API_TOKENS", ADMIN).start().await;
     let edge = Parapet::edge(&upstream.admin_url()).admin_token(ADMIN);
     let parapet = edge.flag("--features-refresh-interval-seconds", "3600").start().await;
-    wait_until_logged(&parapet, STREAMING_LOG_TEXT, 1).await;
+    wait_until_logged(&parapet, LogEvent::STREAMING, 1).await;
     let streams = async || parapet.admin_get("/status").await.1["upstream"]["streams"].clone();
     assert_eq!(streams().await, 1);
     write_flags(&file, "second");

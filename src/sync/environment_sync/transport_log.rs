@@ -59,7 +59,11 @@ impl TransportLog {
     /// Every token in use has a synced stream.
     pub(super) fn on_streaming(&mut self) {
         if self.logged != Transport::Streaming {
-            info!(environment = %self.environment, "Upstream's event stream is open; polling stops");
+            info!(
+                environment = %self.environment,
+                transport = "stream",
+                "Upstream's event stream is open; polling stops"
+            );
             self.logged = Transport::Streaming;
         }
     }
@@ -108,13 +112,13 @@ impl TransportLog {
         let is_expected = self.mode == UpstreamMode::Stream;
         match (before, reason) {
             (_, PollingReason::NotSupported | PollingReason::Unauthorized) if is_expected => {
-                warn!(%environment, "Polling upstream although --upstream-mode is stream: {why}");
+                warn!(%environment, transport = "poll", "Polling upstream although --upstream-mode is stream: {why}");
             }
             (Transport::Streaming, _) => {
-                info!(%environment, error, "Polling upstream again: {why}");
+                info!(%environment, transport = "poll", error, "Polling upstream again: {why}");
             }
             (Transport::Polling | Transport::PollingBecause(_), _) => {
-                info!(%environment, error, "Polling upstream: {why}");
+                info!(%environment, transport = "poll", error, "Polling upstream: {why}");
             }
         }
     }

@@ -9,7 +9,12 @@ use serde_json::{Value, json};
 use sqlx::{Connection as _, Executor as _, PgConnection};
 
 use super::{DatabaseKind, FLAGS, Installation, NEW_PASSWORD, OWNER, PASSWORD, Session, sign_in};
-use crate::rig::{Parapet, Postgres, PostgresProxy, SilencePoint, secret_leak_check, wait_until};
+use crate::rig::{
+    LogEvent, Parapet, Postgres, PostgresProxy, SilencePoint, secret_leak_check, wait_until,
+};
+
+/// The database does not respond, or not as it should.
+const DATABASE_UNREACHABLE: LogEvent = LogEvent::warn("control_plane::maintenance").with("error");
 
 /// Two instances on one database.
 struct InstancePair {
@@ -130,7 +135,7 @@ async fn revocation_takes_effect_when_the_token_query_gets_no_response() {
     .await;
     wait_until_rejected(&pair.two, &secret, Duration::from_secs(10)).await;
     wait_until_token_created(&pair.owner_of_two(), Duration::from_secs(10)).await;
-    pair.two.wait_until_logged("no response within").await;
+    pair.two.wait_until_logged(DATABASE_UNREACHABLE).await;
 }
 
 /// The machine of an instance disappears in the middle of a transaction; its database session stays,
@@ -243,13 +248,13 @@ async fn usage_is_stored_on_all_instances_after_one_connection_went_silent() {
         (pair.two.metric("parapet_usage_storing").await? == 0.0).then_some(())
     })
     .await;
-    pair.two.wait_until_logged("Usage could not be stored").await;
+    pair.two.wait_until_logged(LogEvent::warn("control_plane").with("error")).await;
     wait_until_counted(&pair.owner, 11, Duration::from_secs(30)).await;
     wait_until("the log reports that usage is stored", Duration::from_secs(15), async || {
         (database_status(&pair.owner_of_two()).await["usageWaitsSince"].is_null()).then_some(())
     })
     .await;
-    pair.two.wait_until_logged("Usage is stored again").await;
+    pair.two.wait_until_logged(LogEvent::info("control_plane")).await;
 }
 
 /// The server is stopped for a while.
@@ -286,18 +291,13 @@ async fn unavailable_database_is_reported_at_once_with_reason() {
     assert!(ready["warning"].as_str().unwrap().contains("database"), "{ready}");
     assert_eq!(pair.one.metric("parapet_database_reachable").await, Some(0.0));
     assert_eq!(pair.one.features_status(&secret).await, StatusCode::OK, "flags need no database");
-    wait_until("the reason is logged", Duration::from_secs(10), async || {
-        pair.one.log()[before..].contains("refused").then_some(())
-    })
-    .await;
+    let line = pair.one.wait_until_logged(DATABASE_UNREACHABLE).await;
+    assert!(line.contains("refused"), "{line}");
 
     pair.proxy_of_one.restore().await;
     wait_until_token_created(&pair.owner, Duration::from_secs(10)).await;
-    let log = wait_until("that it is back is logged", Duration::from_secs(10), async || {
-        let log = pair.one.log().split_off(before);
-        log.contains("is reachable again").then_some(log)
-    })
-    .await;
+    pair.one.wait_until_logged(LogEvent::info("control_plane::").with("away_for")).await;
+    let log = pair.one.log().split_off(before);
     assert!(log.lines().count() < 8, "twenty requests are no reason for many lines: {log}");
     let (_, ready) = pair.one.get("/internal-backstage/ready", "").await;
     assert_eq!(ready, json!({ "status": "READY" }));
@@ -324,7 +324,8 @@ async fn deleted_database_file_accepts_no_changes() {
     let (status, reported) = make().await;
     assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{reported}");
     assert!(reported.to_string().contains("deleted or replaced"), "{reported}");
-    parapet.wait_until_logged("parapet.db was deleted or replaced").await;
+    let line = parapet.wait_until_logged(DATABASE_UNREACHABLE).await;
+    assert!(line.contains("parapet.db"), "{line}");
     assert_eq!(parapet.features_status(&secret).await, StatusCode::OK, "flags need no database");
     std::fs::write(&file, "").unwrap();
     assert_eq!(make().await.0, StatusCode::SERVICE_UNAVAILABLE, "another file is not that one");
@@ -371,7 +372,7 @@ async fn start_without_database_accepts_cached_tokens() {
     assert_eq!(parapet.features_status(&revoked).await, StatusCode::UNAUTHORIZED);
     let refused = sign_in(&parapet, OWNER, PASSWORD).await.err();
     assert_eq!(refused, Some(StatusCode::SERVICE_UNAVAILABLE));
-    parapet.wait_until_logged("serving with a saved copy of the tokens").await;
+    parapet.wait_until_logged(LogEvent::warn("control_plane").with("tokens")).await;
 
     proxy.restore().await;
     wait_until("an account signs in", Duration::from_secs(15), async || {
@@ -455,7 +456,7 @@ async fn start_fails_within_seconds_when_migration_gets_no_response() {
         let parapet = first_start_behind(&proxy, &place, &name);
         proxy.wait_until_silenced(count + 1).await;
         wait_until_exited(&parapet, Duration::from_secs(30)).await;
-        parapet.wait_until_logged("no response within").await;
+        parapet.wait_until_printed("no response within").await;
         parapet.restart();
         parapet.wait_until_ready().await;
     }

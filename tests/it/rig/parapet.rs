@@ -14,6 +14,7 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use super::log_event::LogEvent;
 use super::net::{free_port, http, send_json, wait_until};
 use super::process::{OnParentExit, Process, ProcessOutput};
 use super::secret_leak_check;
@@ -284,12 +285,35 @@ impl Parapet {
         samples.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
     }
 
-    /// Waits until the log contains `text`: a line may be written after its effect is visible.
-    pub(crate) async fn wait_until_logged(&self, text: &str) {
-        wait_until(&format!("{text:?} is logged"), Duration::from_mins(1), async || {
+    /// Waits until the output contains `text`: a line may be written after its effect is visible.
+    pub(crate) async fn wait_until_printed(&self, text: &str) {
+        wait_until(&format!("{text:?} is printed"), Duration::from_mins(1), async || {
             self.log().contains(text).then_some(())
         })
         .await;
+    }
+
+    /// The log lines of this kind so far.
+    pub(crate) fn logged(&self, event: LogEvent) -> Vec<String> {
+        self.log().lines().filter(|line| event.matches(line)).map(str::to_owned).collect()
+    }
+
+    /// The first log line of this kind, once there is one.
+    pub(crate) async fn wait_until_logged(&self, event: LogEvent) -> String {
+        self.wait_until_logged_times(event, 1).await.swap_remove(0)
+    }
+
+    /// The log lines of this kind, once there are at least `times`.
+    pub(crate) async fn wait_until_logged_times(
+        &self,
+        event: LogEvent,
+        times: usize,
+    ) -> Vec<String> {
+        wait_until(&format!("{event:?} is logged"), Duration::from_mins(2), async || {
+            let lines = self.logged(event);
+            (lines.len() >= times).then_some(lines)
+        })
+        .await
     }
 
     /// Waits until a request to upstream has failed.

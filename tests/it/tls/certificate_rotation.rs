@@ -11,7 +11,7 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use super::certificate_authority::{CertificateFiles, IssuedCertificate, TestAuthority};
 use super::{CLIENT, FEATURES, TIMEOUT, TlsParapet, offline};
-use crate::rig::wait_until;
+use crate::rig::{LogEvent, wait_until};
 
 /// The number of replacements.
 const REPLACEMENTS: u32 = 10;
@@ -137,14 +137,9 @@ async fn certificates_are_replaced_under_load_without_a_failed_request() {
             // The key of another certificate.
             authority.write("tls.key", authority.server(CERTIFICATE_NAMES[0]).key);
             parapet.wait_for_metric(&reloads("refused"), 1).await;
-            let line = "TLS: changed files are invalid; the files loaded last stay in use";
-            wait_until("the log has the reason", TIMEOUT, async || {
-                let log = parapet.parapet.log();
-                let line = log.lines().find(|it| it.contains(line))?;
-                assert!(line.contains("WARN") && line.contains("does not belong to"), "{line}");
-                Some(())
-            })
-            .await;
+            let event = LogEvent::warn("tls::watch").with("error");
+            let line = parapet.parapet.wait_until_logged(event).await;
+            assert!(line.contains("does not belong to"), "{line}");
             assert_eq!(parapet.presented_certificate(&authority, "localhost").await, last[0]);
         }
         let new = issue();

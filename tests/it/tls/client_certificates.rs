@@ -246,8 +246,5 @@ async fn edge_presents_its_client_certificate_from_every_file_format() {
     assert_eq!(stranger.features_status(CLIENT).await, StatusCode::SERVICE_UNAVAILABLE);
     // Usually the edge receives the alert with the reason, but not if its connection is closed before it
     // sends the request.
-    wait_until("the log contains it", TIMEOUT, async || {
-        stranger.log().contains("the connection to upstream broke").then_some(())
-    })
-    .await;
+    stranger.wait_until_printed("the connection to upstream broke").await;
 }
