@@ -49,7 +49,7 @@ use crate::{
         streaming::Streams,
     },
     protocol::usage::ConnectVia,
-    snapshot::Snapshots,
+    served::Snapshots,
     telemetry::{self, Readiness},
     tls,
     upstream::Upstream,

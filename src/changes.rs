@@ -27,7 +27,7 @@ pub use self::{
     subscription_key::SubscriptionKey,
     update::{Update, UpdateKind},
 };
-use crate::{protocol::delta::EventId, snapshot::Snapshots, token::Environment};
+use crate::{protocol::delta::EventId, served::Snapshots, token::Environment};
 
 /// Memory limit of cached updates, in bytes. Beyond it the least used are evicted and written again on
 /// their next use.
@@ -148,7 +148,8 @@ mod tests {
             delta,
             features::{Document, Feature, Segment},
         },
-        snapshot::{Filter, Snapshot, filter_document},
+        served::ServedSnapshot,
+        snapshot::{Filter, filter_document},
         token::{Projects, Scope},
     };
 
@@ -162,7 +163,7 @@ mod tests {
             document = document.reuse_unchanged(previous.document());
         }
         let scope = Scope { environment: development(), projects: Projects::All };
-        snapshots.swap(Snapshot::build(scope, document, None));
+        snapshots.swap(ServedSnapshot::build(scope, document, None));
     }
 
     fn key(projects: Projects, prefix: Option<&str>) -> Arc<SubscriptionKey> {

@@ -60,7 +60,7 @@ use self::{
 };
 use crate::{
     auth::Authenticator,
-    snapshot::Snapshots,
+    served::Snapshots,
     telemetry::error_chain,
     token::{Grant, Token, TokenDigest, TokenKind},
 };

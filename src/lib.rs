@@ -24,7 +24,7 @@
 //! | surface | [`http`] | connections and TLS termination ([`http::server`]); routes, handlers and responses, the only place that chooses status codes |
 //! | control plane | [`control_plane`] | accounts, tokens, sessions, the audit log and the usage of a standalone instance, in SQL |
 //! | services | [`sync`], [`auth`], [`evaluation`], [`changes`] | background tasks with their state, and the functions that work on the state below |
-//! | state | [`snapshot`], [`usage`], [`upstream`], [`store`], [`background_writer`], [`tls`] | the flags being served, the usage to be sent, the client of the upstream server, persistent records and writing them in the background, the listeners' certificates |
+//! | state | [`snapshot`], [`served`], [`usage`], [`upstream`], [`store`], [`background_writer`], [`tls`] | the flags being served with what requests need from them, the usage to be sent, the client of the upstream server, persistent records and writing them in the background, the listeners' certificates |
 //! | pure core | [`engine`] | compiled flags and their evaluation; no IO, clock, randomness or logs |
 //! | foundations | [`token`], [`protocol`], [`telemetry`], [`secret_file`], [`rate_limit`], [`backoff`] | tokens and grants, Unleash's JSON, logs and readiness, secrets in files, rate limits, delays between tries |
 //!
@@ -42,10 +42,10 @@
 //! instance drains, every response asks its client to reconnect, before any connection is closed.
 //!
 //! **An SDK's request.** [`http::sdk`] finds the route in the table of [`http::routes`].
-//! [`http::pipeline`] has [`auth`] validate the token and loads the [`snapshot`] once: a cached token is
+//! [`http::pipeline`] has [`auth`] validate the token and loads the [snapshot](served::ServedSnapshot) once: a cached token is
 //! a lookup by digest, and a first-seen token waits for a validation request that it shares with others.
-//! Then the handler of the route's API makes the response. For server SDKs the body is ready in every encoding. For frontend SDKs [`evaluation`] reads only those context
-//! fields that affect the flags, and evaluates only combinations that are not cached; the hash of the
+//! Then the handler of the route's API makes the response. For server SDKs the body is ready in every
+//! encoding. For frontend SDKs [`evaluation`] reads only those context fields that affect the flags, and evaluates only combinations that are not cached; the hash of the
 //! outcomes is the entity tag, so that a 304 needs no body. A response that is ready is returned
 //! synchronously; only one that has to wait becomes a future. Nothing is cached by the bytes of a
 //! request, because behind an ingress no two requests are equal.
@@ -119,6 +119,7 @@ pub mod probe;
 pub mod protocol;
 pub mod rate_limit;
 pub mod secret_file;
+pub mod served;
 pub mod snapshot;
 pub mod store;
 pub mod sync;

@@ -30,7 +30,8 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group};
 use jiff::Timestamp;
 use parapet::engine::{Context, Engine};
 use parapet::protocol::features::Document;
-use parapet::snapshot::{Filter, SegmentFormat, Snapshot};
+use parapet::served::ServedSnapshot;
+use parapet::snapshot::{Filter, SegmentFormat};
 use parapet::token::{Environment, Projects, Scope};
 use serde_json::{Value, json};
 use unleash_types::client_features::ClientFeatures;
@@ -131,7 +132,7 @@ fn refresh(c: &mut Criterion) {
                 let document = Document::parse(black_box(body.as_bytes())).expect("sound");
                 let scope =
                     Scope { environment: Environment::new("bench"), projects: Projects::All };
-                let snapshot = Snapshot::build(scope, document, None);
+                let snapshot = ServedSnapshot::build(scope, document, None);
                 snapshot.client_features(
                     &Projects::All,
                     Filter::default(),

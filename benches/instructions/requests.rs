@@ -37,7 +37,7 @@ use parapet::http::sdk::{SdkService, Settings};
 use parapet::http::server::{self, Config, ConnectionLimits, Drain};
 use parapet::http::streaming::{self, Streams};
 use parapet::protocol::usage::ConnectVia;
-use parapet::snapshot::Snapshots;
+use parapet::served::Snapshots;
 use parapet::telemetry::{self, Readiness};
 use parapet::token::{Token, TokenKind};
 use parapet::usage::{self, Usage};

@@ -8,8 +8,9 @@ use parapet::auth::{self, Authenticator, Validator};
 use parapet::engine::{Context, Engine};
 use parapet::protocol::context::FrontendContext;
 use parapet::protocol::features::Document;
+use parapet::served::ServedSnapshot;
 use parapet::snapshot::body::ContentCoding;
-use parapet::snapshot::{Filter, SegmentFormat, Snapshot};
+use parapet::snapshot::{Filter, SegmentFormat};
 use parapet::token::{Environment, Grant, Projects, Scope, Token, TokenKind};
 
 use crate::counted;
@@ -123,8 +124,8 @@ pub(crate) fn scope() -> Scope {
 }
 
 /// A snapshot with this number of flags.
-pub(crate) fn snapshot(flags: usize) -> Snapshot {
-    Snapshot::build(scope(), parsed(&document(flags)), None)
+pub(crate) fn snapshot(flags: usize) -> ServedSnapshot {
+    ServedSnapshot::build(scope(), parsed(&document(flags)), None)
 }
 
 fn parsed(text: &str) -> Document {
@@ -219,7 +220,7 @@ fn refresh() -> Box<dyn FnMut()> {
     let text = document(FLAGS);
     Box::new(move || {
         let document = parsed(black_box(&text));
-        let snapshot = Snapshot::build(scope(), document, None);
+        let snapshot = ServedSnapshot::build(scope(), document, None);
         snapshot.client_features(&Projects::All, Filter::default(), SegmentFormat::Separate);
         drop(black_box(snapshot));
     })

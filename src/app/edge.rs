@@ -17,7 +17,7 @@ use crate::{
     auth::{self, AuthError, AuthenticatedToken, Authenticator, UpstreamValidator, Validator},
     background_writer::BackgroundWriter,
     config::{self, BackupFolder, Credentials as Given},
-    snapshot::Snapshots,
+    served::Snapshots,
     store::{FileStore, MemoryStore, OpenError, RecordKey, Store, edge_backup},
     sync::environment_manager::{EnvironmentManager, EnvironmentSelection},
     telemetry::{Latch, error_chain},

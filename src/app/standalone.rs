@@ -24,7 +24,7 @@ use crate::{
         BootstrapReport, ControlPlane, DatabaseLocation, InitialSetting, grant_from_token,
     },
     secret_file::parent_dir,
-    snapshot::Snapshots,
+    served::Snapshots,
     store::{FileStore, MemoryStore, RecordKey, Store},
     sync::file_source::FileSource,
     telemetry::{Latch, error_chain},

@@ -12,7 +12,7 @@ use crate::{
         delta::{self, Change},
         features::Document,
     },
-    snapshot::Snapshot,
+    served::ServedSnapshot,
 };
 
 /// Maximum number of states, the same as in Unleash Edge.
@@ -55,7 +55,7 @@ struct States {
 impl History {
     /// Starts with this state. Its id is random, so that it is unlikely to repeat an id that an earlier
     /// process sent.
-    pub(super) fn new(snapshot: &Snapshot) -> Self {
+    pub(super) fn new(snapshot: &ServedSnapshot) -> Self {
         let id = StateId(rand::random_range(1..1 << 30));
         let document = Arc::clone(snapshot.document());
         let current = State { id, document, received_at: snapshot.received_at() };
@@ -69,7 +69,7 @@ impl History {
 
     /// Adds the currently served snapshot, if its state is new. `current` is called under the lock, so
     /// that concurrent calls cannot add an older state after a newer one.
-    pub(super) fn refresh(&self, current: impl FnOnce() -> Option<Arc<Snapshot>>) {
+    pub(super) fn refresh(&self, current: impl FnOnce() -> Option<Arc<ServedSnapshot>>) {
         let mut states = self.lock();
         let Some(snapshot) = current() else { return };
         let is_new = states.push_if_changed(&snapshot);
@@ -104,7 +104,7 @@ impl History {
 impl States {
     /// Makes the snapshot's document the current state, unless it has the same content. Returns whether
     /// the state is new.
-    fn push_if_changed(&mut self, snapshot: &Snapshot) -> bool {
+    fn push_if_changed(&mut self, snapshot: &ServedSnapshot) -> bool {
         let document = snapshot.document();
         if Arc::ptr_eq(document, &self.current.document) {
             return false;
@@ -147,10 +147,10 @@ mod tests {
     use super::*;
     use crate::token::{Environment, Projects, Scope};
 
-    fn snapshot(text: &str) -> Arc<Snapshot> {
+    fn snapshot(text: &str) -> Arc<ServedSnapshot> {
         let scope = Scope { environment: Environment::new("development"), projects: Projects::All };
         let document = Document::parse(text.as_bytes()).unwrap();
-        Arc::new(Snapshot::build(scope, document, None))
+        Arc::new(ServedSnapshot::build(scope, document, None))
     }
 
     #[test]

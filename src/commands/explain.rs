@@ -66,7 +66,7 @@ pub fn run(options: &ExplainOptions) -> Result<String, Error> {
         .map_err(|source| Error::InvalidDocument { path: path.clone(), source })?;
     let scope = Scope { environment: options.environment.clone(), projects: Projects::All };
     let now = options.at.unwrap_or_else(Timestamp::now);
-    let snapshot = Snapshot::build(scope, document, None);
+    let snapshot = Snapshot::build(scope, document);
     let owned = |text: &Option<String>| text.clone().map(Into::into);
     let properties = options.properties.iter();
     let context = FrontendContext {

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     protocol::usage::{BulkMetric, BulkReport, ClientApplication},
-    snapshot::{Snapshot, Snapshots},
+    served::{ServedSnapshot, Snapshots},
     telemetry::error_chain,
     token::Environment,
     usage::{BatchId, OutgoingBatch, SendOutcome, UsageSink, count_unstored_impact_metrics},
@@ -163,7 +163,7 @@ async fn store(
 async fn store_metric(
     transaction: &mut Connection,
     metric: &BulkMetric,
-    snapshot: Option<&Snapshot>,
+    snapshot: Option<&ServedSnapshot>,
 ) -> Result<(), Error> {
     let hour = metric.timestamp.as_millisecond().div_euclid(HOUR_MILLIS) * HOUR_MILLIS;
     let flag = snapshot.and_then(|snapshot| snapshot.flag(&metric.feature_name));

@@ -9,6 +9,7 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use crate::{
     engine::{Context, ContextKey, ContextValues, FlagId, Outcome},
+    served::ServedSnapshot,
     snapshot::{
         Fragment, FragmentId, Fragments, FrontendView, Include, ScopedFlag, Snapshot,
         body::{PreparedBody, etag_from_hash},
@@ -19,7 +20,7 @@ use crate::{
 /// The evaluated flags of one context. The body is written on demand.
 #[derive(Debug)]
 pub struct EvaluatedFlags<'a> {
-    snapshot: &'a Snapshot,
+    snapshot: &'a ServedSnapshot,
     view: &'a FrontendView,
     include: Include,
     hash: u128,
@@ -42,7 +43,7 @@ impl<'a> EvaluatedFlags<'a> {
     /// from the cache. Records the request, so that a frequent one is evaluated before the next snapshot
     /// is served.
     pub fn evaluate(
-        snapshot: &'a Snapshot,
+        snapshot: &'a ServedSnapshot,
         view: &'a FrontendView,
         context: &Context<'a>,
         include: Include,
@@ -58,7 +59,7 @@ impl<'a> EvaluatedFlags<'a> {
 
     /// Like [`EvaluatedFlags::evaluate`], without recording a request.
     pub(super) fn evaluate_untracked(
-        snapshot: &'a Snapshot,
+        snapshot: &'a ServedSnapshot,
         view: &'a FrontendView,
         context: &Context<'a>,
         include: Include,
@@ -117,7 +118,7 @@ impl<'a> EvaluatedFlags<'a> {
 /// The hash of the evaluated flags of `view`, which belongs to `snapshot`, for an OFREP response. `hash`
 /// hashes one flag's outcome in OFREP's format.
 pub fn ofrep_hash(
-    snapshot: &Snapshot,
+    snapshot: &ServedSnapshot,
     view: &FrontendView,
     context: &Context<'_>,
     hash: impl Fn(FlagId, Outcome) -> u64,
@@ -184,7 +185,7 @@ fn evaluate_fragments<'a>(
 /// Like [`evaluate_fragments`], for a context for which some outcomes are valid for this request only.
 /// The outcomes of [`ScopedFlag::PerContext`] flags come from the cache when possible.
 fn evaluate_partly_random<'a>(
-    snapshot: &'a Snapshot,
+    snapshot: &'a ServedSnapshot,
     view: &FrontendView,
     values: ContextValues<'_>,
     include: Include,

@@ -86,7 +86,7 @@ mod tests {
         let text = json!({ "features": [flag("Checkout"), flag("cart")] }).to_string();
         let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
         let document = Document::parse(text.as_bytes()).unwrap();
-        Snapshot::build(scope, document, None)
+        Snapshot::build(scope, document)
     }
 
     #[test]
@@ -112,7 +112,7 @@ mod tests {
         let text = json!({ "features": features }).to_string();
         let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
         let document = Document::parse(text.as_bytes()).unwrap();
-        let snapshot = Snapshot::build(scope, document, None);
+        let snapshot = Snapshot::build(scope, document);
         let explained = |flag, session: &'static str| {
             let session_id = Some(session.into());
             let context = FrontendContext { session_id, ..FrontendContext::default() };

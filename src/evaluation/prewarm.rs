@@ -7,12 +7,12 @@ use std::thread;
 use jiff::Timestamp;
 
 use super::evaluate::EvaluatedFlags;
-use crate::snapshot::Snapshot;
+use crate::served::ServedSnapshot;
 
 /// Evaluates the hot contexts of the previous snapshot on the next one: 64 evaluations at most.
 ///
 /// Reuses bodies whose content did not change, with all their content codings.
-pub fn prewarm(next: &Snapshot, previous: &Snapshot, now: Timestamp) {
+pub fn prewarm(next: &ServedSnapshot, previous: &ServedSnapshot, now: Timestamp) {
     for hot in previous.evaluation_cache().hot_contexts() {
         // Lets waiting requests run first.
         thread::yield_now();

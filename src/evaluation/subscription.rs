@@ -12,6 +12,7 @@ use super::evaluate::{EvaluatedFlags, for_each_flag};
 use crate::{
     engine::Context,
     protocol::sse,
+    served::ServedSnapshot,
     snapshot::{FlagState, FlagStates, FrontendView, Include, Snapshot, body::ContentCoding},
 };
 
@@ -44,7 +45,7 @@ impl Subscription {
     /// needs; `None` if nothing changed.
     pub fn next_update(
         &mut self,
-        snapshot: &Snapshot,
+        snapshot: &ServedSnapshot,
         view: &FrontendView,
         context: &Context<'_>,
     ) -> Option<FrontendUpdate> {
@@ -117,11 +118,11 @@ mod tests {
         token::{Environment, Projects, Scope},
     };
 
-    fn snapshot((features, segments): &(Value, Value)) -> Snapshot {
+    fn snapshot((features, segments): &(Value, Value)) -> ServedSnapshot {
         let text = json!({ "features": features, "segments": segments }).to_string();
         let document = Document::parse(text.as_bytes()).unwrap();
         let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
-        Snapshot::build(scope, document, None)
+        ServedSnapshot::build(scope, document, None)
     }
 
     /// Name, id and data of the only event.

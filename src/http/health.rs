@@ -12,7 +12,7 @@ use super::{
     response::{self, HttpResponse},
     routes::ProbeEndpoint,
 };
-use crate::{control_plane::ControlPlane, snapshot::Snapshots, telemetry::Readiness, usage::Usage};
+use crate::{control_plane::ControlPlane, served::Snapshots, telemetry::Readiness, usage::Usage};
 
 const SNAPSHOT_AGE: &str = "parapet_snapshot_age_seconds";
 const SNAPSHOT_REVISION: &str = "parapet_snapshot_revision";

@@ -14,7 +14,7 @@ use hyper::{
 use super::{client_address::ClientAddresses, response::HttpError, routes::Route};
 use crate::{
     auth::{AuthError, AuthenticatedToken, Authenticator},
-    snapshot::{Snapshot, Snapshots},
+    served::{ServedSnapshot, Snapshots},
     token::{Grant, TokenDigest},
 };
 
@@ -43,7 +43,7 @@ pub struct AuthorizedRead {
     /// Identifies the token.
     pub digest: TokenDigest,
     /// The flags of the token's environment.
-    pub snapshot: Arc<Snapshot>,
+    pub snapshot: Arc<ServedSnapshot>,
 }
 
 /// Alternative token header of OpenFeature providers, accepted on every route.

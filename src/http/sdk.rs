@@ -300,7 +300,7 @@ impl SdkService {
                 TokenKind::Admin | TokenKind::Client => SdkKind::Backend,
             },
             scope: &grant.scope,
-            snapshot: snapshot.as_deref(),
+            snapshot: snapshot.as_deref().map(|served| &**served),
         };
         let record =
             || metrics_ingest::record(endpoint, &self.usage, &client, request.headers, &body);

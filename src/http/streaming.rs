@@ -144,7 +144,7 @@ mod tests {
         changes::ChangeFeed,
         http::response::{ByteStream, ResponseBody},
         protocol::features::Document,
-        snapshot::{Snapshot, Snapshots},
+        served::{ServedSnapshot, Snapshots},
         token::{Environment, Projects, Scope, TokenKind},
     };
 
@@ -203,7 +203,7 @@ mod tests {
         let streams = Streams::new(config, auth.clone());
         let snapshots = Snapshots::default();
         let environment = scope.environment.clone();
-        snapshots.swap(Snapshot::build(scope, Document::default(), None));
+        snapshots.swap(ServedSnapshot::build(scope, Document::default(), None));
         let feed = ChangeFeed::new(snapshots);
         let states = feed.subscribe(&environment).unwrap();
         let grant = auth.current_grant(&digest).unwrap();

@@ -3,14 +3,7 @@
 //!
 //! Flags and segments are sent byte for byte as upstream sent them.
 
-use std::{
-    collections::BTreeSet,
-    fmt::Write as _,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-};
+use std::{collections::BTreeSet, fmt::Write as _};
 
 use serde_json::json;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
@@ -50,10 +43,13 @@ pub enum SegmentFormat {
 
 /// Everything that a body depends on besides the document.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
-pub(super) struct ClientFeaturesKey {
-    pub(super) projects: Projects,
-    pub(super) filter: Filter,
-    pub(super) segments: SegmentFormat,
+pub struct ClientFeaturesKey {
+    /// The projects of the token.
+    pub projects: Projects,
+    /// The filter of the request.
+    pub filter: Filter,
+    /// How segments are represented.
+    pub segments: SegmentFormat,
 }
 
 /// The flags of a document that match `projects` and `filter`, and only the segments that these flags
@@ -66,37 +62,6 @@ pub fn filter_document(document: &Document, projects: &Projects, filter: &Filter
     let segments = document.segments().iter().filter(|it| segment_ids.contains(&it.id())).cloned();
     let segments = segments.collect();
     Document::from_parts(features, segments)
-}
-
-/// A filtered body, and how often it was requested from the snapshot. Identical requests that the server
-/// answers from its own cache are not counted.
-#[derive(Debug)]
-pub(super) struct CountedBody {
-    body: Arc<PreparedBody>,
-    requests: AtomicU64,
-}
-
-impl CountedBody {
-    /// A body without any requests.
-    pub(super) fn new(body: Arc<PreparedBody>) -> Arc<Self> {
-        Arc::new(Self { body, requests: AtomicU64::new(0) })
-    }
-
-    /// The body for a request, which is counted.
-    pub(super) fn body_for_request(&self) -> Arc<PreparedBody> {
-        self.requests.fetch_add(1, Ordering::Relaxed);
-        Arc::clone(&self.body)
-    }
-
-    /// The body, without counting a request.
-    pub(super) fn body(&self) -> &Arc<PreparedBody> {
-        &self.body
-    }
-
-    /// The number of requests.
-    pub(super) fn requests(&self) -> u64 {
-        self.requests.load(Ordering::Relaxed)
-    }
 }
 
 /// Size of a body without its flags and segments, in bytes, if its query is short.

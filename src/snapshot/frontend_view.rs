@@ -10,6 +10,15 @@ use crate::{
     token::Projects,
 };
 
+/// The flags that a response includes.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum Include {
+    /// Only flags that are on for the context.
+    Enabled,
+    /// Every flag of the scope.
+    All,
+}
+
 /// The flags of a set of projects.
 #[derive(Debug)]
 pub struct FrontendView {
@@ -97,7 +106,7 @@ impl FrontendView {
     }
 
     /// Its approximate memory in bytes.
-    pub(super) fn weight(&self) -> usize {
+    pub fn weight(&self) -> usize {
         let inputs = self.inputs.weight() + self.deterministic_inputs.weight();
         size_of::<Self>() + size_of_val(&*self.flags) + inputs
     }

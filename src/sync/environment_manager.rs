@@ -25,7 +25,7 @@ use crate::{
     background_writer::BackgroundWriter,
     backoff::Backoff,
     protocol::features::{Document, parse_query_projects},
-    snapshot::{EnvironmentFilter, Snapshots},
+    served::{EnvironmentFilter, Snapshots},
     store::{RecordKey, Store},
     telemetry::{Latch, error_chain},
     token::{Environment, Scope},

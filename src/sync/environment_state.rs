@@ -24,7 +24,7 @@ use crate::{
         delta::EventId,
         features::{Document, PreviousRun},
     },
-    snapshot::Snapshot,
+    served::ServedSnapshot,
     token::{Projects, Token, TokenDigest},
     upstream::Credential,
 };
@@ -107,7 +107,7 @@ pub(super) struct EnvironmentState {
 
 impl EnvironmentState {
     /// Starts with the flags that are served, from an earlier run, and with a poll.
-    pub(super) fn new(config: &Config, served: Option<&Snapshot>, now: Instant) -> Self {
+    pub(super) fn new(config: &Config, served: Option<&ServedSnapshot>, now: Instant) -> Self {
         Self {
             interval: config.interval,
             documents: TokenDocuments::new(served, now),
@@ -200,7 +200,7 @@ impl EnvironmentState {
         &mut self,
         in_use: &[Credential],
         has_all_tokens: bool,
-        served: Option<&Snapshot>,
+        served: Option<&ServedSnapshot>,
         now: Instant,
     ) -> Publication {
         let Self { documents, streams, .. } = self;
@@ -213,7 +213,7 @@ impl EnvironmentState {
             return Publication::Replace {
                 input: documents.merge_input(),
                 projects: documents.projects(),
-                confirmed_at: confirmed_at.max(served.and_then(Snapshot::confirmed_at)),
+                confirmed_at: confirmed_at.max(served.and_then(ServedSnapshot::confirmed_at)),
                 run: PreviousRun { upstream_revision: documents.common_revision() },
                 replaced: documents.take_replaced(),
             };

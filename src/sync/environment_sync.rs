@@ -29,7 +29,8 @@ use crate::{
         features::{Document, PreviousRun},
         sse::Event,
     },
-    snapshot::{Filter, SegmentFormat, Snapshot, Snapshots, body::ContentCoding},
+    served::{ServedSnapshot, Snapshots},
+    snapshot::{Filter, SegmentFormat, body::ContentCoding},
     store::RecordKey,
     telemetry::error_chain,
     token::{Environment, Scope, TokenDigest},
@@ -257,7 +258,7 @@ async fn parse_events(
 
 /// Serializes a snapshot's flags for the store, with the state that the next run needs from this one.
 /// The projects are stored as the query of the document.
-fn serialize_for_store(snapshot: &Snapshot, run: PreviousRun) -> Bytes {
+fn serialize_for_store(snapshot: &ServedSnapshot, run: PreviousRun) -> Bytes {
     let all =
         snapshot.client_features(snapshot.projects(), Filter::default(), SegmentFormat::Separate);
     Document::encode_stored(&all.get_or_encode(ContentCoding::Identity).bytes, run).into()

@@ -27,7 +27,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::publish::publish;
 use crate::{
     protocol::features::Document,
-    snapshot::{EnvironmentFilter, Snapshots},
+    served::{EnvironmentFilter, Snapshots},
     telemetry::{Latch, error_chain},
     token::{Environment, Projects, Scope},
 };

@@ -16,7 +16,7 @@ use super::stream_events::differs;
 use crate::{
     evaluation,
     protocol::features::Document,
-    snapshot::{Snapshot, Snapshots},
+    served::{ServedSnapshot, Snapshots},
     token::Scope,
 };
 
@@ -36,12 +36,12 @@ pub(super) async fn publish(
     scope: Scope,
     confirmed: Option<Instant>,
     make: impl FnOnce() -> Document + Send + 'static,
-) -> Result<Option<Arc<Snapshot>>, JoinError> {
+) -> Result<Option<Arc<ServedSnapshot>>, JoinError> {
     let previous = snapshots.load(&scope.environment);
     let inherited = previous.clone();
     let built = spawn_blocking(move || {
         let Some(previous) = inherited else {
-            return Some(Snapshot::build(scope, make(), confirmed));
+            return Some(ServedSnapshot::build(scope, make(), confirmed));
         };
         let document = make();
         if *previous.projects() == scope.projects && !differs(previous.document(), &document) {
@@ -52,7 +52,7 @@ pub(super) async fn publish(
         }
         // Let waiting requests run first.
         thread::yield_now();
-        let snapshot = Snapshot::rebuild_from(&previous, scope, document, confirmed);
+        let snapshot = ServedSnapshot::rebuild_from(&previous, scope, document, confirmed);
         evaluation::prewarm(&snapshot, &previous, Timestamp::now());
         Some(snapshot)
     });
@@ -71,7 +71,7 @@ const READER_CHECK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Drops a snapshot once it has no other readers. Dropping thousands of flags with their caches takes
 /// milliseconds, which the last reading request would otherwise pay for.
-fn drop_when_unused(snapshot: Arc<Snapshot>) {
+fn drop_when_unused(snapshot: Arc<ServedSnapshot>) {
     let mut waited = Duration::ZERO;
     while Arc::strong_count(&snapshot) > 1 && waited < MAX_READER_WAIT {
         thread::sleep(READER_CHECK_INTERVAL);
@@ -80,7 +80,7 @@ fn drop_when_unused(snapshot: Arc<Snapshot>) {
     drop(snapshot);
 }
 
-fn log_published(snapshot: &Snapshot) {
+fn log_published(snapshot: &ServedSnapshot) {
     let (environment, problems) = (snapshot.environment(), snapshot.problems());
     counter!("parapet_snapshot_swaps_total", "environment" => environment.as_str().to_owned())
         .increment(1);

@@ -35,7 +35,7 @@ use crate::{
         delta::EventId,
         features::{Document, Feature},
     },
-    snapshot::Snapshot,
+    served::ServedSnapshot,
     token::{Projects, TokenDigest},
     upstream::Credential,
 };
@@ -127,7 +127,7 @@ enum DocumentStatus {
 
 impl TokenDocuments {
     /// Starts with the flags that are served, from an earlier run.
-    pub(super) fn new(served: Option<&Snapshot>, now: Instant) -> Self {
+    pub(super) fn new(served: Option<&ServedSnapshot>, now: Instant) -> Self {
         let mut documents = Self {
             by_token: BTreeMap::new(),
             precedence: TokenPrecedence::default(),

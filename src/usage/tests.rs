@@ -37,7 +37,7 @@ impl<'a> Client<'a> {
         let flags = ["a", "b", "c", "d", "f", "real"].map(flag);
         let document = json!({ "features": flags }).to_string();
         let document = Document::parse(document.as_bytes()).unwrap();
-        let snapshot = Some(Snapshot::build(scope.clone(), document, None));
+        let snapshot = Some(Snapshot::build(scope.clone(), document));
         Self { usage, token, kind, scope, snapshot }
     }
 

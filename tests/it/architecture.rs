@@ -22,10 +22,12 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
         ("backoff", &[]),
     ],
     &[("engine", &[])],
-    // `usage` compares names with the snapshot's. `upstream` stores its tokens, reads PEM files like the
+    // `served` caches what is built from a snapshot. `usage` compares names with the snapshot's.
+    // `upstream` stores its tokens, reads PEM files like the
     // listeners, and is a destination of usage.
     &[
         ("snapshot", &[]),
+        ("served", &["snapshot"]),
         ("usage", &["snapshot"]),
         ("store", &[]),
         ("background_writer", &["store"]),

@@ -12,7 +12,7 @@ use crate::{
     },
     evaluation::prewarm,
     protocol::features::Document,
-    snapshot::Snapshots,
+    served::Snapshots,
     token::{Environment, Scope},
 };
 
@@ -22,14 +22,14 @@ fn parse(features: &Value, segments: &Value) -> (Scope, Document) {
     (Scope { environment: Environment::new("development"), projects: Projects::All }, document)
 }
 
-fn build(features: &Value, segments: &Value) -> Snapshot {
+fn build(features: &Value, segments: &Value) -> ServedSnapshot {
     let (scope, document) = parse(features, segments);
-    Snapshot::build(scope, document, None)
+    ServedSnapshot::build(scope, document, None)
 }
 
 /// The body and entity tag of an evaluation without any cache.
 fn evaluate_uncached(
-    snapshot: &Snapshot,
+    snapshot: &ServedSnapshot,
     projects: &Projects,
     context: &Context<'_>,
     include: Include,
@@ -90,7 +90,7 @@ fn step() -> impl Strategy<Value = Step> {
     )
 }
 
-fn check(snapshot: &Snapshot, step: &Step) -> Result<(), TestCaseError> {
+fn check(snapshot: &ServedSnapshot, step: &Step) -> Result<(), TestCaseError> {
     let context = step.context.context();
     let view = snapshot.frontend_view(&step.projects);
     let (text, etag) = evaluate_uncached(snapshot, &step.projects, &context, step.include);
@@ -110,7 +110,7 @@ fn check(snapshot: &Snapshot, step: &Step) -> Result<(), TestCaseError> {
 }
 
 /// A result is valid until the next date that the flags read, and indefinitely if they read none.
-fn check_validity(snapshot: &Snapshot, step: &Step) -> Result<(), TestCaseError> {
+fn check_validity(snapshot: &ServedSnapshot, step: &Step) -> Result<(), TestCaseError> {
     let view = snapshot.frontend_view(&step.projects);
     let requested = step.context.context();
     let date: Timestamp = DATES[0].parse().unwrap();
@@ -173,12 +173,12 @@ proptest! {
         let snapshots = Snapshots::default();
         let mut documents = documents.iter().cycle().map(|(flags, segments)| parse(flags, segments));
         let (scope, document) = documents.next().unwrap();
-        let mut current = snapshots.swap(Snapshot::build(scope, document, None));
+        let mut current = snapshots.swap(ServedSnapshot::build(scope, document, None));
         for step in &steps {
             if step.swap {
                 let before = Arc::clone(&current);
                 let (scope, document) = documents.next().unwrap();
-                let next = Snapshot::rebuild_from(&before, scope, document, None);
+                let next = ServedSnapshot::rebuild_from(&before, scope, document, None);
                 if step.is_prewarmed {
                     prewarm(&next, &before, step.context.context().now);
                 }
@@ -257,7 +257,7 @@ fn random_outcomes_differ_between_requests_without_an_identifier() {
     let flags = json!([flag("a", &rollout("random")), flag("b", &rollout("default"))]);
     let snapshot = build(&flags, &json!([]));
     let only = build(&json!([flag("b", &rollout("default"))]), &json!([]));
-    let tags = |snapshot: &Snapshot, context: Context<'_>| -> usize {
+    let tags = |snapshot: &ServedSnapshot, context: Context<'_>| -> usize {
         let view = snapshot.frontend_view(&Projects::All);
         let draws = (0..100).map(|random_seed| Context { random_seed, ..context });
         let tag =
@@ -289,9 +289,9 @@ fn equal_results_share_a_body_from_the_second_request_on() {
 }
 
 /// A snapshot that replaces another and is prewarmed with its requests.
-fn after(previous: &Snapshot, flags: &Value) -> Snapshot {
+fn after(previous: &ServedSnapshot, flags: &Value) -> ServedSnapshot {
     let (scope, document) = parse(flags, &json!([]));
-    let next = Snapshot::rebuild_from(previous, scope, document, None);
+    let next = ServedSnapshot::rebuild_from(previous, scope, document, None);
     prewarm(&next, previous, Timestamp::UNIX_EPOCH);
     next
 }
@@ -303,7 +303,7 @@ fn repeated_requests_are_evaluated_before_the_next_snapshot_is_served() {
         let flags = std::iter::once(flag("a", &rollout("userId"))).chain(others);
         Value::Array(flags.collect())
     };
-    let request = |snapshot: &Snapshot, id: &str, include| {
+    let request = |snapshot: &ServedSnapshot, id: &str, include| {
         let view = snapshot.frontend_view(&Projects::All);
         let flags = EvaluatedFlags::evaluate(snapshot, &view, &user(id), include);
         (is_cached(&flags), flags.body())
@@ -330,7 +330,7 @@ fn repeated_requests_are_evaluated_before_the_next_snapshot_is_served() {
 #[test]
 fn number_of_prewarmed_contexts_is_limited() {
     let flags = json!([flag("a", &rollout("userId"))]);
-    let request = |snapshot: &Snapshot, n: u32| {
+    let request = |snapshot: &ServedSnapshot, n: u32| {
         let (view, id) = (snapshot.frontend_view(&Projects::All), n.to_string());
         is_cached(&EvaluatedFlags::evaluate(snapshot, &view, &user(&id), Include::All))
     };

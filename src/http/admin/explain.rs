@@ -8,7 +8,7 @@ use crate::{
     evaluation::explain::{self, UnknownFlag},
     http::response::{self, HttpError, HttpResponse},
     protocol::explain::ExplainRequest,
-    snapshot::Snapshots,
+    served::Snapshots,
     token::Environment,
 };
 
@@ -45,7 +45,7 @@ mod tests {
     use super::*;
     use crate::{
         protocol::features::Document,
-        snapshot::Snapshot,
+        served::ServedSnapshot,
         token::{Projects, Scope},
     };
 
@@ -54,7 +54,7 @@ mod tests {
         let flags = json!({ "features": [{ "name": "cart", "enabled": true, "strategies": [] }] });
         let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
         let document = Document::parse(flags.to_string().as_bytes()).unwrap();
-        snapshots.swap(Snapshot::build(scope, document, None));
+        snapshots.swap(ServedSnapshot::build(scope, document, None));
         let reply =
             explain(&snapshots, body.to_string().as_bytes()).unwrap_or_else(HttpResponse::from);
         assert_eq!(reply.status().as_u16(), status, "{body}");

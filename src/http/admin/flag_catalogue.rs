@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::{
     http::response::{self, HttpError, HttpResponse},
     protocol::{admin as wire, features::Feature},
-    snapshot::{Snapshot, Snapshots},
+    served::{ServedSnapshot, Snapshots},
 };
 
 /// The project that exists even without flags.
@@ -18,13 +18,13 @@ const DEFAULT_PROJECT: &str = "default";
 
 /// The current snapshots, by the name of their environment.
 #[derive(Debug)]
-pub(super) struct FlagCatalogue(BTreeMap<String, Arc<Snapshot>>);
+pub(super) struct FlagCatalogue(BTreeMap<String, Arc<ServedSnapshot>>);
 
 impl FlagCatalogue {
     /// Takes the current snapshots.
     pub(super) fn from_snapshots(snapshots: &Snapshots) -> Self {
         let all = snapshots.all();
-        let entry = |snapshot: &Arc<Snapshot>| {
+        let entry = |snapshot: &Arc<ServedSnapshot>| {
             (snapshot.environment().as_str().to_owned(), Arc::clone(snapshot))
         };
         Self(all.values().map(entry).collect())
@@ -121,7 +121,7 @@ impl FlagCatalogue {
         }))
     }
 
-    fn snapshot(&self, environment: &str) -> Result<&Snapshot, HttpError> {
+    fn snapshot(&self, environment: &str) -> Result<&ServedSnapshot, HttpError> {
         let missing = || HttpError::ResourceNotFound("there is no such environment".to_owned());
         self.0.get(environment).map(|snapshot| &**snapshot).ok_or_else(missing)
     }

@@ -12,7 +12,8 @@ use crate::{
     auth::Authenticator,
     control_plane::{ConnectionCount, DatabaseStatus},
     http::health::HealthEndpoints,
-    snapshot::{Filter, SegmentFormat, Snapshot, Snapshots, body::ContentCoding},
+    served::{ServedSnapshot, Snapshots},
+    snapshot::{Filter, SegmentFormat, body::ContentCoding},
     tls,
     token::{Grant, Projects, Scope, TokenKind},
     upstream::{AdminToken, Upstream},
@@ -198,7 +199,7 @@ fn mask_scope(scope: &Scope) -> String {
     format!("{projects}:{}.****", scope.environment)
 }
 
-fn environment_status(snapshot: &Snapshot) -> Value {
+fn environment_status(snapshot: &ServedSnapshot) -> Value {
     let age = snapshot.age(Instant::now());
     // Wall-clock time is for display; ages do not depend on it.
     let confirmed = age.and_then(|age| Timestamp::now().checked_sub(age).ok());

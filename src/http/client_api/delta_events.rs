@@ -97,7 +97,8 @@ mod tests {
             features::Document,
             sse::Decoder,
         },
-        snapshot::{Filter, Snapshot, Snapshots},
+        served::{ServedSnapshot, Snapshots},
+        snapshot::Filter,
         token::{Environment, Projects, Scope},
     };
 
@@ -105,7 +106,7 @@ mod tests {
         let text = format!(r#"{{"features":[{{"name":"a","n":{n}}},{{"name":"b{n}"}}]}}"#);
         let document = Document::parse(text.as_bytes()).unwrap();
         let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
-        snapshots.swap(Snapshot::build(scope, document, None));
+        snapshots.swap(ServedSnapshot::build(scope, document, None));
     }
 
     /// Applies all pending chunks to `has`, and returns the kind of the last one.

@@ -10,7 +10,8 @@ use crate::{
     engine::{Context, ContextSchema, EvaluationInputs, FieldId, Relevance},
     evaluation::session_id::{self, GeneratedSessionId},
     protocol::context::FrontendContext,
-    snapshot::{FrontendView, Snapshot},
+    served::ServedSnapshot,
+    snapshot::FrontendView,
     token::Scope,
 };
 
@@ -24,7 +25,7 @@ pub struct EvaluationRequest<'a> {
     /// This machine's host name, for the `applicationHostname` strategy.
     pub hostname: &'a str,
     /// The flags to evaluate.
-    pub snapshot: &'a Snapshot,
+    pub snapshot: &'a ServedSnapshot,
     /// The token's scope.
     pub scope: &'a Scope,
     /// The random seed, if it is fixed; otherwise each evaluation draws a new one.
@@ -142,7 +143,7 @@ impl Subscriber {
         hostname: Arc<str>,
         scope: Scope,
         random_seed: u64,
-        snapshot: &Snapshot,
+        snapshot: &ServedSnapshot,
     ) -> Self {
         let mut omitted = Vec::new();
         if sent.estimated_memory() > MAX_FULL_CONTEXT_BYTES {
@@ -177,7 +178,7 @@ impl Subscriber {
     /// field: the client must reconnect with its full context.
     pub fn evaluation_request<'a>(
         &'a self,
-        snapshot: &'a Snapshot,
+        snapshot: &'a ServedSnapshot,
         view: &FrontendView,
     ) -> Option<EvaluationRequest<'a>> {
         let Self { context, omitted_fields, client_address, hostname, scope, random_seed } = self;
@@ -227,7 +228,7 @@ mod tests {
         let document =
             json!({ "features": [{ "name": "a", "enabled": true, "strategies": strategies }] });
         let document = Document::parse(document.to_string().as_bytes()).unwrap();
-        let snapshot = Snapshot::build(scope.clone(), document, None);
+        let snapshot = ServedSnapshot::build(scope.clone(), document, None);
         let stored = |others: usize| {
             let others = (0..others).map(|n| (format!("{n:x}"), json!(n % 10)));
             let properties: serde_json::Map<_, _> =

@@ -10,7 +10,7 @@ use crate::{
     engine::EvaluationInputs,
     evaluation::subscription::{FrontendUpdate, Subscription},
     http::streaming::{ChunkKind, EventSource, SseChunk},
-    snapshot::Snapshots,
+    served::Snapshots,
 };
 
 /// Evaluated flags of one context, sent again when they change.

@@ -11,7 +11,8 @@ use crate::{
     engine::{Context, Engine, FlagId, Outcome},
     evaluation::ofrep_hash,
     protocol::ofrep::{EvaluationSuccess, Metadata, Reason, Value, payload_value},
-    snapshot::{FrontendView, Snapshot},
+    served::ServedSnapshot,
+    snapshot::FrontendView,
 };
 
 /// The JSON of an OFREP document.
@@ -21,7 +22,7 @@ pub(super) fn to_json(document: &impl serde::Serialize) -> Bytes {
 
 /// A hash of the OFREP evaluations of all flags in `view` for one context.
 pub(super) fn hash_outcomes(
-    snapshot: &Snapshot,
+    snapshot: &ServedSnapshot,
     view: &FrontendView,
     context: &Context<'_>,
 ) -> u128 {

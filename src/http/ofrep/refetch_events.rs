@@ -10,7 +10,7 @@ use crate::{
         streaming::{ChunkKind, EventSource, SseChunk},
     },
     protocol::{ofrep, sse},
-    snapshot::Snapshots,
+    served::Snapshots,
 };
 
 /// Sends an event whenever the evaluated flags of one context change.
@@ -92,7 +92,7 @@ mod tests {
     };
     use crate::{
         protocol::{context::FrontendContext, features::Document},
-        snapshot::Snapshot,
+        served::ServedSnapshot,
         token::{Environment, Projects, Scope},
     };
 
@@ -101,7 +101,7 @@ mod tests {
     }
 
     /// A subscriber since this snapshot.
-    fn subscriber(snapshot: &Snapshot) -> Subscriber {
+    fn subscriber(snapshot: &ServedSnapshot) -> Subscriber {
         let sent = FrontendContext::from_json(br#"{"userId":"7"}"#).unwrap();
         let client = IpAddr::V4(Ipv4Addr::LOCALHOST);
         Subscriber::new(sent, client, "here".into(), scope(), 7, snapshot)
@@ -127,7 +127,7 @@ mod tests {
         let mut flag = object!({ "name": "a", "project": "one", "enabled": true });
         flag.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
         let document = Document::parse(object!({ "features": [flag] }).to_string().as_bytes());
-        snapshots.swap(Snapshot::build(scope(), document.unwrap(), None));
+        snapshots.swap(ServedSnapshot::build(scope(), document.unwrap(), None));
     }
 
     #[test]

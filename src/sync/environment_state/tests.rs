@@ -19,7 +19,7 @@ struct Fixture {
     state: EnvironmentState,
     one: Credential,
     two: Credential,
-    served: Option<Snapshot>,
+    served: Option<ServedSnapshot>,
     now: Instant,
 }
 
@@ -93,11 +93,11 @@ impl Fixture {
             Publication::Confirm(at) => self.served.as_ref().unwrap().confirm(at),
             Publication::Replace { input, projects, confirmed_at, .. } => {
                 let scope = Scope { environment: Environment::new("dev"), projects };
-                self.served = Some(Snapshot::build(scope, merge(&input), confirmed_at));
+                self.served = Some(ServedSnapshot::build(scope, merge(&input), confirmed_at));
                 self.state.on_published();
             }
         }
-        self.served.as_ref().and_then(Snapshot::confirmed_at)
+        self.served.as_ref().and_then(ServedSnapshot::confirmed_at)
     }
 
     fn served_flags(&self) -> Vec<String> {
@@ -353,7 +353,7 @@ fn flags_of_an_earlier_run_are_checked_once_all_expected_tokens_are_available() 
     let mut fixture = Fixture::new(UpstreamMode::Poll);
     let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
     let before = Document::parse(br#"{"features":[{"name":"frozen","project":"c"}]}"#).unwrap();
-    let served = Snapshot::build(scope, before, None);
+    let served = ServedSnapshot::build(scope, before, None);
     let config = Config { interval: INTERVAL, mode: UpstreamMode::Poll };
     fixture.state = EnvironmentState::new(&config, Some(&served), fixture.now);
     let in_use = fixture.in_use();

@@ -337,7 +337,7 @@ fn restarted(documents: &TokenDocuments, now: Instant) -> TokenDocuments {
     let stored = Document::encode_stored(text.as_bytes(), run);
     let document = Document::parse_stored(&stored).unwrap();
     let scope = Scope { environment: Environment::new("dev"), projects: documents.projects() };
-    TokenDocuments::new(Some(&Snapshot::build(scope, document, None)), now)
+    TokenDocuments::new(Some(&ServedSnapshot::build(scope, document, None)), now)
 }
 
 proptest! {
@@ -579,7 +579,7 @@ fn flags_of_earlier_run_stay_until_upstream_responds_to_every_token_in_use() {
     let both = [one.clone(), two.clone()];
     for projects in [Projects::All, Projects::from_list(["a", "c"])] {
         let scope = Scope { environment: Environment::new("dev"), projects: projects.clone() };
-        let before = Snapshot::build(scope, parsed(&["a/gone", "c/frozen"]), None);
+        let before = ServedSnapshot::build(scope, parsed(&["a/gone", "c/frozen"]), None);
         let mut documents = TokenDocuments::new(Some(&before), Instant::now());
         assert!(!documents.complete_round(&[], NO_TOKENS, true), "no response yet");
         documents.begin_round();
@@ -635,7 +635,7 @@ fn flags_of_earlier_run_are_removed_at_once_if_tokens_in_use_see_all_their_proje
     let one = credential(&["a", "b"]);
     let projects = Projects::from_list(["a"]);
     let scope = Scope { environment: Environment::new("dev"), projects };
-    let before = Snapshot::build(scope, parsed(&["a/gone"]), None);
+    let before = ServedSnapshot::build(scope, parsed(&["a/gone"]), None);
     let mut documents = TokenDocuments::new(Some(&before), Instant::now());
     documents.begin_round();
     documents.insert_now(&one, None, document(&["a/x"]), true);

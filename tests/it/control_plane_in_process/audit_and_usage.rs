@@ -9,7 +9,7 @@ use parapet::control_plane::{
     RegistryBootstrap, RootRole, SignInAttempt,
 };
 use parapet::protocol::features::Document;
-use parapet::snapshot::{Snapshot, Snapshots};
+use parapet::served::{ServedSnapshot, Snapshots};
 use parapet::token::{Environment, Projects, Scope, TokenKind};
 use parapet::usage::{BatchId, OutgoingBatch, SendOutcome, UsageSink as _};
 use serde_json::{Value, json};
@@ -125,7 +125,7 @@ fn configured_flags() -> Snapshots {
     let document = Document::parse(document.to_string().as_bytes()).unwrap();
     let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
     let snapshots = Snapshots::default();
-    snapshots.swap(Snapshot::build(scope, document, None));
+    snapshots.swap(ServedSnapshot::build(scope, document, None));
     snapshots
 }
 

@@ -1,4 +1,4 @@
-//! The evaluation cache of a snapshot, for frontend clients: evaluation results, response bodies, events
+//! The evaluation cache of a served snapshot, for frontend clients: evaluation results, response bodies, events
 //! of streams, and the contexts that were requested more than once.
 //!
 //! All caches are bounded, and any entry may be evicted at any time: the next request evaluates again.
@@ -11,14 +11,16 @@ use moka::sync::Cache;
 use siphasher::sip128::{Hasher128 as _, SipHasher13};
 
 use super::{
-    body::{PreparedBody, Reuse},
-    flag_states::FlagStates,
-    hot_contexts::{HotContext, HotContexts, Include},
+    hot_contexts::{HotContext, HotContexts},
     recent_hashes::RecentHashes,
     result_cache::ResultCache,
 };
 use crate::{
     engine::{Context, Outcome},
+    snapshot::{
+        FlagStates, Include,
+        body::{PreparedBody, Reuse},
+    },
     token::Projects,
 };
 

@@ -11,6 +11,7 @@ use foldhash::fast::RandomState;
 use super::recent_hashes::RecentHashes;
 use crate::{
     engine::{Context, OwnedContext},
+    snapshot::Include,
     token::Projects,
 };
 
@@ -20,15 +21,6 @@ const CAPACITY: usize = 64;
 /// Number of consecutive slots that a context may use. With a single one, collisions would keep hot
 /// contexts out often enough to matter, even if there are few.
 const MAX_PROBES: usize = 4;
-
-/// The flags that a response includes.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-pub enum Include {
-    /// Only flags that are on for the context.
-    Enabled,
-    /// Every flag of the scope.
-    All,
-}
 
 /// A repeated request and its result.
 #[derive(Debug)]

@@ -6,14 +6,19 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use arc_swap::ArcSwap;
 use foldhash::fast::RandomState;
 
-use super::{body::PreparedBody, client_features::SegmentFormat, frontend_view::FrontendView};
-use crate::token::Projects;
+use crate::{
+    snapshot::{FrontendView, SegmentFormat, body::PreparedBody},
+    token::Projects,
+};
 
 /// Memory limit of a snapshot's scopes, in bytes. Beyond it all scopes but the newest are evicted and
 /// built again on their next use.
@@ -54,16 +59,55 @@ impl ScopeData {
 
 /// The scopes that have been requested.
 #[derive(Debug, Default)]
-pub(super) struct ScopeCache(ArcSwap<HashMap<Projects, Arc<ScopeData>, RandomState>>);
+pub(super) struct ScopeCache {
+    scopes: ArcSwap<HashMap<Projects, Arc<ScopeData>, RandomState>>,
+    next_view_id: AtomicU64,
+}
 
 impl ScopeCache {
+    /// The flags of `projects`, prepared for evaluation; on first use built by `build` with a new id.
+    pub(super) fn frontend_view(
+        &self,
+        projects: &Projects,
+        build: impl FnOnce(u64) -> FrontendView,
+    ) -> Arc<FrontendView> {
+        let build = || Arc::new(build(self.next_view_id.fetch_add(1, Ordering::Relaxed)));
+        self.get_or_build(projects, ScopeData::frontend_view, build)
+    }
+
+    /// The unfiltered flag configuration of `projects`; on first use built by `build`.
+    pub(super) fn client_features(
+        &self,
+        projects: &Projects,
+        segments: SegmentFormat,
+        build: impl FnOnce() -> Arc<PreparedBody>,
+    ) -> Arc<PreparedBody> {
+        self.get_or_build(projects, |scope| scope.client_features(segments), build)
+    }
+
+    fn get_or_build<T>(
+        &self,
+        projects: &Projects,
+        slot: impl Fn(&ScopeData) -> &OnceLock<Arc<T>>,
+        build: impl FnOnce() -> Arc<T>,
+    ) -> Arc<T> {
+        let scope = self.get_or_insert(projects);
+        let slot = slot(&scope);
+        if let Some(built) = slot.get() {
+            return Arc::clone(built);
+        }
+        let built = Arc::clone(slot.get_or_init(build));
+        self.enforce_limit(projects);
+        built
+    }
+
     /// The data of `projects`, empty on first use.
-    pub(super) fn get_or_insert(&self, projects: &Projects) -> Arc<ScopeData> {
-        if let Some(scope) = self.0.load().get(projects) {
+    fn get_or_insert(&self, projects: &Projects) -> Arc<ScopeData> {
+        if let Some(scope) = self.scopes.load().get(projects) {
             return Arc::clone(scope);
         }
         let new = Arc::<ScopeData>::default();
-        self.0.rcu(|scopes| {
+        self.scopes.rcu(|scopes| {
             let mut scopes = HashMap::clone(scopes);
             if scopes.len() >= MAX_SCOPES {
                 scopes.clear();
@@ -71,14 +115,13 @@ impl ScopeCache {
             scopes.entry(projects.clone()).or_insert_with(|| Arc::clone(&new));
             scopes
         });
-        self.0.load().get(projects).map_or(new, Arc::clone)
+        self.scopes.load().get(projects).map_or(new, Arc::clone)
     }
 
-    /// Evicts all scopes but that of `projects` if they exceed the memory limit. Call it after a scope
-    /// has grown.
-    pub(super) fn enforce_limit(&self, projects: &Projects) {
-        if self.0.load().values().map(|scope| scope.weight()).sum::<usize>() > MAX_BYTES {
-            self.0.rcu(|scopes| {
+    /// Evicts all scopes but that of `projects`, which has grown, if they exceed the memory limit.
+    fn enforce_limit(&self, projects: &Projects) {
+        if self.scopes.load().values().map(|scope| scope.weight()).sum::<usize>() > MAX_BYTES {
+            self.scopes.rcu(|scopes| {
                 let newest = scopes.get_key_value(projects);
                 let newest = newest.map(|(projects, scope)| (projects.clone(), Arc::clone(scope)));
                 newest.into_iter().collect::<HashMap<_, _, _>>()
@@ -88,7 +131,7 @@ impl ScopeCache {
 
     /// All scopes by their projects.
     pub(super) fn all(&self) -> Arc<HashMap<Projects, Arc<ScopeData>, RandomState>> {
-        self.0.load_full()
+        self.scopes.load_full()
     }
 }
 
@@ -114,11 +157,7 @@ mod tests {
         }
         let fill = |n: usize| {
             let large = || Arc::new(PreparedBody::new(Bytes::from(vec![b'x'; MAX_BYTES / 5])));
-            scopes
-                .get_or_insert(&only(n))
-                .client_features(SegmentFormat::Inlined)
-                .get_or_init(large);
-            scopes.enforce_limit(&only(n));
+            scopes.client_features(&only(n), SegmentFormat::Inlined, large);
         };
         fill(1);
         fill(2);

@@ -1,0 +1,22 @@
+//! The served state: for each environment one snapshot, swapped as a whole, and everything that depends
+//! on the requests for it.
+//!
+//! A request loads one [`ServedSnapshot`] and uses it to the end. Its caches are built with it and end
+//! with it, so that no entry can be used with other flags. Each cache is bounded and may drop any entry
+//! at any time, because the next request builds it again. This module does not evaluate flags, which
+//! [`evaluation`](crate::evaluation) does, and does not fetch, store or schedule anything.
+
+mod evaluation_cache;
+mod hot_contexts;
+mod recent_hashes;
+mod result_cache;
+mod scope_cache;
+mod served_snapshot;
+mod snapshots;
+
+pub use self::{
+    evaluation_cache::{CacheKey, EvaluationCache},
+    hot_contexts::HotContext,
+    served_snapshot::ServedSnapshot,
+    snapshots::{EnvironmentFilter, Snapshots},
+};
