@@ -21,6 +21,7 @@ pub mod metrics_ingest;
 pub mod ofrep;
 pub mod pipeline;
 pub mod request_body;
+mod request_log;
 pub mod request_metrics;
 pub mod response;
 pub mod routes;

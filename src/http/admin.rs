@@ -31,6 +31,7 @@ use std::{
 use bytes::Bytes;
 use hyper::{HeaderMap, Method, Request, body::Incoming, header::HeaderName, http::request::Parts};
 use serde_json::Value;
+use tracing::Instrument as _;
 
 use self::{
     authentication::{AuthenticatedCaller, Authentication},
@@ -50,6 +51,7 @@ pub use self::{
 use super::{
     console,
     request_body::RequestBody,
+    request_log,
     request_metrics::EndpointLabel,
     response::{self, HttpError, HttpResponse},
     routes::{OptionalEndpoint, normalise},
@@ -90,7 +92,9 @@ impl HttpService for AdminService {
             return self.sdk.call(request, connection);
         }
         let (started, admin, peer) = (Instant::now(), Arc::clone(self), connection.peer);
-        ServiceResponse::deferred(async move { admin.handle(request, peer, started).await })
+        let span = request_log::request_span(request.headers());
+        let response = async move { admin.handle(request, peer, started).await };
+        ServiceResponse::deferred(response.instrument(span))
     }
 }
 
@@ -135,7 +139,9 @@ impl AdminService {
         let mut reply =
             response::drop_body_for_head(&head.method, reply.unwrap_or_else(HttpResponse::from));
         response::add_private_headers(&mut reply);
-        self.sdk.request_metrics.record(subject, &head.method, &reply, started.elapsed());
+        let took = started.elapsed();
+        self.sdk.request_metrics.record(subject, &head.method, &reply, took);
+        request_log::log_response(subject, &head.method, &reply, took);
         reply
     }
 

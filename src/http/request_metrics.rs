@@ -50,6 +50,18 @@ pub enum EndpointLabel {
     Unknown,
 }
 
+impl EndpointLabel {
+    /// The label value: a path template, or one of [`OTHER_LABELS`].
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Route(route) => route.path,
+            Self::AdminOperation(template) => template,
+            Self::Preflight => OTHER_LABELS[0],
+            Self::Unknown => OTHER_LABELS[1],
+        }
+    }
+}
+
 /// The label values that follow those of routes.
 const OTHER_LABELS: [&str; 2] = ["preflight", "unknown"];
 

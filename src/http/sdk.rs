@@ -16,6 +16,7 @@ use bytes::Bytes;
 use hyper::{HeaderMap, Method, Request, body::Incoming, header::HeaderName};
 use jiff::Timestamp;
 use tokio::sync::watch;
+use tracing::Instrument as _;
 
 use super::{
     client_address::{self, ClientAddresses},
@@ -29,6 +30,7 @@ use super::{
     ofrep::{self, StreamTickets},
     pipeline::{AuthorizedRead, Authorizer, RoutedRequest},
     request_body::RequestBody,
+    request_log,
     request_metrics::{EndpointLabel, RequestMetrics},
     response::{self, CachePolicy, HttpError, HttpResponse},
     routes::{
@@ -102,11 +104,13 @@ impl HttpService for SdkService {
         let started = Instant::now();
         let client =
             self.settings.access.proxies.client_addresses(connection.peer, request.headers());
-        if let Some(response) = self.respond_now(&request, client, started) {
+        let span = request_log::request_span(request.headers());
+        if let Some(response) = span.in_scope(|| self.respond_now(&request, client, started)) {
             return ServiceResponse::Ready(response);
         }
         let service = Arc::clone(self);
-        ServiceResponse::deferred(async move { service.respond(request, client, started).await })
+        let response = async move { service.respond(request, client, started).await };
+        ServiceResponse::deferred(response.instrument(span))
     }
 }
 
@@ -204,7 +208,7 @@ impl SdkService {
         }
     }
 
-    /// Adds the CORS headers, drops the body for `HEAD`, and records the request.
+    /// Adds the CORS headers, drops the body for `HEAD`, and records and logs the request.
     fn finish_response<B>(
         &self,
         label: EndpointLabel,
@@ -216,7 +220,9 @@ impl SdkService {
             self.settings.cors.add_headers(request.headers(), response.headers_mut());
         }
         let response = response::drop_body_for_head(request.method(), response);
-        self.request_metrics.record(label, request.method(), &response, started.elapsed());
+        let took = started.elapsed();
+        self.request_metrics.record(label, request.method(), &response, took);
+        request_log::log_response(label, request.method(), &response, took);
         response
     }
 

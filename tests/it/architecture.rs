@@ -66,7 +66,7 @@ const HTTP_LAYERS: [&[&str]; 10] = [
         "metrics_ingest",
         "streaming",
     ],
-    &["client_api", "health", "https_redirect"],
+    &["client_api", "health", "https_redirect", "request_log"],
     &["frontend_api"],
     &["ofrep"],
     &["sdk"],
