@@ -16,9 +16,11 @@ mod health;
 mod http_client;
 pub mod no_proxy;
 mod redirect_policy;
+mod request_metrics;
 #[cfg(test)]
 pub(crate) mod scripted;
 mod token_provisioning;
+mod transport;
 mod usage_sink;
 
 pub use admin_token::{AdminToken, Error as AdminTokenError, State as AdminTokenState};

@@ -1,137 +1,21 @@
-//! Operations and outcomes of upstream requests, for metrics and `/status`.
+//! The health of upstream, as seen by the requests of this instance.
 //!
-//! Labels come only from these enums, never from data that upstream sends.
+//! It decides nothing: `/status` shows it.
 
-use std::{
-    sync::{Mutex, MutexGuard},
-    time::Duration,
-};
+use std::sync::{Mutex, MutexGuard};
 
 use jiff::Timestamp;
-use metrics::{
-    Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
-};
-use reqwest::StatusCode;
+use metrics::{describe_gauge, gauge};
 use tracing::warn;
 
 use super::error::{Error, Fault};
 use crate::telemetry::{self, LogLimiter};
 
-const REQUESTS: &str = "parapet_upstream_requests_total";
-const DURATION: &str = "parapet_upstream_request_duration_seconds";
 const STREAMS: &str = "parapet_upstream_streams";
-
-/// The operation of a request; a metrics label.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum UpstreamOperation {
-    Features,
-    Stream,
-    Validate,
-    Probe,
-    Usage,
-    Environments,
-    ListTokens,
-    CreateToken,
-    DeleteToken,
-    Relay,
-}
-
-impl UpstreamOperation {
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Features => "features",
-            Self::Stream => "stream",
-            Self::Validate => "validate",
-            Self::Probe => "probe",
-            Self::Usage => "usage",
-            Self::Environments => "environments",
-            Self::ListTokens => "list_tokens",
-            Self::CreateToken => "create_token",
-            Self::DeleteToken => "delete_token",
-            Self::Relay => "relay",
-        }
-    }
-}
-
-/// The outcome of a request; a metrics label.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum RequestOutcome {
-    Ok,
-    NotModified,
-    NotSupported,
-    Unauthorized,
-    Rejected,
-    Throttled,
-    Failed,
-    Malformed,
-    Redirected,
-    Timeout,
-    Unreachable,
-    Interrupted,
-    NotSent,
-}
-
-impl RequestOutcome {
-    /// Classifies a `result`; `status` is that of the response, if there was one.
-    pub(super) fn from_result<T>(status: Option<StatusCode>, result: &Result<T, Error>) -> Self {
-        match result {
-            Ok(_) if status == Some(StatusCode::NOT_MODIFIED) => Self::NotModified,
-            Ok(_) => Self::Ok,
-            Err(Error::Unreachable(_)) => Self::Unreachable,
-            Err(Error::Interrupted(_)) => Self::Interrupted,
-            Err(Error::Timeout(_) | Error::StreamTimeout(_)) => Self::Timeout,
-            Err(Error::Redirect { .. }) => Self::Redirected,
-            Err(Error::Status { status, .. }) => match *status {
-                StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Self::Unauthorized,
-                StatusCode::TOO_MANY_REQUESTS => Self::Throttled,
-                status if status.is_client_error() => Self::Rejected,
-                _ => Self::Failed,
-            },
-            Err(Error::UnexpectedNotModified | Error::TooLarge { .. } | Error::Decode { .. }) => {
-                Self::Malformed
-            }
-            Err(
-                Error::InvalidScheme
-                | Error::File { .. }
-                | Error::Pem { .. }
-                | Error::ClientCertificate(_)
-                | Error::InvalidHeader(_)
-                | Error::Setup(_),
-            ) => Self::NotSent,
-        }
-    }
-
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Ok => "ok",
-            Self::NotModified => "not_modified",
-            Self::NotSupported => "not_offered",
-            Self::Unauthorized => "unauthorized",
-            Self::Rejected => "rejected",
-            Self::Throttled => "throttled",
-            Self::Failed => "failed",
-            Self::Malformed => "malformed",
-            Self::Redirected => "redirected",
-            Self::Timeout => "timeout",
-            Self::Unreachable => "unreachable",
-            Self::Interrupted => "interrupted",
-            Self::NotSent => "unsent",
-        }
-    }
-}
 
 /// Describes the metrics of this module.
 pub(super) fn describe() {
-    describe_counter!(REQUESTS, "Requests to upstream by purpose and outcome.");
-    describe_histogram!(DURATION, Unit::Seconds, "Duration of requests to upstream by purpose.");
     describe_gauge!(STREAMS, "Open event streams from upstream.");
-}
-
-/// Records a finished request in the metrics.
-pub(super) fn record_request(purpose: UpstreamOperation, outcome: RequestOutcome, took: Duration) {
-    let (purpose, outcome) = (purpose.as_str(), outcome.as_str());
-    counter!(REQUESTS, "purpose" => purpose, "outcome" => outcome).increment(1);
-    histogram!(DURATION, "purpose" => purpose).record(took);
 }
 
 /// The health of upstream, as seen by this instance.
