@@ -20,6 +20,7 @@ mod request_metrics;
 #[cfg(test)]
 pub(crate) mod scripted;
 mod token_provisioning;
+mod token_set;
 mod transport;
 mod usage_sink;
 
@@ -31,5 +32,6 @@ pub use error::{Error, Fault, Retry};
 pub use event_stream::UpstreamEventStream;
 pub use health::Health;
 pub use http_client::Config;
-pub use token_provisioning::{Credential, Error as ProvisioningError};
+pub use token_provisioning::Error as ProvisioningError;
+pub use token_set::Credential;
 pub use usage_sink::UpstreamUsageSink;

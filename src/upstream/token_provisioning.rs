@@ -22,6 +22,7 @@ use super::{
     client::Upstream,
     encryption::TokenCipher,
     error::{self, Retry},
+    token_set::Credential,
 };
 use crate::{
     background_writer::BackgroundWriter,
@@ -29,7 +30,7 @@ use crate::{
     protocol::tokens::{ListedSecret, ListedToken},
     store::{self, RecordKey},
     telemetry::error_chain,
-    token::{Environment, Projects, Token, TokenDigest, TokenKind},
+    token::{Environment, Projects, TokenDigest, TokenKind},
 };
 
 /// A token with our name that was not used for this long counts as abandoned.
@@ -45,15 +46,6 @@ const READ_TIMEOUT_BEFORE_MINTING: Duration = Duration::from_secs(10);
 
 /// The largest number of refused tokens remembered per environment.
 const MAX_REFUSED_TOKENS: usize = 16;
-
-/// A token for upstream, with its projects.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Credential {
-    /// The token.
-    pub token: Token,
-    /// The projects that it sees.
-    pub projects: Projects,
-}
 
 /// Why the edge has no token for an environment.
 #[derive(Debug, thiserror::Error)]
