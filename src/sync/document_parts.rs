@@ -23,7 +23,7 @@ pub(super) type StateHash = u128;
 pub(super) const EMPTY_STATE: StateHash = 0;
 
 /// The state of each project and segment of a document.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Eq, PartialEq)]
 pub(super) struct PartHashes(pub(super) HashMap<DocumentPart, StateHash>);
 
 impl PartHashes {

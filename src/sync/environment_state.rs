@@ -15,7 +15,8 @@ use tokio::time::Instant;
 use super::{
     merge::MergeInput,
     reconnect::{CloseReason, StreamUnavailable, UpstreamMode},
-    token_documents::{FetchedDocument, TokenDocuments},
+    stream_events::Applied,
+    token_documents::TokenDocuments,
     token_streams::TokenStreams,
 };
 use crate::{
@@ -270,29 +271,26 @@ impl EnvironmentState {
         }
     }
 
-    /// A token's stream has delivered its state: the event id, the flags that it no longer has, and the
-    /// document if it has changed. Returns false, and changes nothing, if that state is older than the
-    /// known one: the stream is then closed as [`CloseReason::Stale`].
+    /// A token's stream has delivered its state. Returns false, and changes nothing, if that is older than
+    /// the known one: the stream is then closed as [`CloseReason::Stale`].
     pub(super) fn on_stream_state(
         &mut self,
         token: &TokenDigest,
-        event: Option<EventId>,
-        removed_flags: &[Arc<str>],
-        changed: Option<FetchedDocument>,
+        Applied { event_id, changed, removed_flags }: Applied,
         now: Instant,
     ) -> bool {
-        if changed.is_some() && self.documents.is_stale_event(token, event, now) {
+        if changed.is_some() && self.documents.is_stale_event(token, event_id, now) {
             return false;
         }
         let credential = self.streams.credential(token);
         // While polls fail, or upstream has sent `Retry-After`, no extra poll is made.
         if self.has_several_tokens()
-            && self.documents.defer_removal(credential, removed_flags, now + self.removal_grace)
+            && self.documents.defer_removal(credential, &removed_flags, now + self.removal_grace)
             && self.backoff.failures() == 0
         {
             self.poll_at = now;
         }
-        self.documents.apply_stream_state(credential, event, changed, now);
+        self.documents.apply_stream_state(credential, event_id, changed, now);
         self.streams.mark_synced(token);
         if self.is_streaming() {
             // Earlier poll failures no longer matter.

@@ -2,7 +2,7 @@
 //!
 //! It performs the actions that [`EnvironmentState`] decides on, and reports results and events to it.
 
-use std::{mem, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::{
@@ -19,9 +19,8 @@ use super::{
     poll_once::{Poll, PollError, PollResult},
     publish::publish,
     reconnect::CloseReason,
-    stream_events::{self, Applied, StreamUpdate},
+    stream_events::{self, StreamUpdate, apply_events},
     stream_pool::{StreamEvent, StreamPool},
-    token_documents::FetchedDocument,
 };
 use crate::{
     background_writer::BackgroundWriter,
@@ -197,16 +196,15 @@ impl EnvironmentSync {
         self.state.on_stream_activity(token, Instant::now());
         let (known, continues) = self.state.event_base(token);
         let is_shared = self.state.has_several_tokens();
-        let (update, changed) = match parse_events(known, continues, events, is_shared).await {
+        let update = match parse_events(known, continues, events, is_shared).await {
             Ok(parsed) => parsed,
             Err(error) => {
                 let error = error_chain(&error);
                 return self.close_stream(token, CloseReason::Unreadable, Some(&error));
             }
         };
-        if let Some(Applied { event_id, removed_flags, .. }) = update.applied {
-            let now = Instant::now();
-            if !self.state.on_stream_state(token, event_id, &removed_flags, changed, now) {
+        if let Some(applied) = update.applied {
+            if !self.state.on_stream_state(token, applied, Instant::now()) {
                 let error = "the stream sent an older state than the known one";
                 return self.close_stream(token, CloseReason::Stale, Some(error));
             }
@@ -238,22 +236,13 @@ async fn parse_events(
     continues: bool,
     events: Vec<Event>,
     is_shared: bool,
-) -> Result<(StreamUpdate, Option<FetchedDocument>), EventError> {
+) -> Result<StreamUpdate, EventError> {
     // Most of the time only a keep-alive comment arrived.
     if events.is_empty() {
-        return Ok((StreamUpdate::default(), None));
+        return Ok(StreamUpdate::default());
     }
-    let apply = move || {
-        let mut update =
-            stream_events::apply_events(known.as_deref(), continues, &events, is_shared)?;
-        let changed = update.applied.as_mut().and_then(|applied| {
-            let states = mem::take(&mut applied.intermediate_states);
-            let changed = FetchedDocument::new(applied.changed.take()?);
-            Some(changed.with_intermediate_states(&states))
-        });
-        Ok((update, changed))
-    };
-    spawn_blocking(apply).await?
+    let apply = move || apply_events(known.as_deref(), continues, &events, is_shared);
+    Ok(spawn_blocking(apply).await??)
 }
 
 /// Serializes a snapshot's flags for the store, with the state that the next run needs from this one.

@@ -202,21 +202,21 @@ impl PartHistory {
         }
     }
 
-    /// Removes a token's view. If it was the leader, the most advanced other token leads.
-    pub(super) fn remove_token(&mut self, token: &TokenDigest, now: Instant) {
+    /// Removes a token's view. If it was the leader, the most advanced other token leads. Returns whether
+    /// any view is left.
+    pub(super) fn remove_token(&mut self, token: &TokenDigest, now: Instant) -> bool {
         self.views.remove(token);
-        if self.leader != *token {
-            return;
-        }
         let furthest = self.views.iter().max_by_key(|(_, view)| (view.position, view.changed_at));
-        let Some((other, state)) = furthest.map(|(other, view)| (*other, view.state)) else {
-            return;
-        };
-        if self.states.back() == Some(&state) {
-            self.leader = other;
-        } else {
-            self.append_state(&other, state, now);
+        if self.leader == *token
+            && let Some((other, state)) = furthest.map(|(other, view)| (*other, view.state))
+        {
+            if self.states.back() == Some(&state) {
+                self.leader = other;
+            } else {
+                self.append_state(&other, state, now);
+            }
         }
+        !self.views.is_empty()
     }
 
     /// The views of tokens in use that differ from the leader's.

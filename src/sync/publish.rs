@@ -12,7 +12,7 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::stream_events::differs;
+use super::stream_events::differences;
 use crate::{
     evaluation,
     protocol::features::Document,
@@ -44,7 +44,8 @@ pub(super) async fn publish(
             return Some(ServedSnapshot::build(scope, make(), confirmed));
         };
         let document = make();
-        if *previous.projects() == scope.projects && !differs(previous.document(), &document) {
+        if *previous.projects() == scope.projects && !differences(previous.document(), &document).0
+        {
             if let Some(at) = confirmed {
                 previous.confirm(at);
             }

@@ -5,6 +5,7 @@
 
 use std::{mem, sync::Arc};
 
+use super::token_documents::FetchedDocument;
 use crate::protocol::{
     delta::{self, Change, EventId, ParseError},
     features::Document,
@@ -32,12 +33,11 @@ pub(super) struct StreamUpdate {
 pub(super) struct Applied {
     /// The `Last-Event-ID` to reopen the stream with; `None` if the last id was not a number.
     pub(super) event_id: Option<EventId>,
-    /// The document, if it differs from the previous one.
-    pub(super) changed: Option<Document>,
+    /// The document, if it differs from the previous one, with at most the last
+    /// [`MAX_INTERMEDIATE_STATES`] states in between.
+    pub(super) changed: Option<FetchedDocument>,
     /// The names of removed flags.
     pub(super) removed_flags: Vec<Arc<str>>,
-    /// The states in between, oldest first; at most the last [`MAX_INTERMEDIATE_STATES`].
-    pub(super) intermediate_states: Vec<Document>,
 }
 
 /// The largest number of intermediate states that are computed.
@@ -100,12 +100,9 @@ pub(super) fn apply_events(
     }
     let (is_changed, removed_flags) =
         known.map_or((true, Vec::new()), |known| differences(known, &state));
-    update.applied = Some(Applied {
-        event_id,
-        changed: is_changed.then_some(state),
-        removed_flags,
-        intermediate_states,
-    });
+    let changed = is_changed
+        .then(|| FetchedDocument::new(state).with_intermediate_states(&intermediate_states));
+    update.applied = Some(Applied { event_id, changed, removed_flags });
     Ok(update)
 }
 
@@ -123,14 +120,10 @@ pub(super) fn differences(known: &Document, state: &Document) -> (bool, Vec<Arc<
     (is_changed, removed_flags.collect())
 }
 
-/// Whether `state` differs from `known`, including its diagnostics.
-pub(super) fn differs(known: &Document, state: &Document) -> bool {
-    !delta::diff(known, state).is_empty() || !state.has_same_diagnostics(known)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sync::document_parts::PartHashes;
 
     fn document(text: &str) -> Document {
         Document::parse(format!(r#"{{"features":[{text}]}}"#).as_bytes()).unwrap()
@@ -152,6 +145,10 @@ mod tests {
     const ADD_B: &str = r#"{"type":"feature-updated","feature":{"name":"b"}}"#;
     const REMOVE_A: &str = r#"{"type":"feature-removed","featureName":"a","project":"default"}"#;
 
+    fn flag_names(document: &Document) -> Vec<String> {
+        document.features().iter().map(|it| it.name().to_string()).collect()
+    }
+
     /// Checks the resulting event id and, if they changed, the names of the flags.
     #[track_caller]
     fn assert_applied(
@@ -163,8 +160,7 @@ mod tests {
         let known = known.map(document);
         let step = apply_events(known.as_ref(), continues, events, true).unwrap();
         let Applied { event_id, changed, .. } = step.applied.unwrap();
-        let names =
-            changed.map(|it| it.features().iter().map(|it| it.name().to_string()).collect());
+        let names = changed.map(|it| flag_names(&it.document));
         assert_eq!(event_id, expect.0);
         assert_eq!(
             names,
@@ -195,7 +191,7 @@ mod tests {
         let step = |known: &Document, text: &str| {
             let step = apply_events(Some(known), true, &[delta_event(CONNECTED, "7", text)], true)
                 .unwrap();
-            step.applied.unwrap().changed
+            step.applied.unwrap().changed.map(|it| it.document)
         };
         let news = step(&known, &with_odd).unwrap();
         assert_eq!(news.unreadable().len(), 1);
@@ -239,35 +235,30 @@ mod tests {
 
     #[test]
     fn intermediate_states_are_split_by_event_id() {
-        let names = |it: &Document| it.features().iter().map(|it| it.name().to_string()).collect();
-        let reached = |events: &[Event], is_shared| {
+        let changed = |events: &[Event], is_shared| {
             let known = document(A);
-            apply_events(Some(&known), true, events, is_shared).unwrap().applied.unwrap()
+            let update = apply_events(Some(&known), true, events, is_shared).unwrap();
+            update.applied.unwrap().changed.unwrap()
         };
-        let passed = |events: &[Event]| {
-            reached(events, true)
-                .intermediate_states
-                .iter()
-                .map(names)
-                .collect::<Vec<Vec<String>>>()
-        };
+        let states = |events: &[Event]| changed(events, true).intermediate_states;
+        let state = |flags: &str| PartHashes::from_document(&document(flags));
+        let flag = |id: usize| format!(r#"{{"name":"f{id}"}}"#);
         let add = |id: usize| {
-            let feature = format!(r#"{{"type":"feature-updated","feature":{{"name":"f{id}"}}}}"#);
+            let feature = format!(r#"{{"type":"feature-updated","feature":{}}}"#, flag(id));
             delta_event(UPDATED, &id.to_string(), &feature)
         };
-        assert!(passed(&[add(8)]).is_empty());
+        assert_eq!(states(&[add(8)]), []);
         let both = format!("{ADD_B},{REMOVE_A}");
-        assert!(passed(&[delta_event(UPDATED, "8", &both)]).is_empty(), "they belong together");
-        assert_eq!(passed(&[delta_event(UPDATED, "8", &both), add(9)]), [["b"]]);
+        assert_eq!(states(&[delta_event(UPDATED, "8", &both)]), [], "they belong together");
+        assert_eq!(states(&[delta_event(UPDATED, "8", &both), add(9)]), [state(B)]);
         let many: Vec<_> = (8..48).map(add).collect();
-        let passed = passed(&many);
-        assert_eq!(
-            (passed.len(), passed[0].len()),
-            (MAX_INTERMEDIATE_STATES, 40 - MAX_INTERMEDIATE_STATES + 1)
-        );
-        let [alone, shared] = [false, true].map(|is_shared| reached(&many, is_shared));
-        assert!(alone.intermediate_states.is_empty(), "no other token to compare with");
-        assert_eq!(names(&alone.changed.unwrap()), names(&shared.changed.unwrap()));
+        let [alone, shared] = [false, true].map(|is_shared| changed(&many, is_shared));
+        let first: Vec<_> =
+            (8..48 - MAX_INTERMEDIATE_STATES).map(flag).chain([A.to_owned()]).collect();
+        assert_eq!(shared.intermediate_states.len(), MAX_INTERMEDIATE_STATES);
+        assert_eq!(shared.intermediate_states[0], state(&first.join(",")));
+        assert_eq!(alone.intermediate_states, [], "no other token to compare with");
+        assert_eq!(flag_names(&alone.document), flag_names(&shared.document));
     }
 
     #[test]

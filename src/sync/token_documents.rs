@@ -63,10 +63,10 @@ pub(super) struct TokenDocuments {
 /// A fetched document, with the states of its parts.
 #[derive(Debug)]
 pub(super) struct FetchedDocument {
-    document: Arc<Document>,
+    pub(super) document: Arc<Document>,
     states: PartHashes,
     /// The known states between the previous document and this one.
-    intermediate_states: Vec<PartHashes>,
+    pub(super) intermediate_states: Vec<PartHashes>,
     revision: Option<u64>,
 }
 

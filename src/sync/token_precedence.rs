@@ -10,10 +10,7 @@
 //!
 //! Pure: times are arguments, and states are identified by hashes of their text.
 
-use std::{
-    collections::{HashMap, HashSet},
-    sync::Arc,
-};
+use std::{collections::HashMap, sync::Arc};
 
 use tokio::time::Instant;
 
@@ -55,27 +52,28 @@ impl TokenPrecedence {
         self.tokens.insert(*token, tracked);
         let named = |part: &DocumentPart| match part {
             DocumentPart::Project(project) => projects.contains(project),
-            DocumentPart::Segment(id) => states.0.contains_key(&DocumentPart::Segment(*id)),
+            DocumentPart::Segment(_) => states.0.contains_key(part),
         };
-        // A project without flags in the document is an empty project; a missing segment is unknown.
-        let mut parts: HashSet<&DocumentPart> =
-            states.0.keys().filter(|part| named(part)).collect();
-        let known_parts: Vec<_> = self.parts.keys().cloned().collect();
-        parts.extend(known_parts.iter().filter(|part| named(part)));
-        for part in parts {
+        let Self { parts, tokens } = self;
+        parts.retain(|part, history| {
+            if !named(part) {
+                return history.remove_token(token, now);
+            }
+            // A project without flags in the document is an empty project; a missing segment is unknown.
             let state = states.0.get(part).copied().unwrap_or(EMPTY_STATE);
-            let Self { parts, tokens } = self;
+            history.observe(token, state, now, tokens);
+            true
+        });
+        for (part, state) in states.0.iter().filter(|(part, _)| named(part)) {
             let history = parts.entry(part.clone()).or_insert_with(|| {
+                // Tokens that already see the project have seen it empty.
                 let sees = |(other, tracked): &(&TokenDigest, &TrackedToken)| {
                     let DocumentPart::Project(project) = part else { return false };
                     tracked.projects.contains(project) && (*other != token || !is_new)
                 };
                 PartHistory::new(token, tokens.iter().filter(sees).map(|it| it.0), now)
             });
-            history.observe(token, state, now, tokens);
-        }
-        for part in known_parts.iter().filter(|part| !named(part)) {
-            self.remove_view(part, token, now);
+            history.observe(token, *state, now, tokens);
         }
     }
 
@@ -119,28 +117,27 @@ impl TokenPrecedence {
     /// (`covered`), while no other token is known to be as new. Returns whether it still leads
     /// somewhere.
     pub(super) fn retire(&mut self, token: &TokenDigest, covered: &Projects) -> bool {
-        let Some(tracked) = self.tokens.get_mut(token) else { return false };
+        let Self { parts, tokens } = self;
+        let Some(tracked) = tokens.get_mut(token) else { return false };
         if tracked.status == TokenStatus::InUse {
             tracked.status = TokenStatus::Retired;
         }
         let now = tracked.confirmed;
-        let parts: Vec<_> = self.parts.keys().cloned().collect();
         let mut leads = false;
-        for part in &parts {
-            let Some(history) = self.parts.get_mut(part) else { continue };
-            history.replace_retired_leader(token, &self.tokens);
-            let is_needed = match part {
-                DocumentPart::Project(project) => covered.contains(project),
-                DocumentPart::Segment(_) => true,
+        parts.retain(|part, history| {
+            history.replace_retired_leader(token, tokens);
+            let (is_needed, is_segment) = match part {
+                DocumentPart::Project(project) => (covered.contains(project), false),
+                DocumentPart::Segment(_) => (true, true),
             };
             let (is_leader, is_alone) = (history.leader == *token, history.views.len() == 1);
             // A segment that only this token has may belong to a flag in which it leads.
-            if !is_leader || !is_needed || is_alone && !is_segment(part) {
-                self.remove_view(part, token, now);
-            } else {
-                leads |= !is_alone;
+            if !is_leader || !is_needed || is_alone && !is_segment {
+                return history.remove_token(token, now);
             }
-        }
+            leads |= !is_alone;
+            true
+        });
         if !leads {
             self.remove_token(token, now);
         }
@@ -149,10 +146,7 @@ impl TokenPrecedence {
 
     /// Removes a token with all its views.
     pub(super) fn remove_token(&mut self, token: &TokenDigest, now: Instant) {
-        let parts: Vec<_> = self.parts.keys().cloned().collect();
-        for part in &parts {
-            self.remove_view(part, token, now);
-        }
+        self.parts.retain(|_, history| history.remove_token(token, now));
         self.tokens.remove(token);
     }
 
@@ -185,18 +179,6 @@ impl TokenPrecedence {
     pub(super) fn leaders(&self) -> impl Iterator<Item = (&DocumentPart, &TokenDigest)> {
         self.parts.iter().map(|(part, history)| (part, &history.leader))
     }
-
-    fn remove_view(&mut self, part: &DocumentPart, token: &TokenDigest, now: Instant) {
-        let Some(history) = self.parts.get_mut(part) else { return };
-        history.remove_token(token, now);
-        if history.views.is_empty() {
-            self.parts.remove(part);
-        }
-    }
-}
-
-fn is_segment(part: &DocumentPart) -> bool {
-    matches!(part, DocumentPart::Segment(_))
 }
 
 #[cfg(test)]

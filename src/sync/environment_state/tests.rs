@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::{
-    sync::merge::merge,
+    sync::{merge::merge, token_documents::FetchedDocument},
     token::{Environment, Scope},
 };
 
@@ -121,9 +121,12 @@ impl Fixture {
         removed: &[&str],
         changed: Option<&[&str]>,
     ) -> bool {
-        let removed: Vec<_> = removed.iter().map(|it| Arc::from(*it)).collect();
-        let (digest, changed) = (self.digest(token), changed.map(document));
-        self.state.on_stream_state(&digest, Some(event), &removed, changed, self.now)
+        let applied = Applied {
+            event_id: Some(event),
+            changed: changed.map(document),
+            removed_flags: removed.iter().map(|it| Arc::from(*it)).collect(),
+        };
+        self.state.on_stream_state(&self.digest(token), applied, self.now)
     }
 
     fn close_stream(&mut self, token: &str, reason: CloseReason) -> CloseReason {
