@@ -18,7 +18,6 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use moka::sync::Cache;
 use tokio::{sync::watch, task::spawn_blocking};
 
 use self::history::History;
@@ -27,7 +26,7 @@ pub use self::{
     subscription_key::SubscriptionKey,
     update::{Update, UpdateKind},
 };
-use crate::{protocol::delta::EventId, served::Snapshots, token::Environment};
+use crate::{cache::BoundedCache, protocol::delta::EventId, served::Snapshots, token::Environment};
 
 /// Memory limit of cached updates, in bytes. Beyond it the least used are evicted and written again on
 /// their next use.
@@ -41,7 +40,7 @@ pub struct ChangeFeed(Arc<Inner>);
 struct Inner {
     snapshots: Snapshots,
     histories: Mutex<HashMap<Environment, Arc<History>>>,
-    updates: Cache<UpdateKey, Arc<Update>>,
+    updates: BoundedCache<UpdateKey, Arc<Update>>,
 }
 
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
@@ -54,10 +53,8 @@ struct UpdateKey {
 impl ChangeFeed {
     /// The change feed of these snapshots.
     pub fn new(snapshots: Snapshots) -> Self {
-        let updates = Cache::builder()
-            .max_capacity(MAX_UPDATE_BYTES)
-            .weigher(|_, frame: &Arc<Update>| u32::try_from(frame.weight()).unwrap_or(u32::MAX))
-            .build();
+        let updates =
+            BoundedCache::new("updates", MAX_UPDATE_BYTES, |it: &Arc<Update>| it.weight());
         Self(Arc::new(Inner { snapshots, histories: Mutex::default(), updates }))
     }
 
@@ -112,7 +109,7 @@ impl ChangeFeed {
         Some(
             self.0
                 .updates
-                .get_with(update_key, || Arc::new(Update::build(key, from.as_ref(), &to))),
+                .get_or_build(&update_key, || Arc::new(Update::build(key, from.as_ref(), &to))),
         )
     }
 

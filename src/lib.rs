@@ -26,7 +26,7 @@
 //! | services | [`sync`], [`auth`], [`evaluation`], [`changes`] | background tasks with their state, and the functions that work on the state below |
 //! | state | [`snapshot`], [`served`], [`usage`], [`upstream`], [`store`], [`background_writer`], [`tls`] | the flags being served with what requests need from them, the usage to be sent, the client of the upstream server, persistent records and writing them in the background, the listeners' certificates |
 //! | pure core | [`engine`] | compiled flags and their evaluation; no IO, clock, randomness or logs |
-//! | foundations | [`token`], [`protocol`], [`telemetry`], [`secret_file`], [`rate_limit`], [`backoff`] | tokens and grants, Unleash's JSON, logs and readiness, secrets in files, rate limits, delays between tries |
+//! | foundations | [`token`], [`protocol`], [`telemetry`], [`secret_file`], [`rate_limit`], [`backoff`], [`cache`] | tokens and grants, Unleash's JSON, logs and readiness, secrets in files, rate limits, delays between tries, bounded caches |
 //!
 //! # A mode is three choices
 //!
@@ -108,6 +108,7 @@ pub mod app;
 pub mod auth;
 pub mod background_writer;
 pub mod backoff;
+pub mod cache;
 pub mod changes;
 pub mod commands;
 pub mod config;

@@ -7,7 +7,7 @@
 use std::{hash::Hasher as _, sync::Arc};
 
 use bytes::Bytes;
-use moka::sync::Cache;
+use metrics::Counter;
 use siphasher::sip128::{Hasher128 as _, SipHasher13};
 
 use super::{
@@ -16,6 +16,7 @@ use super::{
     result_cache::ResultCache,
 };
 use crate::{
+    cache::{self, BoundedCache},
     engine::{Context, Outcome},
     snapshot::{
         FlagStates, Include,
@@ -27,63 +28,67 @@ use crate::{
 /// Memory limit of a snapshot's cached bodies, in bytes.
 const MAX_BODY_BYTES: u64 = 64 << 20;
 
+/// Memory limit of cached deterministic outcomes, in bytes.
+const MAX_OUTCOME_BYTES: u64 = 16 << 20;
+
 /// Memory limit of cached [`FlagStates`], in bytes.
 const MAX_FLAG_STATE_BYTES: u64 = 32 << 20;
 
 /// Memory limit of cached events, in bytes.
 const MAX_EVENT_BYTES: u64 = 64 << 20;
 
-/// Memory limit of cached deterministic outcomes, in bytes.
-const MAX_OUTCOME_BYTES: u64 = 16 << 20;
-
-/// Approximate overhead of a cache entry besides its content, in bytes.
-const ENTRY_OVERHEAD_BYTES: usize = 256;
-
 /// Key of a cached result: a keyed hash, so that clients cannot construct two contexts that collide.
 #[derive(Clone, Copy, Debug)]
 pub struct CacheKey(u128);
 
-/// The caches of one snapshot.
+/// The caches of one snapshot. Numbers are for 350 flags.
 #[derive(Debug)]
 pub struct EvaluationCache {
-    /// Hashes of evaluated flags by [`CacheKey`]. Shared with the snapshots before and after this one;
-    /// each has its own `key_hasher`, so their entries do not mix.
+    /// Hashes of evaluated flags by [`CacheKey`]. A hit saves the evaluation, 51,000 instructions. Shared
+    /// with the snapshots before and after this one; each has its own `key_hasher`, so their entries do
+    /// not mix.
     results: Arc<ResultCache>,
+    /// Hits are not counted: nearly every request of a frontend is one.
+    result_misses: Counter,
     key_hasher: SipHasher13,
     hot_contexts: HotContexts,
-    bodies: Cache<u128, Arc<PreparedBody>>,
+    /// By the hash of the evaluated flags. A hit saves writing 20 kB, 9,000 instructions, evaluating the
+    /// flags for it, and compressing it.
+    bodies: BoundedCache<u128, Arc<PreparedBody>>,
+    /// Decides what enters `bodies` and `deterministic_outcomes`. Without it 1,600 users whose flags
+    /// nobody else has would fill `bodies`.
     recently_requested: RecentHashes,
-    deterministic_outcomes: Cache<u128, Arc<[Outcome]>>,
-    flag_states: Cache<u128, Arc<FlagStates>>,
-    /// By the hash of the flags that the client has, if any, and the hash of the current flags.
-    events: Cache<(Option<u128>, u128), Bytes>,
+    /// By [`CacheKey`]. Users without an identifier have no cached result if any outcome is random; a hit
+    /// here saves evaluating the flags that are not, up to 51,000 instructions.
+    deterministic_outcomes: BoundedCache<u128, Arc<[Outcome]>>,
+    /// By the hash of the evaluated flags. A stream needs them as long as it is open; those with equal
+    /// results share their 32 bytes per flag.
+    flag_states: BoundedCache<u128, Arc<FlagStates>>,
+    /// By the hash of the flags that the client has, if any, and the hash of the current flags. Streams
+    /// with equal results share the text, 20 kB if it has all flags.
+    events: BoundedCache<(Option<u128>, u128), Bytes>,
 }
 
 impl EvaluationCache {
     /// The caches of a new snapshot, and of the snapshot that it replaces, if any.
     pub(super) fn new(previous: Option<&Self>) -> Self {
-        let bodies = Cache::<u128, Arc<PreparedBody>>::builder()
-            .max_capacity(MAX_BODY_BYTES)
-            .weigher(|_, body| saturating_u32(body.weight()));
-        let repeatable = Cache::<u128, Arc<[Outcome]>>::builder()
-            .max_capacity(MAX_OUTCOME_BYTES)
-            .weigher(|_, outcomes| saturating_u32(size_of_val(&**outcomes) + ENTRY_OVERHEAD_BYTES));
-        let listed = Cache::<u128, Arc<FlagStates>>::builder()
-            .max_capacity(MAX_FLAG_STATE_BYTES)
-            .weigher(|_, outcomes| saturating_u32(outcomes.weight() + ENTRY_OVERHEAD_BYTES));
-        let events = Cache::<_, Bytes>::builder()
-            .max_capacity(MAX_EVENT_BYTES)
-            .weigher(|_, event| saturating_u32(event.len() + ENTRY_OVERHEAD_BYTES));
         Self {
             results: previous.map_or_else(Arc::default, |it| Arc::clone(&it.results)),
+            result_misses: cache::miss_counter("results"),
             key_hasher: SipHasher13::new_with_key(&rand::random()),
             hot_contexts: previous
                 .map_or_else(HotContexts::default, |it| HotContexts::inherit(&it.hot_contexts)),
-            bodies: bodies.build(),
+            bodies: BoundedCache::new("bodies", MAX_BODY_BYTES, |body| body.weight()),
             recently_requested: RecentHashes::default(),
-            deterministic_outcomes: repeatable.build(),
-            flag_states: listed.build(),
-            events: events.build(),
+            deterministic_outcomes: BoundedCache::new(
+                "deterministic_outcomes",
+                MAX_OUTCOME_BYTES,
+                |outcomes| size_of_val(&**outcomes),
+            ),
+            flag_states: BoundedCache::new("flag_states", MAX_FLAG_STATE_BYTES, |states| {
+                states.weight()
+            }),
+            events: BoundedCache::new("events", MAX_EVENT_BYTES, Bytes::len),
         }
     }
 
@@ -99,8 +104,9 @@ impl EvaluationCache {
         self.results.get(key.0)
     }
 
-    /// Caches the hash of evaluated flags.
+    /// Caches the hash of flags that were evaluated because it was not cached.
     pub fn insert_result(&self, key: CacheKey, hash: u128) {
+        self.result_misses.increment(1);
         self.results.insert(key.0, hash);
     }
 
@@ -173,18 +179,14 @@ impl EvaluationCache {
     /// The state of each flag for the evaluated flags with this hash, from the cache or built by `make`.
     /// Concurrent calls build it once.
     pub fn flag_states(&self, hash: u128, make: impl FnOnce() -> FlagStates) -> Arc<FlagStates> {
-        self.flag_states.get_with(hash, || Arc::new(make()))
+        self.flag_states.get_or_build(&hash, || Arc::new(make()))
     }
 
     /// The event that brings a client from the first hash, or from nothing, to the second; from the
     /// cache or written by `make`. Concurrent calls write it once.
     pub fn event(&self, from_to: (Option<u128>, u128), make: impl FnOnce() -> Bytes) -> Bytes {
-        self.events.get_with(from_to, make)
+        self.events.get_or_build(&from_to, make)
     }
-}
-
-fn saturating_u32(weight: usize) -> u32 {
-    u32::try_from(weight).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]
@@ -192,19 +194,6 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-
-    #[test]
-    fn bodies_stay_within_their_memory_limit() {
-        let cache = EvaluationCache::new(None);
-        for n in 0..1_000_u128 {
-            for _ in 0..2 {
-                cache.body(n << 64 | n, || PreparedBody::new(Bytes::from(vec![b'x'; 100_000])));
-            }
-        }
-        cache.bodies.run_pending_tasks();
-        let cached = cache.bodies.iter().map(|(_, body)| body.weight() as u64);
-        assert!((1..=MAX_BODY_BYTES).contains(&cached.sum()));
-    }
 
     #[test]
     fn results_are_separate_per_snapshot() {
@@ -246,6 +235,6 @@ mod tests {
             request(hash);
         }
         assert!(Arc::ptr_eq(&third, &request(1)));
-        assert_eq!(cache.bodies.iter().count(), 1);
+        assert_eq!(cache.bodies.entries().count(), 1);
     }
 }

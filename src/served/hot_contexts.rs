@@ -1,5 +1,8 @@
 //! The contexts that are requested repeatedly, so that a new snapshot can evaluate them before it is
 //! served. This module only records them; `crate::evaluation` evaluates.
+//!
+//! Recording takes 850 of a request's 30,000 instructions. In return, about six of 6,000 requests took
+//! longer than 0.1 ms while flags changed ten times per second; without it, 45 took 0.5 to 2.5 ms.
 
 use std::{
     hash::BuildHasher,

@@ -20,6 +20,7 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
         ("secret_file", &["protocol"]),
         ("rate_limit", &[]),
         ("backoff", &[]),
+        ("cache", &[]),
     ],
     &[("engine", &[])],
     // `served` caches what is built from a snapshot. `usage` compares names with the snapshot's.
