@@ -6,6 +6,7 @@
 //! at any time, because the next request builds it again. This module does not evaluate flags, which
 //! [`evaluation`](crate::evaluation) does, and does not fetch, store or schedule anything.
 
+mod atomic;
 mod evaluation_cache;
 mod hot_contexts;
 mod recent_hashes;

@@ -1,6 +1,6 @@
 //! A lock-free filter that tells whether a hash was inserted recently.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use super::atomic::{AtomicU64, Ordering};
 
 /// Maximum number of hashes.
 const CAPACITY: usize = 4096;
