@@ -1,10 +1,10 @@
 //! Usage reported by SDKs: merged, batched per environment and sent to a [`UsageSink`].
 //!
 //! [`Usage`] bounds the names in a report and adds it to the *aggregator*, which many threads share. At
-//! each interval the *sender* drains the aggregator into the *delivery queue*, which decides which batch
-//! to send and when. Usage that is still unsent at shutdown is *spooled*. Upstream stores counts by
-//! flag, application, environment and hour of UTC, so reports are merged by these. The client's hour is
-//! used if it is within a week; otherwise the evaluations are counted in the nearest hour within that
+//! each interval the *pipeline* drains the aggregator into the *delivery queue*, which decides which
+//! batch to send and when. Usage that is still unsent at shutdown is *spooled*. Upstream stores counts
+//! by flag, application, environment and hour of UTC, so reports are merged by these. The client's hour
+//! is used if it is within a week; otherwise the evaluations are counted in the nearest hour within that
 //! week.
 //!
 //! Memory for reports and registrations is bounded, in bytes too, and each token has a quota of it
@@ -22,24 +22,17 @@
 //! known here only by its limits.
 
 mod aggregator;
-mod applications;
 mod batch;
-mod counter;
 mod counters;
 mod delivery_queue;
-mod downstream_edges;
-mod environment_queue;
 mod impact_metrics;
+mod instances;
 mod memory_pool;
 mod pipeline;
-mod sender;
 mod spool;
 mod usage_metrics;
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use serde_json::Value;
@@ -47,17 +40,15 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use self::{
     aggregator::{OverQuota, ReportedCounter},
-    applications::InstanceKey,
-    counter::{Counter, CounterKey, Hour, NameStatus, Overflow, storable_name, truncate_app_name},
-    downstream_edges::DownstreamEdges,
-    pipeline::Pipeline,
+    counters::{Counter, CounterKey, Hour, NameStatus, storable_name, truncate_app_name},
+    instances::{DownstreamEdges, InstanceKey},
+    pipeline::{Pipeline, monotonic_now},
     usage_metrics::{DropReason, ReportEndpoint},
 };
 pub use self::{
     batch::{BatchId, OutgoingBatch, SendOutcome, UsageSink},
     delivery_queue::{DeliveryTotals, Revision},
-    pipeline::Backlog,
-    sender::Shutdown,
+    pipeline::{Backlog, Shutdown},
     spool::RestoreError,
     usage_metrics::count_unstored_impact_metrics,
 };
@@ -277,8 +268,8 @@ impl Usage {
     pub async fn run(&self, sink: Option<&dyn UsageSink>, ending: &Shutdown) {
         let Shared { pipeline, interval, .. } = &*self.shared;
         match sink {
-            Some(sink) => sender::run(pipeline, *interval, ending, sink).await,
-            None => sender::discard_at_interval(pipeline, *interval, &ending.requested).await,
+            Some(sink) => pipeline.run(*interval, ending, sink).await,
+            None => pipeline.discard_at_interval(*interval, &ending.requested).await,
         }
     }
 
@@ -300,7 +291,7 @@ impl Usage {
 
     /// How many evaluations have been sent, and how many the delivery queue has dropped.
     pub fn totals(&self) -> DeliveryTotals {
-        self.shared.pipeline.totals()
+        self.shared.pipeline.queue().totals().clone()
     }
 
     /// A copy of the usage that is still queued after its interval because upstream does not accept it.
@@ -317,7 +308,7 @@ impl Usage {
     ///
     /// For a single waiter. Changes before the call are remembered, and dropping the future loses none.
     pub async fn wait_until_stored_usage_delivered(&self) {
-        self.shared.pipeline.wait_until_stored_usage_delivered().await;
+        self.shared.pipeline.stored_usage_delivered.notified().await;
     }
 
     /// All unsent usage as bytes for a store; `None` if there is none. The usage also remains here.
@@ -386,7 +377,7 @@ impl Usage {
             token,
             Hour::of(now),
         );
-        let Overflow(lost) = counted.map_err(|OverQuota| self.quota_exceeded(endpoint))?;
+        let lost = counted.map_err(|OverQuota| self.quota_exceeded(endpoint))?;
         usage_metrics::count_received(received);
         usage_metrics::count_dropped(DropReason::Overflow, overflow.saturating_add(lost));
         usage_metrics::count_dropped(DropReason::Name, unstorable_name);
@@ -447,7 +438,7 @@ impl ReportCounts {
         let variant = |variant: &str| {
             NameStatus::from_known(known.is_some_and(|flag| flag.has_variant(variant)))
         };
-        let (counter, Overflow(lost)) = Counter::from_stats(stats, metadata, variant);
+        let (counter, lost) = Counter::from_stats(stats, metadata, variant);
         let total = counter.total();
         self.received = self.received.saturating_add(total).saturating_add(lost);
         self.overflow = self.overflow.saturating_add(lost);
@@ -466,11 +457,6 @@ impl ReportCounts {
         self.received = self.received.saturating_add(count);
         self.other_environment = self.other_environment.saturating_add(count);
     }
-}
-
-/// The runtime's clock, if there is one, so that waiting times agree with the sender's.
-fn monotonic_now() -> Instant {
-    tokio::time::Instant::now().into_std()
 }
 
 #[cfg(test)]

@@ -26,9 +26,9 @@ use std::{
 use jiff::Timestamp;
 
 use super::{
-    applications::{Applications, InstanceKey, Registration},
-    counter::{Counter, CounterKey, Hour, MERGED_NAME, NameStatus, Overflow},
+    counters::{Counter, CounterKey, Hour, MERGED_NAME, NameStatus},
     impact_metrics::ImpactSeries,
+    instances::{Applications, InstanceKey, Registration},
     memory_pool::{MemoryPool, Quota},
 };
 use crate::{
@@ -138,7 +138,7 @@ impl Aggregator {
         mut counters: Vec<ReportedCounter>,
         token: &TokenDigest,
         now: Hour,
-    ) -> Result<Overflow, OverQuota> {
+    ) -> Result<u64, OverQuota> {
         let shares = TokenQuotas { aggregator: self, token };
         let has_known = counters.iter().any(|it| it.name_status == NameStatus::Known);
         for counted in &mut counters {
@@ -152,9 +152,9 @@ impl Aggregator {
         }
         let mut lost = 0_u64;
         for counted in counters {
-            lost = lost.saturating_add(self.add_counter(environment, counted, shares, now).0);
+            lost = lost.saturating_add(self.add_counter(environment, counted, shares, now));
         }
-        Ok(Overflow(lost))
+        Ok(lost)
     }
 
     /// Adds an application's impact metrics; returns how many samples exceed the quota.
@@ -286,7 +286,7 @@ impl Aggregator {
         ReportedCounter { key, name_status, mut counter }: ReportedCounter,
         shares: TokenQuotas<'_>,
         now: Hour,
-    ) -> Overflow {
+    ) -> u64 {
         let key = (environment.clone(), key);
         let mut shard = self.shard(&key);
         if let Some(present) = shard.counters.get_mut(&key) {
@@ -304,7 +304,7 @@ impl Aggregator {
             counter.set_reservation(shares.unknown().reserve_unchecked(weight));
         }
         self.insert_counter(&mut shard, key, counter, shares);
-        Overflow(0)
+        0
     }
 
     /// Adds a counter of a known flag to the one that merges all applications and hours.
@@ -314,7 +314,7 @@ impl Aggregator {
         mut counter: Counter,
         shares: TokenQuotas<'_>,
         now: Hour,
-    ) -> Overflow {
+    ) -> u64 {
         let key = (environment, CounterKey { hour: now, app: MERGED_NAME.into(), ..key });
         let mut shard = self.shard(&key);
         if let Some(present) = shard.counters.get_mut(&key) {
@@ -322,7 +322,7 @@ impl Aggregator {
         }
         counter.set_reservation(shares.counters().reserve_unchecked(counter.base_weight(&key.1)));
         self.insert_counter(&mut shard, key, counter, shares);
-        Overflow(0)
+        0
     }
 
     fn merge_counter(
@@ -330,7 +330,7 @@ impl Aggregator {
         present: &mut Counter,
         counter: Counter,
         shares: TokenQuotas<'_>,
-    ) -> Overflow {
+    ) -> u64 {
         let before = present.distinct_variant_count();
         let lost = present.add(counter);
         let new = present.distinct_variant_count() - before;
@@ -390,7 +390,7 @@ mod tests {
         fn report(
             &self,
             counted: impl IntoIterator<Item = ReportedCounter>,
-        ) -> Result<Overflow, OverQuota> {
+        ) -> Result<u64, OverQuota> {
             let counted = counted.into_iter().collect();
             self.aggregator.record_counters(&self.environment, counted, &self.token, hour(10))
         }
@@ -434,7 +434,7 @@ mod tests {
                     scope.spawn(|| {
                         for report in 0..REPORTS {
                             let flag = (report % 7).to_string();
-                            assert_eq!(client.report(yes("a", &flag, 1)), Ok(Overflow(0)));
+                            assert_eq!(client.report(yes("a", &flag, 1)), Ok(0));
                         }
                     })
                 })
@@ -466,7 +466,7 @@ mod tests {
             let app = report.to_string();
             for flag in ["f", "g"] {
                 let counted = reported_counter(report % 7, &app, flag, &["v"], 1);
-                assert_eq!(client.report([counted]), Ok(Overflow(0)));
+                assert_eq!(client.report([counted]), Ok(0));
             }
         }
         let counts = counts_by_key(&aggregator);
@@ -484,16 +484,16 @@ mod tests {
         let names = |range: std::ops::Range<u32>| {
             range.map(|nth| reported_counter(10, "a", &format!("?{nth}"), &[], 1))
         };
-        assert_eq!(client.report(names(0..50)), Ok(Overflow(0)));
+        assert_eq!(client.report(names(0..50)), Ok(0));
         assert_eq!(client.report(names(50..90)), Err(OverQuota));
-        assert_eq!(client.report(names(50..80).chain(yes("a", "f", 1))), Ok(Overflow(0)));
+        assert_eq!(client.report(names(50..80).chain(yes("a", "f", 1))), Ok(0));
         assert_eq!(client.report(names(80..81)), Err(OverQuota));
         for _ in 0..100 {
-            assert_eq!(client.report(names(79..85).chain(yes("a", "f", 1))), Ok(Overflow(0)));
+            assert_eq!(client.report(names(79..85).chain(yes("a", "f", 1))), Ok(0));
         }
         // Existing counters need no additional memory, and other tokens have a quota left.
-        assert_eq!(client.report(names(0..80).chain(yes("a", "f", 1))), Ok(Overflow(0)));
-        assert_eq!(other.report(names(80..90)), Ok(Overflow(0)));
+        assert_eq!(client.report(names(0..80).chain(yes("a", "f", 1))), Ok(0));
+        assert_eq!(other.report(names(80..90)), Ok(0));
         let counts = counts_by_key(&aggregator);
         assert_eq!(counts[&(hour(10), "a".into(), "f".into())], 102);
         assert_eq!(counts[&(hour(10), MERGED_NAME.into(), MERGED_NAME.into())], 500);
@@ -504,7 +504,7 @@ mod tests {
         // Drained counters use the quota until they are sent.
         assert_eq!(client.report(names(100..101)), Err(OverQuota));
         drop(drained);
-        assert_eq!(client.report(names(100..180)), Ok(Overflow(0)));
+        assert_eq!(client.report(names(100..180)), Ok(0));
     }
 
     #[test]
@@ -512,10 +512,10 @@ mod tests {
         let aggregator = Aggregator::new(10 * UNKNOWN_DIVISOR);
         let client = Client::new(&aggregator, "token");
         let variants = |names: &[&str]| client.report([reported_counter(10, "a", "f", names, 1)]);
-        assert_eq!(variants(&["?1", "?2", "?3", "?4"]), Ok(Overflow(0)));
-        assert_eq!(variants(&["?1", "?5", "?6", "?7", "?8", "v"]), Ok(Overflow(0)));
-        assert_eq!(variants(&["?9", "w"]), Ok(Overflow(0)));
-        assert_eq!(variants(&["?1", "?10", "?11", "w"]), Ok(Overflow(0)));
+        assert_eq!(variants(&["?1", "?2", "?3", "?4"]), Ok(0));
+        assert_eq!(variants(&["?1", "?5", "?6", "?7", "?8", "v"]), Ok(0));
+        assert_eq!(variants(&["?9", "w"]), Ok(0));
+        assert_eq!(variants(&["?1", "?10", "?11", "w"]), Ok(0));
         let (place, counter) = aggregator.copy_counters().pop().unwrap();
         let stats = counter.to_bulk_metric("dev", &place.1).stats;
         assert_eq!((stats.yes, stats.variants["?1"], stats.variants[MERGED_NAME]), (4, 3, 3));

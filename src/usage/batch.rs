@@ -8,6 +8,8 @@ use std::{fmt, time::Duration};
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use serde_json::value::{RawValue, to_raw_value};
 
 use crate::token::Environment;
 
@@ -91,38 +93,46 @@ impl fmt::Display for BatchId {
     }
 }
 
-/// The list of the body that an item belongs to, in body order.
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+/// The list of the body that an item belongs to, in body order. Serializes to its name in the store.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub(super) enum ItemKind {
+    #[serde(rename = "application")]
     Application,
     /// An application known only from its reports, whose strategies are unknown. Unleash Edge rejects
     /// these, so they are sent apart from other applications.
+    #[serde(rename = "instance")]
     ApplicationWithoutStrategies,
+    #[serde(rename = "metric")]
     Metric,
+    #[serde(rename = "impact")]
     ImpactMetric,
 }
 
-/// A serialized item of a body.
-#[derive(Clone, Debug, Eq, PartialEq)]
+/// A serialized item of a body, stored with its JSON byte for byte.
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub(super) struct Item {
+    #[serde(rename = "part")]
     pub(super) kind: ItemKind,
-    pub(super) json: Box<str>,
     /// Number of evaluations that it counts.
+    #[serde(rename = "count")]
     pub(super) evaluations: u64,
-    /// Whether upstream rejected it as too large when it was alone in a body.
-    pub(super) was_too_large: bool,
+    pub(super) json: Box<RawValue>,
     /// For impact metrics: when each sample was reported, if known.
+    #[serde(rename = "times", default, skip_serializing_if = "Vec::is_empty")]
     pub(super) reported_at: Vec<Option<Timestamp>>,
+    /// Whether upstream rejected it as too large when it was alone in a body.
+    #[serde(skip)]
+    pub(super) was_too_large: bool,
 }
 
 impl Item {
-    pub(super) fn new(kind: ItemKind, json: Box<str>, evaluations: u64) -> Self {
-        Self { kind, json, evaluations, was_too_large: false, reported_at: Vec::new() }
+    pub(super) fn new(kind: ItemKind, json: Box<RawValue>, evaluations: u64) -> Self {
+        Self { kind, evaluations, json, reported_at: Vec::new(), was_too_large: false }
     }
 }
 
 /// The items of one request.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Batch {
     items: Vec<Item>,
 }
@@ -167,8 +177,9 @@ impl Batch {
         for item in
             self.items.iter_mut().filter(|item| item.kind == ItemKind::ApplicationWithoutStrategies)
         {
-            let open = item.json.strip_suffix('}').expect("an application is an object");
-            item.json = format!("{open},\"strategies\":[]}}").into();
+            let open = item.json.get().strip_suffix('}').expect("an application is an object");
+            let json = format!("{open},\"strategies\":[]}}");
+            item.json = RawValue::from_string(json).expect("an object with one more field is JSON");
             item.kind = ItemKind::Application;
             any = true;
         }
@@ -197,7 +208,7 @@ impl Batch {
         let mut comma = "";
         for item in self.items.iter().filter(|item| parts.contains(&item.kind)) {
             body.push_str(comma);
-            body.push_str(&item.json);
+            body.push_str(item.json.get());
             comma = ",";
         }
     }
@@ -222,7 +233,7 @@ impl BatchBuilder {
     ///
     /// The first item only has to fit into [`MAX_BODY_BYTES`]; otherwise it could never be sent.
     pub(super) fn push(&mut self, item: Item) -> Result<(), Item> {
-        let size = self.size + 1 + item.json.len();
+        let size = self.size + 1 + item.json.get().len();
         let (limit, fits) = match self.batch.items.first() {
             None => (MAX_BODY_BYTES, true),
             Some(first) => (self.limit, first.kind == item.kind),
@@ -248,7 +259,12 @@ impl BatchBuilder {
 /// The size of a body of these items, at most three commas too large.
 fn body_size(items: &[Item]) -> usize {
     let fixed = BODY_START.len() + METRICS_START.len() + IMPACT_START.len() + BODY_END.len();
-    items.iter().fold(fixed, |size, item| size + 1 + item.json.len())
+    items.iter().fold(fixed, |size, item| size + 1 + item.json.get().len())
+}
+
+/// The JSON of a value in upstream's format.
+pub(super) fn to_raw_json(value: &impl Serialize) -> Box<RawValue> {
+    to_raw_value(value).expect("wire types with text keys are JSON")
 }
 
 #[cfg(test)]
@@ -258,7 +274,7 @@ mod tests {
     use super::*;
 
     fn item(part: ItemKind, length: usize) -> Item {
-        Item::new(part, format!("\"{}\"", "x".repeat(length)).into(), 1)
+        Item::new(part, to_raw_json(&"x".repeat(length)), 1)
     }
 
     #[test]
@@ -299,7 +315,7 @@ mod tests {
 
     #[test]
     fn empty_strategies_turn_instances_into_applications() {
-        let json: Box<str> = r#"{"appName":"a"}"#.into();
+        let json = to_raw_json(&serde_json::json!({ "appName": "a" }));
         let mut batch =
             Batch::new(vec![Item::new(ItemKind::ApplicationWithoutStrategies, json, 0)]);
         assert_eq!(batch.body(), r#"{"applications":[{"appName":"a"}],"metrics":[]}"#);

@@ -7,14 +7,14 @@
 //! the environments that have the most ([`Counters::shrink_to`]). No count is dropped, and other
 //! environments are unaffected.
 //!
-//! [`Counters::shrink_to`]: super::counters::Counters::shrink_to
-//!
 //! A batch in flight is retried *unchanged* and with the same ID until upstream accepts or rejects it.
 //! If it is unknown whether upstream accepted it (the connection broke after it was sent), its
-//! evaluations may be counted twice, unless the destination recognizes the ID. In all other cases they are counted exactly once.
+//! evaluations may be counted twice, unless the destination recognizes the ID. In all other cases they
+//! are counted exactly once.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -22,12 +22,27 @@ use tracing::warn;
 
 use super::{
     aggregator::Drained,
-    batch::{BatchId, OutgoingBatch, SendOutcome},
-    counter::Overflow,
-    environment_queue::EnvironmentQueue,
+    batch::{
+        Batch, BatchBuilder, BatchId, Item, ItemKind, MAX_BODY_BYTES, OutgoingBatch, SendOutcome,
+        to_raw_json,
+    },
+    counters::{Counters, fair_share},
+    impact_metrics::ImpactSeries,
+    instances::PendingRegistrations,
     usage_metrics::{self, DropReason},
 };
-use crate::token::Environment;
+use crate::{backoff::Backoff, token::Environment};
+
+/// The delay of a retry after a first failure.
+const MIN_RETRY_DELAY: Duration = Duration::from_secs(1);
+/// The longest delay of a retry, unless the destination requests a longer one.
+const MAX_RETRY_DELAY: Duration = Duration::from_mins(1);
+/// The smallest body limit to choose when upstream rejects bodies as too large, in bytes.
+const MIN_BODY_BYTES: usize = 4096;
+/// Number of items to defer because upstream rejected each of them alone as too large.
+const MAX_DEFERRED: usize = 16;
+/// Number of consecutive accepted bodies after which a larger one is tried.
+const GROW_LIMIT_AFTER: u32 = 8;
 
 /// Identifies a state of the queue: the same revision means the same pending usage.
 ///
@@ -71,12 +86,12 @@ impl DeliveryQueue {
 
     /// Adds drained usage.
     pub(super) fn enqueue(&mut self, drained: BTreeMap<Environment, Drained>, now: Instant) {
-        let mut lost = 0;
+        let mut lost = 0_u64;
         self.change_count += u64::from(!drained.is_empty());
         for (environment, drained) in drained {
             let queue = self.queues.entry(environment).or_default();
             queue.waiting_since.get_or_insert(now);
-            lost += queue.merge(drained).0;
+            lost = lost.saturating_add(queue.merge(drained));
         }
         self.count_dropped(DropReason::Overflow, lost);
         self.enforce_limit();
@@ -93,7 +108,7 @@ impl DeliveryQueue {
         let queue = self.queues.entry(environment).or_default();
         queue.is_persisted = true;
         queue.waiting_since.get_or_insert(now);
-        let Overflow(lost) = queue.restore(restored);
+        let lost = queue.restore(restored);
         self.change_count += 1;
         self.count_dropped(DropReason::Overflow, lost);
         self.enforce_limit();
@@ -261,26 +276,247 @@ impl DeliveryQueue {
             self.max_counters,
             self.queues.values().map(|queue| queue.counters.weight()),
         );
-        let shrink = |queue: &mut EnvironmentQueue| queue.counters.shrink_to(share).0;
+        let shrink = |queue: &mut EnvironmentQueue| queue.counters.shrink_to(share);
         let lost = self.queues.values_mut().map(shrink).fold(0, u64::saturating_add);
         self.count_dropped(DropReason::Overflow, lost);
     }
 }
 
-/// The share of `total` for each so that the sum does not exceed it and small demands are met in full
-/// (max-min fairness); `total` if all demands can be met.
-fn fair_share(total: usize, demands: impl Iterator<Item = usize>) -> usize {
-    let mut demands: Vec<_> = demands.collect();
-    demands.sort_unstable();
-    let mut rest = total;
-    for (nth, demand) in demands.iter().enumerate() {
-        let share = rest / (demands.len() - nth);
-        if *demand > share {
-            return share;
+/// The pending usage of one environment.
+#[derive(Clone, Debug)]
+pub(super) struct EnvironmentQueue {
+    pub(super) applications: PendingRegistrations,
+    pub(super) counters: Counters,
+    pub(super) impact: ImpactSeries,
+    /// Serialized items, to be sent before those.
+    pub(super) serialized: VecDeque<Item>,
+    /// Serialized items, to be sent after everything else: upstream rejected each of them alone as too
+    /// large.
+    pub(super) deferred: VecDeque<Item>,
+    /// The batch that is being sent or will be retried.
+    pub(super) in_flight: Option<(BatchId, Batch)>,
+    is_sending: bool,
+    /// Batches that were in flight when earlier instances ended, to be sent unchanged before anything
+    /// else.
+    pub(super) restored_batches: VecDeque<(BatchId, Batch)>,
+    /// The size of body that upstream is assumed to accept, in bytes.
+    body_limit: usize,
+    /// Number of consecutive bodies that upstream accepted.
+    consecutive_successes: u32,
+    backoff: Backoff,
+    /// When the next batch may be sent, if the last one failed.
+    retry_at: Option<Instant>,
+    /// When the oldest pending usage was queued.
+    waiting_since: Option<Instant>,
+    /// Whether a store may hold usage of this environment.
+    is_persisted: bool,
+}
+
+impl Default for EnvironmentQueue {
+    fn default() -> Self {
+        Self {
+            applications: PendingRegistrations::default(),
+            counters: Counters::default(),
+            impact: ImpactSeries::default(),
+            serialized: VecDeque::new(),
+            deferred: VecDeque::new(),
+            in_flight: None,
+            is_sending: false,
+            restored_batches: VecDeque::new(),
+            body_limit: MAX_BODY_BYTES,
+            consecutive_successes: 0,
+            backoff: Backoff::new(MIN_RETRY_DELAY, MAX_RETRY_DELAY),
+            retry_at: None,
+            waiting_since: None,
+            is_persisted: false,
         }
-        rest -= demand;
     }
-    total
+}
+
+impl EnvironmentQueue {
+    pub(super) fn is_empty(&self) -> bool {
+        self.in_flight.is_none()
+            && self.restored_batches.is_empty()
+            && self.serialized.is_empty()
+            && self.deferred.is_empty()
+            && self.applications.is_empty()
+            && self.counters.is_empty()
+            && self.impact.is_empty()
+    }
+
+    /// Merges drained usage; returns what exceeds the counters' limits.
+    fn merge(&mut self, drained: Drained) -> u64 {
+        let lost = self.counters.extend(drained.counters);
+        for application in drained.applications {
+            self.applications.add(application);
+        }
+        self.impact.merge(drained.impact);
+        lost
+    }
+
+    /// Merges usage from a store; returns what exceeds the counters' limits.
+    pub(super) fn restore(&mut self, restored: Self) -> u64 {
+        let Self {
+            applications, counters, impact, serialized, in_flight, restored_batches, ..
+        } = restored;
+        let lost = self.counters.extend(counters);
+        for application in applications.iter() {
+            self.applications.add_earlier(Arc::clone(application));
+        }
+        self.impact.restore(impact);
+        // A serialized gauge is older than the other gauges of its record.
+        let mut without_gauges = |items: Vec<Item>| -> Vec<Item> {
+            items.into_iter().filter_map(|item| self.impact.restore_gauges(item)).collect()
+        };
+        let serialized = without_gauges(serialized.into());
+        let batches = in_flight.into_iter().chain(restored_batches);
+        let batches =
+            batches.map(|(id, batch)| (id, Batch::new(without_gauges(batch.into_items()))));
+        self.restored_batches.extend(batches.filter(|(_, batch)| !batch.items().is_empty()));
+        self.serialized.extend(serialized);
+        lost
+    }
+
+    /// Whether no delay is left after the last failure.
+    fn is_due(&self, now: Instant) -> bool {
+        self.retry_at.is_none_or(|at| at <= now)
+    }
+
+    /// Delays the next batch after a failure, at least by the `retry_after` that upstream requests.
+    /// `draw` is uniform in `0..1` and randomizes the delay.
+    fn schedule_retry(&mut self, now: Instant, retry_after: Option<Duration>, draw: f64) {
+        self.retry_at = Some(now + self.backoff.next_delay(retry_after, draw));
+    }
+
+    /// Ends the delay of the next batch, and makes the next delay the shortest one.
+    fn reset_backoff(&mut self) {
+        self.backoff.reset();
+        self.retry_at = None;
+    }
+
+    /// Drops the batch in flight, which upstream rejected; returns its evaluations.
+    fn discard_in_flight(&mut self) -> u64 {
+        self.reset_backoff();
+        self.in_flight.take().map_or(0, |(_, batch)| batch.evaluations())
+    }
+
+    /// Removes the batch in flight, which upstream accepted; returns its evaluations. Raises the body
+    /// limit after [`GROW_LIMIT_AFTER`] consecutive successes.
+    fn complete_in_flight(&mut self) -> u64 {
+        self.consecutive_successes = self.consecutive_successes.saturating_add(1);
+        if self.consecutive_successes.is_multiple_of(GROW_LIMIT_AFTER) {
+            self.body_limit = self.body_limit.saturating_mul(2).min(MAX_BODY_BYTES);
+        }
+        self.discard_in_flight()
+    }
+
+    /// Splits the batch in flight, which upstream rejected as too large, and lowers the body limit.
+    /// Returns a single item that must be dropped.
+    ///
+    /// If upstream, or a proxy in front of it, rejects everything as too large, nothing is dropped. A
+    /// single item is dropped only if it is larger than the smallest limit and is rejected again after
+    /// upstream has accepted other batches.
+    fn split_in_flight(&mut self, next: BatchId, now: Instant, draw: f64) -> Option<Batch> {
+        let (_, mut batch) = self.in_flight.take()?;
+        let size = batch.body().len();
+        let has_accepted = std::mem::take(&mut self.consecutive_successes) > 0;
+        if batch.items().len() > 1 {
+            if size <= MIN_BODY_BYTES || self.backoff.failures() > 0 {
+                self.schedule_retry(now, None, draw);
+            }
+            self.body_limit = (size / 2).clamp(MIN_BODY_BYTES, self.body_limit.max(MIN_BODY_BYTES));
+            let (front, back) = batch.split();
+            self.in_flight = Some((next, front));
+            back.into_iter().rev().for_each(|item| self.serialized.push_front(item));
+            return None;
+        }
+        let was_refused = batch.mark_too_large();
+        if size > MIN_BODY_BYTES && has_accepted && was_refused {
+            self.reset_backoff();
+            return Some(batch);
+        }
+        self.schedule_retry(now, None, draw);
+        if size > MIN_BODY_BYTES && self.deferred.len() < MAX_DEFERRED {
+            self.deferred.extend(batch.into_items());
+        } else {
+            self.in_flight = Some((next, batch));
+        }
+        None
+    }
+
+    /// Adds empty strategies to the batch in flight, for an upstream that requires lists of strategies.
+    /// False if the batch was rejected for another reason.
+    fn add_empty_strategies(&mut self) -> bool {
+        let in_flight = self.in_flight.as_mut();
+        let prepared = in_flight.is_some_and(|(_, batch)| batch.add_empty_strategies());
+        if prepared {
+            self.reset_backoff();
+        }
+        prepared
+    }
+
+    /// Removes a batch of items of one kind, and returns how many evaluations were too large to be sent.
+    fn next_batch(&mut self, environment: &Environment) -> (Option<Batch>, u64) {
+        let mut packer = BatchBuilder::new(self.body_limit);
+        let mut oversized = 0_u64;
+        while let Some(item) = self.pop_item(environment) {
+            let is_first = packer.is_empty();
+            match packer.push(item) {
+                Ok(()) => {}
+                Err(item) if is_first => {
+                    oversized = oversized.saturating_add(item.evaluations);
+                    usage_metrics::count_dropped_items("oversized", 1);
+                }
+                Err(item) => {
+                    self.serialized.push_front(item);
+                    break;
+                }
+            }
+        }
+        (packer.finish(), oversized)
+    }
+
+    /// Removes the next item: applications first, then the oldest counters.
+    fn pop_item(&mut self, environment: &Environment) -> Option<Item> {
+        if let Some(item) = self.serialized.pop_front() {
+            return Some(item);
+        }
+        if let Some(registration) = self.applications.pop_first() {
+            let application = registration.application();
+            let kind = match application.strategies {
+                Some(_) => ItemKind::Application,
+                None => ItemKind::ApplicationWithoutStrategies,
+            };
+            return Some(Item::new(kind, to_raw_json(application), 0));
+        }
+        if let Some((key, counter)) = self.counters.pop_oldest() {
+            let json = to_raw_json(&counter.to_bulk_metric(environment.as_str(), &key));
+            return Some(Item::new(ItemKind::Metric, json, counter.total()));
+        }
+        self.serialized.extend(self.impact.pop_items());
+        if let Some(item) = self.serialized.pop_front() {
+            return Some(item);
+        }
+        while let Some(item) = self.deferred.pop_front() {
+            if let Some(item) = self.impact.without_stale_gauges(item) {
+                return Some(item);
+            }
+        }
+        None
+    }
+
+    /// The items that are serialized already, including those of batches.
+    pub(super) fn items(&self) -> impl Iterator<Item = &Item> {
+        let batches = self.in_flight.iter().chain(&self.restored_batches);
+        let items = batches.flat_map(|(_, batch)| batch.items());
+        items.chain(&self.serialized).chain(&self.deferred)
+    }
+
+    /// Number of pending evaluations, including the batch in flight.
+    fn evaluations(&self) -> u64 {
+        let items = self.items().map(|item| item.evaluations);
+        items.fold(self.counters.total(), u64::saturating_add)
+    }
 }
 
 #[cfg(test)]

@@ -12,13 +12,17 @@
 
 use std::{
     collections::{BTreeMap, HashMap, btree_map::Entry},
+    iter::repeat,
     sync::Arc,
 };
 
 use jiff::Timestamp;
 use xxhash_rust::xxh3::Xxh3Default;
 
-use super::memory_pool::{Reservation, TEXT_OVERHEAD_BYTES};
+use super::{
+    batch::{Item, ItemKind, to_raw_json},
+    memory_pool::{Reservation, TEXT_OVERHEAD_BYTES},
+};
 use crate::protocol::usage::{
     HistogramSample, ImpactMetric, Labels, MAX_INTEGER, MAX_NUMBER, NumericSample, Samples,
     UpperBound,
@@ -30,6 +34,10 @@ const MAX_BUCKETS: usize = 256;
 const MAX_GAUGE_TIMES: usize = 16_384;
 /// Bytes that a histogram bucket takes.
 const BUCKET_BYTES: usize = 32;
+/// Number of samples of one metric in an item of a batch.
+const SAMPLES_PER_ITEM: usize = 64;
+/// The largest item with several samples, in bytes.
+const MAX_ITEM_BYTES: usize = 16 * 1024;
 
 /// The type of a metric.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -165,6 +173,17 @@ impl ImpactSeries {
         }
     }
 
+    /// Merges the gauges of an item from a store; their application is lost. Returns an item that contains
+    /// no gauges.
+    pub(super) fn restore_gauges(&mut self, item: Item) -> Option<Item> {
+        let Some(metric) = parse(&item) else { return Some(item) };
+        let Samples::Gauge(_) = &metric.samples else { return Some(item) };
+        let mut series = Self::default();
+        series.record(&"".into(), metric, item.reported_at, |_| Some(Reservation::default()));
+        self.restore(series);
+        None
+    }
+
     /// Merges series from a store. Gauges that are not newer than those already merged or restored are
     /// dropped.
     pub(super) fn restore(&mut self, other: Self) {
@@ -191,20 +210,34 @@ impl ImpactSeries {
         self.series.is_empty()
     }
 
-    /// Whether no later report of this gauge is known.
-    pub(super) fn is_latest(
-        &self,
-        name: &Arc<str>,
-        labels: &Labels,
-        at: Option<Timestamp>,
-    ) -> bool {
-        let last = self.gauge_times.get(&GaugeHash::of(name, labels));
-        last.is_none_or(|last| *last == at)
+    /// Drops the gauges of an item for which a later report is known. `None` if no gauge is left.
+    pub(super) fn without_stale_gauges(&self, mut item: Item) -> Option<Item> {
+        let Some(mut metric) = parse(&item) else { return Some(item) };
+        let Samples::Gauge(samples) = &mut metric.samples else { return Some(item) };
+        let before = samples.len();
+        let times = item.reported_at.iter().copied().chain(repeat(None));
+        (*samples, item.reported_at) = std::mem::take(samples)
+            .into_iter()
+            .zip(times)
+            .filter(|(sample, at)| {
+                let last = self.gauge_times.get(&GaugeHash::of(&metric.name, &sample.labels));
+                last.is_none_or(|last| last == at)
+            })
+            .unzip();
+        match samples.len() {
+            0 => return None,
+            left if left < before => item.json = to_raw_json(&metric),
+            _ => {}
+        }
+        Some(item)
     }
 
-    /// Removes a metric with at most `max` samples, for upstream, regardless of applications.
-    pub(super) fn pop_metric(&mut self, max: usize) -> Option<AppMetric> {
-        self.pop_matching(max, |_, _| true)
+    /// Removes some samples of one metric, regardless of applications, as items of a batch.
+    pub(super) fn pop_items(&mut self) -> Vec<Item> {
+        let popped = self.pop_matching(SAMPLES_PER_ITEM, |_, _| true);
+        popped
+            .map(|AppMetric { metric, reported_at, .. }| to_items(metric, reported_at))
+            .unwrap_or_default()
     }
 
     /// Removes one metric of one application, for the spool.
@@ -319,160 +352,41 @@ fn to_samples(kind: MetricKind, samples: Vec<(Labels, Sample)>) -> Samples {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{token::TokenDigest, usage::memory_pool::MemoryPool};
-
-    fn metric(kind: &str, samples: &str) -> ImpactMetric {
-        let json = format!(r#"{{"name":"n","help":"h","type":"{kind}","samples":{samples}}}"#);
-        ImpactMetric::from_value(serde_json::from_str(&json).unwrap()).unwrap()
+/// Parses an item that is an impact metric.
+fn parse(item: &Item) -> Option<ImpactMetric> {
+    if item.kind != ItemKind::ImpactMetric {
+        return None;
     }
-
-    /// One sample without labels.
-    const ONE: &str = r#"[{"value":1}]"#;
-
-    #[track_caller]
-    fn check(kind: &str, reports: &[&str], expected: &str) {
-        let mut series = ImpactSeries::default();
-        for samples in reports {
-            assert_eq!(
-                series.record(&"app".into(), metric(kind, samples), [], |_| Some(
-                    Reservation::default()
-                )),
-                0
-            );
-        }
-        let merged =
-            series.pop_metric(10).map(|popped| serde_json::to_value(popped.metric).unwrap());
-        let expected: serde_json::Value = serde_json::from_str(expected).unwrap();
-        assert_eq!(merged.unwrap()["samples"], expected);
-        assert!(series.is_empty());
-    }
-
-    #[test]
-    fn counters_and_histograms_are_summed_and_gauges_keep_the_last_value() {
-        check(
-            "counter",
-            &[r#"[{"value":1},{"value":5,"labels":{"a":"b"}}]"#, r#"[{"value":2}]"#],
-            r#"[{"value":5.0,"labels":{"a":"b","origin":"edge"}},
-                {"value":3.0,"labels":{"origin":"edge"}}]"#,
-        );
-        check(
-            "gauge",
-            &[r#"[{"value":1}]"#, r#"[{"value":-2}]"#],
-            r#"[{"value":-2.0,"labels":{"origin":"edge"}}]"#,
-        );
-        check(
-            "histogram",
-            &[
-                r#"[{"count":2,"sum":3,"buckets":[{"le":1,"count":1},{"le":"+Inf","count":2}]}]"#,
-                r#"[{"count":1,"sum":0.5,"buckets":[{"le":1,"count":1},{"le":"+Inf","count":1}]}]"#,
-            ],
-            r#"[{"count":3,"sum":3.5,"buckets":[{"le":1.0,"count":2},{"le":"+Inf","count":3}],
-                 "labels":{"origin":"edge"}}]"#,
-        );
-    }
-
-    #[test]
-    fn samples_are_bounded_by_their_size_in_bytes() {
-        let quota = MemoryPool::new(50_000).quota_of(&TokenDigest::of("token"));
-        let reserve = |bytes| quota.try_reserve(bytes);
-        let record = |series: &mut ImpactSeries, kind: &str, samples: &[String]| {
-            let metric = metric(kind, &format!("[{}]", samples.join(",")));
-            series.record(&"app".into(), metric, [], reserve)
-        };
-        let labelled: Vec<_> =
-            (0..200).map(|at| format!(r#"{{"value":1,"labels":{{"at":"{at:0>200}"}}}}"#)).collect();
-        let mut series = ImpactSeries::default();
-        let lost = record(&mut series, "gauge", &labelled);
-        assert!((80..150).contains(&lost), "{lost}");
-        assert_eq!(series.series.len(), 200 - lost);
-        // Existing series need no additional memory.
-        assert_eq!(record(&mut series, "gauge", &labelled[..50]), 0);
-        drop(series);
-
-        let mut series = ImpactSeries::default();
-        let histogram = |buckets: std::ops::Range<usize>| {
-            let buckets = buckets.map(|le| format!(r#"{{"le":{le},"count":1}}"#));
-            let buckets = buckets.collect::<Vec<_>>().join(",");
-            [format!(r#"{{"count":1,"sum":1,"buckets":[{buckets}]}}"#)]
-        };
-        assert_eq!(record(&mut series, "histogram", &histogram(0..1)), 0);
-        let rest = quota.try_reserve(39_000).unwrap();
-        assert_eq!(record(&mut series, "histogram", &histogram(0..200)), 0);
-        drop(rest);
-        let popped = series.pop_metric(1).unwrap();
-        let Samples::Histogram(samples) = popped.metric.samples else { panic!() };
-        assert!((2..30).contains(&samples[0].buckets.len()), "{samples:?}");
-        assert!(quota.try_reserve(40_000).is_some());
-    }
-
-    #[test]
-    fn longer_help_is_dropped_if_it_exceeds_the_quota() {
-        let quota = MemoryPool::new(2000).quota_of(&TokenDigest::of("token"));
-        let mut series = ImpactSeries::default();
-        let mut helped_by = |length: usize| {
-            let metric = ImpactMetric { help: "h".repeat(length).into(), ..metric("gauge", ONE) };
-            let reserve = |bytes| quota.try_reserve(bytes);
-            assert_eq!(series.record(&"app".into(), metric, [], reserve), 0);
-            series.series.values().map(|series| series.help.len()).sum::<usize>()
-        };
-        assert_eq!(helped_by(1), 1);
-        assert_eq!(helped_by(1000), 1000);
-        assert!(quota.try_reserve(600).is_none());
-        assert_eq!(helped_by(10), 10);
-        let rest = quota.try_reserve(600).unwrap();
-        assert_eq!(helped_by(1000), 10);
-        drop((rest, series));
-        assert!(quota.try_reserve(1600).is_some());
-    }
-
-    fn gauge(app: &str, value: u8, second: Option<i64>) -> ImpactSeries {
-        let at = second.map(|second| Timestamp::from_second(second).unwrap());
-        let mut series = ImpactSeries::default();
-        let metric = metric("gauge", &format!(r#"[{{"value":{value}}}]"#));
-        assert_eq!(series.record(&app.into(), metric, [at], |_| Some(Reservation::default())), 0);
-        series
-    }
-
-    /// The values of all gauges.
-    fn values(series: &ImpactSeries) -> Vec<f64> {
-        let value = |series: &Series| match series.sample {
-            Sample::Gauge(value) => value,
-            _ => panic!("{series:?}"),
-        };
-        series.series.values().map(value).collect()
-    }
-
-    #[test]
-    fn restored_gauge_replaces_only_an_older_one() {
-        let check = |first: Option<i64>, then: Option<i64>, expected: f64| {
-            let mut series = ImpactSeries::default();
-            series.restore(gauge("a", 1, first));
-            series.restore(gauge("a", 2, then));
-            assert_eq!(values(&series), [expected], "{first:?} {then:?}");
-        };
-        check(Some(5), Some(6), 2.0);
-        check(Some(6), Some(5), 1.0);
-        check(Some(5), Some(5), 1.0);
-        check(None, Some(5), 2.0);
-        check(Some(5), None, 1.0);
-        check(None, None, 1.0);
-    }
-
-    #[test]
-    fn restored_gauge_is_dropped_after_a_later_one_was_sent() {
-        let mut series = ImpactSeries::default();
-        series.merge(gauge("a", 1, Some(6)));
-        assert!(series.pop_metric(10).is_some());
-        series.restore(gauge("b", 2, Some(5)));
-        assert!(series.is_empty());
-        series.restore(gauge("b", 3, Some(7)));
-        assert_eq!(values(&series), [3.0]);
-        // A new report replaces the value even if the clock was set back.
-        series.merge(gauge("b", 4, Some(1)));
-        assert_eq!(values(&series), [4.0]);
-        assert!(series.gauge_times.len() == 1);
-    }
+    ImpactMetric::from_value(serde_json::from_str(item.json.get()).ok()?).ok()
 }
+
+/// Serializes a metric into items, split by samples so that none exceeds the limit if possible.
+fn to_items(metric: ImpactMetric, times: Vec<Option<Timestamp>>) -> Vec<Item> {
+    fn split_off_half<T>(samples: &mut Vec<T>) -> Option<Vec<T>> {
+        (samples.len() > 1).then(|| samples.split_off(samples.len() / 2))
+    }
+    let mut items = Vec::new();
+    let mut rest = vec![(metric, times)];
+    while let Some((mut metric, mut reported_at)) = rest.pop() {
+        let json = to_raw_json(&metric);
+        let other = match &mut metric.samples {
+            _ if json.get().len() <= MAX_ITEM_BYTES => None,
+            Samples::Counter(samples) => split_off_half(samples).map(Samples::Counter),
+            Samples::Gauge(samples) => split_off_half(samples).map(Samples::Gauge),
+            Samples::Histogram(samples) => split_off_half(samples).map(Samples::Histogram),
+        };
+        match other {
+            None => items.push(Item { reported_at, ..Item::new(ItemKind::ImpactMetric, json, 0) }),
+            Some(samples) => {
+                let (name, help) = (Arc::clone(&metric.name), Arc::clone(&metric.help));
+                let later = reported_at.split_off(reported_at.len() / 2);
+                rest.push((ImpactMetric { name, help, samples }, later));
+                rest.push((metric, reported_at));
+            }
+        }
+    }
+    items
+}
+
+#[cfg(test)]
+mod tests;

@@ -8,15 +8,15 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
-use serde_json::value::{RawValue, to_raw_value};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::value::RawValue;
 
 use super::{
-    applications::Registration,
-    batch::{Batch, BatchId, Item, ItemKind},
-    counter::{Counter, CounterKey, Hour, NameStatus},
-    environment_queue::{Age, EnvironmentQueue},
+    batch::{Batch, BatchId, Item, to_raw_json},
+    counters::{Counter, CounterKey, Hour, NameStatus},
+    delivery_queue::EnvironmentQueue,
     impact_metrics::AppMetric,
+    instances::Registration,
     memory_pool::{Quota, Reservation},
 };
 use crate::{
@@ -51,7 +51,7 @@ struct Spool {
 /// The pending usage of one environment. Items are stored as separate JSON values.
 #[derive(Deserialize, Serialize)]
 struct EnvironmentRecord {
-    /// The items of the batch in flight, each an [`ItemRecord`].
+    /// The items of the batch in flight, each an [`Item`].
     batch: Vec<Box<RawValue>>,
     /// The ID of that batch; earlier versions wrote none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -59,7 +59,7 @@ struct EnvironmentRecord {
     /// Batches of earlier runs that have not been resent yet.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     left: Vec<BatchRecord>,
-    /// Serialized items that were not sent, each an [`ItemRecord`].
+    /// Serialized items that were not sent, each an [`Item`].
     pieces: Vec<Box<RawValue>>,
     /// Each a [`ClientApplication`].
     applications: Vec<Box<RawValue>>,
@@ -73,19 +73,8 @@ struct EnvironmentRecord {
 #[derive(Deserialize, Serialize)]
 struct BatchRecord {
     id: String,
-    /// Each an [`ItemRecord`].
+    /// Each an [`Item`].
     batch: Vec<Box<RawValue>>,
-}
-
-/// An item of a body, preserved byte for byte.
-#[derive(Deserialize, Serialize)]
-struct ItemRecord {
-    part: String,
-    count: u64,
-    json: Box<RawValue>,
-    /// For impact metrics: when each sample was reported.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    times: Vec<Option<Timestamp>>,
 }
 
 #[derive(Deserialize, Serialize)]
@@ -152,23 +141,18 @@ fn encode_environment(environment: &Environment, queue: &EnvironmentQueue) -> En
             times: reported_at,
         }));
     }
-    let piece = |item: &Item| to_raw_json(&ItemRecord::from_item(item));
-    let pieces = |batch: &Batch| batch.items().iter().map(piece).collect();
+    let pieces = |batch: &Batch| batch.items().iter().map(to_raw_json).collect();
     let left =
         |(id, batch): &(BatchId, Batch)| BatchRecord { id: id.to_string(), batch: pieces(batch) };
     EnvironmentRecord {
         batch: queue.in_flight.as_ref().map(|(_, batch)| pieces(batch)).unwrap_or_default(),
         batch_id: queue.in_flight.as_ref().map(|(id, _)| id.to_string()),
         left: queue.restored_batches.iter().map(left).collect(),
-        pieces: queue.serialized.iter().chain(&queue.deferred).map(piece).collect(),
-        applications: queue.applications.values().map(|it| to_raw_json(it.application())).collect(),
+        pieces: queue.serialized.iter().chain(&queue.deferred).map(to_raw_json).collect(),
+        applications: queue.applications.iter().map(|it| to_raw_json(it.application())).collect(),
         metrics: queue.counters.iter().map(metric).collect(),
         impact,
     }
-}
-
-fn to_raw_json(item: &impl Serialize) -> Box<RawValue> {
-    to_raw_value(item).expect("wire types with text keys are JSON")
 }
 
 /// Decodes an environment, skipping and counting unreadable items.
@@ -182,10 +166,10 @@ fn decode_environment(
     let left = record.left.iter();
     queue.restored_batches =
         left.filter_map(|it| decode_batch(Some(&it.id), &it.batch, unreadable)).collect();
-    queue.serialized = decode_items(&record.pieces, decode_item, unreadable).into();
+    queue.serialized = decode_items(&record.pieces, decode_json, unreadable).into();
     for application in decode_items(&record.applications, decode_application, unreadable) {
         let registration = Registration::restored(application, registrations);
-        queue.add_registration(Arc::new(registration), Age::Newer);
+        queue.applications.add(Arc::new(registration));
     }
     for metric in decode_items(&record.metrics, decode_metric, unreadable) {
         let hour = Hour::of(metric.timestamp);
@@ -207,7 +191,7 @@ fn decode_batch(
     items: &[Box<RawValue>],
     unreadable: &mut usize,
 ) -> Option<(BatchId, Batch)> {
-    let items = decode_items(items, decode_item, unreadable);
+    let items = decode_items(items, decode_json, unreadable);
     if items.is_empty() {
         return None;
     }
@@ -226,8 +210,8 @@ fn decode_items<T>(
     read
 }
 
-fn decode_item(json: &str) -> Option<Item> {
-    serde_json::from_str::<ItemRecord>(json).ok()?.into_item()
+fn decode_json<T: DeserializeOwned>(json: &str) -> Option<T> {
+    serde_json::from_str(json).ok()
 }
 
 fn decode_application(json: &str) -> Option<ClientApplication> {
@@ -235,45 +219,12 @@ fn decode_application(json: &str) -> Option<ClientApplication> {
 }
 
 fn decode_metric(json: &str) -> Option<BulkMetric> {
-    BulkMetric::from_value(serde_json::from_str(json).ok()?).ok()
+    BulkMetric::from_value(decode_json(json)?).ok()
 }
 
 fn decode_impact(json: &str) -> Option<(Arc<str>, ImpactMetric, Vec<Option<Timestamp>>)> {
-    let ImpactRecord { app, metric, times } = serde_json::from_str(json).ok()?;
-    Some((app, ImpactMetric::from_value(serde_json::from_str(metric.get()).ok()?).ok()?, times))
-}
-
-impl ItemRecord {
-    fn from_item(item: &Item) -> Self {
-        let part = match item.kind {
-            ItemKind::Application => "application",
-            ItemKind::ApplicationWithoutStrategies => "instance",
-            ItemKind::Metric => "metric",
-            ItemKind::ImpactMetric => "impact",
-        };
-        let json = RawValue::from_string(item.json.to_string()).expect("an item is JSON");
-        Self {
-            part: part.to_owned(),
-            count: item.evaluations,
-            json,
-            times: item.reported_at.clone(),
-        }
-    }
-
-    /// The item; `None` if its kind is unknown.
-    fn into_item(self) -> Option<Item> {
-        let part = match self.part.as_str() {
-            "application" => ItemKind::Application,
-            "instance" => ItemKind::ApplicationWithoutStrategies,
-            "metric" => ItemKind::Metric,
-            "impact" => ItemKind::ImpactMetric,
-            _ => return None,
-        };
-        Some(Item {
-            reported_at: self.times,
-            ..Item::new(part, self.json.get().into(), self.count)
-        })
-    }
+    let ImpactRecord { app, metric, times } = decode_json(json)?;
+    Some((app, ImpactMetric::from_value(decode_json(metric.get())?).ok()?, times))
 }
 
 #[cfg(test)]
@@ -281,7 +232,7 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use crate::usage::memory_pool::MemoryPool;
+    use crate::usage::{batch::ItemKind, memory_pool::MemoryPool};
 
     fn decode(bytes: &[u8]) -> Result<Restored, RestoreError> {
         super::decode(bytes, &MemoryPool::new(0).unowned_quota())
@@ -325,13 +276,18 @@ mod tests {
 
         let mut queue = EnvironmentQueue::default();
         let _ = queue.restore(queues[0].1.clone());
-        let item = Item::new(ItemKind::Metric, "{}".into(), 1);
+        let item = Item::new(ItemKind::Metric, to_raw_json(&Value::Null), 1);
         let other = (BatchId::new(7, 1), Batch::new(vec![item]));
         queue.in_flight = Some(other.clone());
         let saved = encode(&[(dev(), queue)]).unwrap();
         let restored = &decode(&saved).unwrap().queues[0].1;
-        assert_eq!(restored.in_flight, Some(other));
-        assert_eq!(restored.restored_batches, [queues[0].1.in_flight.clone().unwrap()]);
+        let parts = |(id, batch): &(BatchId, Batch)| (*id, batch.body(), batch.evaluations());
+        assert_eq!(restored.in_flight.as_ref().map(parts), Some(parts(&other)));
+        let earlier = queues[0].1.in_flight.as_ref().map(parts);
+        assert_eq!(
+            restored.restored_batches.iter().map(parts).collect::<Vec<_>>(),
+            [earlier.unwrap()]
+        );
     }
 
     #[test]

@@ -1,7 +1,5 @@
 //! Tests of which batches are sent, when, and what remains after each outcome.
 
-use std::sync::Arc;
-
 use proptest::prelude::*;
 use serde_json::Value;
 
@@ -9,10 +7,8 @@ use super::*;
 use crate::{
     protocol::usage::{BulkMetric, ClientApplication, ImpactMetric, ToggleStats},
     usage::{
-        applications::Registration,
-        batch::MAX_BODY_BYTES,
-        counter::{Counter, CounterKey, Hour, MAX_NAME_BYTES, MAX_VARIANTS, NameStatus},
-        environment_queue::Age,
+        counters::{Counter, CounterKey, Hour, MAX_NAME_BYTES, MAX_VARIANTS, NameStatus},
+        instances::Registration,
         memory_pool::{MemoryPool, Quota, Reservation},
         spool,
     },
@@ -245,7 +241,7 @@ fn restored_registration_does_not_replace_a_newer_one() {
     let drained = Drained { applications, ..Drained::default() };
     queue.enqueue(BTreeMap::from([(Environment::new("dev"), drained)]), now);
     let mut restored = EnvironmentQueue::default();
-    restored.add_registration(registration(application(1, r#","strategies":["x"]"#)), Age::Newer);
+    restored.applications.add(registration(application(1, r#","strategies":["x"]"#)));
     queue.restore(Environment::new("dev"), restored, now);
     let body: Value = serde_json::from_slice(&queue.next_batch(now).unwrap().body).unwrap();
     let [application] = &body["applications"].as_array().unwrap()[..] else { panic!("{body}") };
@@ -411,19 +407,6 @@ fn excess_counters_are_merged_by_application_and_then_by_hour() {
     let rows = metrics(&batch.body);
     // The first ten hours are merged, with all of their counts.
     assert_eq!((rows.len(), rows[0].stats.yes, yes(&batch.body)), (10, 8 + 8 + 8, 16 + 17));
-}
-
-#[test]
-fn fair_share_meets_small_demands_in_full() {
-    let check = |total: usize, demands: &[usize], share: usize| {
-        assert_eq!(fair_share(total, demands.iter().copied()), share, "{demands:?}");
-    };
-    check(100, &[], 100);
-    check(100, &[30, 70], 100);
-    check(100, &[101], 100);
-    check(100, &[200, 10], 90);
-    check(100, &[50, 20, 60], 40);
-    check(100, &[100, 100, 100], 33);
 }
 
 #[test]
