@@ -11,11 +11,12 @@
 //! usage that edges report is not stored here.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
+use dashmap::{DashMap, Entry};
 use serde_json::Value;
 
 use super::{
@@ -67,10 +68,10 @@ struct TrackedInstance {
     last_sent: Option<Instant>,
 }
 
-/// The tracked instances.
+/// The tracked instances of applications.
 #[derive(Debug, Default)]
 pub(super) struct Applications {
-    instances: HashMap<InstanceKey, TrackedInstance>,
+    instances: DashMap<InstanceKey, TrackedInstance>,
 }
 
 /// The application's name and its instance, after whether its strategies are unknown. Sorts
@@ -106,13 +107,15 @@ impl Registration {
 impl Applications {
     /// Records a registration; false if it is new or changed and exceeds the quota.
     pub(super) fn register(
-        &mut self,
+        &self,
         key: InstanceKey,
         mut application: ClientApplication,
         quota: &Quota,
         now: Instant,
     ) -> bool {
-        if let Some(instance) = self.instances.get_mut(&key) {
+        let mut entry = self.instances.entry(key);
+        if let Entry::Occupied(present) = &mut entry {
+            let instance = present.get_mut();
             instance.last_seen = now;
             let before = instance.registration.application();
             // A downstream edge may have restarted and now know the instance only from its metrics.
@@ -125,34 +128,33 @@ impl Applications {
         }
         let Some(reservation) = quota.try_reserve(memory_size(&application)) else { return false };
         let registration = Arc::new(Registration { application, reservation });
-        self.instances
-            .insert(key, TrackedInstance { registration, last_seen: now, last_sent: None });
+        entry.insert(TrackedInstance { registration, last_seen: now, last_sent: None });
         true
     }
 
     /// Marks an instance as active; false if it is not tracked.
-    pub(super) fn touch(&mut self, key: &InstanceKey, now: Instant) -> bool {
+    pub(super) fn touch(&self, key: &InstanceKey, now: Instant) -> bool {
         let instance = self.instances.get_mut(key);
-        instance.map(|instance| instance.last_seen = now).is_some()
+        instance.map(|mut instance| instance.last_seen = now).is_some()
     }
 
     /// Registrations that are due, which are marked as sent. Removes inactive instances.
-    pub(super) fn take_due(&mut self, now: Instant) -> Vec<(Environment, Arc<Registration>)> {
+    pub(super) fn take_due(&self, now: Instant) -> Vec<(Environment, Arc<Registration>)> {
         let mut due = Vec::new();
-        for (key, instance) in &mut self.instances {
+        self.instances.retain(|key, instance| {
             if instance.is_due(now) {
                 instance.last_sent = Some(now);
                 due.push((key.environment.clone(), Arc::clone(&instance.registration)));
             }
-        }
-        self.instances
-            .retain(|_, instance| now.saturating_duration_since(instance.last_seen) < IDLE_TTL);
+            now.saturating_duration_since(instance.last_seen) < IDLE_TTL
+        });
         due
     }
 
     /// Registrations that are due, without marking them as sent.
-    pub(super) fn iter_due(&self, now: Instant) -> impl Iterator<Item = &Arc<Registration>> {
-        self.instances.values().filter(move |it| it.is_due(now)).map(|it| &it.registration)
+    pub(super) fn due(&self, now: Instant) -> Vec<Arc<Registration>> {
+        let due = self.instances.iter().filter(|instance| instance.is_due(now));
+        due.map(|instance| Arc::clone(&instance.registration)).collect()
     }
 }
 

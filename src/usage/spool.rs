@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::value::RawValue;
 
 use super::{
-    batch::{Batch, BatchId, Item, to_raw_json},
+    batch::{Batch, BatchId, to_raw_json},
     counters::{Counter, CounterKey, Hour, NameStatus},
     delivery_queue::EnvironmentQueue,
     impact_metrics::AppMetric,
@@ -51,7 +51,7 @@ struct Spool {
 /// The pending usage of one environment. Items are stored as separate JSON values.
 #[derive(Deserialize, Serialize)]
 struct EnvironmentRecord {
-    /// The items of the batch in flight, each an [`Item`].
+    /// The items of the batch in flight, each an [`Item`](super::batch::Item).
     batch: Vec<Box<RawValue>>,
     /// The ID of that batch; earlier versions wrote none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -59,7 +59,7 @@ struct EnvironmentRecord {
     /// Batches of earlier runs that have not been resent yet.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     left: Vec<BatchRecord>,
-    /// Serialized items that were not sent, each an [`Item`].
+    /// Serialized items that were not sent, each an [`Item`](super::batch::Item).
     pieces: Vec<Box<RawValue>>,
     /// Each a [`ClientApplication`].
     applications: Vec<Box<RawValue>>,
@@ -73,7 +73,7 @@ struct EnvironmentRecord {
 #[derive(Deserialize, Serialize)]
 struct BatchRecord {
     id: String,
-    /// Each an [`Item`].
+    /// Each an [`Item`](super::batch::Item).
     batch: Vec<Box<RawValue>>,
 }
 
@@ -232,7 +232,10 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use crate::usage::{batch::ItemKind, memory_pool::MemoryPool};
+    use crate::usage::{
+        batch::{Item, ItemKind},
+        memory_pool::MemoryPool,
+    };
 
     fn decode(bytes: &[u8]) -> Result<Restored, RestoreError> {
         super::decode(bytes, &MemoryPool::new(0).unowned_quota())

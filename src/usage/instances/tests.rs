@@ -6,7 +6,7 @@ fn quota(capacity: usize) -> Quota {
     MemoryPool::new(capacity).quota_of(&TokenDigest::of("token"))
 }
 
-fn take_due_applications(applications: &mut Applications, now: Instant) -> Vec<ClientApplication> {
+fn take_due_applications(applications: &Applications, now: Instant) -> Vec<ClientApplication> {
     let due = applications.take_due(now).into_iter();
     due.map(|(_, registration)| registration.application().clone()).collect()
 }
@@ -29,47 +29,47 @@ fn minute(start: Instant) -> impl Fn(u64) -> Instant {
 #[test]
 fn instance_is_registered_when_new_when_changed_and_hourly_while_active() {
     let at = minute(Instant::now());
-    let mut applications = Applications::default();
+    let applications = Applications::default();
     let quota = quota(10_000);
     assert!(!applications.touch(&key("i"), at(0)));
     assert!(applications.register(key("i"), application(1), &quota, at(0)));
     assert_eq!(applications.take_due(at(1)).len(), 1);
     assert!(applications.register(key("i"), application(1), &quota, at(2)));
-    assert_eq!(take_due_applications(&mut applications, at(2)), []);
+    assert_eq!(take_due_applications(&applications, at(2)), []);
     assert!(applications.register(key("i"), application(2), &quota, at(3)));
     assert_eq!(applications.take_due(at(3)).len(), 1);
     assert!(applications.touch(&key("i"), at(50)));
-    assert_eq!(take_due_applications(&mut applications, at(62)), []);
+    assert_eq!(take_due_applications(&applications, at(62)), []);
     assert_eq!(applications.take_due(at(63)).len(), 1);
-    assert_eq!(take_due_applications(&mut applications, at(64)), []);
-    assert_eq!(take_due_applications(&mut applications, at(50 + 120)), []);
+    assert_eq!(take_due_applications(&applications, at(64)), []);
+    assert_eq!(take_due_applications(&applications, at(50 + 120)), []);
     assert!(applications.instances.is_empty());
 }
 
 #[test]
 fn registration_without_strategies_inherits_earlier_ones() {
     let at = minute(Instant::now());
-    let mut applications = Applications::default();
+    let applications = Applications::default();
     let quota = quota(10_000);
     let listed = ClientApplication { strategies: Some(vec!["x".into()]), ..application(1) };
     assert!(applications.register(key("i"), listed.clone(), &quota, at(0)));
     assert_eq!(applications.take_due(at(0)).len(), 1);
     assert!(applications.register(key("i"), application(1), &quota, at(1)));
-    assert_eq!(take_due_applications(&mut applications, at(1)), []);
+    assert_eq!(take_due_applications(&applications, at(1)), []);
     assert!(applications.register(key("i"), application(2), &quota, at(2)));
     let updated = ClientApplication { interval: 2, ..listed };
-    assert_eq!(take_due_applications(&mut applications, at(2)), [updated]);
+    assert_eq!(take_due_applications(&applications, at(2)), [updated]);
 }
 
 #[test]
 fn instances_are_bounded_by_their_size_in_bytes() {
     let at = minute(Instant::now());
-    let mut applications = Applications::default();
+    let applications = Applications::default();
     let strategies = |count: usize| Some(vec!["x".repeat(255).into(); count]);
     let large = ClientApplication { strategies: strategies(200), ..application(1) };
     assert!((50_000..80_000).contains(&memory_size(&large)));
     let quota = quota(4 * memory_size(&large));
-    let mut register = |instance: usize, application: &ClientApplication| {
+    let register = |instance: usize, application: &ClientApplication| {
         let key = key(&instance.to_string());
         applications.register(key, application.clone(), &quota, at(0))
     };
