@@ -1,42 +1,41 @@
 //! Backup of the database to one file and restore from it, independent of the kind of database.
 //!
-//! The file consists of lines of JSON, compressed by gzip: a header, then for each table a line with its
-//! columns and a line for each of its rows, and finally the number of rows and the SHA-256 of all lines
-//! before. It contains password hashes and token digests, and no plaintext of either. Open sessions and
+//! The file contains password hashes and token digests, and no plaintext of either. Open sessions and
 //! known browsers are not included, so that a restore never revives a session that was ended.
 //!
 //! Rows are stored by column name. A column added by a later version needs a default, or must be derived
 //! here from what earlier versions have written.
 
+mod error;
+mod file_format;
+
 use std::{
     fs::{self, DirBuilder, File},
-    io::{self, BufRead as _, BufReader, BufWriter, Write},
-    path::{Path, PathBuf},
+    io,
+    path::Path,
     time::Duration,
 };
 
-use flate2::{Compression, read::MultiGzDecoder, write::GzEncoder};
 use futures_util::TryStreamExt as _;
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
 use sqlx::{
     AssertSqlSafe, Column as _, Executor as _, Row as _,
     any::{AnyRow, AnyTypeInfoKind},
 };
 use tempfile::NamedTempFile;
 
+pub use self::error::BackupError;
+use self::file_format::{
+    BackupReader, BackupWriter, Cell, ColumnHeader, ColumnKind, FORMAT_VERSION, Header, Line,
+    TableHeader,
+};
 use super::{
     accounts,
-    cookie_token::base64url,
     database::{Connection, Database, DatabaseLocation, WriteLock},
     error::Error,
     migrations::{self, Dialect},
 };
 use crate::secret_file::parent_dir;
-
-/// The version of the file format.
-const FORMAT_VERSION: u32 = 1;
 
 /// The timeout of one statement.
 const STATEMENT_TIMEOUT: Duration = Duration::from_hours(1);
@@ -71,111 +70,6 @@ const TABLES: [Table; 10] = [
 /// Tables that are not part of a backup, and are emptied by a restore. The projects of events are
 /// derived from the events.
 const EXCLUDED_TABLES: [&str; 3] = ["sessions", "devices", "event_projects"];
-
-/// Why a backup or a restore failed.
-#[derive(Debug, thiserror::Error)]
-pub enum BackupError {
-    /// The database failed.
-    #[error(transparent)]
-    Database(#[from] Error),
-    /// The file exists already.
-    #[error("{} exists already; use --force to replace it", .0.display())]
-    Exists(PathBuf),
-    /// The file cannot be written.
-    #[error("{} cannot be written", path.display())]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// The cause.
-        source: io::Error,
-    },
-    /// The file cannot be read.
-    #[error("{} cannot be read", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// The cause.
-        source: io::Error,
-    },
-    /// The file is not a backup, or is incomplete or modified.
-    #[error("{} is not a backup, or is damaged: {reason}", path.display())]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-        /// The defect.
-        reason: &'static str,
-    },
-    /// A later version of Parapet has written the file.
-    #[error("{} was written by a later version of Parapet", .0.display())]
-    Newer(PathBuf),
-    /// The database is not empty.
-    #[error("the database is not empty; use --force to delete its contents and end all sessions")]
-    NotEmpty,
-}
-
-impl From<sqlx::Error> for BackupError {
-    fn from(error: sqlx::Error) -> Self {
-        Self::Database(error.into())
-    }
-}
-
-/// A line of the file.
-#[derive(Deserialize, Serialize)]
-#[serde(rename_all = "camelCase")]
-enum Line {
-    Head(Header),
-    Table(TableHeader),
-    Row(Vec<Option<Cell>>),
-    End(Trailer),
-}
-
-#[derive(Deserialize, Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Header {
-    /// The version of the file format.
-    parapet_backup: u32,
-    /// The version of the database's schema.
-    schema: i64,
-    created_at: Timestamp,
-}
-
-#[derive(Deserialize, Serialize)]
-#[serde(rename_all = "camelCase")]
-struct TableHeader {
-    name: String,
-    /// Empty if there are no rows.
-    columns: Vec<ColumnHeader>,
-    /// The last id that the database has generated.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    last_id: Option<i64>,
-}
-
-#[derive(Deserialize, Serialize)]
-struct ColumnHeader {
-    name: String,
-    kind: ColumnKind,
-}
-
-/// The type of a column.
-#[derive(Clone, Copy, Deserialize, Serialize)]
-#[serde(rename_all = "camelCase")]
-enum ColumnKind {
-    Integer,
-    Text,
-}
-
-#[derive(Deserialize, Serialize)]
-#[serde(untagged)]
-enum Cell {
-    Integer(i64),
-    Text(String),
-}
-
-#[derive(Deserialize, Serialize)]
-struct Trailer {
-    rows: u64,
-    sha256: String,
-}
 
 /// Writes a consistent backup of the database to a file that only its owner can read; returns the number
 /// of rows. On failure no file is written. Instances may be running. The database is not changed, and
@@ -476,111 +370,6 @@ impl InsertBatch {
         }
         insert.execute(transaction).await?;
         Ok(())
-    }
-}
-
-/// Writes a backup file.
-struct BackupWriter {
-    lines: GzEncoder<BufWriter<NamedTempFile>>,
-    digest: Sha256,
-    rows: u64,
-}
-
-impl BackupWriter {
-    fn new(file: NamedTempFile) -> Self {
-        let lines = GzEncoder::new(BufWriter::new(file), Compression::default());
-        Self { lines, digest: Sha256::new(), rows: 0 }
-    }
-
-    fn write(&mut self, line: &Line) -> io::Result<()> {
-        let mut text = serde_json::to_vec(line)?;
-        text.push(b'\n');
-        self.digest.update(&text);
-        self.lines.write_all(&text)
-    }
-
-    /// Writes the trailer and syncs the file to disk.
-    fn finish(mut self) -> io::Result<NamedTempFile> {
-        let sha256 = base64url(&self.digest.clone().finalize());
-        self.write(&Line::End(Trailer { rows: self.rows, sha256 }))?;
-        let file = self.lines.finish()?.into_inner().map_err(io::IntoInnerError::into_error)?;
-        file.as_file().sync_all()?;
-        Ok(file)
-    }
-}
-
-/// Reads a backup file.
-struct BackupReader {
-    path: PathBuf,
-    lines: BufReader<MultiGzDecoder<BufReader<File>>>,
-    digest: Sha256,
-    rows: u64,
-    /// The version of the schema at the time of the backup.
-    schema: i64,
-}
-
-impl BackupReader {
-    /// Opens a file and reads its header.
-    fn open(path: &Path) -> Result<Self, BackupError> {
-        let file = File::open(path)
-            .map_err(|source| BackupError::Read { path: path.to_owned(), source })?;
-        let lines = BufReader::new(MultiGzDecoder::new(BufReader::new(file)));
-        let path = path.to_owned();
-        let mut input = Self { path, lines, digest: Sha256::new(), rows: 0, schema: 0 };
-        match input.read_line()? {
-            Some(Line::Head(head)) if head.parapet_backup > FORMAT_VERSION => {
-                Err(BackupError::Newer(input.path))
-            }
-            Some(Line::Head(head)) => {
-                input.schema = head.schema;
-                Ok(input)
-            }
-            _ => Err(input.damaged("it has no header")),
-        }
-    }
-
-    /// The next line; `None` after the trailer has been verified.
-    fn next_line(&mut self) -> Result<Option<Line>, BackupError> {
-        let before = self.digest.clone();
-        match self.read_line()? {
-            Some(Line::End(end)) => {
-                if end.rows != self.rows || end.sha256 != base64url(&before.finalize()) {
-                    return Err(self.damaged("its checksum does not match"));
-                }
-                match self.read_line()? {
-                    Some(_) => Err(self.damaged("it continues after its end")),
-                    None => Ok(None),
-                }
-            }
-            Some(line) => {
-                self.rows += u64::from(matches!(line, Line::Row(_)));
-                Ok(Some(line))
-            }
-            None => Err(self.damaged("it is truncated")),
-        }
-    }
-
-    fn read_line(&mut self) -> Result<Option<Line>, BackupError> {
-        let mut text = Vec::new();
-        if let Err(error) = self.lines.read_until(b'\n', &mut text) {
-            return Err(match error.kind() {
-                io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData => {
-                    self.damaged("it cannot be decompressed")
-                }
-                io::ErrorKind::UnexpectedEof => self.damaged("it is truncated"),
-                _ => BackupError::Read { path: self.path.clone(), source: error },
-            });
-        }
-        self.digest.update(&text);
-        if text.is_empty() {
-            return Ok(None);
-        }
-        let line = serde_json::from_slice(&text);
-        line.map(Some).map_err(|_| self.damaged("it has a line that cannot be read"))
-    }
-
-    fn damaged(&self, reason: &'static str) -> BackupError {
-        BackupError::Damaged { path: self.path.clone(), reason }
     }
 }
 
