@@ -6,7 +6,11 @@
 //! are those observed in V8; a test compares random texts with Node. A time without a zone is UTC, as on
 //! a server in that zone. Nothing here allocates.
 
+mod lexer;
+
 use jiff::Timestamp;
+
+use self::lexer::{Keyword, Lexer, Token};
 
 /// Parses a date to the millisecond. A date beyond the range of [`Timestamp`] is the end of that range.
 pub(super) fn parse(text: &str) -> Option<Timestamp> {
@@ -20,171 +24,6 @@ const MAX_MILLISECONDS: i64 = 100_000_000 * 86_400_000;
 
 /// A year beyond that.
 const MAX_YEAR: i64 = 300_000;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Token {
-    Number {
-        /// The value of the first nine significant digits.
-        value: i64,
-        /// How many digits there are, leading zeros included.
-        digits: usize,
-    },
-    Keyword(Keyword),
-    /// `+` is 1 and `-` is -1.
-    Sign(i64),
-    Colon,
-    Dot,
-    ClosingParenthesis,
-    Space,
-    /// Punctuation, or a comment in parentheses.
-    Other,
-    End,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Keyword {
-    /// 1 to 12; only the first three letters count.
-    Month(i64),
-    /// The hours to add to a time on a 12-hour clock.
-    AmPm(i64),
-    /// Hours from UTC.
-    Zone(i64),
-    Z,
-    /// The `T` between date and time.
-    T,
-    Unknown,
-}
-
-impl Keyword {
-    fn lookup(prefix: [u8; 3], length: usize) -> Self {
-        let zone = |hours| if length <= 3 { Self::Zone(hours) } else { Self::Unknown };
-        match &prefix {
-            b"jan" => Self::Month(1),
-            b"feb" => Self::Month(2),
-            b"mar" => Self::Month(3),
-            b"apr" => Self::Month(4),
-            b"may" => Self::Month(5),
-            b"jun" => Self::Month(6),
-            b"jul" => Self::Month(7),
-            b"aug" => Self::Month(8),
-            b"sep" => Self::Month(9),
-            b"oct" => Self::Month(10),
-            b"nov" => Self::Month(11),
-            b"dec" => Self::Month(12),
-            b"am\0" => Self::AmPm(0),
-            b"pm\0" => Self::AmPm(12),
-            b"t\0\0" => Self::T,
-            b"z\0\0" => Self::Z,
-            b"ut\0" | b"utc" | b"gmt" => zone(0),
-            b"edt" => zone(-4),
-            b"est" | b"cdt" => zone(-5),
-            b"cst" | b"mdt" => zone(-6),
-            b"mst" | b"pdt" => zone(-7),
-            b"pst" => zone(-8),
-            _ => Self::Unknown,
-        }
-    }
-}
-
-/// Splits a text into tokens.
-#[derive(Clone, Debug)]
-struct Lexer<'t> {
-    rest: &'t [u8],
-}
-
-impl Lexer<'_> {
-    fn next_token(&mut self) -> Token {
-        let Some(&first) = self.rest.first() else { return Token::End };
-        let single = match first {
-            b'0'..=b'9' => return self.number(),
-            b'A'..=0x7f => return self.keyword(),
-            0x80.. if self.space().is_none() => return self.keyword(),
-            b'(' => {
-                self.skip_parentheses();
-                return Token::Other;
-            }
-            // JavaScript stops at NUL.
-            0 => {
-                self.rest = &[];
-                return Token::End;
-            }
-            0x80.. => {
-                self.rest = &self.rest[self.space().unwrap_or(1)..];
-                return Token::Space;
-            }
-            b'+' => Token::Sign(1),
-            b'-' => Token::Sign(-1),
-            b':' => Token::Colon,
-            b'.' => Token::Dot,
-            b')' => Token::ClosingParenthesis,
-            b'\t'..=b'\r' | b' ' => Token::Space,
-            _ => Token::Other,
-        };
-        self.rest = &self.rest[1..];
-        single
-    }
-
-    fn number(&mut self) -> Token {
-        let (mut value, mut significant, mut digits) = (0, 0, 0);
-        while let Some(digit @ b'0'..=b'9') = self.rest.get(digits) {
-            if significant > 0 || *digit != b'0' {
-                significant += 1;
-            }
-            if significant <= 9 {
-                value = value * 10 + i64::from(digit - b'0');
-            }
-            digits += 1;
-        }
-        self.rest = &self.rest[digits..];
-        Token::Number { value, digits }
-    }
-
-    fn keyword(&mut self) -> Token {
-        let (mut prefix, mut length) = ([0; 3], 0);
-        while let Some(&byte) = self.rest.first()
-            && byte >= b'A'
-            && (byte < 0x80 || self.space().is_none())
-        {
-            if let Some(place) = prefix.get_mut(length) {
-                *place = byte.to_ascii_lowercase();
-            }
-            length += 1;
-            self.rest = &self.rest[1..];
-        }
-        Token::Keyword(Keyword::lookup(prefix, length))
-    }
-
-    /// The length in bytes of the next character, if it is white space beyond ASCII.
-    fn space(&self) -> Option<usize> {
-        match self.rest {
-            [0xc2, 0xa0, ..] => Some(2),
-            [0xe1, 0x9a, 0x80, ..]
-            | [0xe2, 0x80, 0x80..=0x8a | 0xa8 | 0xa9 | 0xaf, ..]
-            | [0xe2, 0x81, 0x9f, ..]
-            | [0xe3, 0x80, 0x80, ..]
-            | [0xef, 0xbb, 0xbf, ..] => Some(3),
-            _ => None,
-        }
-    }
-
-    fn skip_parentheses(&mut self) {
-        let mut depth = 0_usize;
-        while let Some((&byte, rest)) = self.rest.split_first() {
-            if byte == 0 {
-                return;
-            }
-            self.rest = rest;
-            match byte {
-                b'(' => depth += 1,
-                b')' => depth -= 1,
-                _ => {}
-            }
-            if depth == 0 {
-                return;
-            }
-        }
-    }
-}
 
 /// Up to `N` numbers in the order of the text.
 #[derive(Clone, Copy, Debug)]
@@ -233,7 +72,7 @@ enum IsoMatch {
 
 impl<'t> Parser<'t> {
     fn new(text: &'t str) -> Self {
-        let mut lexer = Lexer { rest: text.as_bytes() };
+        let mut lexer = Lexer::new(text);
         let next = lexer.next_token();
         Self {
             lexer,
