@@ -6,14 +6,19 @@
 
 mod backup;
 mod cli;
+mod edge;
 mod error;
 mod file;
+mod listeners;
 mod manage;
 mod model;
+mod option_spec;
 mod options;
+mod probe;
 mod raw;
 mod tls;
 mod validate;
+mod values;
 
 use std::ffi::OsString;
 
@@ -83,7 +88,7 @@ impl Command {
         let mut settings = RawSettings::merge(verb, flags, variable);
         let command = match verb {
             Subcommand::Serve(role) => Self::Run(Box::new(validate::config(&mut settings, role)?)),
-            Subcommand::Probe(question) => Self::Probe(validate::probe(&mut settings, question)?),
+            Subcommand::Probe(question) => Self::Probe(probe::probe(&mut settings, question)?),
         };
         if purpose == Purpose::Run {
             return Ok(command);

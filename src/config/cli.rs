@@ -14,9 +14,8 @@ use super::{
     error::{ConfigError, ConfigErrors},
     manage::{self, ManageCommand},
     model::{BackupAction, ExplainOptions},
-    options::{
-        Arity, CONFIG, CommandScope, Compatibility, DATA_DIR, DATABASE_URL, OPTIONS, OptionSpec,
-    },
+    option_spec::{Arity, CommandScope, Compatibility, OptionSpec},
+    options::{CONFIG, DATA_DIR, DATABASE_URL, OPTIONS},
 };
 use crate::{
     protocol::timestamp,

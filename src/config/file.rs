@@ -8,7 +8,8 @@ use toml::de::{DeTable, DeValue};
 
 use super::{
     error::ConfigError,
-    options::{Arity, CONFIG, OPTIONS, OptionSpec, split_list},
+    option_spec::{Arity, OptionSpec, split_list},
+    options::{CONFIG, OPTIONS},
 };
 use crate::protocol::byte_order_mark::remove_byte_order_mark;
 

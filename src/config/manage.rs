@@ -319,3 +319,34 @@ fn parse_task(command: &str, below: &ArgMatches) -> Result<ManageTask, ConfigErr
         _ => ManageTask::SetPassword { username: needed("username"), password: password() },
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::config::{
+        Command, Target,
+        tests::{config_file, parse},
+    };
+
+    #[test]
+    fn manage_reads_database_url_file_and_no_other_file() {
+        let (_folder, path) = config_file("postgres://user:secret@host/db\n");
+        let other = ("UNLEASH_DEFAULT_ADMIN_PASSWORD_FILE", "/nowhere");
+        let env = [("DATABASE_URL_FILE", &*path), other];
+        let Ok(Command::Manage(manage)) = parse("token list", &env) else { panic!() };
+        assert!(matches!(
+            manage.target,
+            Target::Database(crate::control_plane::DatabaseLocation::Postgres(_))
+        ));
+        let line = format!("token list --database-url-file {path}");
+        assert!(matches!(parse(&line, &[other]), Ok(Command::Manage(_))));
+        assert!(parse("token list", &[("DATABASE_URL_FILE", "/nowhere")]).is_err());
+    }
+
+    #[test]
+    fn token_identifier_may_begin_with_hyphen() {
+        for line in ["token revoke -QRSb0aB --data-dir d", "token revoke --data-dir d -dRSb0aB"] {
+            let Ok(Command::Manage(manage)) = parse(line, &[]) else { panic!("{line}") };
+            assert!(format!("{manage:?}").contains("RSb0aB"), "{manage:?}");
+        }
+    }
+}

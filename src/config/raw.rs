@@ -17,10 +17,8 @@ use super::{
     cli::{CliValues, Subcommand},
     error::ConfigError,
     file,
-    options::{
-        Arity, CONFIG, CommandScope, Compatibility, OPTIONS, OptionSpec, split_list,
-        split_list_file,
-    },
+    option_spec::{Arity, CommandScope, Compatibility, OptionSpec, split_list, split_list_file},
+    options::{CONFIG, OPTIONS},
 };
 use crate::{secret_file, telemetry::error_chain, token::Token};
 
@@ -541,3 +539,6 @@ fn parse_interval(text: &str) -> Option<Duration> {
 fn parse_positive(text: &str) -> Option<usize> {
     text.parse().ok().filter(|&number| number > 0)
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,10 +5,7 @@ use std::path::PathBuf;
 
 use jiff::Timestamp;
 
-use super::{
-    options::{self, OptionSpec},
-    raw::RawSettings,
-};
+use super::{option_spec::OptionSpec, options, raw::RawSettings};
 use crate::tls::{
     ClientAuth, ClientVerification, Config, FileError, FileSetting, KeyPairFiles, TlsAcceptor,
     Version,
@@ -161,3 +158,6 @@ fn listener(s: &mut RawSettings, keys: &ListenerOptions, is_enabled: bool) -> Op
     }
     Some(config)
 }
+
+#[cfg(test)]
+mod tests;
