@@ -168,7 +168,7 @@ impl App {
         };
         let usage = Usage::new(&config.usage, hop);
         let persistence =
-            Persistence::restore(mode.store.clone(), auth.clone(), usage.clone()).await;
+            Persistence::restore(Arc::clone(&mode.store), auth.clone(), usage.clone()).await;
         let request_metrics = Arc::new(RequestMetrics::new(admin::path_templates()));
         let ops = HealthEndpoints::new(
             readiness.clone(),
@@ -358,7 +358,7 @@ impl App {
 
         if let Some(control) = mode.control_plane {
             if mode.saves_registry_copies {
-                let parts = (control.clone(), mode.store.clone());
+                let parts = (control.clone(), Arc::clone(&mode.store));
                 workers.spawn("registry copy", parts, |(control, store)| async move {
                     standalone::save_registry_copies(&control, &*store).await;
                 });
