@@ -7,6 +7,7 @@
 mod backup;
 mod cli;
 mod edge;
+mod effective_settings;
 mod error;
 mod file;
 mod listeners;
@@ -27,6 +28,7 @@ use self::{
     raw::RawSettings,
 };
 pub use self::{
+    effective_settings::EffectiveSettings,
     error::{ConfigError, ConfigErrors},
     manage::{ManageTask, PasswordSource, RemoteServer},
     model::{
@@ -34,7 +36,6 @@ pub use self::{
         DataListenerConfig, EdgeConfig, ExplainOptions, FlagsPath, InstanceInfo, ManageOptions,
         Mode, OfflineConfig, ProbeOptions, ProbeTrust, ShutdownConfig, StandaloneConfig, Target,
     },
-    raw::EffectiveSettings,
 };
 
 /// The command that the process was started with.

@@ -14,8 +14,8 @@ use jiff::Timestamp;
 use reqwest::{Url, header::HeaderName};
 
 use super::{
+    effective_settings::EffectiveSettings,
     manage::{ManageTask, RemoteServer},
-    raw::EffectiveSettings,
 };
 use ipnet::IpNet;
 

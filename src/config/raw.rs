@@ -5,7 +5,7 @@
 //! values.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fmt::{self, Write as _},
     path::{Path, PathBuf},
     time::Duration,
@@ -15,6 +15,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     cli::{CliValues, Subcommand},
+    effective_settings::EffectiveSettings,
     error::ConfigError,
     file,
     option_spec::{Arity, CommandScope, Compatibility, OptionSpec, split_list, split_list_file},
@@ -45,26 +46,6 @@ struct RawValue {
     location: String,
     /// The secret file that contains the values.
     file: Option<PathBuf>,
-}
-
-/// Digests of the effective values, to find out later which of them have changed.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct EffectiveSettings(BTreeMap<&'static str, [u8; 32]>);
-
-impl EffectiveSettings {
-    /// The names of the options whose values differ from `earlier`.
-    pub fn changed_since(&self, earlier: &Self) -> Vec<&'static str> {
-        let names: BTreeSet<_> = self.0.keys().chain(earlier.0.keys()).copied().collect();
-        names.into_iter().filter(|name| self.0.get(name) != earlier.0.get(name)).collect()
-    }
-
-    /// Copies the digest of one option from `newer`.
-    pub fn update(&mut self, name: &'static str, newer: &Self) {
-        match newer.0.get(name) {
-            Some(digest) => drop(self.0.insert(name, *digest)),
-            None => drop(self.0.remove(name)),
-        }
-    }
 }
 
 impl fmt::Debug for RawSettings {
@@ -229,7 +210,7 @@ impl RawSettings {
             let texts = self.values.get(key.name).map(|given| given.texts.clone());
             Some((key.name, digest(&texts.or_else(default)?)))
         });
-        EffectiveSettings(digests.collect())
+        EffectiveSettings::new(digests)
     }
 
     fn add_file(&mut self) {
