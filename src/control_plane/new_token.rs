@@ -91,3 +91,40 @@ impl NewToken {
         if expires_at <= now() { Err("must be in the future") } else { Ok(()) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scope_must_suit_the_kind_of_a_token() {
+        let (admin, client) = (Some(TokenKind::Admin), Some(TokenKind::Client));
+        for (kind, environment, is_valid) in [
+            (admin, "*", true),
+            (admin, "dev", false),
+            (client, "dev", true),
+            (client, "*", false),
+            (client, "a.b", false),
+            (client, "", false),
+            (None, "*", true),
+            (None, "a.b", false),
+        ] {
+            let checked = NewToken::check_environment(kind, environment);
+            assert_eq!(checked.is_ok(), is_valid, "{kind:?} {environment}: {checked:?}");
+        }
+        let many = vec!["a"; MAX_PROJECTS + 1];
+        for (kind, projects, is_valid) in [
+            (admin, &["*"][..], true),
+            (admin, &["web"], false),
+            (client, &["*"], true),
+            (client, &["web", "api"], true),
+            (client, &["a b"], false),
+            (client, &[], false),
+            (client, &many[1..], true),
+            (client, &many, false),
+        ] {
+            let checked = NewToken::check_projects(kind, projects);
+            assert_eq!(checked.is_ok(), is_valid, "{kind:?} {projects:?}: {checked:?}");
+        }
+    }
+}
