@@ -4,6 +4,7 @@
 //! Tokens are also held in memory and passed to `auth` at each change. So no SDK request waits for the
 //! database, and an unreachable database does not affect what is served. This module contains no HTTP.
 
+mod account_changes;
 mod accounts;
 mod audit;
 mod authorization;
@@ -16,10 +17,12 @@ mod error;
 mod health;
 mod initial_settings;
 mod maintenance;
-mod migrations;
 mod new_token;
+mod operator;
 mod password;
 mod permissions;
+mod registered_token;
+mod session_ref;
 mod sessions;
 mod token_snapshot;
 mod tokens;
@@ -32,22 +35,25 @@ use tokio::sync::watch::Receiver;
 use tracing::warn;
 
 pub use self::{
-    accounts::{Account, AccountChange, NewAccount, PermissionChange},
+    account_changes::{AccountChange, NewAccount, PermissionChange},
+    accounts::Account,
     audit::{Event, EventKind, EventPage, EventQuery},
     bootstrap::{
-        BootstrapReport, CreatedAccount, GeneratedTokens, InitialAccount, InitialTokens,
-        RegistryBootstrap, grant_from_token,
+        BootstrapReport, CreatedAccount, GeneratedTokens, InitialAccount, RegistryBootstrap,
+        grant_from_token,
     },
     cookie_token::CookieToken,
     database::{DatabaseLocation, DatabaseUrl, DatabaseUrlError},
     error::Error,
     health::{ConnectionCount, DatabaseStatus},
-    initial_settings::InitialSetting,
+    initial_settings::{InitialSetting, InitialTokens},
     new_token::NewToken,
+    operator::{Actor, Operator},
     password::{Password, PasswordError},
-    permissions::{Actor, MissingPermission, Operator, RootRole, TokenAction, TokenPermission},
-    sessions::{Activity, Session, SessionRef, SignInAttempt, SignedIn},
-    tokens::TokenMetadata,
+    permissions::{MissingPermission, RootRole, TokenAction, TokenPermission},
+    registered_token::TokenMetadata,
+    session_ref::SessionRef,
+    sessions::{Activity, Session, SignInAttempt, SignedIn},
     usage_store::{ApplicationSummary, DatabaseUsageSink, UsageHour},
 };
 use self::{
@@ -323,7 +329,8 @@ impl ControlPlane {
         let what = "create an account";
         self.require_admin(actor, what).await?;
         let hash = self.0.hasher.hash(&new.password).await?;
-        let made = accounts::create(&self.0.database, actor, new, &hash, self.0.account_limit);
+        let made =
+            account_changes::create(&self.0.database, actor, new, &hash, self.0.account_limit);
         self.record_denial(actor, what, made.await).await
     }
 
@@ -341,7 +348,8 @@ impl ControlPlane {
             Some(password) => Some(self.0.hasher.hash(password).await?),
             None => None,
         };
-        let changed = accounts::update(&self.0.database, actor, id, change, hash.as_deref()).await;
+        let changed =
+            account_changes::update(&self.0.database, actor, id, change, hash.as_deref()).await;
         self.record_denial(actor, &what, changed).await
     }
 
@@ -354,7 +362,8 @@ impl ControlPlane {
     ) -> Result<Option<Account>, Error> {
         let what = account_operation("grant permissions to", id);
         self.require_admin(actor, &what).await?;
-        let granted = accounts::update_permissions(&self.0.database, actor, id, change).await;
+        let granted =
+            account_changes::update_permissions(&self.0.database, actor, id, change).await;
         self.record_denial(actor, &what, granted).await
     }
 
@@ -368,7 +377,7 @@ impl ControlPlane {
         let what = account_operation("set the password of", id);
         self.require_admin(actor, &what).await?;
         let hash = self.0.hasher.hash(&password).await?;
-        let set = accounts::set_password(&self.0.database, actor, id, &hash).await;
+        let set = account_changes::set_password(&self.0.database, actor, id, &hash).await;
         self.record_denial(actor, &what, set).await
     }
 
@@ -387,7 +396,7 @@ impl ControlPlane {
     pub async fn delete_account(&self, actor: &Actor, id: i64) -> Result<Option<Account>, Error> {
         let what = account_operation("delete", id);
         self.require_admin(actor, &what).await?;
-        let deleted = accounts::delete(&self.0.database, actor, id).await;
+        let deleted = account_changes::delete(&self.0.database, actor, id).await;
         self.record_denial(actor, &what, deleted).await
     }
 

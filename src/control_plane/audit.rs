@@ -15,7 +15,7 @@ use sqlx::{
 use super::{
     database::{Connection, Database, WriteLock, now, timestamp_from_millis, unsigned_count},
     error::Error,
-    permissions::Actor,
+    operator::Actor,
 };
 
 /// The kind of an event.

@@ -8,7 +8,8 @@ use super::{
     accounts,
     database::{Connection, now},
     error::Error,
-    permissions::{Actor, MissingPermission, Operator, TokenAction},
+    operator::{Actor, Operator},
+    permissions::{MissingPermission, TokenAction},
 };
 use crate::token::TokenKind;
 

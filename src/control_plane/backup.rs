@@ -31,9 +31,11 @@ use self::file_format::{
 };
 use super::{
     accounts,
-    database::{Connection, Database, DatabaseLocation, WriteLock},
+    database::{
+        Connection, Database, DatabaseLocation, WriteLock,
+        migrations::{self, Dialect},
+    },
     error::Error,
-    migrations::{self, Dialect},
 };
 use crate::secret_file::parent_dir;
 

@@ -3,44 +3,19 @@
 use std::collections::HashSet;
 
 use super::{
-    accounts::{self, NewAccount},
+    account_changes::{self, NewAccount},
+    accounts,
     database::{Connection, Database, WriteLock},
     error::Error,
-    initial_settings::{self, InitialSetting},
+    initial_settings::{self, InitialSetting, InitialTokens},
     new_token::NewToken,
+    operator::{Actor, Operator},
     password::{Hasher, Password},
-    permissions::{Actor, Operator, RootRole},
-    tokens::{self, TokenMetadata},
+    permissions::RootRole,
+    registered_token::TokenMetadata,
+    tokens,
 };
 use crate::token::{Environment, Grant, Projects, Scope, Token, TokenKind};
-
-/// Tokens to create in an empty registry.
-#[derive(Clone, Debug, Default)]
-pub struct InitialTokens {
-    /// For the admin API.
-    pub admin: Vec<Token>,
-    /// For server SDKs.
-    pub client: Vec<Token>,
-    /// For frontend SDKs.
-    pub frontend: Vec<Token>,
-}
-
-impl InitialTokens {
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.iter().next().is_none()
-    }
-
-    /// Each token with its kind.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (TokenKind, &Token)> {
-        let kinds = [
-            (TokenKind::Admin, &self.admin),
-            (TokenKind::Client, &self.client),
-            (TokenKind::Frontend, &self.frontend),
-        ];
-        kinds.into_iter().flat_map(|(kind, tokens)| tokens.iter().map(move |it| (kind, it)))
-    }
-}
 
 /// The admin's account that the first start creates.
 #[derive(Clone, Debug)]
@@ -145,7 +120,7 @@ pub(super) async fn initialize(
         let username = first.username.clone();
         let role = RootRole::Admin;
         let new = NewAccount { username, name: None, email: None, role, password };
-        let made = accounts::insert(&mut transaction, &actor, new, hash).await?;
+        let made = account_changes::insert(&mut transaction, &actor, new, hash).await?;
         account = Some(CreatedAccount { username: made.username, generated_password });
     }
     let (seeds, tokens) = if !tokens::is_empty(&mut transaction).await? {

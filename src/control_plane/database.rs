@@ -6,6 +6,7 @@
 
 mod change_listener;
 mod connection;
+pub(super) mod migrations;
 mod pool;
 mod postgres_servers;
 mod sqlite_file;
@@ -35,6 +36,7 @@ pub(super) use self::{
 };
 use self::{
     connection::timeout_error,
+    migrations::Dialect,
     pool::{Backend, Pool},
     postgres_servers::PostgresServers,
     sqlite_file::SqliteFile,
@@ -42,7 +44,6 @@ use self::{
 use super::{
     error::Error,
     health::{DatabaseStatus, Health},
-    migrations::{self, Dialect},
 };
 
 /// The PostgreSQL channel for notifications of token changes.

@@ -17,7 +17,8 @@ use super::{
     audit::{self, Author, EventKind, NewEvent},
     database::{Database, WriteLock},
     error::Error,
-    permissions::{Actor, MissingPermission},
+    operator::Actor,
+    permissions::MissingPermission,
 };
 use crate::{
     rate_limit::{KeyedRateLimiter, Rate, RateLimiter, client_network},

@@ -1,14 +1,41 @@
-//! Digests of the settings of the first start. With them a later start detects that such a setting was
-//! changed, which has no effect.
+//! The tokens of the first start, and digests of its settings. With them a later start detects that such a
+//! setting was changed, which has no effect.
 //!
 //! The caller decides whether to warn about it.
 
 use sha2::{Digest as _, Sha256};
 use sqlx::Row as _;
 
-use super::{
-    bootstrap::InitialTokens, cookie_token::base64url, database::Connection, error::Error,
-};
+use super::{cookie_token::base64url, database::Connection, error::Error};
+use crate::token::{Token, TokenKind};
+
+/// Tokens to create in an empty registry.
+#[derive(Clone, Debug, Default)]
+pub struct InitialTokens {
+    /// For the admin API.
+    pub admin: Vec<Token>,
+    /// For server SDKs.
+    pub client: Vec<Token>,
+    /// For frontend SDKs.
+    pub frontend: Vec<Token>,
+}
+
+impl InitialTokens {
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.iter().next().is_none()
+    }
+
+    /// Each token with its kind.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (TokenKind, &Token)> {
+        let kinds = [
+            (TokenKind::Admin, &self.admin),
+            (TokenKind::Client, &self.client),
+            (TokenKind::Frontend, &self.frontend),
+        ];
+        kinds.into_iter().flat_map(|(kind, tokens)| tokens.iter().map(move |it| (kind, it)))
+    }
+}
 
 /// A setting that only the first start uses.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -11,18 +11,20 @@ use std::{
 };
 
 use jiff::{SignedDuration, Timestamp};
-use sqlx::{Row as _, any::AnyRow};
+use sqlx::Row as _;
 use tracing::warn;
 
 use super::{
+    account_changes,
     accounts::{self, Account},
     audit::{self, EventKind, NewEvent},
     cookie_token::{CookieToken, CookieTokenHash},
-    database::{Connection, Database, WriteLock, now, timestamp_from_millis},
+    database::{Database, WriteLock, now, timestamp_from_millis},
     denial_log::{DenialLog, SignInFailure},
     error::Error,
+    operator::{Actor, Operator},
     password::{Hasher, Password},
-    permissions::{Actor, Operator},
+    session_ref::{SessionLimits, SessionRef},
 };
 use crate::{
     rate_limit::{KeyedRateLimiter, Rate, client_network},
@@ -86,63 +88,6 @@ impl Session {
     /// The account as the operator of requests in this session.
     pub fn operator(&self) -> Operator {
         self.account.operator(self.reference.clone())
-    }
-}
-
-/// A reference to a session by the public half of its cookie, which does not authenticate.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct SessionRef {
-    selector: String,
-    limits: SessionLimits,
-}
-
-impl SessionRef {
-    /// The key of the session in the database.
-    pub(super) fn selector(&self) -> &str {
-        &self.selector
-    }
-
-    /// Fails unless this is an open session of the account `id`, as `transaction` sees it.
-    pub(super) async fn require_open(
-        &self,
-        transaction: &mut Connection,
-        id: i64,
-    ) -> Result<(), Error> {
-        let row = sqlx::query("SELECT * FROM sessions WHERE selector = $1 AND account_id = $2")
-            .bind(&self.selector)
-            .bind(id)
-            .fetch_optional(transaction)
-            .await?;
-        match row {
-            Some(row) if !self.limits.is_exceeded_by(&row)? => Ok(()),
-            _ => Err(Error::SessionEnded),
-        }
-    }
-
-    /// A reference to no session.
-    #[cfg(test)]
-    pub(super) fn example() -> Self {
-        let limits = SessionLimits { idle: SignedDuration::MAX, lifetime: SignedDuration::MAX };
-        Self { selector: String::new(), limits }
-    }
-}
-
-/// The timeouts of sessions.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-struct SessionLimits {
-    /// The time after the last request.
-    idle: SignedDuration,
-    /// The time after the sign-in.
-    lifetime: SignedDuration,
-}
-
-impl SessionLimits {
-    /// Whether the session in a row has ended.
-    fn is_exceeded_by(self, row: &AnyRow) -> Result<bool, sqlx::Error> {
-        let age = |column| -> Result<_, sqlx::Error> {
-            Ok(now().duration_since(timestamp_from_millis(row.try_get(column)?)))
-        };
-        Ok(age("seen_at")? > self.idle || age("created_at")? > self.lifetime)
     }
 }
 
@@ -451,7 +396,8 @@ impl Sessions {
         let hash = self.hasher.hash(new).await?;
         // If an admin has set another password since the comparison, that one stays.
         let own = (id, session);
-        let changed = accounts::set_own_password(&self.database, actor, own, &compared, &hash);
+        let changed =
+            account_changes::set_own_password(&self.database, actor, own, &compared, &hash);
         changed.await?.map(drop).ok_or(Error::WrongPassword)
     }
 

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     database::timestamp_from_millis,
-    tokens::{RegisteredToken, TokenMetadata},
+    registered_token::{RegisteredToken, TokenMetadata},
 };
 use crate::token::{Environment, Projects, TokenDigest, TokenKind};
 

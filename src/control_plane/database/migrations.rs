@@ -9,7 +9,7 @@ use sqlx::{
     migrate::{MigrateError, Migration, MigrationType, Migrator},
 };
 
-use super::{database::Connection, error::Error};
+use super::{super::error::Error, connection::Connection};
 
 /// A version of the schema with its migration for each database.
 struct SchemaVersion {
@@ -41,11 +41,11 @@ const VERSIONS: [SchemaVersion; 5] = [
 ];
 
 /// The newest version.
-pub(super) const NEWEST_VERSION: i64 = VERSIONS[VERSIONS.len() - 1].version;
+pub(in crate::control_plane) const NEWEST_VERSION: i64 = VERSIONS[VERSIONS.len() - 1].version;
 
 /// The SQL dialect of the database.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Dialect {
+pub(in crate::control_plane) enum Dialect {
     Sqlite,
     Postgres,
 }
@@ -65,7 +65,7 @@ pub(super) async fn migrate(connection: &mut AnyConnection, dialect: Dialect) ->
 
 /// The version of the schema, which may be older than [`NEWEST_VERSION`]. Fails if it is newer, or if
 /// the database is not initialized.
-pub(super) async fn readable_version(
+pub(in crate::control_plane) async fn readable_version(
     connection: &mut Connection,
     dialect: Dialect,
 ) -> Result<i64, Error> {

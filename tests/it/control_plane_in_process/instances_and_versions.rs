@@ -85,9 +85,9 @@ async fn token_use_is_recorded_within_a_minute(db: TestDatabase) {
 }
 
 const SQLITE_VERSION_1: &str =
-    include_str!("../../../src/control_plane/migrations/sqlite/0001_initial.sql");
+    include_str!("../../../src/control_plane/database/migrations/sqlite/0001_initial.sql");
 const POSTGRES_VERSION_1: &str =
-    include_str!("../../../src/control_plane/migrations/postgres/0001_initial.sql");
+    include_str!("../../../src/control_plane/database/migrations/postgres/0001_initial.sql");
 const VERSION_1_CONTENT: &str = include_str!("version_1.sql");
 
 /// Creates a database of the first version, with contents.
