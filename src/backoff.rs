@@ -1,7 +1,7 @@
 //! How long to wait before the next try: exponential backoff with jitter.
 //!
-//! It has no clock, no randomness and no tasks: the caller passes a random number and waits. What
-//! counts as a failure, and how long to wait after a success, is the caller's matter.
+//! It has no clock, no randomness and no tasks: the caller passes a random number and waits. The caller
+//! decides what counts as a failure, and how long to wait after a success.
 
 use std::time::Duration;
 

@@ -30,7 +30,7 @@ const MAX_LOGGED_PROBLEMS: usize = 10;
 /// then updated.
 ///
 /// # Errors
-/// If compiling panics. What is served then stays.
+/// If compiling panics. The served snapshot then stays.
 pub(super) async fn publish(
     snapshots: &Snapshots,
     scope: Scope,

@@ -5,7 +5,7 @@
 //! who reads the environment. Unit tests at the end of a file are exempt, and so is everything below
 //! `tests`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use regex::Regex;
@@ -74,6 +74,28 @@ const HTTP_LAYERS: [&[&str]; 10] = [
     // The admin listener implements the whole API of an upstream.
     &["admin"],
 ];
+
+/// The imports that still close a circle between siblings: module, and imported sibling. An entry that
+/// no longer closes a circle fails, and so does one of the next lists that is no longer needed.
+const CIRCULAR_IMPORTS_LEFT: [(&str, &str); 11] = [
+    ("app/mode", "edge"),
+    ("app/reload", "standalone"),
+    ("config/raw", "cli"),
+    ("control_plane/authorization", "accounts"),
+    ("control_plane/initial_settings", "bootstrap"),
+    ("control_plane/migrations", "database"),
+    ("control_plane/permissions", "sessions"),
+    ("control_plane/sessions", "accounts"),
+    ("control_plane/token_snapshot", "tokens"),
+    ("http/admin/authentication", "relay"),
+    ("usage/applications", "environment_queue"),
+];
+
+/// The files below `http`, but outside `upstream`, that still use hyper.
+const HYPER_LEFT: [&str; 2] = ["evaluation/evaluate.rs", "snapshot/body.rs"];
+
+/// The files that still have a backoff or a rate limiter of their own.
+const OWN_LIMITS_LEFT: [&str; 3] = ["auth.rs", "sync/backoff.rs", "usage/backoff.rs"];
 
 /// A source file. `code` is its text without comments and unit tests.
 struct Source {
@@ -210,7 +232,7 @@ fn read(root: &Path, path: &Path) -> Source {
     let text = std::fs::read_to_string(path).unwrap();
     let path = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
     let is_test = path.ends_with("/tests.rs") || path.ends_with("/scripted.rs");
-    let before_tests = text.split("\n#[cfg(test)]\nmod tests").next().unwrap_or_default();
+    let before_tests = text.split("\n#[cfg(test)]\nmod tests {").next().unwrap_or_default();
     // Blank instead of removed, so that line numbers stay.
     let is_comment = |line: &str| line.trim_start().starts_with("//");
     let lines = before_tests.lines().map(|line| if is_comment(line) { "" } else { line });
@@ -231,6 +253,77 @@ fn check_absent(why: &str, pattern: &str, allowed: &[&str]) {
         }
     }
     assert!(found.is_empty(), "{why}:\n{}", found.join("\n"));
+}
+
+/// As [`check_absent`], but the files in `left` must match still.
+#[track_caller]
+fn check_absent_except(why: &str, pattern: &str, allowed: &[&str], left: &[&str]) {
+    check_absent(why, pattern, &[allowed, left].concat());
+    let matches = Regex::new(pattern).unwrap();
+    for path in left {
+        let source = sources().into_iter().find(|source| source.path == *path);
+        let is_left = source.is_some_and(|source| matches.is_match(&source.code));
+        assert!(is_left, "{path} is no longer an exception: delete it from the list");
+    }
+}
+
+/// An import of a sibling: the path of the module, and the sibling's name.
+type SiblingImport = (String, String);
+
+fn sibling_imports(all: &[Source]) -> BTreeSet<SiblingImport> {
+    let modules: BTreeSet<Vec<&str>> = all.iter().map(Source::module_path).collect();
+    let mut found = BTreeSet::new();
+    for source in all {
+        let own = source.module_path();
+        for import in source.imports() {
+            let import: Vec<_> = import.iter().map(String::as_str).collect();
+            let common = own.iter().zip(&import).take_while(|(one, other)| one == other).count();
+            let is_sibling = common < own.len()
+                && import.get(..=common).is_some_and(|module| modules.contains(module));
+            if is_sibling {
+                found.insert((own[..=common].join("/"), import[common].to_owned()));
+            }
+        }
+    }
+    found
+}
+
+/// The imports that are part of a circle.
+fn circular_imports(imports: &BTreeSet<SiblingImport>) -> BTreeSet<&SiblingImport> {
+    let path = |(from, to): &SiblingImport| match from.rsplit_once('/') {
+        Some((parent, _)) => format!("{parent}/{to}"),
+        None => to.clone(),
+    };
+    let leads_back = |import: &&SiblingImport| {
+        let (mut seen, mut next) = (BTreeSet::new(), vec![path(import)]);
+        while let Some(module) = next.pop() {
+            let further = imports.iter().filter(|(from, _)| *from == module).map(path);
+            next.extend(further.filter(|it| seen.insert(it.clone())));
+        }
+        seen.contains(&import.0)
+    };
+    imports.iter().filter(leads_back).collect()
+}
+
+#[test]
+fn siblings_do_not_import_each_other_in_circles() {
+    let mut imports = sibling_imports(&sources());
+    let left = CIRCULAR_IMPORTS_LEFT.map(|(from, to)| (from.to_owned(), to.to_owned()));
+    let circular = circular_imports(&imports);
+    let unneeded: Vec<_> = left.iter().filter(|import| !circular.contains(import)).collect();
+    assert!(unneeded.is_empty(), "delete these from the list: {unneeded:#?}");
+    imports.retain(|import| !left.contains(import));
+    let new = circular_imports(&imports);
+    assert!(new.is_empty(), "these imports are parts of circles: {new:#?}");
+}
+
+#[test]
+fn circular_imports_are_found_and_only_those() {
+    let imports = [("p/a", "b"), ("p/b", "c"), ("p/c", "b"), ("p/c", "d"), ("e", "f"), ("f", "e")];
+    let imports = imports.map(|(from, to)| (from.to_owned(), to.to_owned())).into();
+    let found = circular_imports(&imports);
+    let found: Vec<_> = found.iter().map(|(from, to)| (from.as_str(), to.as_str())).collect();
+    assert_eq!(found, [("e", "f"), ("f", "e"), ("p/b", "c"), ("p/c", "b")]);
 }
 
 #[test]
@@ -350,6 +443,93 @@ fn every_file_begins_with_module_docs() {
 fn only_http_chooses_status_codes() {
     let allowed = ["http", "upstream", "upstream.rs", "probe.rs"];
     check_absent("only `http` chooses a status", r"\bStatusCode\b", &allowed);
+}
+
+#[test]
+fn hyper_is_used_in_http_and_upstream_only() {
+    let below: Vec<_> = LAYERS.iter().take_while(|layer| layer[0].0 != "http").copied().collect();
+    let below = below.concat();
+    let others: Vec<_> = sources().into_iter().map(|it| it.path).collect();
+    let is_exempt = |path: &&str| {
+        let module = path.split(['/', '.']).next().expect("split gives at least one part");
+        module == "upstream" || !below.iter().any(|it| it.0 == module)
+    };
+    let exempt: Vec<_> = others.iter().map(String::as_str).filter(is_exempt).collect();
+    let hyper = r"\b(hyper|hyper_util|http_body_util)::";
+    check_absent_except("HTTP is for `http` and `upstream`", hyper, &exempt, &HYPER_LEFT);
+}
+
+#[test]
+fn backoffs_and_rate_limiters_have_one_module_each() {
+    let own = r"\bstruct \w*(Backoff|RateLimiter)\b";
+    let allowed = ["backoff.rs", "rate_limit.rs"];
+    check_absent_except("`backoff` and `rate_limit` have it", own, &allowed, &OWN_LIMITS_LEFT);
+}
+
+/// The sentences that open with a relative clause and are no questions, in Markdown texts. Each has the
+/// name of its text.
+fn indirect_sentences(texts: &[(String, String)]) -> Vec<(&str, String)> {
+    let opening = r"(?:^|[.:;!?|)`*] +)((?:What|Who|Whom|Whoever|Whose)\b[^.?!]*[.?!]?)";
+    let opening = Regex::new(opening).expect("the pattern is right");
+    let mut found = Vec::new();
+    for (name, text) in texts {
+        for paragraph in paragraphs(text) {
+            let sentences = opening.captures_iter(&paragraph).map(|it| it[1].trim().to_owned());
+            let sentences = sentences.filter(|sentence| !sentence.ends_with('?'));
+            found.extend(sentences.map(|sentence| (name.as_str(), sentence)));
+        }
+    }
+    found
+}
+
+/// The paragraphs of a Markdown text without its code blocks. An item of a list and a row of a table are
+/// paragraphs of their own.
+fn paragraphs(text: &str) -> Vec<String> {
+    let (mut paragraphs, mut is_code) = (vec![String::new()], false);
+    for line in text.lines().map(str::trim) {
+        let is_fence = line.starts_with("```");
+        is_code ^= is_fence;
+        let begins = line.starts_with(['*', '-', '|', '#', '>']) || line.is_empty();
+        if begins || is_fence {
+            paragraphs.push(String::new());
+        }
+        if !is_code && !is_fence {
+            let paragraph = paragraphs.last_mut().expect("there is one");
+            paragraph.push_str(line.trim_start_matches(['*', '-', '|', '#', '>', ' ']));
+            paragraph.push(' ');
+        }
+    }
+    paragraphs.retain(|paragraph| !paragraph.trim().is_empty());
+    paragraphs
+}
+
+#[test]
+fn sentences_open_with_their_subject() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let docs = std::fs::read_dir(root.join("docs")).unwrap().map(|entry| entry.unwrap().path());
+    let pages = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"].map(|name| root.join(name));
+    let pages = docs.filter(|path| path.extension().is_some_and(|it| it == "md")).chain(pages);
+    let mut texts: Vec<_> = pages
+        .map(|path| (path.display().to_string(), std::fs::read_to_string(&path).unwrap()))
+        .collect();
+    for source in sources() {
+        let comment = |line: &str| {
+            let line = line.trim_start();
+            let text = line.strip_prefix("///").or_else(|| line.strip_prefix("//!"));
+            text.unwrap_or_default().to_owned() + "\n"
+        };
+        texts.push((source.path, source.text.lines().map(comment).collect()));
+    }
+    let found = indirect_sentences(&texts);
+    assert!(found.is_empty(), "these do not open with their subject: {found:#?}");
+}
+
+#[test]
+fn sentences_that_open_with_a_relative_clause_are_found() {
+    let text = "* What is sent.\n  It ends. Who\n  polls waits.\n\n```\nWhat now\n```\nWho is it? Whatever.\n| a | What b |\n";
+    let texts = [("page".to_owned(), text.to_owned())];
+    let expect = ["What is sent.", "Who polls waits.", "What b |"];
+    assert_eq!(indirect_sentences(&texts), expect.map(|it| ("page", it.to_owned())));
 }
 
 #[test]
