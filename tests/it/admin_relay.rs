@@ -47,7 +47,7 @@ async fn token_lifecycle(version: UnleashVersion) {
     let parapet = edge(&unleash).await;
     let url = parapet.admin_url();
     let cookies = sign_in(&parapet).await;
-    let ask = |method: Method, path: &str, body: Option<Value>| {
+    let request = |method: Method, path: &str, body: Option<Value>| {
         let request = http().request(method, format!("{url}{path}")).header("cookie", &cookies);
         match body {
             Some(body) => request.header("content-type", "application/json").body(body.to_string()),
@@ -56,14 +56,14 @@ async fn token_lifecycle(version: UnleashVersion) {
     };
     let own = |request: RequestBuilder| request.header("origin", &url);
 
-    let (status, me) = send(ask(Method::GET, "/api/admin/user", None)).await;
+    let (status, me) = send(request(Method::GET, "/api/admin/user", None)).await;
     assert_eq!((status, &me["user"]["username"]), (StatusCode::OK, &OWNER.0.into()));
 
     // A created token works at once.
     let name = format!("by way of the edge, {version:?}");
     let new = json!({ "tokenName": name, "type": "client", "environment": "development",
         "projects": ["*"] });
-    let create = || ask(Method::POST, "/api/admin/api-tokens", Some(new.clone()));
+    let create = || request(Method::POST, "/api/admin/api-tokens", Some(new.clone()));
     let (status, refused) = send(create().header("origin", "https://elsewhere.example")).await;
     assert_eq!(status, StatusCode::FORBIDDEN, "{refused}");
     assert!(unleash.tokens_named(&name).await.is_empty(), "nothing was passed on");
@@ -86,7 +86,7 @@ async fn token_lifecycle(version: UnleashVersion) {
     // Deleted by its listed identifier, it is rejected on the next request.
     let identifier = listed["secret"].as_str().unwrap();
     let path = format!("/api/admin/api-tokens/{identifier}");
-    let (status, gone) = send(own(ask(Method::DELETE, &path, None))).await;
+    let (status, gone) = send(own(request(Method::DELETE, &path, None))).await;
     assert!(status.is_success(), "{status} {gone}");
     assert_eq!(parapet.features_status(&secret).await, StatusCode::UNAUTHORIZED);
     assert!(unleash.tokens_named(&name).await.is_empty());
@@ -181,11 +181,11 @@ async fn command_line_manages_unleash_tokens_through_edge_or_directly() {
         let file = temp_file_with(unleash.admin_token());
         for url in [parapet.admin_url(), unleash.url()] {
             let place = ["--url", &url, "--token-file", file.path().to_str().unwrap()];
-            let ask = |arguments: &[&str], input: &str| {
+            let run = |arguments: &[&str], input: &str| {
                 run_parapet(&[arguments, &place].concat(), input)
                     .unwrap_or_else(|error| panic!("{error}"))
             };
-            let made = ask(&["token", "create", "--name", "by-shell"], "");
+            let made = run(&["token", "create", "--name", "by-shell"], "");
             let secret = made.trim();
             secret_leak_check::register(secret);
             assert_eq!(unleash.tokens_named("by-shell").await.len(), 1);
@@ -193,9 +193,9 @@ async fn command_line_manages_unleash_tokens_through_edge_or_directly() {
                 (parapet.features_status(secret).await == StatusCode::OK).then_some(())
             })
             .await;
-            let listed = ask(&["token", "list", "--name", "by-shell"], "");
+            let listed = run(&["token", "list", "--name", "by-shell"], "");
             assert!(listed.contains("by-shell") && !listed.contains(secret), "{listed}");
-            let gone = ask(&["token", "revoke", "-"], secret);
+            let gone = run(&["token", "revoke", "-"], secret);
             assert!(gone.starts_with("revoked by-shell") && !gone.contains(secret), "{gone}");
             assert!(unleash.tokens_named("by-shell").await.is_empty());
         }

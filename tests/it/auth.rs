@@ -55,11 +55,11 @@ async fn request_with_token(
 }
 
 #[track_caller]
-fn assert_error(answer: &FullResponse, method: &Method, status: StatusCode, message: &str) {
-    assert_eq!(answer.status, status, "{}", answer.text());
+fn assert_error(response: &FullResponse, method: &Method, status: StatusCode, message: &str) {
+    assert_eq!(response.status, status, "{}", response.text());
     if method != Method::HEAD {
-        assert_eq!(answer.json()["message"], message);
-        assert_eq!(answer.header("content-type"), "application/json");
+        assert_eq!(response.json()["message"], message);
+        assert_eq!(response.header("content-type"), "application/json");
     }
 }
 
@@ -89,9 +89,9 @@ async fn every_route_without_valid_token_requires_one() {
         let none = send(parapet.request(method.clone(), path)).await;
         assert_error(&none, method, StatusCode::UNAUTHORIZED, NO_TOKEN);
         for token in unknown {
-            let answer = request_with_token(&parapet, method, path, token).await;
+            let response = request_with_token(&parapet, method, path, token).await;
             let expected = if token.is_empty() { NO_TOKEN } else { INVALID_TOKEN };
-            assert_error(&answer, method, StatusCode::UNAUTHORIZED, expected);
+            assert_error(&response, method, StatusCode::UNAUTHORIZED, expected);
         }
     }
 }
@@ -101,16 +101,16 @@ async fn token_of_wrong_kind_gets_403_on_every_path() {
     let parapet = InProcessParapet::offline(FLAGS).await;
     for (method, path) in &CLIENT_ROUTES {
         for token in [FRONTEND, WEB_FRONTEND] {
-            let answer = request_with_token(&parapet, method, path, token).await;
-            assert_error(&answer, method, StatusCode::FORBIDDEN, WRONG_KIND);
+            let response = request_with_token(&parapet, method, path, token).await;
+            assert_error(&response, method, StatusCode::FORBIDDEN, WRONG_KIND);
         }
         let right = request_with_token(&parapet, method, path, CLIENT).await.status;
         assert!(![StatusCode::UNAUTHORIZED, StatusCode::FORBIDDEN].contains(&right), "{path}");
     }
     for (method, path) in &FRONTEND_ROUTES {
         for token in [CLIENT, WEB_CLIENT] {
-            let answer = request_with_token(&parapet, method, path, token).await;
-            assert_error(&answer, method, StatusCode::FORBIDDEN, WRONG_KIND);
+            let response = request_with_token(&parapet, method, path, token).await;
+            assert_error(&response, method, StatusCode::FORBIDDEN, WRONG_KIND);
         }
         let right = request_with_token(&parapet, method, path, FRONTEND).await.status;
         assert!(![StatusCode::UNAUTHORIZED, StatusCode::FORBIDDEN].contains(&right), "{path}");
@@ -121,10 +121,10 @@ async fn token_of_wrong_kind_gets_403_on_every_path() {
 async fn token_is_accepted_raw_or_as_bearer() {
     let parapet = InProcessParapet::offline(FLAGS).await;
     for scheme in ["", "Bearer ", "bearer ", "BEARER   "] {
-        let answer = parapet.get("/api/client/features", &format!("{scheme}{CLIENT}")).await;
-        assert_eq!(answer.status, StatusCode::OK, "{scheme}");
-        let answer = parapet.get("/api/frontend", &format!("{scheme}{FRONTEND}")).await;
-        assert_eq!(answer.status, StatusCode::OK, "{scheme}");
+        let response = parapet.get("/api/client/features", &format!("{scheme}{CLIENT}")).await;
+        assert_eq!(response.status, StatusCode::OK, "{scheme}");
+        let response = parapet.get("/api/frontend", &format!("{scheme}{FRONTEND}")).await;
+        assert_eq!(response.status, StatusCode::OK, "{scheme}");
     }
 }
 
@@ -133,8 +133,8 @@ async fn token_header_is_configurable() {
     for flag in ["--edge-auth-header", "--token-header"] {
         let parapet = InProcessParapet::offline_with(FLAGS, &[flag, "X-Flags-Token"]).await;
         let request = parapet.request(Method::GET, "/api/client/features");
-        let answer = send(request.header("x-flags-token", CLIENT)).await;
-        assert_eq!(answer.status, StatusCode::OK);
+        let response = send(request.header("x-flags-token", CLIENT)).await;
+        assert_eq!(response.status, StatusCode::OK);
         let usual = parapet.get("/api/client/features", CLIENT).await;
         assert_eq!(usual.status, StatusCode::UNAUTHORIZED);
     }
@@ -146,8 +146,8 @@ async fn admin_token_reads_no_flags() {
     let variables = [("INIT_ADMIN_API_TOKENS", ADMIN)];
     let parapet = InProcessParapet::standalone(FLAGS, &[], &variables).await;
     for (method, path) in CLIENT_ROUTES.iter().chain(&FRONTEND_ROUTES) {
-        let answer = request_with_token(&parapet, method, path, ADMIN).await;
-        assert_error(&answer, method, StatusCode::FORBIDDEN, WRONG_KIND);
+        let response = request_with_token(&parapet, method, path, ADMIN).await;
+        assert_error(&response, method, StatusCode::FORBIDDEN, WRONG_KIND);
     }
 }
 
@@ -157,9 +157,9 @@ async fn validation_without_token_lists_valid_tokens() {
     let body = json!({"tokens": [
         CLIENT, "malformed", "*:development.unknown", WEB_FRONTEND, "", "user:abc",
     ]});
-    let answer = send(parapet.json_request("/edge/validate", &body)).await;
-    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
-    let tokens = answer.json()["tokens"].clone();
+    let response = send(parapet.json_request("/edge/validate", &body)).await;
+    assert_eq!(response.status, StatusCode::OK, "{}", response.text());
+    let tokens = response.json()["tokens"].clone();
     let listed: Vec<_> = tokens
         .as_array()
         .unwrap()
@@ -189,8 +189,8 @@ async fn malformed_validation_request_is_rejected_without_echoing_tokens() {
         &too_many,
     ] {
         let request = parapet.request(Method::POST, "/edge/validate");
-        let answer = send(request.body(body.to_owned())).await;
-        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{body}");
-        assert!(!answer.text().contains("secret-of"), "{}", answer.text());
+        let response = send(request.body(body.to_owned())).await;
+        assert_eq!(response.status, StatusCode::BAD_REQUEST, "{body}");
+        assert!(!response.text().contains("secret-of"), "{}", response.text());
     }
 }

@@ -27,9 +27,9 @@ async fn json_body_with_byte_order_mark_is_accepted() {
         for body in [body.to_string(), format!("{BYTE_ORDER_MARK}{body}")] {
             let request = parapet.request(Method::POST, path).header("authorization", token);
             let request = request.header("content-type", "application/json").body(body.clone());
-            let answer = send(request).await;
-            let accepted = [StatusCode::OK, StatusCode::ACCEPTED].contains(&answer.status);
-            assert!(accepted, "{path}, {body}: {answer:?}");
+            let response = send(request).await;
+            let accepted = [StatusCode::OK, StatusCode::ACCEPTED].contains(&response.status);
+            assert!(accepted, "{path}, {body}: {response:?}");
         }
     };
     check("/api/client/register", CLIENT, &registration).await;
@@ -53,8 +53,8 @@ async fn compressed_body_with_byte_order_mark_is_accepted() {
     let body = zstd::bulk::compress(format!("{BYTE_ORDER_MARK}{{}}").as_bytes(), 1).unwrap();
     let request = parapet.request(Method::POST, "/api/frontend").header("authorization", FRONTEND);
     let request = request.header("content-type", "application/json");
-    let answer = send(request.header("content-encoding", "zstd").body(body)).await;
-    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    let response = send(request.header("content-encoding", "zstd").body(body)).await;
+    assert_eq!(response.status, StatusCode::OK, "{}", response.text());
 }
 
 const ADMIN: &str = "*:*.byte-order-mark-0123456789abcdef0123456789abcdef";
@@ -108,8 +108,8 @@ async fn files_with_byte_order_mark_are_read() {
     let edge = edge.flag("--backup-folder", backup).start().await;
     wait_until("the edge has the flags", Duration::from_secs(30), async || {
         let request = http().get(edge.url() + "/api/client/features");
-        let answer = request.header("authorization", CLIENT).send().await.ok()?;
-        (answer.status() == StatusCode::OK).then_some(())
+        let response = request.header("authorization", CLIENT).send().await.ok()?;
+        (response.status() == StatusCode::OK).then_some(())
     })
     .await;
     assert!(!edge.log().contains("WARN"), "{}", edge.log());

@@ -69,15 +69,15 @@ struct Named {
 }
 
 /// The JSON text of each flag in a response.
-fn raw_features(answer: &FullResponse) -> BTreeMap<String, String> {
-    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
-    let listing: Listing<'_> = serde_json::from_slice(&answer.body).unwrap();
+fn raw_features(response: &FullResponse) -> BTreeMap<String, String> {
+    assert_eq!(response.status, StatusCode::OK, "{}", response.text());
+    let listing: Listing<'_> = serde_json::from_slice(&response.body).unwrap();
     let named = |text: &str| serde_json::from_str::<Named>(text).unwrap().name;
     listing.features.iter().map(|it| (named(it.get()), it.get().to_owned())).collect()
 }
 
-fn segment_ids(answer: &FullResponse) -> Vec<u64> {
-    let listing: Listing<'_> = serde_json::from_slice(&answer.body).unwrap();
+fn segment_ids(response: &FullResponse) -> Vec<u64> {
+    let listing: Listing<'_> = serde_json::from_slice(&response.body).unwrap();
     listing.segments.iter().map(|segment| segment["id"].as_u64().unwrap()).collect()
 }
 
@@ -96,22 +96,22 @@ async fn unknown_fields_pass_through_unchanged() {
 #[tokio::test]
 async fn get_post_and_head_respond_alike() {
     let parapet = InProcessParapet::offline(&flags()).await;
-    let ask = |method| {
+    let fetch = |method| {
         let request =
             parapet.request(method, FEATURES).header("authorization", CLIENT).with_client_spec();
         send(request)
     };
-    let get = ask(Method::GET).await;
-    let post = ask(Method::POST).await;
+    let get = fetch(Method::GET).await;
+    let post = fetch(Method::POST).await;
     assert_eq!((get.status, &get.body), (post.status, &post.body));
-    let head = ask(Method::HEAD).await;
+    let head = fetch(Method::HEAD).await;
     assert_eq!((head.status, head.text()), (StatusCode::OK, ""));
     for name in ["content-length", "etag", "content-type", "vary"] {
         assert_eq!(head.header(name), get.header(name), "{name}");
         assert_ne!(get.header(name), "", "{name}");
     }
     assert_eq!(get.header("content-type"), "application/json");
-    let delete = ask(Method::DELETE).await;
+    let delete = fetch(Method::DELETE).await;
     assert_eq!(delete.status, StatusCode::METHOD_NOT_ALLOWED);
     assert_eq!(delete.header("allow"), "GET, HEAD, POST");
 }
@@ -120,8 +120,8 @@ async fn get_post_and_head_respond_alike() {
 async fn token_and_query_restrict_visible_flags() {
     let parapet = InProcessParapet::offline(&flags()).await;
     let check = async |token: &str, query: &str, expect: &[&str]| {
-        let answer = parapet.get(&format!("{FEATURES}{query}"), token).await;
-        let names: Vec<_> = raw_features(&answer).into_keys().collect();
+        let response = parapet.get(&format!("{FEATURES}{query}"), token).await;
+        let names: Vec<_> = raw_features(&response).into_keys().collect();
         assert_eq!(names, expect, "{query}");
     };
     let web = ["web.one", "web.operator", "web/a b?ö"];
@@ -151,9 +151,9 @@ async fn missing_or_hidden_flag_gets_404() {
         (CLIENT, "/api/client"),
         (CLIENT, "/api/clientfeatures"),
     ] {
-        let answer = parapet.get(path, token).await;
-        assert_eq!(answer.status, StatusCode::NOT_FOUND, "{path}");
-        assert_eq!(answer.json()["message"], "not found");
+        let response = parapet.get(path, token).await;
+        assert_eq!(response.status, StatusCode::NOT_FOUND, "{path}");
+        assert_eq!(response.json()["message"], "not found");
     }
     let garbled = parapet.get("/api/client/features/%ff", CLIENT).await;
     assert_eq!(garbled.status, StatusCode::BAD_REQUEST);
@@ -163,8 +163,8 @@ async fn missing_or_hidden_flag_gets_404() {
 async fn only_segments_of_visible_flags_are_sent() {
     let parapet = InProcessParapet::offline(&flags()).await;
     let check = async |token: &str, query: &str, expect: &[u64]| {
-        let answer = parapet.get(&format!("{FEATURES}{query}"), token).await;
-        assert_eq!(segment_ids(&answer), expect, "{query}");
+        let response = parapet.get(&format!("{FEATURES}{query}"), token).await;
+        assert_eq!(segment_ids(&response), expect, "{query}");
     };
     check(CLIENT, "", &[1, 2]).await;
     check(WEB_CLIENT, "", &[1]).await;
@@ -229,39 +229,39 @@ async fn every_content_encoding_decodes_alike_and_has_its_own_strong_etag() {
 async fn matching_if_none_match_gets_304_without_body() {
     let parapet = InProcessParapet::offline(&long_flags()).await;
     let tag = parapet.get(FEATURES, CLIENT).await.header("etag").to_owned();
-    let ask = async |method: &Method, path: &str, conditions: &[&str]| {
+    let fetch = async |method: &Method, path: &str, conditions: &[&str]| {
         let request = parapet.request(method.clone(), path).header("authorization", CLIENT);
         let request = request.header("accept-encoding", "gzip").with_client_spec();
         let request =
             conditions.iter().fold(request, |it, value| it.header("if-none-match", *value));
         send(request).await
     };
-    let gzip_tag = ask(&Method::GET, FEATURES, &[]).await.header("etag").to_owned();
+    let gzip_tag = fetch(&Method::GET, FEATURES, &[]).await.header("etag").to_owned();
     let (weak, list) = (format!("W/{tag}"), format!("\"x\", {tag},W/\"y\""));
     let know: [&[&str]; 7] =
         [&[&tag], &[&gzip_tag], &[&weak], &[&list], &["*"], &["\"x\"", &tag], &[" , ", &weak]];
     for conditions in know {
         for method in [Method::GET, Method::HEAD] {
-            let answer = ask(&method, FEATURES, conditions).await;
-            assert_eq!(answer.status, StatusCode::NOT_MODIFIED, "{method} {conditions:?}");
-            assert_eq!(answer.text(), "");
-            assert_eq!(answer.header("vary"), "accept-encoding");
-            assert!(answer.header("etag").starts_with('"'));
-            assert!(!answer.headers.contains_key("content-encoding"));
+            let response = fetch(&method, FEATURES, conditions).await;
+            assert_eq!(response.status, StatusCode::NOT_MODIFIED, "{method} {conditions:?}");
+            assert_eq!(response.text(), "");
+            assert_eq!(response.header("vary"), "accept-encoding");
+            assert!(response.header("etag").starts_with('"'));
+            assert!(!response.headers.contains_key("content-encoding"));
         }
     }
     let almost = format!("{}x\"", tag.trim_end_matches('"'));
     let know_not: [&[&str]; 5] =
         [&["\"x\""], &[tag.trim_matches('"')], &[""], &[&almost], &["W/*"]];
     for conditions in know_not {
-        let answer = ask(&Method::GET, FEATURES, conditions).await;
-        assert_eq!(answer.status, StatusCode::OK, "{conditions:?}");
+        let response = fetch(&Method::GET, FEATURES, conditions).await;
+        assert_eq!(response.status, StatusCode::OK, "{conditions:?}");
     }
-    let narrowed = ask(&Method::GET, "/api/client/features?namePrefix=flag-00", &[&tag]).await;
+    let narrowed = fetch(&Method::GET, "/api/client/features?namePrefix=flag-00", &[&tag]).await;
     assert_eq!(narrowed.status, StatusCode::OK, "another listing has another tag");
     let single = "/api/client/features/flag-001";
-    let tag = ask(&Method::GET, single, &[]).await.header("etag").to_owned();
-    assert_eq!(ask(&Method::GET, single, &[&tag]).await.status, StatusCode::NOT_MODIFIED);
+    let tag = fetch(&Method::GET, single, &[]).await.header("etag").to_owned();
+    assert_eq!(fetch(&Method::GET, single, &[&tag]).await.status, StatusCode::NOT_MODIFIED);
 }
 
 #[tokio::test]
@@ -271,8 +271,8 @@ async fn etag_changes_with_flags() {
     std::fs::write(parapet.flags_file(), long_flags().replace("flag-007", "flag-bond")).unwrap();
     let limit = std::time::Duration::from_secs(20);
     let after = crate::rig::wait_until("the file is read again", limit, async || {
-        let answer = parapet.get(FEATURES, CLIENT).await;
-        answer.text().contains("flag-bond").then_some(answer)
+        let response = parapet.get(FEATURES, CLIENT).await;
+        response.text().contains("flag-bond").then_some(response)
     });
     assert_ne!(after.await.header("etag"), before.header("etag"));
 }

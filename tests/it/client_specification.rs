@@ -114,12 +114,12 @@ struct Results {
 }
 
 impl Results {
-    fn check(&mut self, file: &SpecFile, test: &Value, answer: &Value, how: &str) {
-        if *answer == test["expectedResult"] {
+    fn check(&mut self, file: &SpecFile, test: &Value, response: &Value, how: &str) {
+        if *response == test["expectedResult"] {
             self.passed += 1;
         } else {
             let (name, what) = (&file.name, &test["description"]);
-            self.failures.push(format!("{name}{how}: {what}: answered {answer}"));
+            self.failures.push(format!("{name}{how}: {what}: answered {response}"));
         }
     }
 
@@ -140,11 +140,11 @@ fn official_specification_passes_completely() {
         let (engine, _) = Engine::compile(&document);
         for (expected, test) in &file.tests {
             let (on, variant) = evaluate(&engine, test);
-            let answer = match expected {
+            let response = match expected {
                 Expectation::Enabled => on.into(),
                 Expectation::Variant => variant,
             };
-            score.check(&file, test, &answer, "");
+            score.check(&file, test, &response, "");
         }
     }
     score.assert_all_passed(1);
@@ -163,9 +163,9 @@ fn query(context: &Value) -> String {
 }
 
 /// The response about the flag of a test; a missing flag is off.
-fn response_for(expected: Expectation, test: &Value, answer: &FullResponse) -> Value {
-    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
-    let toggles = answer.json();
+fn response_for(expected: Expectation, test: &Value, response: &FullResponse) -> Value {
+    assert_eq!(response.status, StatusCode::OK, "{}", response.text());
+    let toggles = response.json();
     let toggle = toggles["toggles"]
         .as_array()
         .unwrap()

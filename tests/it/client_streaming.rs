@@ -79,34 +79,34 @@ impl DeltaStream {
 #[tokio::test]
 async fn delta_contains_changes_since_the_clients_state() {
     let parapet = InProcessParapet::offline(&flags(false, false)).await;
-    let ask = async |token: &str, etag: &str| {
+    let fetch = async |token: &str, etag: &str| {
         let request = parapet.request(Method::GET, DELTA).header("authorization", token);
         send(request.header("if-none-match", etag)).await
     };
-    let first = ask(CLIENT, "\"0\"").await;
+    let first = fetch(CLIENT, "\"0\"").await;
     assert_eq!(event_summary(&first.json()), [summary("hydration", "in-web,other")]);
     let etag = first.header("etag").to_owned();
     assert_eq!(etag, format!("\"{}\"", first.json()["events"][0]["eventId"]));
-    let again = ask(CLIENT, &etag).await;
+    let again = fetch(CLIENT, &etag).await;
     assert_eq!((again.status, again.header("etag")), (StatusCode::NOT_MODIFIED, &*etag));
-    let web = ask(WEB_CLIENT, "").await;
+    let web = fetch(WEB_CLIENT, "").await;
 
     write_flags(&parapet, &flags(false, true));
     let then = wait_until("the change is in the delta", TIMEOUT, async || {
-        let then = ask(CLIENT, &etag).await;
+        let then = fetch(CLIENT, &etag).await;
         (then.status == StatusCode::OK).then_some(then)
     })
     .await;
     assert_eq!(event_summary(&then.json()), [summary("feature-updated", "other")]);
     assert_eq!(then.json()["events"][0]["feature"]["enabled"], true);
     assert_ne!(then.header("etag"), etag);
-    assert_eq!(ask(CLIENT, then.header("etag")).await.status, StatusCode::NOT_MODIFIED);
+    assert_eq!(fetch(CLIENT, then.header("etag")).await.status, StatusCode::NOT_MODIFIED);
     // In a project without changes there is no event.
-    assert_eq!(ask(WEB_CLIENT, web.header("etag")).await.status, StatusCode::NOT_MODIFIED);
+    assert_eq!(fetch(WEB_CLIENT, web.header("etag")).await.status, StatusCode::NOT_MODIFIED);
     // A client with the state of another token, or with an unknown state, gets a full snapshot.
-    let whole = ask(WEB_CLIENT, then.header("etag")).await.json();
+    let whole = fetch(WEB_CLIENT, then.header("etag")).await.json();
     assert_eq!(event_summary(&whole), [summary("hydration", "in-web")]);
-    let whole = ask(WEB_CLIENT, "\"5\"").await.json();
+    let whole = fetch(WEB_CLIENT, "\"5\"").await.json();
     assert_eq!(event_summary(&whole), [summary("hydration", "in-web")]);
     assert_eq!(whole["events"][0]["segments"][0]["id"], 7);
 

@@ -84,12 +84,13 @@ impl PollingLoad<'_> {
                         if nth > 0 {
                             tokio::time::sleep(interval).await;
                         }
-                        let answer = client.get(&url).header("authorization", CLIENT).send().await;
-                        let answer = answer.unwrap_or_else(|error| {
+                        let response =
+                            client.get(&url).header("authorization", CLIENT).send().await;
+                        let response = response.unwrap_or_else(|error| {
                             panic!("after {interval:?}, HTTP/2 {is_http2}: {error:?}")
                         });
-                        assert_eq!(answer.status(), StatusCode::OK);
-                        answer.bytes().await.unwrap();
+                        assert_eq!(response.status(), StatusCode::OK);
+                        response.bytes().await.unwrap();
                     }
                 });
             }
@@ -248,7 +249,7 @@ const CONCURRENT_REQUESTS: usize = 8;
 /// A client that fetches flags, and sometimes reports usage, over a connection that it keeps as long as
 /// possible.
 async fn run_client(fleet: Arc<Fleet>, protocol: Protocol, tally: Arc<LoadResult>) {
-    let ask = async |mut kept: PersistentConnection, nth: usize| {
+    let send_request = async |mut connection: PersistentConnection, nth: usize| {
         let request = Request::builder().header("authorization", CLIENT);
         let request = if nth.is_multiple_of(8) {
             let report = json!({ "appName": "door", "instanceId": "1", "bucket": {
@@ -259,18 +260,18 @@ async fn run_client(fleet: Arc<Fleet>, protocol: Protocol, tally: Arc<LoadResult
         } else {
             request.uri(FEATURES).body(Full::default()).unwrap()
         };
-        match kept.send(request).await {
+        match connection.send(request).await {
             SendOutcome::Response(status, _) if status.is_success() => {
                 tally.succeeded.fetch_add(1, Relaxed);
             }
             SendOutcome::NotSent => {}
             other => tally.record_failure(format!("{protocol:?}, request {nth}: {other:?}")),
         }
-        kept
+        connection
     };
-    let (mut kept, mut nth) = (None::<PersistentConnection>, 0);
+    let (mut idle, mut nth) = (None::<PersistentConnection>, 0);
     while !tally.is_stopping.load(Relaxed) {
-        let usable = match kept.take() {
+        let usable = match idle.take() {
             Some(mut connection) => connection.is_usable().await.then_some(connection),
             None => None,
         };
@@ -292,9 +293,9 @@ async fn run_client(fleet: Arc<Fleet>, protocol: Protocol, tally: Arc<LoadResult
             (1..CONCURRENT_REQUESTS).filter_map(|_| connection.try_clone()).collect::<Vec<_>>();
         let all = shared.into_iter().chain([connection]).map(|it| {
             nth += 1;
-            ask(it, nth)
+            send_request(it, nth)
         });
-        kept = join_all(all).await.pop();
+        idle = join_all(all).await.pop();
     }
 }
 
@@ -380,13 +381,13 @@ async fn unread_http2_responses_use_bounded_memory_and_time_out() {
     /// In KiB.
     const MIB: u64 = 1024;
     let parapet = offline_with(&many_flags(2000)).start().await;
-    let ask = async |number: usize| {
+    let fetch = async |number: usize| {
         let request = http().get(parapet.url() + &user_request_path(number));
-        let answer = request.header("authorization", FRONTEND).send().await.unwrap();
-        assert_eq!(answer.status(), StatusCode::OK);
-        answer.bytes().await.unwrap().len()
+        let response = request.header("authorization", FRONTEND).send().await.unwrap();
+        assert_eq!(response.status(), StatusCode::OK);
+        response.bytes().await.unwrap().len()
     };
-    let length = ask(usize::MAX).await;
+    let length = fetch(usize::MAX).await;
     assert!(length > 150_000, "{length}");
     let before = parapet.proc_status("VmRSS");
 
@@ -412,7 +413,7 @@ async fn unread_http2_responses_use_bounded_memory_and_time_out() {
     let unread = hold(StallMode::NoReads).await;
     // Other clients are served meanwhile.
     for nth in 0..20 {
-        ask(usize::MAX - nth).await;
+        fetch(usize::MAX - nth).await;
     }
     drop(gone);
     wait_until("the memory is freed, even that of unread connections", TIMEOUT, async || {
@@ -423,8 +424,8 @@ async fn unread_http2_responses_use_bounded_memory_and_time_out() {
     let most = parapet.proc_status("VmHWM");
     assert!(most < 250 * MIB, "{most} KiB at the most, {before} before");
 
-    let resets = std::mem::take(&mut few.responses).into_iter().map(async |answer| {
-        let mut body = answer.await.unwrap().into_body();
+    let resets = std::mem::take(&mut few.responses).into_iter().map(async |response| {
+        let mut body = response.await.unwrap().into_body();
         body.data().await.map(|data| data.unwrap_err().reason())
     });
     let resets = tokio::time::timeout(TIMEOUT, join_all(resets)).await.unwrap();
@@ -439,8 +440,8 @@ async fn idle_http2_connection_closes_despite_pings() {
     let mut pings = connection.ping_pong().unwrap();
     let connection = tokio::spawn(connection);
     let request = Request::get("http://a/nothing").body(()).unwrap();
-    let answer = sender.send_request(request, true).unwrap().0.await.unwrap();
-    assert_eq!(answer.status(), StatusCode::NOT_FOUND);
+    let response = sender.send_request(request, true).unwrap().0.await.unwrap();
+    assert_eq!(response.status(), StatusCode::NOT_FOUND);
     let mut answered = 0;
     let pinging = async {
         while pings.ping(h2::Ping::opaque()).await.is_ok() {
@@ -495,7 +496,7 @@ async fn one_address_cannot_exhaust_connections_of_others() {
         "POST /api/frontend HTTP/1.1\r\nhost: a\r\nauthorization: {FRONTEND}\r\n\
          content-length: 2\r\nexpect: 100-continue\r\n\r\n"
     );
-    let mut held = Vec::new();
+    let mut streams = Vec::new();
     for _ in 0..40 {
         let mut stream = connect_from(2, parapet.address()).await;
         let _ = stream.write_all(begun.as_bytes()).await;
@@ -503,16 +504,16 @@ async fn one_address_cannot_exhaust_connections_of_others() {
         // refused.
         let mut received = [0; "HTTP/1.1 100 Continue\r\n\r\n".len()];
         if stream.read_exact(&mut received).await.is_ok() {
-            held.push(stream);
+            streams.push(stream);
         }
     }
-    assert_eq!(held.len(), 15, "it has its share");
+    assert_eq!(streams.len(), 15, "it has its share");
     let mut other = connect_from(3, parapet.address()).await;
     other.write_all(b"GET /internal-backstage/health HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
     let mut status = [0; 12];
     other.read_exact(&mut status).await.unwrap();
     assert_eq!(&status, b"HTTP/1.1 200");
-    for mut stream in held {
+    for mut stream in streams {
         stream.write_all(b"{}").await.unwrap();
         stream.read_exact(&mut status).await.unwrap();
         assert_eq!(&status, b"HTTP/1.1 200");
@@ -561,7 +562,7 @@ async fn proxy_protocol_address_is_used_from_trusted_balancers() {
         let begin = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c";
         [&begin[..], &address, &[127, 0, 0, 1, 0xc3, 0x50, 1, 0xbb]].concat()
     };
-    let ask = async |is_tls: bool, host: u8, header: &[u8]| {
+    let fetch = async |is_tls: bool, host: u8, header: &[u8]| {
         let parapet = if is_tls { &encrypted } else { &plain };
         let mut stream = connect_from(host, parapet.address()).await;
         if !is_tls {
@@ -576,19 +577,23 @@ async fn proxy_protocol_address_is_used_from_trusted_balancers() {
     };
     for is_tls in [false, true] {
         for header in [&version_1 as &dyn Fn([u8; 4]) -> Vec<u8>, &version_2] {
-            let answer = ask(is_tls, BALANCER, &header(OFFICE)).await;
-            assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("in-the-office"));
-            let answer = ask(is_tls, BALANCER, &header(ELSEWHERE)).await;
-            assert!(answer.starts_with("HTTP/1.1 200") && !answer.contains("in-the-office"));
-            let answer = ask(is_tls, BALANCER, &header(DENIED)).await;
-            assert!(answer.starts_with("HTTP/1.1 403"), "{answer}");
+            let response = fetch(is_tls, BALANCER, &header(OFFICE)).await;
+            assert!(response.starts_with("HTTP/1.1 200") && response.contains("in-the-office"));
+            let response = fetch(is_tls, BALANCER, &header(ELSEWHERE)).await;
+            assert!(response.starts_with("HTTP/1.1 200") && !response.contains("in-the-office"));
+            let response = fetch(is_tls, BALANCER, &header(DENIED)).await;
+            assert!(response.starts_with("HTTP/1.1 403"), "{response}");
 
-            let answer = ask(is_tls, STRANGER, &header(OFFICE)).await;
+            let response = fetch(is_tls, STRANGER, &header(OFFICE)).await;
             let expect = if is_tls { "" } else { "HTTP/1.1 400" };
-            assert_eq!(answer.get(..12).unwrap_or_default(), expect, "it is malformed: {answer}");
+            assert_eq!(
+                response.get(..12).unwrap_or_default(),
+                expect,
+                "it is malformed: {response}"
+            );
         }
-        assert_eq!(ask(is_tls, BALANCER, b"").await, "", "a header is missing");
-        let answer = ask(is_tls, STRANGER, b"").await;
-        assert!(answer.starts_with("HTTP/1.1 200") && !answer.contains("in-the-office"));
+        assert_eq!(fetch(is_tls, BALANCER, b"").await, "", "a header is missing");
+        let response = fetch(is_tls, STRANGER, b"").await;
+        assert!(response.starts_with("HTTP/1.1 200") && !response.contains("in-the-office"));
     }
 }

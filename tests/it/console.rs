@@ -55,8 +55,8 @@ impl Console {
     }
 
     async fn sign_in(&mut self, username: &str, password: &str) {
-        let answer = self.try_to_sign_in(username, password).await;
-        assert_eq!(answer["signedIn"], true, "{username} cannot sign in: {}", answer["text"]);
+        let response = self.try_to_sign_in(username, password).await;
+        assert_eq!(response["signedIn"], true, "{username} cannot sign in: {}", response["text"]);
     }
 
     async fn try_to_sign_in(&mut self, username: &str, password: &str) -> Value {
@@ -79,8 +79,8 @@ impl Console {
     }
 
     async fn buttons(&mut self) -> Vec<String> {
-        let answer = self.call("buttons", Value::Null).await;
-        answer["buttons"].as_array().unwrap().iter().map(|it| text_of(it).to_owned()).collect()
+        let response = self.call("buttons", Value::Null).await;
+        response["buttons"].as_array().unwrap().iter().map(|it| text_of(it).to_owned()).collect()
     }
 
     /// Panics if the page has accessibility errors, in any theme, on a desktop or a phone.
@@ -134,8 +134,9 @@ impl Console {
 
 /// The directory of screenshots: the one in the documentation if `PARAPET_SCREENSHOTS` is set.
 fn screenshot_dir() -> PathBuf {
-    let kept = std::env::var_os("PARAPET_SCREENSHOTS").map(PathBuf::from);
-    let folder = kept.unwrap_or_else(|| PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("console"));
+    let configured = std::env::var_os("PARAPET_SCREENSHOTS").map(PathBuf::from);
+    let folder =
+        configured.unwrap_or_else(|| PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("console"));
     std::fs::create_dir_all(&folder).unwrap();
     std::path::absolute(folder).unwrap()
 }

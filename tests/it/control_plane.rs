@@ -39,11 +39,11 @@ struct Installation {
 }
 
 impl Installation {
-    async fn new(kept: DatabaseKind) -> Self {
+    async fn new(database_kind: DatabaseKind) -> Self {
         secret_leak_check::register(PASSWORD);
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("flags.json"), FLAGS).unwrap();
-        let database = match kept {
+        let database = match database_kind {
             DatabaseKind::Sqlite => None,
             DatabaseKind::Postgres => {
                 let postgres = Postgres::shared().await;
@@ -137,16 +137,16 @@ async fn sign_in_with(
     let body = json!({ "username": username, "password": password }).to_string();
     let request = http().post(format!("{url}/auth/simple/login"));
     let request = if cookies.is_empty() { request } else { request.header("cookie", cookies) };
-    let answer =
+    let response =
         request.header("content-type", "application/json").body(body).send().await.unwrap();
-    if !answer.status().is_success() {
-        return Err(answer.status());
+    if !response.status().is_success() {
+        return Err(response.status());
     }
-    for cookie in answer.headers().get_all("set-cookie") {
+    for cookie in response.headers().get_all("set-cookie") {
         let cookie = cookie.to_str().unwrap();
         assert!(cookie.contains("HttpOnly") && cookie.contains("SameSite=Strict"), "{cookie}");
     }
-    Ok(Session { url, cookies: session_cookies(&answer) })
+    Ok(Session { url, cookies: session_cookies(&response) })
 }
 
 /// The cookies that a response sets, as a client sends them back. Their values become secrets.
@@ -212,8 +212,8 @@ impl Session {
     async fn grant(&self, id: i64, permissions: &[&str]) {
         let path = format!("/api/admin/user-admin/{id}/permissions");
         let body = json!({ "permissions": permissions });
-        let (status, answer) = self.call(Method::PUT, &path, &body).await;
-        assert_eq!(status, StatusCode::OK, "{answer}");
+        let (status, response) = self.call(Method::PUT, &path, &body).await;
+        assert_eq!(status, StatusCode::OK, "{response}");
     }
 }
 
@@ -223,8 +223,8 @@ async fn identifier(session: &Session, name: &str) -> String {
     listed["tokens"][0]["secret"].as_str().unwrap().to_owned()
 }
 
-async fn token_lifecycle(kept: DatabaseKind) {
-    let place = Installation::new(kept).await;
+async fn token_lifecycle(database_kind: DatabaseKind) {
+    let place = Installation::new(database_kind).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     let me = owner.get("/api/admin/user").await;
@@ -314,8 +314,8 @@ async fn token_lifecycle_on_postgresql() {
 }
 
 /// Each role and each permission, for each operation on each kind of token.
-async fn permission_matrix(kept: DatabaseKind) {
-    let place = Installation::new(kept).await;
+async fn permission_matrix(database_kind: DatabaseKind) {
+    let place = Installation::new(database_kind).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     for kind in ["client", "frontend", "admin"] {
@@ -360,15 +360,15 @@ async fn permission_matrix(kept: DatabaseKind) {
                 assert_eq!(seen.contains(&format!("a-{kind}")), sees, "{what}");
                 let expect =
                     |action, good| if holds(action) { good } else { StatusCode::FORBIDDEN };
-                let (status, answer) = user.create_token(kind, &format!("b-{kind}")).await;
-                assert_eq!(status, expect("CREATE", StatusCode::CREATED), "{what}: {answer}");
+                let (status, response) = user.create_token(kind, &format!("b-{kind}")).await;
+                assert_eq!(status, expect("CREATE", StatusCode::CREATED), "{what}: {response}");
                 if status == StatusCode::FORBIDDEN {
                     let missing = if kind == "admin" {
                         "ADMIN".to_owned()
                     } else {
                         format!("CREATE_{upper}_API_TOKEN")
                     };
-                    assert_eq!(answer["permissions"], json!([missing]), "{what}");
+                    assert_eq!(response["permissions"], json!([missing]), "{what}");
                     owner.create_token(kind, &format!("b-{kind}")).await;
                 }
                 let path = format!(
@@ -383,9 +383,9 @@ async fn permission_matrix(kept: DatabaseKind) {
                 owner.call(Method::DELETE, &path, &Value::Null).await;
             }
             for path in ["/api/admin/user-admin", "/api/admin/events"] {
-                let (status, answer) = user.call(Method::GET, path, &Value::Null).await;
+                let (status, response) = user.call(Method::GET, path, &Value::Null).await;
                 let expect = if role == 1 { StatusCode::OK } else { StatusCode::FORBIDDEN };
-                assert_eq!(status, expect, "role {role}, {path}: {answer}");
+                assert_eq!(status, expect, "role {role}, {path}: {response}");
             }
         }
     }
@@ -406,8 +406,8 @@ async fn each_permission_requires_its_role_or_grant_on_postgresql() {
 
 /// An expiry in the past counts as a deletion, and a later expiry for an expired token as a creation;
 /// the update permission is not enough for either.
-async fn update_permission_neither_ends_nor_revives_tokens(kept: DatabaseKind) {
-    let place = Installation::new(kept).await;
+async fn update_permission_neither_ends_nor_revives_tokens(database_kind: DatabaseKind) {
+    let place = Installation::new(database_kind).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     let id = owner.create_account("ann", 3).await;
@@ -429,12 +429,12 @@ async fn update_permission_neither_ends_nor_revives_tokens(kept: DatabaseKind) {
         owner.grant(id, &[&create, &update]).await;
         assert_eq!(expire(&ann, later).await.0, StatusCode::OK);
         for end in [past, Some("1970-01-01T00:00:00Z")] {
-            let (status, answer) = expire(&ann, end).await;
-            assert_eq!(status, StatusCode::FORBIDDEN, "{answer}");
-            assert_eq!(answer["permissions"], json!([delete]));
+            let (status, response) = expire(&ann, end).await;
+            assert_eq!(status, StatusCode::FORBIDDEN, "{response}");
+            assert_eq!(response["permissions"], json!([delete]));
             let expect =
                 format!("you need the {delete} permission to end a token by an expiry in the past");
-            assert_eq!(answer["message"], expect);
+            assert_eq!(response["message"], expect);
         }
         assert!(works().await);
 
@@ -443,11 +443,11 @@ async fn update_permission_neither_ends_nor_revives_tokens(kept: DatabaseKind) {
         assert!(!works().await);
         assert_eq!(expire(&ann, past).await.0, StatusCode::OK, "it has ended already");
         for end in [later, None] {
-            let (status, answer) = expire(&ann, end).await;
-            assert_eq!(status, StatusCode::FORBIDDEN, "{answer}");
-            assert_eq!(answer["permissions"], json!([create]));
+            let (status, response) = expire(&ann, end).await;
+            assert_eq!(status, StatusCode::FORBIDDEN, "{response}");
+            assert_eq!(response["permissions"], json!([create]));
             let expect = format!("you need the {create} permission to revive an expired token");
-            assert_eq!(answer["message"], expect);
+            assert_eq!(response["message"], expect);
         }
         assert!(!works().await);
 
@@ -470,8 +470,8 @@ async fn update_permission_neither_ends_nor_revives_tokens_on_postgresql() {
 
 /// Attempts that fail because of the database do not count, neither to sign in nor to change the own
 /// password. With the right password both work as soon as the database does.
-async fn database_failure_costs_no_attempts(kept: DatabaseKind) {
-    let place = Installation::new(kept).await;
+async fn database_failure_costs_no_attempts(database_kind: DatabaseKind) {
+    let place = Installation::new(database_kind).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     let attempt = async |password| sign_in(&parapet, OWNER, password).await.map(drop);
@@ -490,8 +490,8 @@ async fn database_failure_costs_no_attempts(kept: DatabaseKind) {
     place.set_read_only(&parapet, true).await;
     for _ in 0..10 {
         assert_eq!(attempt(PASSWORD).await, Err(StatusCode::SERVICE_UNAVAILABLE));
-        let (status, answer) = change().await;
-        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{answer}");
+        let (status, response) = change().await;
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{response}");
     }
     place.set_read_only(&parapet, false).await;
     assert_eq!(attempt(PASSWORD).await, Ok(()));
@@ -534,15 +534,15 @@ async fn password_change_ends_sessions_and_cross_origin_changes_are_denied() {
         vec![("cookie", owner.cookies.as_str()), ("origin", "http://evil.example")],
         vec![("cookie", owner.cookies.as_str()), ("sec-fetch-site", "cross-site")],
     ] {
-        let answer = owner.call_as(Method::POST, "/api/admin/api-tokens", &token, &headers).await;
-        assert_eq!(answer.0, StatusCode::FORBIDDEN, "{headers:?}");
+        let response = owner.call_as(Method::POST, "/api/admin/api-tokens", &token, &headers).await;
+        assert_eq!(response.0, StatusCode::FORBIDDEN, "{headers:?}");
     }
 
     secret_leak_check::register(NEW_PASSWORD);
     let path = format!("/api/admin/user-admin/{id}/change-password");
-    let (status, answer) =
+    let (status, response) =
         owner.call(Method::POST, &path, &json!({ "password": NEW_PASSWORD })).await;
-    assert_eq!(status, StatusCode::OK, "{answer}");
+    assert_eq!(status, StatusCode::OK, "{response}");
     let status = ann.call(Method::GET, "/api/admin/user", &Value::Null).await.0;
     assert_eq!(status, StatusCode::UNAUTHORIZED, "a new password ends sessions");
     assert_eq!(sign_in(&parapet, "ann", PASSWORD).await.err(), Some(StatusCode::UNAUTHORIZED));
@@ -675,10 +675,10 @@ async fn floods_of_passwords_and_cookies_do_not_lock_out_the_owner() {
     let mut seen: BTreeMap<u16, usize> = BTreeMap::new();
     for number in 0..10_000_u64 {
         let cookie = format!("parapet-session={number:022}.{number:043}");
-        let answer = owner
+        let response = owner
             .call_as(Method::GET, "/api/admin/user", &Value::Null, &[("cookie", &cookie)])
             .await;
-        *seen.entry(answer.0.as_u16()).or_default() += 1;
+        *seen.entry(response.0.as_u16()).or_default() += 1;
     }
     assert!(seen[&429] > 5_000 && seen.keys().all(|it| [401, 429].contains(it)), "{seen:?}");
     assert_eq!(owner.get("/api/admin/user").await["user"]["username"], OWNER);
@@ -700,16 +700,16 @@ async fn openapi_document_and_flag_explanation_are_served() {
             if path.contains("logout") || path == "/api/admin/api-tokens/token" {
                 continue;
             }
-            let (status, answer) = owner.call(method.clone(), &path, &json!({})).await;
+            let (status, response) = owner.call(method.clone(), &path, &json!({})).await;
             assert!(
                 status.as_u16() < 500 && status != StatusCode::METHOD_NOT_ALLOWED,
-                "{method} {path}: {status} {answer}"
+                "{method} {path}: {status} {response}"
             );
         }
     }
-    let question =
+    let request =
         json!({ "environment": "development", "flag": "first", "context": { "userId": "7" } });
-    let (status, why) = owner.call(Method::POST, "/api/admin/explain", &question).await;
+    let (status, why) = owner.call(Method::POST, "/api/admin/explain", &request).await;
     assert_eq!((status, &why["enabled"]), (StatusCode::OK, &json!(true)), "{why}");
     let flags = owner.get("/api/admin/flags?environment=development").await;
     assert_eq!(flags["flags"][1]["project"], "web");
@@ -818,13 +818,13 @@ async fn command_line_works_with_url_as_with_database() {
     secret_leak_check::register(&admin);
     let (url, file) = (parapet.admin_url(), temp_file_with(&admin));
     let place = ["--url", &url, "--token-file", file.path().to_str().unwrap()];
-    let ask = |arguments: &[&str], input: &str| run_parapet(&[arguments, &place].concat(), input);
+    let run = |arguments: &[&str], input: &str| run_parapet(&[arguments, &place].concat(), input);
     let json = |arguments: &[&str]| -> Value {
-        let printed = ask(&[arguments, &["--json"]].concat(), "").unwrap();
+        let printed = run(&[arguments, &["--json"]].concat(), "").unwrap();
         serde_json::from_str(&printed).unwrap_or_else(|_| panic!("{printed}"))
     };
     wait_until("the new admin token works", Duration::from_secs(10), async || {
-        ask(&["token", "list"], "").is_ok().then_some(())
+        run(&["token", "list"], "").is_ok().then_some(())
     })
     .await;
 
@@ -840,10 +840,10 @@ async fn command_line_works_with_url_as_with_database() {
     let near: Value = serde_json::from_str(&near).unwrap();
     assert_eq!(near[0]["identifier"], listed[0]["identifier"]);
     assert_eq!(near[0]["type"], listed[0]["type"]);
-    let gone = ask(&["token", "revoke", "-"], secret).unwrap();
+    let gone = run(&["token", "revoke", "-"], secret).unwrap();
     assert!(gone.starts_with("revoked far (") && !gone.contains(secret), "{gone}");
     assert_eq!(parapet.features_status(secret).await, StatusCode::UNAUTHORIZED);
-    let again = ask(&["token", "revoke", "-"], secret).unwrap_err();
+    let again = run(&["token", "revoke", "-"], secret).unwrap_err();
     assert!(again.contains("there is no such token"), "{again}");
 
     let made = json(&["account", "add", "ann", "--role", "Editor"]);
@@ -858,7 +858,7 @@ async fn command_line_works_with_url_as_with_database() {
     let accounts = json(&["account", "list"]);
     let ann = accounts.as_array().unwrap().iter().find(|it| it["username"] == "ann").unwrap();
     assert_eq!(ann, &taken);
-    ask(&["account", "password", "ann", "--password-file", "-"], NEW_PASSWORD).unwrap();
+    run(&["account", "password", "ann", "--password-file", "-"], NEW_PASSWORD).unwrap();
     secret_leak_check::register(NEW_PASSWORD);
     assert!(sign_in(&parapet, "ann", first).await.is_err());
     let ann = sign_in(&parapet, "ann", NEW_PASSWORD).await.unwrap();
@@ -870,9 +870,9 @@ async fn command_line_works_with_url_as_with_database() {
     let refused = run_parapet(&[&["token", "list"][..], &stranger].concat(), "").unwrap_err();
     assert!(refused.contains("answered 401"), "{refused}");
     assert!(!refused.contains("nobody-0123456789"), "{refused}");
-    let taken = ask(&["account", "add", "ann"], "").unwrap_err();
+    let taken = run(&["account", "add", "ann"], "").unwrap_err();
     assert!(taken.contains("answered 400: username is taken"), "{taken}");
-    let absent = ask(&["account", "grant", "bob", "CREATE_API_TOKEN"], "").unwrap_err();
+    let absent = run(&["account", "grant", "bob", "CREATE_API_TOKEN"], "").unwrap_err();
     assert!(absent.contains("there is no account `bob`"), "{absent}");
     let silent = ["--url", "http://127.0.0.1:1", "--token-file", file.path().to_str().unwrap()];
     let silent = run_parapet(&[&["token", "list"][..], &silent].concat(), "").unwrap_err();

@@ -157,8 +157,8 @@ async fn dates_parse_as_in_node() {
     let mut random = TestRunner::deterministic();
     let mut texts: Vec<String> = DATE_TEXTS.map(str::to_owned).into();
     texts.extend((0..20_000).map(|_| date_like_text().new_tree(&mut random).unwrap().current()));
-    let answer = node.call("read", json!(texts)).await;
-    let read = answer["milliseconds"].as_array().unwrap();
+    let response = node.call("read", json!(texts)).await;
+    let read = response["milliseconds"].as_array().unwrap();
     let mut dates = 0;
     for (text, read) in texts.iter().zip(read) {
         assert_eq!(is_date(text), !read.is_null(), "{text:?} is {read}");
@@ -209,11 +209,11 @@ async fn dates_saved_by_unleash_evaluate_as_in_its_frontend_api() {
     let parapet = edge.flag("--fleet-name", "dates").start().await;
     let enabled = async |server: &str| -> Vec<String> {
         let request = http().get(format!("{server}/api/frontend"));
-        let answer = request.header("authorization", &token).send().await.unwrap();
-        if answer.status() != StatusCode::OK {
+        let response = request.header("authorization", &token).send().await.unwrap();
+        if response.status() != StatusCode::OK {
             return Vec::new();
         }
-        let body: Value = serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap();
+        let body: Value = serde_json::from_slice(&response.bytes().await.unwrap()).unwrap();
         let names = body["toggles"]
             .as_array()
             .unwrap()

@@ -89,7 +89,7 @@ async fn compression_bombs_are_cheap_to_reject_and_throttle_their_sender() {
 #[tokio::test]
 async fn validation_of_made_up_tokens_is_throttled_despite_forged_addresses() {
     let parapet = InProcessParapet::offline_with(FLAGS, &["--trust-proxy"]).await;
-    let ask = async |number: u32| {
+    let validate = async |number: u32| {
         let body = json!({ "tokens": [format!("*:development.made-up-{number}")] });
         let request = parapet.json_request("/edge/validate", &body);
         let [_, _, high, low] = number.to_be_bytes();
@@ -97,7 +97,7 @@ async fn validation_of_made_up_tokens_is_throttled_despite_forged_addresses() {
         request.send().await.unwrap().status()
     };
     let mut sent = 0;
-    while ask(sent).await != StatusCode::TOO_MANY_REQUESTS {
+    while validate(sent).await != StatusCode::TOO_MANY_REQUESTS {
         sent += 1;
         assert!(sent < 2000, "no request is throttled");
     }

@@ -22,10 +22,10 @@ async fn meta_contains_the_etag_and_changes_only_with_visible_flags() {
     let parapet = InProcessParapet::offline(&flags("a", "b", 5)).await;
     let web = parapet.get(FEATURES, WEB_CLIENT).await;
     let all = parapet.get(FEATURES, CLIENT).await;
-    let meta = |answer: &crate::in_process_parapet::FullResponse| answer.json()["meta"].clone();
-    for answer in [&web, &all] {
-        let meta = meta(answer);
-        assert_eq!(meta["etag"], answer.header("etag"), "{meta}");
+    let meta = |response: &crate::in_process_parapet::FullResponse| response.json()["meta"].clone();
+    for response in [&web, &all] {
+        let meta = meta(response);
+        assert_eq!(meta["etag"], response.header("etag"), "{meta}");
         assert!(meta["revisionId"].as_u64().is_some_and(|it| (1..1 << 31).contains(&it)), "{meta}");
         let hash = meta["queryHash"].as_str().unwrap();
         assert!(hash.len() == 8 && hash.bytes().all(|it| it.is_ascii_hexdigit()), "{meta}");
@@ -68,12 +68,12 @@ async fn meta_has_the_fields_that_unleash_sends() {
         let parapet = edge.flag("--fleet-name", "meta").start().await;
         let meta = async |server: String| -> (Value, String) {
             let request = http().get(server + FEATURES).header("authorization", &token);
-            let answer = request.send().await.unwrap();
-            if answer.status() != StatusCode::OK {
+            let response = request.send().await.unwrap();
+            if response.status() != StatusCode::OK {
                 return (Value::Null, String::new());
             }
-            let tag = answer.headers()["etag"].to_str().unwrap().to_owned();
-            let body: Value = serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap();
+            let tag = response.headers()["etag"].to_str().unwrap().to_owned();
+            let body: Value = serde_json::from_slice(&response.bytes().await.unwrap()).unwrap();
             (body["meta"].clone(), tag)
         };
         let kinds = |meta: &Value| -> Vec<(String, bool, bool)> {

@@ -45,26 +45,26 @@ fn flags() -> String {
 const ALWAYS_ON: [&str; 2] = ["always", "at-home"];
 
 #[track_caller]
-fn enabled_flags(answer: &FullResponse) -> BTreeSet<String> {
-    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
-    let json = answer.json();
+fn enabled_flags(response: &FullResponse) -> BTreeSet<String> {
+    assert_eq!(response.status, StatusCode::OK, "{}", response.text());
+    let json = response.json();
     let toggles = json["toggles"].as_array().unwrap().iter();
     let on = toggles.filter(|toggle| toggle["enabled"] == true);
     on.map(|toggle| toggle["name"].as_str().unwrap().to_owned()).collect()
 }
 
 #[track_caller]
-fn assert_enabled(answer: &FullResponse, besides: &[&str], regardless: &[&str], how: &str) {
+fn assert_enabled(response: &FullResponse, besides: &[&str], regardless: &[&str], how: &str) {
     let expect = besides.iter().chain(regardless).map(|&name| name.to_owned()).collect();
-    assert_eq!(enabled_flags(answer), expect, "{how}");
+    assert_eq!(enabled_flags(response), expect, "{how}");
 }
 
 #[tokio::test]
 async fn context_is_read_from_the_query() {
     let parapet = InProcessParapet::offline(&flags()).await;
     let check = async |query: &str, besides: &[&str]| {
-        let answer = parapet.get(&format!("/api/frontend?{query}"), FRONTEND).await;
-        assert_enabled(&answer, besides, &ALWAYS_ON, query);
+        let response = parapet.get(&format!("/api/frontend?{query}"), FRONTEND).await;
+        assert_enabled(&response, besides, &ALWAYS_ON, query);
     };
     check("", &[]).await;
     check("userId=ada", &["for-ada"]).await;
@@ -108,8 +108,8 @@ async fn context_environment_is_taken_from_the_request_not_the_token() {
         ("?environment=space", &["in-space"]),
         ("?environment=development", &["in-development"]),
     ] {
-        let answer = parapet.get(&format!("/api/frontend{query}"), FRONTEND).await;
-        assert_enabled(&answer, besides, &ALWAYS_ON, query);
+        let response = parapet.get(&format!("/api/frontend{query}"), FRONTEND).await;
+        assert_enabled(&response, besides, &ALWAYS_ON, query);
     }
 }
 
@@ -166,8 +166,8 @@ async fn missing_or_hidden_flag_gets_404() {
         (FRONTEND, "/api/frontend/nothing"),
         (WEB_FRONTEND, "/api/frontend/features/always"),
     ] {
-        let answer = parapet.get(path, token).await;
-        assert_eq!(answer.status, StatusCode::NOT_FOUND, "{path}");
+        let response = parapet.get(path, token).await;
+        assert_eq!(response.status, StatusCode::NOT_FOUND, "{path}");
     }
 }
 
@@ -187,8 +187,8 @@ async fn proxy_path_is_an_alias_of_frontend() {
         "toggles": {"always": {"yes": 1, "no": 0, "variants": {"green": 1}}}}});
     for base in ["/api/frontend", "/api/frontend/all", "/api/proxy", "/api/proxy/all"] {
         for (path, body) in [("/client/register", &registration), ("/client/metrics", &report)] {
-            let answer = parapet.post(&format!("{base}{path}"), FRONTEND, body).await;
-            assert_eq!(answer.status, StatusCode::ACCEPTED, "{base}{path}: {}", answer.text());
+            let response = parapet.post(&format!("{base}{path}"), FRONTEND, body).await;
+            assert_eq!(response.status, StatusCode::ACCEPTED, "{base}{path}: {}", response.text());
         }
     }
 }
@@ -197,23 +197,23 @@ async fn proxy_path_is_an_alias_of_frontend() {
 async fn matching_if_none_match_gets_304() {
     let parapet = InProcessParapet::offline(&flags()).await;
     for path in ["/api/frontend", "/api/frontend/all", "/api/frontend/features/for-ada"] {
-        let ask = async |query: &str, tag: &str| {
+        let fetch = async |query: &str, tag: &str| {
             let request = parapet.request(Method::GET, &format!("{path}{query}"));
             let request = request.header("authorization", FRONTEND).header("if-none-match", tag);
             send(request).await
         };
-        let fresh = ask("?userId=bob", "\"none\"").await;
+        let fresh = fetch("?userId=bob", "\"none\"").await;
         assert_eq!((fresh.status, fresh.header("cache-control")), (StatusCode::OK, "no-cache"));
         let tag = fresh.header("etag");
         assert!(tag.starts_with('"'), "{tag}");
         for condition in [tag, "*", &format!("W/{tag}"), &format!("\"a\", {tag}")] {
-            let same = ask("?userId=bob", condition).await;
+            let same = fetch("?userId=bob", condition).await;
             assert_eq!((same.status, same.text()), (StatusCode::NOT_MODIFIED, ""), "{path}");
             assert_eq!((same.header("etag"), same.header("cache-control")), (tag, "no-cache"));
         }
-        let same_outcome = ask("?userId=carol", tag).await;
+        let same_outcome = fetch("?userId=carol", tag).await;
         assert_eq!(same_outcome.status, StatusCode::NOT_MODIFIED, "nothing differs for her");
-        assert_eq!(ask("?userId=ada", tag).await.status, StatusCode::OK, "{path}");
+        assert_eq!(fetch("?userId=ada", tag).await.status, StatusCode::OK, "{path}");
     }
 }
 
@@ -223,9 +223,9 @@ async fn invalid_body_is_rejected_with_the_reason() {
     let check = async |kind: &str, body: String, expect: StatusCode| {
         for path in ["/api/frontend", "/api/proxy/all", "/api/frontend/features/always"] {
             let request = parapet.request(Method::POST, path).header("authorization", FRONTEND);
-            let answer = send(request.header("content-type", kind).body(body.clone())).await;
-            assert_eq!(answer.status, expect, "{kind} {body}");
-            assert_eq!(answer.json()["message"].is_string(), expect != StatusCode::OK);
+            let response = send(request.header("content-type", kind).body(body.clone())).await;
+            assert_eq!(response.status, expect, "{kind} {body}");
+            assert_eq!(response.json()["message"].is_string(), expect != StatusCode::OK);
         }
     };
     let json = "application/json";

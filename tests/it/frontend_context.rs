@@ -240,10 +240,10 @@ async fn requests_without_session_are_distributed_and_etags_match_bodies() {
     let parapet = InProcessParapet::offline(&json!({ "features": features }).to_string()).await;
     let mut seen = BTreeMap::new();
     for _ in 0..RANDOM_SAMPLES {
-        let answer = parapet.get("/api/frontend", FRONTEND).await;
-        let tag = answer.header("etag").to_owned();
-        let before = seen.insert(tag, answer.text().to_owned());
-        assert!(before.is_none_or(|body| body == answer.text()), "one tag, two bodies");
+        let response = parapet.get("/api/frontend", FRONTEND).await;
+        let tag = response.header("etag").to_owned();
+        let before = seen.insert(tag, response.text().to_owned());
+        assert!(before.is_none_or(|body| body == response.text()), "one tag, two bodies");
     }
     assert_eq!(seen.len(), 2, "{seen:?}");
     let (tag, other) = (seen.keys().next().unwrap(), seen.values().nth(1).unwrap());
@@ -251,11 +251,11 @@ async fn requests_without_session_are_distributed_and_etags_match_bodies() {
     for _ in 0..RANDOM_SAMPLES {
         let request = parapet.request(reqwest::Method::GET, "/api/frontend");
         let request = request.header("authorization", FRONTEND).header("if-none-match", tag);
-        let answer = crate::in_process_parapet::send(request).await;
-        if answer.status == StatusCode::OK {
-            assert_eq!(answer.text(), other, "what the client has is not sent again");
+        let response = crate::in_process_parapet::send(request).await;
+        if response.status == StatusCode::OK {
+            assert_eq!(response.text(), other, "what the client has is not sent again");
         }
-        statuses.insert(answer.status);
+        statuses.insert(response.status);
     }
     assert_eq!(statuses, BTreeSet::from([StatusCode::OK, StatusCode::NOT_MODIFIED]));
     for known in ["userId=7", "sessionId=s1"] {
@@ -285,7 +285,7 @@ async fn compressing_bodies_without_user_uses_few_threads() {
     let parapet = parapet.env("FRONTEND_TOKENS", FRONTEND).start().await;
     let before = parapet.proc_status("Threads");
     for encodings in ["gzip, deflate, br, zstd", "gzip"] {
-        let ask = async || {
+        let fetch = async || {
             let request = http().get(parapet.url() + "/api/frontend");
             let request =
                 request.header("authorization", FRONTEND).header("accept-encoding", encodings);
@@ -295,9 +295,9 @@ async fn compressing_bodies_without_user_uses_few_threads() {
             assert_eq!(tag.matches(&coding).count(), 1, "{tag}");
             (response.bytes().await.unwrap().len(), coding)
         };
-        let answers = futures_util::future::join_all((0..300).map(|_| ask())).await;
+        let responses = futures_util::future::join_all((0..300).map(|_| fetch())).await;
         let coding = if encodings == "gzip" { "gzip" } else { "zstd" };
-        assert!(answers.iter().all(|(length, used)| *length < 100_000 && used == coding));
+        assert!(responses.iter().all(|(length, used)| *length < 100_000 && used == coding));
     }
     let grown = parapet.proc_status("Threads").saturating_sub(before);
     assert!(grown <= 32, "{grown} threads more than the {before} of before");

@@ -103,8 +103,8 @@ async fn oversized_context_is_rejected() {
     let parapet = InProcessParapet::offline(FLAGS).await;
     for path in ["/api/frontend", "/api/proxy/all", "/api/frontend/features/a"] {
         let check = async |context: serde_json::Value, expect: StatusCode| {
-            let answer = parapet.post(path, FRONTEND, &context).await;
-            assert_eq!(answer.status, expect, "{path}: {}", answer.text());
+            let response = parapet.post(path, FRONTEND, &context).await;
+            assert_eq!(response.status, expect, "{path}: {}", response.text());
         };
         let get = parapet.get(&format!("{path}?plan={}", "x".repeat(4097)), FRONTEND).await;
         assert_eq!(get.status, StatusCode::BAD_REQUEST, "{path}: {}", get.text());
@@ -271,30 +271,30 @@ async fn idle_connection_is_closed_for_a_new_one_at_the_limit_but_not_a_busy_one
     let limits = ["--max-connections", "2", "--max-connections-per-address", "2"];
     let parapet = InProcessParapet::offline_with(FLAGS, &limits).await;
     let request = b"GET /internal-backstage/health HTTP/1.1\r\nhost: a\r\n\r\n";
-    let ask = async |stream: &mut TcpStream| {
+    let fetch = async |stream: &mut TcpStream| {
         stream.write_all(request).await.unwrap();
-        let mut answer = vec![0; 4096];
-        let length = stream.read(&mut answer).await.unwrap();
-        assert!(answer[..length].starts_with(b"HTTP/1.1 200"));
+        let mut response = vec![0; 4096];
+        let length = stream.read(&mut response).await.unwrap();
+        assert!(response[..length].starts_with(b"HTTP/1.1 200"));
     };
     let connect = || async { TcpStream::connect(parapet.address()).await.unwrap() };
     let (mut busy, mut idle) = (connect().await, connect().await);
-    ask(&mut busy).await;
+    fetch(&mut busy).await;
     let post = format!(
         "POST /api/frontend HTTP/1.1\r\nhost: a\r\nauthorization: {FRONTEND}\r\ncontent-length: 2\r\n\r\n{{"
     );
     busy.write_all(post.as_bytes()).await.unwrap();
-    ask(&mut idle).await;
+    fetch(&mut idle).await;
     for _ in 0..3 {
         let mut next = connect().await;
-        ask(&mut next).await;
+        fetch(&mut next).await;
         assert_eq!(idle.read(&mut [0]).await.unwrap(), 0, "it has made room");
         idle = next;
     }
     busy.write_all(b"}").await.unwrap();
-    let mut answer = [0; 12];
-    busy.read_exact(&mut answer).await.unwrap();
-    assert_eq!(&answer, b"HTTP/1.1 200");
+    let mut response = [0; 12];
+    busy.read_exact(&mut response).await.unwrap();
+    assert_eq!(&response, b"HTTP/1.1 200");
 }
 
 #[tokio::test]
@@ -313,11 +313,11 @@ async fn connection_stays_usable_after_rejected_request_with_body() {
         );
         for (request, expect) in [(&*head, "100"), ("{}", status), (health, "200")] {
             stream.write_all(request.as_bytes()).await.unwrap();
-            let mut answer = vec![0; 4096];
-            let length = stream.read(&mut answer).await.unwrap();
-            let answer = String::from_utf8_lossy(&answer[..length]).into_owned();
-            assert!(answer.starts_with(&format!("HTTP/1.1 {expect}")), "{path}: {answer}");
-            assert!(!answer.contains("connection: close"), "{path}: {answer}");
+            let mut response = vec![0; 4096];
+            let length = stream.read(&mut response).await.unwrap();
+            let response = String::from_utf8_lossy(&response[..length]).into_owned();
+            assert!(response.starts_with(&format!("HTTP/1.1 {expect}")), "{path}: {response}");
+            assert!(!response.contains("connection: close"), "{path}: {response}");
         }
     }
 }
@@ -340,7 +340,7 @@ async fn pipelined_requests_get_responses_in_order() {
     ];
     let back = parapet.send_raw(requests.concat().as_bytes()).await;
     let back = String::from_utf8(back).unwrap();
-    let statuses: Vec<_> = back.split("HTTP/1.1 ").skip(1).map(|answer| &answer[..3]).collect();
+    let statuses: Vec<_> = back.split("HTTP/1.1 ").skip(1).map(|response| &response[..3]).collect();
     assert_eq!(statuses, ["200", "200", "404", "400", "403", "200"], "{back}");
 }
 
@@ -349,12 +349,15 @@ async fn http2_with_prior_knowledge_is_supported() {
     let parapet = InProcessParapet::offline(FLAGS).await;
     let client = reqwest::Client::builder().http2_prior_knowledge().no_proxy().build().unwrap();
     let url = format!("http://{}/api/frontend", parapet.address());
-    let ask = || client.get(&url).header("authorization", FRONTEND).send();
-    let answers = futures_util::future::join_all((0..300).map(|_| ask())).await;
-    for answer in answers {
-        let answer = answer.unwrap();
-        assert_eq!((answer.version(), answer.status()), (reqwest::Version::HTTP_2, StatusCode::OK));
-        assert!(answer.text().await.unwrap().contains("toggles"));
+    let fetch = || client.get(&url).header("authorization", FRONTEND).send();
+    let responses = futures_util::future::join_all((0..300).map(|_| fetch())).await;
+    for response in responses {
+        let response = response.unwrap();
+        assert_eq!(
+            (response.version(), response.status()),
+            (reqwest::Version::HTTP_2, StatusCode::OK)
+        );
+        assert!(response.text().await.unwrap().contains("toggles"));
     }
 }
 

@@ -46,8 +46,8 @@ fn evaluate_with_yggdrasil(document: &Value, address: &str) -> [bool; 2] {
         remote_address: Some(address.to_owned()),
         ..unleash_yggdrasil::Context::default()
     };
-    let answers = peer.resolve_all(&context, &None).unwrap();
-    FLAGS.map(|name| answers[name].enabled)
+    let responses = peer.resolve_all(&context, &None).unwrap();
+    FLAGS.map(|name| responses[name].enabled)
 }
 
 #[test]

@@ -98,8 +98,8 @@ impl Scenario {
             let large = "x".repeat(2 << 20);
             let attempt =
                 json!({ "username": "admin", "password": "a wrong password" }).to_string();
-            let question = json!({ "tokens": ["*:development.of-nobody"] }).to_string();
-            for body in [&*large, "{", "[]", &attempt, &question] {
+            let validation = json!({ "tokens": ["*:development.of-nobody"] }).to_string();
+            for body in [&*large, "{", "[]", &attempt, &validation] {
                 for path in ["/api/client/metrics", "/api/client/register", "/edge/validate"] {
                     self.post(&(parapet.url() + path), body).await;
                 }
@@ -128,7 +128,7 @@ impl Scenario {
     async fn post(&self, url: &str, body: &str) -> Option<StatusCode> {
         let post = http().post(url).header("authorization", &self.client);
         let post = post.header("content-type", "application/json").body(body.to_owned());
-        post.send().await.ok().map(|answer| answer.status())
+        post.send().await.ok().map(|response| response.status())
     }
 
     /// Tries to create a token at the standalone.
@@ -444,7 +444,7 @@ fn parse_log_line(line: &str) -> Result<(String, String, Map<String, Value>), St
 async fn every_log_line_during_faults_is_expected_and_limited() {
     let day = Scenario::start().await;
     day.send_client_requests().await;
-    let answer = |status, headers: &[(&'static str, &'static str)], body| Fault::Respond {
+    let response = |status, headers: &[(&'static str, &'static str)], body| Fault::Respond {
         status,
         headers: headers.to_vec(),
         body,
@@ -453,15 +453,15 @@ async fn every_log_line_during_faults_is_expected_and_limited() {
         Fault::Disconnect,
         Fault::Stall,
         Fault::DropResponses,
-        answer(StatusCode::INTERNAL_SERVER_ERROR, &[], "it failed"),
-        answer(
+        response(StatusCode::INTERNAL_SERVER_ERROR, &[], "it failed"),
+        response(
             StatusCode::OK,
             &[("content-type", "text/html")],
             "<html>Log in to this network</html>",
         ),
-        answer(StatusCode::FOUND, &[("location", "http://portal.example/sign-in")], ""),
-        answer(StatusCode::TOO_MANY_REQUESTS, &[("retry-after", "1")], ""),
-        answer(StatusCode::UNAUTHORIZED, &[], ""),
+        response(StatusCode::FOUND, &[("location", "http://portal.example/sign-in")], ""),
+        response(StatusCode::TOO_MANY_REQUESTS, &[("retry-after", "1")], ""),
+        response(StatusCode::UNAUTHORIZED, &[], ""),
     ] {
         println!("{fault:?}");
         day.fail_upstream(fault).await;

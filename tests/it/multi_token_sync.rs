@@ -43,10 +43,10 @@ async fn flags_of_rejected_token_stay_and_it_is_retried() {
     let parapet = setup.with_short_intervals().start().await;
     parapet.wait_until_served(TOKEN_A, &["a1"]).await;
     parapet.wait_until_served(TOKEN_B, &["b1"]).await;
-    for refusal in [StatusCode::UNAUTHORIZED, StatusCode::FORBIDDEN] {
-        upstream.fail(FEATURES, TOKEN_A, refusal);
-        upstream.set_flags(TOKEN_B, &[&format!("b/{}", refusal.as_str())]);
-        parapet.wait_until_served(TOKEN_B, &[refusal.as_str()]).await;
+    for status in [StatusCode::UNAUTHORIZED, StatusCode::FORBIDDEN] {
+        upstream.fail(FEATURES, TOKEN_A, status);
+        upstream.set_flags(TOKEN_B, &[&format!("b/{}", status.as_str())]);
+        parapet.wait_until_served(TOKEN_B, &[status.as_str()]).await;
         upstream.wait_until_polled(&[TOKEN_A]).await;
         assert_eq!(parapet.served_flags(TOKEN_A).await, Ok(vec!["a1".to_owned()]));
     }
@@ -119,9 +119,9 @@ async fn disabled_environment_is_not_served_from_the_store() {
     })
     .await;
     assert!(parapet.served_flags(DEVELOPMENT).await.is_ok());
-    let (_, status) = parapet.admin_get("/status").await;
-    let environments = status["environments"].as_array().unwrap();
-    assert_eq!(environments.len(), 1, "{status}");
+    let (_, status_page) = parapet.admin_get("/status").await;
+    let environments = status_page["environments"].as_array().unwrap();
+    assert_eq!(environments.len(), 1, "{status_page}");
     parapet.terminate().await;
 
     // An Unleash has at least one enabled environment; none is a fault.

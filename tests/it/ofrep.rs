@@ -115,9 +115,9 @@ async fn official_providers_get_every_value_type() {
             "number" => json!(-1),
             _ => json!({ "fallback": true }),
         };
-        let question =
+        let arguments =
             json!({ "type": kind, "flag": flag, "fallback": fallback, "context": context });
-        let received = providers.call(who, question).await;
+        let received = providers.call(who, arguments).await;
         let received = json!([
             received["value"],
             received["variant"],
@@ -156,8 +156,8 @@ async fn official_providers_get_every_value_type() {
     // A disabled flag yields the application's default, without a value of another type; these provider
     // versions report the missing value as an error.
     for (who, flag) in [("server", "off-text"), ("server", "gold-text"), ("web", "off-text")] {
-        let question = json!({ "type": "string", "flag": flag, "fallback": "own", "context": {} });
-        assert_eq!(providers.call(who, question).await["value"], "own", "{who} {flag}");
+        let arguments = json!({ "type": "string", "flag": flag, "fallback": "own", "context": {} });
+        assert_eq!(providers.call(who, arguments).await["value"], "own", "{who} {flag}");
     }
 
     // The web provider polls, gets 304 without a change, and notices changes.
@@ -169,9 +169,9 @@ async fn official_providers_get_every_value_type() {
     .await;
     let before = providers.call("changes", Value::Null).await["changes"].as_u64().unwrap();
     std::fs::write(parapet.flags_file(), flags(false)).unwrap();
-    let question = json!({ "type": "boolean", "flag": "plain", "fallback": true });
+    let arguments = json!({ "type": "boolean", "flag": "plain", "fallback": true });
     wait_until("the change arrives", TIMEOUT, async || {
-        let received = providers.call("web", question.clone()).await;
+        let received = providers.call("web", arguments.clone()).await;
         (received["value"] == false && received["reason"] == "DISABLED").then_some(())
     })
     .await;
@@ -195,12 +195,12 @@ async fn official_providers_get_every_value_type() {
 async fn tokens_are_read_from_every_header_and_errors_conform_to_the_protocol() {
     let parapet = InProcessParapet::offline(&flags(true)).await;
     let one = |key: &str| format!("{BULK_PATH}/{key}");
-    let ask = async |path: &str, header: (&str, String), body: &str| -> FullResponse {
+    let evaluate = async |path: &str, header: (&str, String), body: &str| -> FullResponse {
         let request = parapet.json_request(path, &Value::Null).body(body.to_owned());
         send(request.header(header.0, header.1)).await
     };
     let check = async |path: &str, header: (&str, String), body: &str, expect: u16| {
-        let received = ask(path, header, body).await;
+        let received = evaluate(path, header, body).await;
         assert_eq!(received.status, expect, "{path} {body}");
         assert_conforms(path, expect.into(), &received.json());
         received.json()
@@ -230,7 +230,7 @@ async fn tokens_are_read_from_every_header_and_errors_conform_to_the_protocol() 
 
     // The entity tag depends on the outcome and on the token.
     let first =
-        ask(BULK_PATH, raw(FRONTEND), r#"{"context":{"targetingKey":"7","plan":"x"}}"#).await;
+        evaluate(BULK_PATH, raw(FRONTEND), r#"{"context":{"targetingKey":"7","plan":"x"}}"#).await;
     assert_eq!(first.header("cache-control"), "private, no-cache");
     let etag = first.header("etag").to_owned();
     let again = async |token: &str, body: &str, expect: StatusCode| {
@@ -262,9 +262,9 @@ async fn web_provider_is_notified_of_changes_without_polling() {
     assert_eq!(traffic.len(), 1, "{traffic:?}");
 
     std::fs::write(parapet.flags_file(), flags(false)).unwrap();
-    let question = json!({ "type": "boolean", "flag": "plain", "fallback": true });
+    let arguments = json!({ "type": "boolean", "flag": "plain", "fallback": true });
     wait_until("the change arrives", TIMEOUT, async || {
-        (providers.call("web", question.clone()).await["value"] == false).then_some(())
+        (providers.call("web", arguments.clone()).await["value"] == false).then_some(())
     })
     .await;
     assert_eq!(wait_for_changes(&mut providers, 0).await, 1);
@@ -277,7 +277,7 @@ async fn web_provider_is_notified_of_changes_without_polling() {
     wait_until("the provider follows", TIMEOUT, open).await;
     std::fs::write(parapet.flags_file(), flags(true)).unwrap();
     wait_until("the change arrives", TIMEOUT, async || {
-        (providers.call("web", question.clone()).await["value"] == true).then_some(())
+        (providers.call("web", arguments.clone()).await["value"] == true).then_some(())
     })
     .await;
     assert_eq!(providers.stderr(), "");
@@ -294,9 +294,9 @@ async fn python_provider_gets_every_value_type() {
     let mut provider = Driver::start("Python provider", command, &options).await;
     let mut check = async |kind: &str, flag: &str, fallback: Value, expect: Value| {
         let context = json!({ "targetingKey": "7", "plan": "gold" });
-        let question =
+        let arguments =
             json!({ "type": kind, "flag": flag, "fallback": fallback, "context": context });
-        let received = provider.call("ask", question).await;
+        let received = provider.call("ask", arguments).await;
         let received = json!([
             received["value"],
             received["variant"],
@@ -321,8 +321,8 @@ async fn python_provider_gets_every_value_type() {
 }
 
 /// The path of the event stream in a response.
-fn event_stream_path(answer: &FullResponse) -> String {
-    let streams = answer.json()["eventStreams"].take();
+fn event_stream_path(response: &FullResponse) -> String {
+    let streams = response.json()["eventStreams"].take();
     streams[0]["endpoint"]["requestUri"].as_str().unwrap().to_owned()
 }
 
@@ -330,16 +330,20 @@ fn event_stream_path(answer: &FullResponse) -> String {
 async fn stream_sends_refetch_for_its_own_context_only() {
     let parapet = InProcessParapet::offline_with(&flags(true), &["--base-path", "/edge"]).await;
     let path = format!("/edge{BULK_PATH}");
-    let ask = async |context: Value| {
-        let answer = parapet.post(&path, FRONTEND, &json!({ "context": context })).await;
-        assert_eq!(answer.status, StatusCode::OK);
-        answer
+    let evaluate = async |context: Value| {
+        let response = parapet.post(&path, FRONTEND, &json!({ "context": context })).await;
+        assert_eq!(response.status, StatusCode::OK);
+        response
     };
     let gold = || json!({ "targetingKey": "7", "plan": "gold" });
     let (plain, golden) =
-        (event_stream_path(&ask(json!({})).await), event_stream_path(&ask(gold()).await));
+        (event_stream_path(&evaluate(json!({})).await), event_stream_path(&evaluate(gold()).await));
     assert!(plain.starts_with("/edge/ofrep/v1/events?ticket="), "{plain}");
-    assert_eq!(event_stream_path(&ask(gold()).await), golden, "the same question, the same stream");
+    assert_eq!(
+        event_stream_path(&evaluate(gold()).await),
+        golden,
+        "the same context, the same stream"
+    );
     assert!(!golden.contains("gold") && !golden.contains(FRONTEND));
     let open = async |path: &str, last: Option<&str>| {
         EventStream::open(parapet.request(reqwest::Method::GET, path), last).await
@@ -367,14 +371,14 @@ async fn stream_sends_refetch_for_its_own_context_only() {
     assert_ne!(next.id, both.1.id, "that was the change after");
 
     let refused = async |path: &str| {
-        let answer = send(parapet.request(reqwest::Method::GET, path)).await;
-        assert_eq!(answer.status, StatusCode::UNAUTHORIZED, "{path}");
-        assert!(answer.json()["errorDetails"].is_string());
+        let response = send(parapet.request(reqwest::Method::GET, path)).await;
+        assert_eq!(response.status, StatusCode::UNAUTHORIZED, "{path}");
+        assert!(response.json()["errorDetails"].is_string());
     };
     refused("/edge/ofrep/v1/events").await;
     refused("/edge/ofrep/v1/events?ticket=nonsense").await;
     refused(&golden[..golden.len() - 1]).await;
     // A context that is too long for a URL is evaluated, but gets no stream.
     let long = json!({ "a": "x".repeat(4000), "b": "x".repeat(4000) });
-    assert!(ask(long).await.json().get("eventStreams").is_none());
+    assert!(evaluate(long).await.json().get("eventStreams").is_none());
 }

@@ -85,21 +85,21 @@ async fn cors_allows_only_configured_origins() {
         "--cors-max-age=60",
     ];
     let parapet = InProcessParapet::offline_with(FLAGS, &rules).await;
-    let ask = async |method, origin| {
+    let fetch = async |method, origin| {
         let request = parapet.request(method, "/api/frontend").header("authorization", FRONTEND);
         send(request.header("origin", origin)).await
     };
-    let preflight = ask(Method::OPTIONS, "https://www.example").await;
+    let preflight = fetch(Method::OPTIONS, "https://www.example").await;
     assert_eq!(preflight.header("access-control-allow-origin"), "https://www.example");
     assert_eq!(preflight.header("access-control-allow-methods").replace(' ', ""), "GET,POST");
     assert_eq!(preflight.header("access-control-allow-headers"), "authorization");
     assert_eq!(preflight.header("access-control-allow-credentials"), "true");
     assert_eq!(preflight.header("access-control-max-age"), "60");
-    let shop = ask(Method::GET, "https://shop.example").await;
+    let shop = fetch(Method::GET, "https://shop.example").await;
     assert_eq!(shop.header("access-control-allow-origin"), "https://shop.example");
     assert_eq!(shop.header("access-control-expose-headers"), "etag");
     for method in [Method::OPTIONS, Method::GET] {
-        let other = ask(method, "https://evil.example").await;
+        let other = fetch(method, "https://evil.example").await;
         assert!(!other.headers.contains_key("access-control-allow-origin"));
         let vary: Vec<_> = other.headers.get_all("vary").iter().collect();
         assert!(vary.iter().any(|value| *value == "origin"), "caches must tell origins apart");
@@ -115,8 +115,8 @@ async fn allow_and_deny_lists_restrict_addresses() {
             Some(address) => request.header("x-forwarded-for", address),
             None => request,
         };
-        let answer = send(request.header("authorization", FRONTEND)).await;
-        assert_eq!(answer.status, expect, "{args:?} {from:?}");
+        let response = send(request.header("authorization", FRONTEND)).await;
+        assert_eq!(response.status, expect, "{args:?} {from:?}");
     };
     check(&["--allow-list", "127.0.0.1"], None, StatusCode::OK).await;
     check(&["--allow-list", "10.0.0.0/8,127.0.0.0/8"], None, StatusCode::OK).await;
@@ -144,11 +144,11 @@ async fn denied_address_gets_403_on_every_route_of_both_listeners() {
                 let request = claimed
                     .into_iter()
                     .fold(request, |request, address| request.header("x-forwarded-for", address));
-                let answer = send(request).await;
-                let what = format!("{args:?} {method} {path} {claimed:?}: {answer:?}");
-                assert_eq!(answer.status, StatusCode::FORBIDDEN, "{what}");
-                assert_eq!(answer.json()["name"], "NoAccessError", "{what}");
-                let message = answer.json()["message"].to_string();
+                let response = send(request).await;
+                let what = format!("{args:?} {method} {path} {claimed:?}: {response:?}");
+                assert_eq!(response.status, StatusCode::FORBIDDEN, "{what}");
+                assert_eq!(response.json()["name"], "NoAccessError", "{what}");
+                let message = response.json()["message"].to_string();
                 assert!(message.contains("from this address"), "{what}");
             }
         };
@@ -245,8 +245,8 @@ async fn disabled_endpoints_get_404() {
     let check = async |flag: &str, paths: &[&str]| {
         let parapet = InProcessParapet::offline_with(FLAGS, &[flag]).await;
         for path in paths {
-            let answer = parapet.get(path, FRONTEND).await;
-            assert_eq!(answer.status, StatusCode::NOT_FOUND, "{flag} {path}");
+            let response = parapet.get(path, FRONTEND).await;
+            assert_eq!(response.status, StatusCode::NOT_FOUND, "{flag} {path}");
         }
         assert_eq!(parapet.get("/api/frontend", FRONTEND).await.status, StatusCode::OK);
     };
@@ -278,8 +278,8 @@ async fn probes_and_metrics_need_no_token() {
         for request in
             [parapet.request(Method::GET, path), parapet.admin_request(Method::GET, path)]
         {
-            let answer = send(request).await;
-            assert_eq!((answer.status, &answer.json()), (StatusCode::OK, expect), "{path}");
+            let response = send(request).await;
+            assert_eq!((response.status, &response.json()), (StatusCode::OK, expect), "{path}");
         }
         let head = send(parapet.request(Method::HEAD, path)).await;
         assert_eq!((head.status, head.text()), (StatusCode::OK, ""));
@@ -290,8 +290,8 @@ async fn probes_and_metrics_need_no_token() {
         );
     }
     for path in ["/live", "/ready", "/metrics"] {
-        let answer = send(parapet.admin_request(Method::GET, path)).await;
-        assert_eq!(answer.status, StatusCode::OK, "{path}");
+        let response = send(parapet.admin_request(Method::GET, path)).await;
+        assert_eq!(response.status, StatusCode::OK, "{path}");
     }
     let scrape = send(parapet.request(Method::GET, "/internal-backstage/prometheus")).await;
     assert!(scrape.header("content-type").starts_with("text/plain"));
@@ -312,16 +312,16 @@ const ADMIN_ONLY_PATHS: [&str; 5] = [
 async fn admin_paths_require_an_admin_token_and_are_absent_from_the_data_listener() {
     let parapet = InProcessParapet::standalone(FLAGS, &[], &TOKEN_VARIABLES).await;
     for path in ADMIN_ONLY_PATHS {
-        let ask = async |token: &str| {
+        let fetch = async |token: &str| {
             let request = parapet.admin_request(Method::GET, path).header("authorization", token);
             send(request).await
         };
         let none = send(parapet.admin_request(Method::GET, path)).await;
         assert_eq!(none.status, StatusCode::UNAUTHORIZED, "{path}");
-        assert_eq!(ask("*:*.guessed").await.status, StatusCode::UNAUTHORIZED, "{path}");
-        assert_eq!(ask(CLIENT_TOKEN).await.status, StatusCode::FORBIDDEN, "{path}");
-        assert_eq!(ask(FRONTEND_TOKEN).await.status, StatusCode::FORBIDDEN, "{path}");
-        assert_eq!(ask(&format!("Bearer {ADMIN}")).await.status, StatusCode::OK, "{path}");
+        assert_eq!(fetch("*:*.guessed").await.status, StatusCode::UNAUTHORIZED, "{path}");
+        assert_eq!(fetch(CLIENT_TOKEN).await.status, StatusCode::FORBIDDEN, "{path}");
+        assert_eq!(fetch(FRONTEND_TOKEN).await.status, StatusCode::FORBIDDEN, "{path}");
+        assert_eq!(fetch(&format!("Bearer {ADMIN}")).await.status, StatusCode::OK, "{path}");
         let public = parapet.request(Method::GET, path).header("authorization", ADMIN);
         assert_eq!(send(public).await.status, StatusCode::NOT_FOUND, "{path}");
     }

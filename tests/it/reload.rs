@@ -240,9 +240,9 @@ async fn event_stream(edge: &Parapet, token: &str) -> String {
         let request = http().post(edge.url() + "/ofrep/v1/evaluate/flags");
         let request =
             request.header("Authorization", token).header("Content-Type", "application/json");
-        let answer = request.body(r#"{"context":{"targetingKey":"7"}}"#).send().await.unwrap();
-        let answer: Value = serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap();
-        answer["eventStreams"][0]["endpoint"]["requestUri"].as_str().map(str::to_owned)
+        let response = request.body(r#"{"context":{"targetingKey":"7"}}"#).send().await.unwrap();
+        let response: Value = serde_json::from_slice(&response.bytes().await.unwrap()).unwrap();
+        response["eventStreams"][0]["endpoint"]["requestUri"].as_str().map(str::to_owned)
     })
     .await
 }

@@ -50,9 +50,10 @@ async fn no_token_appears_in_errors_logs_files_or_pages() {
                 for base in [parapet.url(), parapet.admin_url()] {
                     let request = http().request(method.clone(), base + &path).body(body.clone());
                     let request = request.header("Content-Type", "application/json");
-                    let answer = request.header("Authorization", token).send().await.unwrap();
-                    let (status, headers) = (answer.status(), format!("{:?}", answer.headers()));
-                    let body = answer.text().await.unwrap();
+                    let response = request.header("Authorization", token).send().await.unwrap();
+                    let (status, headers) =
+                        (response.status(), format!("{:?}", response.headers()));
+                    let body = response.text().await.unwrap();
                     let leaks =
                         secret_leak_check::leaked_secrets(format!("{headers}\n{body}").as_bytes());
                     assert!(leaks.is_empty(), "{method} {path}: {status} {headers} {body}");

@@ -83,8 +83,8 @@ async fn first_start_writes_secrets_and_working_commands_to_a_file_and_logs_its_
         {
             let line = format!("{command} --silent --fail");
             let output = Command::new("sh").args(["-c", &line]).output().unwrap();
-            let answer = String::from_utf8(output.stdout).unwrap();
-            assert!(output.status.success() && answer.contains(expect), "{command}: {answer}");
+            let response = String::from_utf8(output.stdout).unwrap();
+            assert!(output.status.success() && response.contains(expect), "{command}: {response}");
         }
     }
     let [client, frontend, admin] = first_tokens(&text);
@@ -243,9 +243,9 @@ async fn token_of_environment_without_flags_is_reported() {
     let [client, frontend, _] =
         first_tokens(&std::fs::read_to_string(first_start_file(&parapet)).unwrap());
     for (path, token) in [("/api/client/features", &client), ("/api/frontend", &frontend)] {
-        let (status, answer) = parapet.get(path, token).await;
+        let (status, response) = parapet.get(path, token).await;
         assert_eq!(status, StatusCode::FORBIDDEN);
-        assert!(answer["message"].as_str().unwrap().contains("does not serve the environment"));
+        assert!(response["message"].as_str().unwrap().contains("does not serve the environment"));
     }
     std::fs::copy(home.flags(), folder.join("development.json")).unwrap();
     wait_until("the new file is served", Duration::from_secs(10), async || {
@@ -477,10 +477,10 @@ impl RepeatedRequest {
     /// Sends the request and returns the response as received.
     async fn send(&mut self) -> String {
         self.stream.write_all(self.request.as_bytes()).await.unwrap();
-        let mut answer = Vec::new();
+        let mut response = Vec::new();
         loop {
-            assert_ne!(self.stream.read_buf(&mut answer).await.unwrap(), 0, "{answer:?}");
-            let text = String::from_utf8_lossy(&answer);
+            assert_ne!(self.stream.read_buf(&mut response).await.unwrap(), 0, "{response:?}");
+            let text = String::from_utf8_lossy(&response);
             let Some((head, body)) = text.split_once("\r\n\r\n") else { continue };
             let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
             if body.len() >= length.map_or(0, |length| length.parse().unwrap()) {
@@ -491,15 +491,15 @@ impl RepeatedRequest {
 }
 
 /// The response without its date header, which must exist.
-fn without_date(answer: &str) -> String {
-    let (before, rest) = answer.split_once("\r\ndate: ").unwrap_or_else(|| panic!("{answer}"));
+fn without_date(response: &str) -> String {
+    let (before, rest) = response.split_once("\r\ndate: ").unwrap_or_else(|| panic!("{response}"));
     let (date, after) = rest.split_once("\r\n").unwrap();
-    assert!(date.len() == 29 && date.ends_with(" GMT"), "{answer}");
+    assert!(date.len() == 29 && date.ends_with(" GMT"), "{response}");
     format!("{before}\r\n{after}")
 }
 
-fn etag(answer: &str) -> &str {
-    answer.lines().find_map(|line| line.strip_prefix("etag: ")).unwrap()
+fn etag(response: &str) -> &str {
+    response.lines().find_map(|line| line.strip_prefix("etag: ")).unwrap()
 }
 
 #[tokio::test]
@@ -552,8 +552,8 @@ async fn identical_polls_follow_every_change_and_are_all_counted() {
         let (refused, served): (Vec<_>, Vec<_>) =
             polls.iter_mut().partition(|poll| poll.request.contains(token.as_str()));
         for poll in refused {
-            let answer = poll.send().await;
-            assert!(answer.starts_with("HTTP/1.1 401 "), "{path}: {answer}");
+            let response = poll.send().await;
+            assert!(response.starts_with("HTTP/1.1 401 "), "{path}: {response}");
         }
         for poll in served.into_iter().filter(|poll| poll.request.contains(frontend.as_str())) {
             assert!(poll.send().await.starts_with("HTTP/1.1 200 "));

@@ -133,9 +133,9 @@ fn handshake_sample(version: &str, outcome: &str) -> String {
 
 /// The status of the response to this client.
 async fn features_status(client: &reqwest::Client, url: &str) -> reqwest::Result<StatusCode> {
-    let answer = client.get(url).header("authorization", CLIENT).send().await?;
-    let status = answer.status();
-    answer.bytes().await?;
+    let response = client.get(url).header("authorization", CLIENT).send().await?;
+    let status = response.status();
+    response.bytes().await?;
     Ok(status)
 }
 
@@ -156,15 +156,15 @@ async fn unencrypted_requests_are_redirected_and_nothing_else_listens_there() {
     let parapet = TlsParapet::start(setup).await;
     assert_eq!(features_status(&client, &parapet.url(FEATURES)).await.unwrap(), StatusCode::OK);
     let plain = http().post(parapet.parapet.url() + "/edge/validate?a=b").body("{}");
-    let answer = plain.send().await.unwrap();
-    assert_eq!(answer.status(), StatusCode::PERMANENT_REDIRECT);
-    assert_eq!(answer.headers()["location"], parapet.url("/edge/validate?a=b").as_str());
+    let response = plain.send().await.unwrap();
+    assert_eq!(response.status(), StatusCode::PERMANENT_REDIRECT);
+    assert_eq!(response.headers()["location"], parapet.url("/edge/validate?a=b").as_str());
     // Bytes that are not TLS close the connection, and are no request.
     let mut stream = TcpStream::connect(parapet.address).await.unwrap();
     stream.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
-    let mut answer = Vec::new();
-    let _ = stream.read_to_end(&mut answer).await;
-    assert!(!answer.starts_with(b"HTTP"), "{answer:?}");
+    let mut response = Vec::new();
+    let _ = stream.read_to_end(&mut response).await;
+    assert!(!response.starts_with(b"HTTP"), "{response:?}");
     parapet.wait_for_metric(&handshake_sample("none", "failed"), 1).await;
 
     let parapet = TlsParapet::start(offline(&authority, &files())).await;

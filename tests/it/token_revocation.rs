@@ -198,8 +198,8 @@ async fn list_requested_before_a_deletion_does_not_restore_the_deleted_token() {
             let listed_as = token.split_once(".v2_").map_or(&**token, |(_, rest)| &rest[..22]);
             let delete =
                 http().delete(format!("{}{TOKEN_LIST_PATH}/{listed_as}", parapet.admin_url()));
-            let answer = delete.header("authorization", unleash.admin_token()).send().await;
-            assert_eq!(answer.unwrap().status(), StatusCode::OK);
+            let response = delete.header("authorization", unleash.admin_token()).send().await;
+            assert_eq!(response.unwrap().status(), StatusCode::OK);
             let status = flags_status(&parapet, TokenKind::Backend, token).await;
             assert_eq!(status, StatusCode::UNAUTHORIZED, "{version:?}");
         }
@@ -231,8 +231,8 @@ async fn listed_v2_token_sees_the_projects_of_the_list() {
     let (_, rest) = token.split_once(".v2_").unwrap();
     let sees = async |expect: bool| {
         wait_until(&format!("the flag is seen: {expect}"), TIMEOUT, async || {
-            let (status, answer) = parapet.get("/api/client/features", &token).await;
-            let features = answer["features"].as_array().filter(|_| status == StatusCode::OK)?;
+            let (status, response) = parapet.get("/api/client/features", &token).await;
+            let features = response["features"].as_array().filter(|_| status == StatusCode::OK)?;
             let sees = features.iter().any(|it| it["name"] == "revocation.projects");
             (sees == expect).then_some(())
         })
@@ -304,8 +304,8 @@ async fn new_token_stays_valid_while_the_list_is_unavailable_and_validation_lags
     wait_for_status(&parapet, &token, TokenKind::Backend, StatusCode::OK, TIMEOUT).await;
     wait_until("Unleash's API takes the token", UNLEASH_REVOCATION_TIMEOUT, async || {
         let fetch = http().get(unleash.url() + "/api/client/features");
-        let answer = fetch.header("authorization", &token).send().await.unwrap();
-        answer.status().is_success().then_some(())
+        let response = fetch.header("authorization", &token).send().await.unwrap();
+        response.status().is_success().then_some(())
     })
     .await;
 
@@ -422,11 +422,14 @@ async fn client_token_for_all_environments_gets_403_as_from_unleash() {
     let token = "*:*.revocation-client-of-every-environment";
     unleash.insert_token(TokenKind::Backend, token, "every").await;
     let parapet = Parapet::edge(&proxy.url()).env("TOKENS", &configured).start().await;
-    let (status, answer) = parapet.get("/api/client/features", token).await;
+    let (status, response) = parapet.get("/api/client/features", token).await;
     assert_eq!(status, StatusCode::FORBIDDEN);
     let message = "upstream knows this token and refuses it (403): \
                    it may not serve the token's environment";
-    assert_eq!((&answer["name"], &answer["message"]), (&"NoAccessError".into(), &message.into()));
+    assert_eq!(
+        (&response["name"], &response["message"]),
+        (&"NoAccessError".into(), &message.into())
+    );
     let requests_before = proxy.requests().len();
     for _ in 0..20 {
         assert_eq!(parapet.features_status(token).await, StatusCode::FORBIDDEN);

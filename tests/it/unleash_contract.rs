@@ -48,11 +48,11 @@ fn backend_token_type(unleash: &Unleash) -> &'static str {
 
 /// The tokens that `/edge/validate` lists as valid.
 async fn validate(unleash: &Unleash, tokens: &[&str]) -> Vec<Value> {
-    let (status, mut answer) =
+    let (status, mut response) =
         send_request(unleash, Method::POST, "/edge/validate", "", &json!({ "tokens": tokens }))
             .await;
     assert_eq!(status, StatusCode::OK);
-    serde_json::from_value(answer["tokens"].take()).unwrap()
+    serde_json::from_value(response["tokens"].take()).unwrap()
 }
 
 /// A strategy that is on for all users, with one variant.
@@ -134,14 +134,14 @@ async fn every_sdk_sees_a_flag_and_its_usage_can_be_read_back() {
 async fn only_version_7_serves_flags_to_an_admin_token() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let admin = unleash.admin_token();
-        let (status, answer) =
+        let (status, response) =
             send_request(&unleash, Method::GET, "/api/client/features", admin, &Value::Null).await;
         if unleash.version() == UnleashVersion::V7 {
             assert_eq!(status, StatusCode::OK);
         } else {
             assert_eq!(status, StatusCode::FORBIDDEN);
             let message = "invalid token: expected a different token type for this endpoint";
-            assert_eq!(answer, json!({ "message": message }));
+            assert_eq!(response, json!({ "message": message }));
         }
     })
     .await;
@@ -323,13 +323,13 @@ async fn missing_or_unknown_token_gets_401_and_wrong_kind_403() {
         let missing = "This endpoint requires an API token. \
                        Please add an authorization header to your request with a valid token";
         for token in ["", "*:development.nobody-made-this"] {
-            let answer = send_request(&unleash, Method::GET, "/api/client/features", token, &Value::Null).await;
-            assert_eq!(answer, (StatusCode::UNAUTHORIZED, json!({ "message": missing })), "{:?}", unleash.version());
+            let response = send_request(&unleash, Method::GET, "/api/client/features", token, &Value::Null).await;
+            assert_eq!(response, (StatusCode::UNAUTHORIZED, json!({ "message": missing })), "{:?}", unleash.version());
         }
         let token = unleash.create_token(TokenKind::Backend, "development", &["*"], "facts-wrong-kind").await;
         let wrong_kind = json!({ "message": "invalid token: expected a different token type for this endpoint" });
-        let answer = send_request(&unleash, Method::GET, "/api/frontend", &token, &Value::Null).await;
-        assert_eq!(answer, (StatusCode::FORBIDDEN, wrong_kind));
+        let response = send_request(&unleash, Method::GET, "/api/frontend", &token, &Value::Null).await;
+        assert_eq!(response, (StatusCode::FORBIDDEN, wrong_kind));
     })
     .await;
 }

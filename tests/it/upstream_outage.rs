@@ -106,9 +106,9 @@ impl<'a> EdgeUnderOutage<'a> {
         self.parapet.wait_until_ready().await;
         self.assert_flags_served().await;
         let first_seen = format!("*:{ENVIRONMENT}.outage-first-seen-{name}");
-        let answer = self.request_with_token(&first_seen).await;
-        assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
-        assert!(answer.headers().contains_key("retry-after"), "{answer:?}");
+        let response = self.request_with_token(&first_seen).await;
+        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert!(response.headers().contains_key("retry-after"), "{response:?}");
         self.use_flag(Sdk::node(&self.parapet.url(), &self.backend, &apps[0]).await, 3).await;
         self.use_flag(Sdk::frontend(&self.parapet.url(), &self.frontend, &apps[1]).await, 4).await;
 
@@ -213,8 +213,8 @@ async fn no_upstream_response_removes_flags() {
     let statuses = [204, 301, 302, 304, 400, 401, 403, 404, 410, 429, 500, 502, 504];
     let bodies =
         ["", "{}", "[]", "null", "<html>", r#"{"features":null}"#, r#"{"version":2,"featu"#];
-    let answers = statuses.map(|status| respond_fault(status, ""));
-    for fault in answers.into_iter().chain(bodies.map(|body| respond_fault(200, body))) {
+    let responses = statuses.map(|status| respond_fault(status, ""));
+    for fault in responses.into_iter().chain(bodies.map(|body| respond_fault(200, body))) {
         let before = proxy.request_count("/api/client/features");
         proxy.set_fault(fault.clone()).await;
         // After the second request for each environment the first response has been applied.
@@ -235,17 +235,17 @@ async fn upstream_that_was_never_reachable_is_logged_once() {
     let token = "*:development.0123456789abcdef0123456789abcdef";
     let parapet = Parapet::edge(&url).flag("--tokens", token).with_short_intervals().spawn();
     let validation_failed = LogEvent::warn("auth").with("error");
-    let ask = async || {
+    let fetch_status = async || {
         let request = http().get(format!("{}/api/client/features", parapet.url()));
         Some(request.header("authorization", token).send().await.ok()?.status())
     };
     wait_until("upstream is missed", TIMEOUT, async || {
         let is_logged = !parapet.logged(validation_failed).is_empty();
-        (ask().await? == StatusCode::SERVICE_UNAVAILABLE && is_logged).then_some(())
+        (fetch_status().await? == StatusCode::SERVICE_UNAVAILABLE && is_logged).then_some(())
     })
     .await;
     for _ in 0..3 {
-        assert_eq!(ask().await, Some(StatusCode::SERVICE_UNAVAILABLE));
+        assert_eq!(fetch_status().await, Some(StatusCode::SERVICE_UNAVAILABLE));
     }
     let log = parapet.log();
     assert_eq!(parapet.logged(validation_failed).len(), 1, "{log}");

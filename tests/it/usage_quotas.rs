@@ -71,10 +71,10 @@ async fn post(
     body: String,
 ) -> (StatusCode, Option<u64>) {
     let request = client.post(url).header("authorization", token);
-    let answer = request.header("content-type", "application/json").body(body).send().await;
-    let answer = answer.unwrap();
-    let retry_after = answer.headers().get("retry-after");
-    (answer.status(), retry_after.map(|it| it.to_str().unwrap().parse().unwrap()))
+    let response = request.header("content-type", "application/json").body(body).send().await;
+    let response = response.unwrap();
+    let retry_after = response.headers().get("retry-after");
+    (response.status(), retry_after.map(|it| it.to_str().unwrap().parse().unwrap()))
 }
 
 /// Posts `count` bodies, some concurrently. Returns the number of accepted ones, and of those rejected

@@ -275,7 +275,7 @@ fn assert_same_results(
     let warnings = peer
         .take_state(UpdateMessage::FullResponse(serde_json::from_value(document.clone()).unwrap()));
     prop_assert!(warnings.is_none(), "the peer compiles everything: {:?}", warnings);
-    let answers = peer.resolve_all(context, &None).unwrap();
+    let responses = peer.resolve_all(context, &None).unwrap();
 
     let (engine, problems) =
         Engine::compile(&Document::parse(document.to_string().as_bytes()).unwrap());
@@ -319,7 +319,7 @@ fn assert_same_results(
             continue;
         }
         let outcome = engine.evaluate(id, &bound);
-        let theirs = &answers[&**flag.name()];
+        let theirs = &responses[&**flag.name()];
         prop_assert_eq!(outcome.is_on(), theirs.enabled, "{}", flag.name());
         let ours = flag.variant(outcome);
         prop_assert_eq!(

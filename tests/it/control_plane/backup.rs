@@ -71,8 +71,8 @@ async fn report_usage(parapet: &Parapet, owner: &Session, token: &str) {
 /// Creates tokens, one after the other.
 async fn create_tokens(owner: &Session) {
     for number in 0..TOKENS_DURING_BACKUP {
-        let (status, answer) = owner.create_token("client", &format!("write-{number:02}")).await;
-        assert_eq!(status, StatusCode::CREATED, "{answer}");
+        let (status, response) = owner.create_token("client", &format!("write-{number:02}")).await;
+        assert_eq!(status, StatusCode::CREATED, "{response}");
     }
 }
 

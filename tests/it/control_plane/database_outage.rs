@@ -207,14 +207,14 @@ async fn requests_waiting_for_locked_table_get_a_response() {
         (Method::POST, "/auth/simple/login", &attempt),
         (Method::POST, "/logout", &Value::Null),
     ] {
-        let (status, answer) = pair.owner.call(method, path, body).await;
-        let reported = answer["message"].as_str().unwrap_or_default();
-        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{path}: {answer}");
-        assert!(reported.contains("the request timed out"), "{path}: {answer}");
+        let (status, response) = pair.owner.call(method, path, body).await;
+        let reported = response["message"].as_str().unwrap_or_default();
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{path}: {response}");
+        assert!(reported.contains("the request timed out"), "{path}: {response}");
     }
-    let (status, answer) = pair.owner_of_two().call(Method::POST, user, &account).await;
-    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{answer}");
-    assert!(answer.to_string().contains("is busy"), "the response has the reason: {answer}");
+    let (status, response) = pair.owner_of_two().call(Method::POST, user, &account).await;
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{response}");
+    assert!(response.to_string().contains("is busy"), "the response has the reason: {response}");
     assert_eq!(pair.one.features_status(&secret).await, StatusCode::OK, "flags need no database");
     holder.execute("ROLLBACK").await.unwrap();
     wait_until_token_created(&pair.owner, Duration::from_secs(15)).await;

@@ -16,8 +16,8 @@ const TOKENS_PATH: &str = "/api/admin/api-tokens";
 const ACCOUNTS_PATH: &str = "/api/admin/user-admin";
 
 /// The fields that a response reports as invalid.
-fn invalid_fields(answer: &Value) -> Vec<&str> {
-    let details = answer["details"].as_array().map(Vec::as_slice).unwrap_or_default();
+fn invalid_fields(response: &Value) -> Vec<&str> {
+    let details = response["details"].as_array().map(Vec::as_slice).unwrap_or_default();
     details.iter().filter_map(|detail| detail["path"].as_str()).collect()
 }
 
@@ -35,10 +35,10 @@ async fn invalid_fields_are_named_in_the_response() {
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     owner.create_account("ann", 3).await;
     let check = async |method: Method, path: &str, body: Value, expect: &[&str]| {
-        let (status, answer) = owner.call(method.clone(), path, &body).await;
-        assert_eq!(status, StatusCode::BAD_REQUEST, "{method} {path} {body}: {answer}");
-        assert_eq!(answer["name"], "BadDataError");
-        assert_eq!(invalid_fields(&answer), expect, "{method} {path} {body}: {answer}");
+        let (status, response) = owner.call(method.clone(), path, &body).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{method} {path} {body}: {response}");
+        assert_eq!(response["name"], "BadDataError");
+        assert_eq!(invalid_fields(&response), expect, "{method} {path} {body}: {response}");
     };
     let token =
         async |body: Value, expect: &[&str]| check(Method::POST, TOKENS_PATH, body, expect).await;
@@ -94,8 +94,8 @@ async fn invalid_fields_are_named_in_the_response() {
 
     // A message about a field begins with its name and is a sentence.
     let short = json!({ "password": "short" });
-    let (_, answer) = owner.call(Method::POST, &reset, &short).await;
-    let reported = &answer["details"][0]["message"];
+    let (_, response) = owner.call(Method::POST, &reset, &short).await;
+    let reported = &response["details"][0]["message"];
     assert_eq!(reported, "password must have at least 10 characters");
     // The longest allowed name, token types in any case, and older field names are accepted.
     for (name, value) in [
@@ -122,14 +122,14 @@ async fn body_must_be_a_json_object() {
     let send = async |body: &str, content_type: &str| {
         let request = http().post(parapet.admin_url() + TOKENS_PATH).body(body.to_owned());
         let request = request.header("cookie", &owner.cookies).header("origin", &owner.url);
-        let answer = request.header("content-type", content_type).send().await.unwrap();
-        let (status, body) = (answer.status().as_u16(), answer.bytes().await.unwrap());
+        let response = request.header("content-type", content_type).send().await.unwrap();
+        let (status, body) = (response.status().as_u16(), response.bytes().await.unwrap());
         let reported: Value = serde_json::from_slice(&body).unwrap();
         (status, reported["message"].as_str().unwrap().to_owned())
     };
     let check = async |body: &str, status: u16, message: &str| {
-        let answer = send(body, "application/json").await;
-        assert_eq!(answer, (status, message.to_owned()), "{body}");
+        let response = send(body, "application/json").await;
+        assert_eq!(response, (status, message.to_owned()), "{body}");
     };
     let no_object = "the body must be a JSON object";
     // A JSON array with the fields in declaration order is no valid body either.
@@ -158,9 +158,9 @@ async fn admin_token_request_with_environment_or_project_is_rejected() {
     ] {
         let mut body = json!({ "tokenName": "robot", "type": "admin" });
         body[member] = value;
-        let (status, answer) = owner.call(Method::POST, TOKENS_PATH, &body).await;
-        assert_eq!(status, StatusCode::BAD_REQUEST, "{answer}");
-        assert_eq!(invalid_fields(&answer), [member]);
+        let (status, response) = owner.call(Method::POST, TOKENS_PATH, &body).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{response}");
+        assert_eq!(invalid_fields(&response), [member]);
     }
     for (option, value) in [("--environment", "development"), ("--project", "web")] {
         let create = ["token", "create", "--name", "robot", "--type", "admin", option, value];
@@ -191,19 +191,19 @@ async fn unauthorized_request_is_denied_before_validation_and_recorded() {
         (Method::GET, "/api/admin/events?limit=nothing", Value::Null),
     ];
     for (method, path, body) in &refused {
-        let (status, answer) = vera.call(method.clone(), path, body).await;
-        assert_eq!(status, StatusCode::FORBIDDEN, "{method} {path}: {answer}");
-        assert_eq!(answer["permissions"], json!(["ADMIN"]), "{method} {path}");
-        assert_eq!(answer["name"], "PermissionError");
+        let (status, response) = vera.call(method.clone(), path, body).await;
+        assert_eq!(status, StatusCode::FORBIDDEN, "{method} {path}: {response}");
+        assert_eq!(response["permissions"], json!(["ADMIN"]), "{method} {path}");
+        assert_eq!(response["name"], "PermissionError");
     }
     for (body, missing) in [
         (nonsense, "CREATE_CLIENT_API_TOKEN"),
         (json!({ "type": "frontend" }), "CREATE_FRONTEND_API_TOKEN"),
         (json!({ "type": "admin", "environment": 7 }), "ADMIN"),
     ] {
-        let (status, answer) = vera.call(Method::POST, TOKENS_PATH, &body).await;
-        assert_eq!(status, StatusCode::FORBIDDEN, "{answer}");
-        assert_eq!(answer["permissions"], json!([missing]));
+        let (status, response) = vera.call(Method::POST, TOKENS_PATH, &body).await;
+        assert_eq!(status, StatusCode::FORBIDDEN, "{response}");
+        assert_eq!(response["permissions"], json!([missing]));
     }
     let reported = events(&owner, "permission-denied").await;
     assert_eq!(reported.len(), refused.len() + 3, "{reported:?}");
@@ -226,9 +226,9 @@ async fn account_is_updated_with_or_without_password() {
     let id = owner.create_account("ann", 3).await;
     let path = format!("{ACCOUNTS_PATH}/{id}");
     let put = async |body: Value| {
-        let (status, answer) = owner.call(Method::PUT, &path, &body).await;
-        assert_eq!(status, StatusCode::OK, "{body}: {answer}");
-        answer
+        let (status, response) = owner.call(Method::PUT, &path, &body).await;
+        assert_eq!(status, StatusCode::OK, "{body}: {response}");
+        response
     };
     let ann = sign_in(&parapet, "ann", PASSWORD).await.unwrap();
     let named = put(json!({ "name": " Ann ", "email": "ann@example.org", "rootRole": 2 })).await;
@@ -284,11 +284,11 @@ async fn responses_to_operators_are_neither_cached_nor_sniffed() {
         let request = http().request(method.clone(), format!("{}{path}", owner.url));
         let request = request.header("cookie", &owner.cookies).header("origin", &owner.url);
         let request = request.header("content-type", "application/json").body(body);
-        let answer = request.send().await.unwrap();
-        let what = format!("{method} {path}: {answer:?}");
-        assert_eq!(answer.status().as_u16(), status, "{what}");
-        assert_eq!(answer.headers()["cache-control"], caching, "{what}");
-        assert_eq!(answer.headers()["x-content-type-options"], "nosniff", "{what}");
+        let response = request.send().await.unwrap();
+        let what = format!("{method} {path}: {response:?}");
+        assert_eq!(response.status().as_u16(), status, "{what}");
+        assert_eq!(response.headers()["cache-control"], caching, "{what}");
+        assert_eq!(response.headers()["x-content-type-options"], "nosniff", "{what}");
     }
 }
 
@@ -304,8 +304,8 @@ async fn session_cookie_over_tls_is_bound_to_its_host() {
     let body = json!({ "username": OWNER, "password": PASSWORD }).to_string();
     let login = http().post(format!("{url}/auth/simple/login")).body(body);
     let login = login.header("content-type", "application/json").header(ENCRYPTED.0, ENCRYPTED.1);
-    let answer = login.send().await.unwrap();
-    let cookies = answer.headers().get_all("set-cookie").iter();
+    let response = login.send().await.unwrap();
+    let cookies = response.headers().get_all("set-cookie").iter();
     let cookies: Vec<_> = cookies.map(|cookie| cookie.to_str().unwrap()).collect();
     let is_prefixed = |cookie: &&&str| cookie.starts_with("__Host-parapet-session=");
     let cookie = cookies.iter().find(is_prefixed).unwrap();
@@ -328,9 +328,9 @@ async fn session_cookie_over_tls_is_bound_to_its_host() {
 
     let logout = http().post(format!("{url}/logout")).header("cookie", &bound);
     let logout = logout.header(ENCRYPTED.0, ENCRYPTED.1).header("sec-fetch-site", "same-origin");
-    let answer = logout.send().await.unwrap();
-    assert_eq!(answer.status(), StatusCode::NO_CONTENT);
-    let cookies = answer.headers().get_all("set-cookie").iter();
+    let response = logout.send().await.unwrap();
+    assert_eq!(response.status(), StatusCode::NO_CONTENT);
+    let cookies = response.headers().get_all("set-cookie").iter();
     let mut cookies = cookies.map(|cookie| cookie.to_str().unwrap());
     let gone = cookies.find(|cookie| cookie.starts_with("__Host-parapet-session=;")).unwrap();
     assert!(gone.contains("; Max-Age=0;") && gone.contains("; Secure"), "{gone}");
@@ -347,9 +347,9 @@ async fn cookies_are_secure_when_the_browser_uses_https() {
         let login = http().post(parapet.admin_url() + "/auth/simple/login").body(body);
         let login = login.header("content-type", "application/json");
         let login = headers.iter().fold(login, |it, (name, value)| it.header(*name, *value));
-        let answer = login.send().await.unwrap();
-        assert_eq!(answer.status(), StatusCode::OK, "{headers:?}");
-        let cookies = answer.headers().get_all("set-cookie").iter();
+        let response = login.send().await.unwrap();
+        assert_eq!(response.status(), StatusCode::OK, "{headers:?}");
+        let cookies = response.headers().get_all("set-cookie").iter();
         let cookies: Vec<_> = cookies.map(|cookie| cookie.to_str().unwrap().to_owned()).collect();
         assert_eq!(cookies.len(), 2);
         let secure = cookies.iter().filter(|cookie| cookie.ends_with("; Secure")).count();
@@ -421,13 +421,13 @@ async fn forged_addresses_do_not_evade_sign_in_throttling() {
 }
 
 /// Names that nothing can have do not reach the database: PostgreSQL refuses to compare them.
-async fn unusable_names(kept: DatabaseKind) {
-    let place = Installation::new(kept).await;
+async fn unusable_names(database_kind: DatabaseKind) {
+    let place = Installation::new(database_kind).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     let check = async |method: Method, path: &str, expect: u16| {
-        let (status, answer) = owner.call(method.clone(), path, &Value::Null).await;
-        assert_eq!(status.as_u16(), expect, "{method} {path}: {answer}");
+        let (status, response) = owner.call(method.clone(), path, &Value::Null).await;
+        assert_eq!(status.as_u16(), expect, "{method} {path}: {response}");
     };
     check(Method::DELETE, "/api/admin/api-tokens/%00", 404).await;
     check(Method::GET, "/api/admin/client-metrics/features/a%00/raw", 404).await;
@@ -483,9 +483,9 @@ impl SlowRequest {
     /// Sends the rest and returns the status of the response.
     async fn finish(mut self) -> String {
         self.connection.write_all(&self.rest).await.unwrap();
-        let mut answer = String::new();
-        self.connection.read_to_string(&mut answer).await.unwrap();
-        answer["HTTP/1.1 ".len()..][..3].to_owned()
+        let mut response = String::new();
+        self.connection.read_to_string(&mut response).await.unwrap();
+        response["HTTP/1.1 ".len()..][..3].to_owned()
     }
 }
 
@@ -514,7 +514,7 @@ async fn session_cookie_is_accepted_beside_basic_credentials_of_a_proxy() {
     let place = Installation::new(DatabaseKind::Sqlite).await;
     let parapet = place.start().await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
-    let ask = async |origin: Option<&str>| {
+    let fetch = async |origin: Option<&str>| {
         let request =
             http().post(parapet.admin_url() + TOKENS_PATH).header("cookie", &owner.cookies);
         let request = request.header("authorization", "Basic cHJveHk6cHJveHk=");
@@ -523,10 +523,10 @@ async fn session_cookie_is_accepted_beside_basic_credentials_of_a_proxy() {
         request.send().await.unwrap().status()
     };
     // The body is parsed only if the caller is authorized.
-    assert_eq!(ask(Some(&owner.url)).await, StatusCode::BAD_REQUEST);
+    assert_eq!(fetch(Some(&owner.url)).await, StatusCode::BAD_REQUEST);
     // Browsers attach such credentials to requests of any page, so they do not prove the page's origin.
-    assert_eq!(ask(Some("http://elsewhere.example")).await, StatusCode::FORBIDDEN);
-    assert_eq!(ask(None).await, StatusCode::FORBIDDEN);
+    assert_eq!(fetch(Some("http://elsewhere.example")).await, StatusCode::FORBIDDEN);
+    assert_eq!(fetch(None).await, StatusCode::FORBIDDEN);
 }
 
 #[tokio::test]
@@ -553,8 +553,8 @@ async fn denied_operations_are_recorded_with_reason_and_object() {
         (&vera, Method::DELETE, format!("{ACCOUNTS_PATH}/1"), Value::Null),
     ];
     for (session, method, path, body) in denied {
-        let (status, answer) = session.call(method, &path, &body).await;
-        assert!(status.is_client_error(), "{path}: {status} {answer}");
+        let (status, response) = session.call(method, &path, &body).await;
+        assert!(status.is_client_error(), "{path}: {status} {response}");
     }
     let reported = events(&owner, "permission-denied").await.into_iter().rev();
     let reported = reported.map(|event| {
@@ -581,10 +581,10 @@ async fn background_requests_do_not_extend_a_session() {
     let parapet = place.start_with(&["--session-idle-seconds", "2"]).await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
     let by_itself = [("cookie", owner.cookies.as_str()), ("parapet-background", "1")];
-    let ask = async || owner.call_as(Method::GET, "/status", &Value::Null, &by_itself).await.0;
-    assert_eq!(ask().await, StatusCode::OK);
+    let fetch = async || owner.call_as(Method::GET, "/status", &Value::Null, &by_itself).await.0;
+    assert_eq!(fetch().await, StatusCode::OK);
     wait_until("the session has ended", Duration::from_mins(1), async || {
-        (ask().await == StatusCode::UNAUTHORIZED).then_some(())
+        (fetch().await == StatusCode::UNAUTHORIZED).then_some(())
     })
     .await;
 }

@@ -45,8 +45,8 @@ async fn send_mistakes_with_secrets(parapet: &Parapet, owner: &Session, secret: 
         let request = http().request(method.clone(), format!("{}{path}", parapet.admin_url()));
         let request = request.header("cookie", &owner.cookies).header("origin", &owner.url);
         let request = request.header("content-type", "application/json").body(body);
-        let answer = request.send().await.unwrap();
-        let shown = format!("{:?}\n{}", answer.headers().clone(), answer.text().await.unwrap());
+        let response = request.send().await.unwrap();
+        let shown = format!("{:?}\n{}", response.headers().clone(), response.text().await.unwrap());
         assert_eq!(
             secret_leak_check::leaked_secrets(shown.as_bytes()),
             [""; 0],
@@ -55,7 +55,7 @@ async fn send_mistakes_with_secrets(parapet: &Parapet, owner: &Session, secret: 
     }
 }
 
-async fn use_every_secret(kept: DatabaseKind) {
+async fn use_every_secret(database_kind: DatabaseKind) {
     for secret in [NEW_PASSWORD, OWN_PASSWORD, MISTYPED_PASSWORD, SHORT_PASSWORD] {
         secret_leak_check::register(secret);
         assert!(
@@ -63,7 +63,7 @@ async fn use_every_secret(kept: DatabaseKind) {
             "a leak would be found"
         );
     }
-    let place = Installation::new(kept).await;
+    let place = Installation::new(database_kind).await;
     let parapet = place.start_with(&["--log", "debug,parapet=trace"]).await;
     let owner = sign_in(&parapet, OWNER, PASSWORD).await.unwrap();
 
@@ -75,8 +75,8 @@ async fn use_every_secret(kept: DatabaseKind) {
     let id = owner.create_account("ann", 3).await;
     let path = format!("/api/admin/user-admin/{id}");
     let change = async |session: &Session, method, path: &str, body: Value| {
-        let (status, answer) = session.call(method, path, &body).await;
-        assert_eq!(status, StatusCode::OK, "{answer}");
+        let (status, response) = session.call(method, path, &body).await;
+        assert_eq!(status, StatusCode::OK, "{response}");
     };
     change(&owner, Method::PUT, &path, json!({ "password": NEW_PASSWORD })).await;
     let ann = sign_in(&parapet, "ann", NEW_PASSWORD).await.unwrap();

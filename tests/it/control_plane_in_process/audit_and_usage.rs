@@ -47,10 +47,11 @@ async fn events_record_actor_action_time_and_address(db: TestDatabase) {
         address: Some("2001:db8::7".parse().unwrap()),
     };
     let all = EventQuery { limit: 1000, ..EventQuery::default() };
-    let ask = async |query: &EventQuery| control.events(&SHELL.operator, query).await.unwrap();
+    let list_events =
+        async |query: &EventQuery| control.events(&SHELL.operator, query).await.unwrap();
     // Times have milliseconds: the following events are later than those written when the database was
     // opened.
-    let opened = ask(&all).await.events[0].created_at;
+    let opened = list_events(&all).await.events[0].created_at;
     let since = wait_until("the clock advances", Duration::from_secs(10), async || {
         Some(Timestamp::now()).filter(|now| now.as_millisecond() > opened.as_millisecond())
     })
@@ -66,7 +67,7 @@ async fn events_record_actor_action_time_and_address(db: TestDatabase) {
         let (_, token) = control.create_token(&ann, new).await.unwrap();
         control.update_token(&ann, &token.id, Some(Timestamp::MAX)).await.unwrap();
     }
-    let page = ask(&EventQuery { since: Some(since), ..all.clone() }).await;
+    let page = list_events(&EventQuery { since: Some(since), ..all.clone() }).await;
     assert_eq!((page.total, page.events.len()), (6, 6));
     let last = &page.events[0];
     assert_eq!((last.kind.as_str(), last.created_by.as_str()), ("api-token-updated", "ci"));
@@ -78,7 +79,7 @@ async fn events_record_actor_action_time_and_address(db: TestDatabase) {
     assert_ne!(field(&last.data, "expiresAt"), Value::Null);
     assert!(page.events.is_sorted_by(|newer, older| newer.id > older.id));
 
-    let count = async |query: EventQuery| ask(&query).await.total;
+    let count = async |query: EventQuery| list_events(&query).await.total;
     let kinds = vec![EventKind::TokenCreated, EventKind::UserCreated];
     let before = count(EventQuery { until: Some(since), ..all.clone() }).await;
     assert_eq!(count(EventQuery { kinds, ..all.clone() }).await, 3 + before);
@@ -91,7 +92,7 @@ async fn events_record_actor_action_time_and_address(db: TestDatabase) {
     assert_eq!(count(EventQuery { project: named("we"), ..all.clone() }).await, 0);
 
     let query = EventQuery { limit: 2, offset: 1, since: Some(since), ..EventQuery::default() };
-    let part = ask(&query).await;
+    let part = list_events(&query).await;
     assert_eq!((part.total, &part.events[..]), (6, &page.events[1..3]));
     let hers = password("eve's password");
     let eve = NewAccount {

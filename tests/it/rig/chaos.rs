@@ -74,17 +74,17 @@ impl ChaosProxy {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
         let (fault, faults) = watch::channel(Fault::None);
         let (listens, mut listening) = watch::channel(false);
-        let seen = Arc::<Mutex<Vec<RecordedRequest>>>::default();
-        let (holds, held) = watch::channel(0);
-        let line = ProxyWorker {
+        let recorded = Arc::<Mutex<Vec<RecordedRequest>>>::default();
+        let (block_counter, blocked) = watch::channel(0);
+        let worker = ProxyWorker {
             upstream: upstream.to_owned(),
             faults,
-            recorded: Arc::clone(&seen),
-            blocked: holds,
+            recorded: Arc::clone(&recorded),
+            blocked: block_counter,
         };
-        tokio::spawn(line.run(address, listens));
+        tokio::spawn(worker.run(address, listens));
         listening.wait_for(|&listening| listening).await.expect("the proxy runs");
-        Self { address, fault, listening, recorded: seen, blocked: held }
+        Self { address, fault, listening, recorded, blocked }
     }
 
     /// The URL that clients use instead of the upstream's.
@@ -124,8 +124,8 @@ impl ChaosProxy {
     /// Blocks the upstream's responses to GET requests for `path`, and returns when the first one waits.
     pub(crate) async fn block_response_to(&self, path: &'static str) {
         self.set_fault(Fault::BlockResponsesTo { path }).await;
-        let mut held = self.blocked.clone();
-        held.wait_for(|&held| held > 0).await.expect("the proxy runs");
+        let mut blocked = self.blocked.clone();
+        blocked.wait_for(|&blocked| blocked > 0).await.expect("the proxy runs");
     }
 
     /// All requests so far, in order of arrival.
@@ -135,8 +135,8 @@ impl ChaosProxy {
 
     /// The number of requests so far with this path prefix.
     pub(crate) fn request_count(&self, path_prefix: &str) -> usize {
-        let seen = self.recorded.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.iter().filter(|request| request.path.starts_with(path_prefix)).count()
+        let recorded = self.recorded.lock().unwrap_or_else(PoisonError::into_inner);
+        recorded.iter().filter(|request| request.path.starts_with(path_prefix)).count()
     }
 }
 
@@ -193,9 +193,9 @@ impl ProxyWorker {
         let (head, body) = request.into_parts();
         let body = body.collect().await.map_err(|_| ResponseDropped)?.to_bytes();
         let path = head.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
-        let seen =
+        let recorded =
             RecordedRequest { method: head.method.clone(), path: path.clone(), body: body.clone() };
-        self.recorded.lock().unwrap_or_else(PoisonError::into_inner).push(seen);
+        self.recorded.lock().unwrap_or_else(PoisonError::into_inner).push(recorded);
 
         let fault = self.faults.borrow().clone();
         let redirected = match &fault {
@@ -220,11 +220,11 @@ impl ProxyWorker {
         match fault {
             Fault::RejectPosts { prefix, status } if is_post_to(prefix) => {
                 let response = Response::builder().status(status).body(full_body(Bytes::new()));
-                Ok(response.expect("a status alone is an answer"))
+                Ok(response.expect("a status alone is a response"))
             }
             Fault::RespondToGet { path, status, body } if is_get_of(path) => {
                 let response = Response::builder().status(status).body(full_body(body.into()));
-                Ok(response.expect("tests make well-formed answers"))
+                Ok(response.expect("tests make well-formed responses"))
             }
             Fault::Redirect { to } if redirected.is_none() => {
                 let response = Response::builder().status(StatusCode::PERMANENT_REDIRECT);
@@ -236,30 +236,30 @@ impl ProxyWorker {
             | Fault::RejectPosts { .. }
             | Fault::RespondToGet { .. }
             | Fault::BlockResponsesTo { .. } => {
-                let answer = forward().await?;
-                let mut response = Response::builder().status(answer.status());
-                for (name, value) in answer.headers() {
+                let received = forward().await?;
+                let mut response = Response::builder().status(received.status());
+                for (name, value) in received.headers() {
                     if !["connection", "transfer-encoding", "content-length"]
                         .contains(&name.as_str())
                     {
                         response = response.header(name, value);
                     }
                 }
-                let is_stream = answer
+                let is_stream = received
                     .headers()
                     .get("content-type")
                     .is_some_and(|it| it == "text/event-stream");
                 let body = if is_stream {
-                    self.clone().forward_stream(answer)
+                    self.clone().forward_stream(received)
                 } else {
-                    full_body(answer.bytes().await.map_err(|_| ResponseDropped)?)
+                    full_body(received.bytes().await.map_err(|_| ResponseDropped)?)
                 };
                 if let Fault::BlockResponsesTo { path } = &fault
                     && is_get_of(path)
                 {
                     self.wait_while_fault_lasts(&fault).await?;
                 }
-                Ok(response.body(body).expect("the upstream's answer is well-formed"))
+                Ok(response.body(body).expect("the upstream's response is well-formed"))
             }
             Fault::Stall => match std::future::pending::<Infallible>().await {},
             Fault::DropResponses => {
@@ -273,29 +273,29 @@ impl ProxyWorker {
                     .fold(Response::builder().status(status), |response, (name, value)| {
                         response.header(name, value)
                     });
-                Ok(response.body(full_body(body.into())).expect("tests make well-formed answers"))
+                Ok(response.body(full_body(body.into())).expect("tests make well-formed responses"))
             }
         }
     }
 
     /// Returns when the fault is no longer `fault`.
     async fn wait_while_fault_lasts(&self, fault: &Fault) -> Result<(), ResponseDropped> {
-        self.blocked.send_modify(|held| *held += 1);
+        self.blocked.send_modify(|blocked| *blocked += 1);
         let over = self.faults.clone().wait_for(|now| now != fault).await.map(drop);
-        self.blocked.send_modify(|held| *held -= 1);
+        self.blocked.send_modify(|blocked| *blocked -= 1);
         over.map_err(|_| ResponseDropped)
     }
 
     /// The body of a stream, chunk by chunk.
-    fn forward_stream(self, answer: reqwest::Response) -> Body {
-        let pieces = stream::unfold((answer, self.faults), async |(mut answer, mut faults)| {
-            let piece = answer.chunk().await;
+    fn forward_stream(self, response: reqwest::Response) -> Body {
+        let chunks = stream::unfold((response, self.faults), async |(mut response, mut faults)| {
+            let chunk = response.chunk().await;
             faults.wait_for(|fault| *fault != Fault::Stall).await.ok()?;
-            let piece =
-                piece.map(|it| it.map(Frame::data)).map_err(|_| ResponseDropped).transpose()?;
-            Some((piece, (answer, faults)))
+            let chunk =
+                chunk.map(|it| it.map(Frame::data)).map_err(|_| ResponseDropped).transpose()?;
+            Some((chunk, (response, faults)))
         });
-        StreamBody::new(pieces).boxed_unsync()
+        StreamBody::new(chunks).boxed_unsync()
     }
 }
 
@@ -310,7 +310,7 @@ const STREAM_TIMEOUT: Duration = Duration::from_hours(1);
 
 /// The connection closes without a response.
 #[derive(Debug, thiserror::Error)]
-#[error("the answer was lost on purpose")]
+#[error("the response was dropped on purpose")]
 struct ResponseDropped;
 
 /// Listens, even while connections of an earlier listener linger.
@@ -338,23 +338,23 @@ mod tests {
     }
 
     async fn post(proxy: &ChaosProxy) -> reqwest::Result<reqwest::Response> {
-        http().post(proxy.url() + "/a/b?c=d").body("question").send().await
+        http().post(proxy.url() + "/a/b?c=d").body("a body").send().await
     }
 
     #[tokio::test]
     async fn requests_and_responses_pass_unchanged_without_fault() {
         let (proxy, upstream) = proxy_and_upstream().await;
-        let answer = post(&proxy).await.unwrap();
-        assert_eq!(answer.status(), StatusCode::ACCEPTED);
-        assert_eq!(answer.headers()["etag"], "\"1\"");
-        assert_eq!(answer.text().await.unwrap(), "hello");
-        let question = RecordedRequest {
+        let response = post(&proxy).await.unwrap();
+        assert_eq!(response.status(), StatusCode::ACCEPTED);
+        assert_eq!(response.headers()["etag"], "\"1\"");
+        assert_eq!(response.text().await.unwrap(), "hello");
+        let recorded = RecordedRequest {
             method: Method::POST,
             path: "/a/b?c=d".to_owned(),
-            body: "question".into(),
+            body: "a body".into(),
         };
-        assert_eq!(proxy.requests(), std::slice::from_ref(&question));
-        assert_eq!(upstream.requests(), [question]);
+        assert_eq!(proxy.requests(), std::slice::from_ref(&recorded));
+        assert_eq!(upstream.requests(), [recorded]);
     }
 
     #[tokio::test]
@@ -374,15 +374,15 @@ mod tests {
         let stalled = post(&proxy);
         let cut = async {
             super::super::net::wait_until(
-                "the request has come",
+                "the request has arrived",
                 Duration::from_secs(10),
                 async || (proxy.request_count("/a") == 1).then_some(()),
             )
             .await;
             proxy.disconnect().await;
         };
-        let (answer, ()) = tokio::join!(stalled, cut);
-        assert!(answer.is_err());
+        let (response, ()) = tokio::join!(stalled, cut);
+        assert!(response.is_err());
         assert_eq!(upstream.request_count("/"), 0);
     }
 
@@ -398,10 +398,10 @@ mod tests {
     async fn responses_to_one_path_are_blocked_until_fault_changes() {
         let (proxy, upstream) = proxy_and_upstream().await;
         let get = async |path: &str| http().get(proxy.url() + path).send().await.unwrap().status();
-        let held = get("/held");
+        let blocked = get("/held");
         let meanwhile = async {
             proxy.block_response_to("/held").await;
-            assert_eq!(upstream.request_count("/held"), 1, "it has been answered");
+            assert_eq!(upstream.request_count("/held"), 1, "upstream has responded");
             assert_eq!(get("/other").await, StatusCode::ACCEPTED);
             let (status, body) = (StatusCode::BAD_GATEWAY, "");
             proxy.set_fault(Fault::RespondToGet { path: "/held", status, body }).await;
@@ -410,17 +410,17 @@ mod tests {
         };
         // The request is sent while the proxy blocks responses already.
         proxy.set_fault(Fault::BlockResponsesTo { path: "/held" }).await;
-        let (held, ()) = tokio::join!(held, meanwhile);
-        assert_eq!(held, StatusCode::ACCEPTED);
+        let (blocked, ()) = tokio::join!(blocked, meanwhile);
+        assert_eq!(blocked, StatusCode::ACCEPTED);
     }
 
     #[tokio::test]
     async fn proxy_responds_itself_with_configured_status() {
         let (proxy, upstream) = proxy_and_upstream().await;
         proxy.respond_with(StatusCode::SERVICE_UNAVAILABLE, &[("retry-after", "7")]).await;
-        let answer = post(&proxy).await.unwrap();
-        assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
-        assert_eq!(answer.headers()["retry-after"], "7");
+        let response = post(&proxy).await.unwrap();
+        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(response.headers()["retry-after"], "7");
         assert_eq!(upstream.request_count("/"), 0);
     }
 }

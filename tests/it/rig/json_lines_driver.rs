@@ -60,9 +60,9 @@ impl Driver {
             .write_all(format!("{}\n", json!({ command: argument })).as_bytes())
             .await
             .unwrap();
-        let answer = self.read_response().await;
-        assert!(answer["error"].is_null(), "{}, {command}: {}", self.name, answer["error"]);
-        answer
+        let response = self.read_response().await;
+        assert!(response["error"].is_null(), "{}, {command}: {}", self.name, response["error"]);
+        response
     }
 
     /// Closes the driver and waits until it has exited.

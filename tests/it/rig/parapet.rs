@@ -164,8 +164,8 @@ impl Parapet {
 
     /// Whether the health probe of the admin listener succeeds.
     pub(crate) async fn is_healthy(&self) -> bool {
-        let answer = http().get(self.admin_url() + "/internal-backstage/health").send().await;
-        answer.is_ok_and(|answer| answer.status().is_success())
+        let response = http().get(self.admin_url() + "/internal-backstage/health").send().await;
+        response.is_ok_and(|response| response.status().is_success())
     }
 
     /// The URL for operators.
@@ -259,14 +259,14 @@ impl Parapet {
 
     /// The Prometheus page.
     pub(crate) async fn metrics(&self) -> String {
-        let answer = self
+        let response = self
             .http_client()
             .get(self.url() + "/internal-backstage/metrics")
             .send()
             .await
             .unwrap();
-        assert_eq!(answer.status(), StatusCode::OK);
-        answer.text().await.unwrap()
+        assert_eq!(response.status(), StatusCode::OK);
+        response.text().await.unwrap()
     }
 
     /// The value of one sample of the Prometheus page, named as written there (`name{label="…"}`);
@@ -367,12 +367,12 @@ impl Parapet {
 
     async fn wait_until_probe_succeeds(&self, probe: &str) {
         let url = format!("{}/internal-backstage/{probe}", self.url());
-        wait_until(&format!("Parapet answers {probe}"), Duration::from_mins(3), async || {
+        wait_until(&format!("{probe} succeeds"), Duration::from_mins(3), async || {
             if let Some(status) = self.exit_status() {
                 panic!("parapet ended with {status}; it printed:\n{}", self.log());
             }
-            let answer = self.http_client().get(&url).send().await;
-            answer.is_ok_and(|answer| answer.status().is_success()).then_some(())
+            let response = self.http_client().get(&url).send().await;
+            response.is_ok_and(|response| response.status().is_success()).then_some(())
         })
         .await;
     }
@@ -439,8 +439,9 @@ impl Parapet {
 
     /// Whether it reports ready, as a load balancer would check.
     pub(crate) async fn is_ready(&self) -> bool {
-        let answer = self.http_client().get(self.url() + "/internal-backstage/ready").send().await;
-        answer.is_ok_and(|answer| answer.status().is_success())
+        let response =
+            self.http_client().get(self.url() + "/internal-backstage/ready").send().await;
+        response.is_ok_and(|response| response.status().is_success())
     }
 
     /// Sends SIGHUP and returns at once.
@@ -564,16 +565,16 @@ const ADMIN_PATHS: &[&str] = &[
 
 /// A response, head and body, fetched without a runtime; empty if nothing listens.
 fn fetch_raw(port: u16, path: &str, token: &str) -> Vec<u8> {
-    let mut answer = Vec::new();
-    let mut ask = || -> std::io::Result<usize> {
+    let mut response = Vec::new();
+    let mut exchange = || -> std::io::Result<usize> {
         let mut stream = TcpStream::connect(("127.0.0.1", port))?;
         stream.set_read_timeout(Some(Duration::from_secs(5)))?;
         write!(
             stream,
             "GET {path} HTTP/1.1\r\nhost: parapet\r\nauthorization: {token}\r\nconnection: close\r\n\r\n"
         )?;
-        stream.read_to_end(&mut answer)
+        stream.read_to_end(&mut response)
     };
-    let _ = ask();
-    answer
+    let _ = exchange();
+    response
 }

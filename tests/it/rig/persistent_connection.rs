@@ -126,16 +126,16 @@ impl PersistentConnection {
                 Self::Http1 { sender, .. } => sender.try_send_request(request).await,
                 Self::Http2(sender) => sender.try_send_request(request).await,
             };
-            let answer = match sent {
-                Ok(answer) => answer,
+            let response = match sent {
+                Ok(response) => response,
                 Err(error) => return classify_send_error(error),
             };
-            let closes = answer.headers().get(CONNECTION).is_some_and(|it| it == "close");
+            let closes = response.headers().get(CONNECTION).is_some_and(|it| it == "close");
             if let Self::Http1 { is_closed, .. } = self {
                 *is_closed |= closes;
             }
-            let status = answer.status();
-            match answer.into_body().collect().await {
+            let status = response.status();
+            match response.into_body().collect().await {
                 Ok(body) => SendOutcome::Response(status, body.to_bytes()),
                 Err(error) => SendOutcome::Failed(format!("after its head: {error:?}")),
             }

@@ -124,10 +124,11 @@ impl PostgresProxy {
     }
 
     fn connections_that_sent(&self, text: &str) -> Vec<Arc<ProxiedConnection>> {
-        let said = |line: &&Arc<ProxiedConnection>| {
-            text.is_empty() || lock(&line.statements).iter().any(|said| said.contains(text))
+        let has_sent = |line: &&Arc<ProxiedConnection>| {
+            text.is_empty()
+                || lock(&line.statements).iter().any(|statement| statement.contains(text))
         };
-        lock(&self.shared.connections).iter().filter(said).cloned().collect()
+        lock(&self.shared.connections).iter().filter(has_sent).cloned().collect()
     }
 
     async fn wait_until_listens(&self, expected: bool) {

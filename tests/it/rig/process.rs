@@ -147,7 +147,7 @@ impl Process {
 
     /// Waits until `answers` returns true. Panics with its output if it exits before, or after two
     /// minutes.
-    pub(crate) async fn wait_until(&mut self, mut answers: impl AsyncFnMut() -> bool) {
+    pub(crate) async fn wait_until(&mut self, mut responses: impl AsyncFnMut() -> bool) {
         let (name, output) = (self.name.clone(), Arc::clone(&self.output));
         let up = async || {
             if let Some(status) = self.exit_status() {
@@ -156,7 +156,7 @@ impl Process {
                     output.text()
                 );
             }
-            answers().await.then_some(())
+            responses().await.then_some(())
         };
         wait_until(&format!("{name} is up"), Duration::from_mins(2), up).await;
     }

@@ -94,8 +94,8 @@ impl Sdk {
     /// Evaluates every flag that the SDK knows, without counting usage. The frontend SDK knows only
     /// flags that are enabled in this context.
     pub(crate) async fn evaluate(&mut self, context: Value) -> BTreeMap<String, Evaluation> {
-        let mut answer = self.0.call("evaluate", json!({ "context": context })).await;
-        let Value::Object(flags) = answer["flags"].take() else { panic!("no flags: {answer}") };
+        let mut response = self.0.call("evaluate", json!({ "context": context })).await;
+        let Value::Object(flags) = response["flags"].take() else { panic!("no flags: {response}") };
         let evaluation = |mut flag: Value| Evaluation {
             enabled: flag["enabled"].as_bool().unwrap(),
             variant: flag["variant"].take(),

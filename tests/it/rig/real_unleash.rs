@@ -209,9 +209,9 @@ impl Unleash {
 
     /// Calls the admin API and panics if that fails.
     pub(crate) async fn admin_ok(&self, method: Method, path: &str, body: &Value) -> Value {
-        let (status, answer) = self.admin_request(method.clone(), path, body).await;
-        assert!(status.is_success(), "{method} {path}: {status} {answer}");
-        answer
+        let (status, response) = self.admin_request(method.clone(), path, body).await;
+        assert!(status.is_success(), "{method} {path}: {status} {response}");
+        response
     }
 
     pub(crate) async fn admin_get(&self, path: &str) -> Value {
@@ -507,7 +507,7 @@ async fn launch(version: UnleashVersion, port: u16, database: &str) -> Process {
     let health = format!("http://127.0.0.1:{port}/health");
     server
         .wait_until(async || {
-            http().get(&health).send().await.is_ok_and(|answer| answer.status().is_success())
+            http().get(&health).send().await.is_ok_and(|response| response.status().is_success())
         })
         .await;
     server

@@ -76,12 +76,12 @@ async fn send_requests(
     while !stops.load(Ordering::Relaxed) {
         ticks.tick().await;
         let exchange = async {
-            let answer = client.get(&url).header("authorization", CLIENT).send().await?;
-            let seen = (answer.status(), answer.version());
-            if let Some(info) = answer.extensions().get::<TlsInfo>() {
+            let response = client.get(&url).header("authorization", CLIENT).send().await?;
+            let seen = (response.status(), response.version());
+            if let Some(info) = response.extensions().get::<TlsInfo>() {
                 certificate = info.peer_certificate().unwrap_or_default().to_vec();
             }
-            answer.bytes().await?;
+            response.bytes().await?;
             Ok::<_, reqwest::Error>(seen)
         };
         match exchange.await {
@@ -116,13 +116,13 @@ async fn certificates_are_replaced_under_load_without_a_failed_request() {
             };
             let url = format!("https://{name}:{}{FEATURES}", parapet.address.port());
             let counts: [Arc<AtomicU64>; 2] = Default::default();
-            let ask = |client: reqwest::ClientBuilder, count: usize| {
+            let start_client = |client: reqwest::ClientBuilder, count: usize| {
                 let client = client.build().unwrap();
                 let answered = Arc::clone(&counts[count]);
                 send_requests(client, url.clone(), version, Arc::clone(&stops), answered)
             };
-            load.spawn(ask(client(), 0));
-            let kept_alive = ask(client().pool_max_idle_per_host(1), 1);
+            load.spawn(start_client(client(), 0));
+            let kept_alive = start_client(client().pool_max_idle_per_host(1), 1);
             kept.spawn(async move { (index, kept_alive.await) });
             answered.extend(counts);
         }

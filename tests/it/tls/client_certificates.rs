@@ -155,7 +155,7 @@ async fn handler_gets_tls_version_protocol_and_client_certificate() {
     let served =
         server::serve(socket, Arc::new(ConnectionInfoService), config, Drain::default(), TIMEOUT);
     let requests = async {
-        let ask = async |client: reqwest::ClientBuilder| {
+        let fetch = async |client: reqwest::ClientBuilder| {
             client.build().unwrap().get(&url).send().await.unwrap().text().await.unwrap()
         };
         let issued = authority.client(VALID_SERIAL);
@@ -163,11 +163,11 @@ async fn handler_gets_tls_version_protocol_and_client_certificate() {
         let names = ["spiffe://flags.test/checkout"];
         let expected =
             format!("127.0.0.1 1.3 Some(H2) {:?}", Some(("CN=checkout", &names[..], &hash)));
-        assert_eq!(ask(authority.http_client_with(&issued)).await, expected);
-        let description = ask(authority.http_client().http1_only()).await;
+        assert_eq!(fetch(authority.http_client_with(&issued)).await, expected);
+        let description = fetch(authority.http_client().http1_only()).await;
         assert_eq!(description, "127.0.0.1 1.3 Some(Http1) None");
         let old = authority.http_client().tls_version_max(reqwest::tls::Version::TLS_1_2);
-        assert_eq!(ask(old).await, "127.0.0.1 1.2 Some(H2) None");
+        assert_eq!(fetch(old).await, "127.0.0.1 1.2 Some(H2) None");
     };
     tokio::select! {
         () = served => panic!("it was not stopped"),

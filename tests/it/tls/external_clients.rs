@@ -51,13 +51,13 @@ async fn curl_gets_flags_with_each_http_and_tls_version() {
     ] {
         let args = [&trust[..], args, &["--header", &token]].concat();
         let output = curl(&args, &parapet.url(FEATURES)).await;
-        let answer = lossy_text(&output.stdout);
+        let response = lossy_text(&output.stdout);
         assert!(
-            answer.contains("\"features\""),
-            "{args:?}: {answer} {}",
+            response.contains("\"features\""),
+            "{args:?}: {response} {}",
             lossy_text(&output.stderr)
         );
-        assert!(answer.ends_with(&format!("\n200 {version} 0")), "{args:?}: {answer}");
+        assert!(response.ends_with(&format!("\n200 {version} 0")), "{args:?}: {response}");
     }
     for version in ["1.2", "1.3"] {
         assert_eq!(parapet.metric(&handshake_sample(version, "full")).await, 2, "{version}");
@@ -67,8 +67,8 @@ async fn curl_gets_flags_with_each_http_and_tls_version() {
     let json = "content-type: application/json";
     let args = [&trust[..], &["--location", "--header", json, "--data", &body]].concat();
     let plain = parapet.parapet.url() + "/edge/validate";
-    let answer = lossy_text(&curl(&args, &plain).await.stdout);
-    assert!(answer.contains(CLIENT) && answer.ends_with("\n200 2 1"), "{answer}");
+    let response = lossy_text(&curl(&args, &plain).await.stdout);
+    assert!(response.contains(CLIENT) && response.ends_with("\n200 2 1"), "{response}");
     // Without the authority the certificate is not trusted.
     assert_eq!(curl(&[], &parapet.url(FEATURES)).await.status.code(), Some(60));
 }
@@ -141,11 +141,11 @@ async fn sdks_evaluate_and_report_over_tls() {
     let usage = parapet.parapet.admin_url().replace("http:", "https:");
     let usage = usage + "/api/admin/client-metrics/features/a/raw";
     wait_until("the usage of both is stored", Duration::from_mins(1), async || {
-        let answer = client.get(&usage).header("authorization", ADMIN).send().await.unwrap();
-        assert_eq!(answer.status(), StatusCode::OK);
-        let kept: Value = serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap();
+        let response = client.get(&usage).header("authorization", ADMIN).send().await.unwrap();
+        assert_eq!(response.status(), StatusCode::OK);
+        let usage: Value = serde_json::from_slice(&response.bytes().await.unwrap()).unwrap();
         let of = |app: &str| {
-            let hours = kept["data"].as_array().unwrap().iter().filter(|it| it["appName"] == app);
+            let hours = usage["data"].as_array().unwrap().iter().filter(|it| it["appName"] == app);
             hours.map(|hour| hour["yes"].as_u64().unwrap()).sum::<u64>()
         };
         ((of("node over TLS"), of("python over TLS")) == (3, 4)).then_some(())
@@ -170,8 +170,8 @@ async fn console_works_over_tls_and_its_cookie_is_secure() {
     });
     let mut console = Driver::start("console", node("console.mjs").into(), &options).await;
     let who = json!({ "username": "admin", "password": PASSWORD });
-    let answer = console.call("sign_in", who).await;
-    assert_eq!(answer["signedIn"], true, "{answer}");
+    let response = console.call("sign_in", who).await;
+    assert_eq!(response["signedIn"], true, "{response}");
     let cookies = console.call("cookies", Value::Null).await;
     let cookies = cookies["cookies"].as_array().unwrap();
     assert_eq!(cookies.len(), 2, "the session and the browser: {cookies:?}");
