@@ -6,9 +6,9 @@ use std::time::Duration;
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 
-use crate::control_plane::{run_parapet, session_cookies, temp_file_with};
 use crate::rig::{
-    Parapet, Sdk, Unleash, UnleashVersion, http, secret_leak_check, send_json, wait_until,
+    Parapet, Sdk, Unleash, UnleashVersion, http, run_parapet, secret_leak_check, send_json,
+    session_cookies, temp_file_with, wait_until,
 };
 
 /// The account of a fresh Unleash.

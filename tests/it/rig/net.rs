@@ -5,8 +5,10 @@ use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
-use reqwest::{RequestBuilder, StatusCode};
+use reqwest::{RequestBuilder, Response, StatusCode};
 use serde_json::Value;
+
+use super::secret_leak_check;
 
 /// Ports that the rig assigns. They are below the range of the kernel's ephemeral ports, so that a
 /// restarted server finds its port still free.
@@ -62,6 +64,17 @@ pub(crate) async fn send_json(request: RequestBuilder, body: &Value) -> (StatusC
     let response = request.send().await.unwrap();
     let (status, body) = (response.status(), response.bytes().await.unwrap());
     (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+}
+
+/// The cookies that a response sets, as a client sends them back. Their values become secrets.
+pub(crate) fn session_cookies(response: &Response) -> String {
+    let cookies = response.headers().get_all("set-cookie").iter();
+    let cookies = cookies.map(|cookie| {
+        let (pair, _) = cookie.to_str().unwrap().split_once(';').unwrap();
+        secret_leak_check::register(pair.split_once('=').unwrap().1);
+        pair
+    });
+    cookies.collect::<Vec<_>>().join("; ")
 }
 
 /// How much longer a busy machine may take than an idle one: a test fails because something does not
