@@ -454,6 +454,7 @@ fn can_delete(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::token::Token;
 
     #[tokio::test(start_paused = true)]
     async fn tokens_are_created_at_most_once_a_minute_with_doubling_pauses() {

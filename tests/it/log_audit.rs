@@ -236,15 +236,12 @@ impl Scenario {
         // Usage waits for upstream, and would be stored.
         self.upstream.disconnect().await;
         for parapet in self.instances() {
+            let before = save_failures(parapet).await;
             wait_until("several saves have failed", TIMEOUT, async || {
                 self.wait_until_token_created().await;
                 self.report(parapet).await;
-                let page = parapet.metrics().await;
-                let failures = "parapet_store_save_failures_total{";
-                let failures = page.lines().filter(|it| it.starts_with(failures));
-                let failures = failures.map(|it| it.rsplit(' ').next().unwrap());
-                let failures: u64 = failures.map(|it| it.parse::<u64>().unwrap()).sum();
-                (failures >= 3).then_some(())
+                let failures = save_failures(parapet).await - before;
+                (failures >= 3 && says_that_saves_fail(parapet)).then_some(())
             })
             .await;
         }
@@ -255,8 +252,7 @@ impl Scenario {
         for parapet in self.instances() {
             wait_until("the log reports that saves succeed again", TIMEOUT, async || {
                 self.report(parapet).await;
-                let event = LogEvent::info("app::persistence").without("count");
-                (!parapet.logged(event).is_empty()).then_some(())
+                (!says_that_saves_fail(parapet)).then_some(())
             })
             .await;
         }
@@ -282,6 +278,21 @@ impl Scenario {
         })
         .await;
     }
+}
+
+/// The number of saves that have failed since the start.
+async fn save_failures(parapet: &Parapet) -> u64 {
+    let page = parapet.metrics().await;
+    let samples = page.lines().filter(|it| it.starts_with("parapet_store_save_failures_total{"));
+    let values = samples.map(|it| it.rsplit(' ').next().unwrap());
+    values.map(|it| it.parse::<u64>().unwrap()).sum()
+}
+
+/// Whether the log has reported a failure to save tokens or usage that has not ended.
+fn says_that_saves_fail(parapet: &Parapet) -> bool {
+    let failures = parapet.logged(LogEvent::warn("app::persistence").with("error"));
+    let ends = parapet.logged(LogEvent::info("app::persistence").without("count"));
+    failures.len() > ends.len()
 }
 
 /// A kind of log line. Those of one module that have the same level and fields count together.

@@ -481,3 +481,38 @@ async fn client_input_is_never_a_metric_label() {
     let unknown = "http_server_requests_total{http_route=\"unknown\",http_request_method=\"other\",http_response_status_code=\"404\"}";
     assert!(parapet.metric(unknown).await >= Some(40.0), "{after:#?}");
 }
+
+#[tokio::test]
+async fn requests_are_logged_at_debug_with_their_id_and_without_their_path() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("flags.json");
+    std::fs::write(&file, FLAGS).unwrap();
+    let setup = Parapet::mode("offline").flag("--bootstrap-file", &file);
+    let parapet =
+        setup.flag("--client-tokens", CLIENT_TOKEN).flag("--log", "parapet=debug").start().await;
+    // A path of either listener can contain a token by mistake.
+    let sent = [
+        (parapet.url(), "/api/client/features/a", "/api/client/features/{name}", "200"),
+        (parapet.url(), "/api/client/features?project=hidden", "/api/client/features", "200"),
+        (parapet.url(), "/api/client/hidden", "unknown", "404"),
+        (parapet.admin_url(), "/api/admin/api-tokens/hidden", "unknown", "404"),
+    ];
+    for (number, (url, path, route, status)) in sent.into_iter().enumerate() {
+        let request = http().get(format!("{url}{path}")).header("authorization", CLIENT_TOKEN);
+        request.header("x-request-id", format!("request-{number}")).send().await.unwrap();
+        let id = format!(r#"request_id="request-{number}""#);
+        let line = wait_until("the request is logged", Duration::from_secs(10), async || {
+            let log = parapet.log();
+            log.lines().find(|line| line.contains(&id)).map(str::to_owned)
+        })
+        .await;
+        for part in
+            [" DEBUG ", &format!(r#"route="{route}""#), "method=GET", &format!("status={status}")]
+        {
+            assert!(line.contains(part), "{part} {line}");
+        }
+    }
+    let log = parapet.log();
+    assert!(!log.contains("hidden") && !log.contains(CLIENT_TOKEN), "{log}");
+    assert_eq!(log.matches("Request served").count(), log.matches("request_id=").count(), "{log}");
+}
