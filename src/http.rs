@@ -26,7 +26,5 @@ pub mod request_metrics;
 pub mod response;
 pub mod routes;
 pub mod sdk;
-pub mod server;
-pub mod shutdown_signal;
 pub mod streaming;
 pub mod token_validation;

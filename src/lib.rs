@@ -21,12 +21,12 @@
 //! | layer | modules | contents |
 //! |---|---|---|
 //! | assembly | [`app`], [`config`], [`commands`], [`probe`] | the parts of each mode, the configuration, subcommands of the command line, the container health check |
-//! | surface | [`http`] | connections and TLS termination ([`http::server`]); routes, handlers and responses, the only place that chooses status codes |
-//! | control plane | [`control_plane`] | accounts, tokens, sessions, the audit log and the usage of a standalone instance, in SQL |
+//! | surface | [`http`] | routes, handlers and responses, the only place that chooses status codes |
+//! | control plane and server | [`control_plane`], [`server`] | connections and TLS termination, which know no flags; accounts, tokens, sessions, the audit log and the usage of a standalone instance, in SQL |
 //! | services | [`sync`], [`auth`], [`evaluation`], [`changes`] | background tasks with their state, and the functions that work on the state below |
 //! | state | [`snapshot`], [`served`], [`usage`], [`upstream`], [`store`], [`background_writer`], [`tls`] | the flags being served with what requests need from them, the usage to be sent, the client of the upstream server, persistent records and writing them in the background, the listeners' certificates |
 //! | pure core | [`engine`] | compiled flags and their evaluation; no IO, clock, randomness or logs |
-//! | foundations | [`token`], [`protocol`], [`telemetry`], [`secret_file`], [`rate_limit`], [`backoff`], [`cache`] | tokens and grants, Unleash's JSON, logs and readiness, secrets in files, rate limits, delays between tries, bounded caches |
+//! | foundations | [`token`], [`protocol`], [`telemetry`], [`secret_file`], [`rate_limit`], [`backoff`], [`cache`], [`shutdown_signal`] | tokens and grants, Unleash's JSON, logs and readiness, secrets in files, rate limits, delays between tries, bounded caches, the end of thousands of tasks |
 //!
 //! # A mode is three choices
 //!
@@ -35,7 +35,7 @@
 //!
 //! # Walkthroughs
 //!
-//! **A connection.** [`http::server`] admits it within its limits, and closes an idle connection to make room
+//! **A connection.** [`server`] admits it within its limits, and closes an idle connection to make room
 //! if necessary. It reads the client's address from a load balancer (PROXY protocol), terminates TLS
 //! with the certificates of [`tls`], and serves HTTP with hyper, through hyper's public API only. One
 //! policy decides when a connection has lasted long enough; it reads counters and no clock. While the
@@ -121,6 +121,8 @@ pub mod protocol;
 pub mod rate_limit;
 pub mod secret_file;
 pub mod served;
+pub mod server;
+pub mod shutdown_signal;
 pub mod snapshot;
 pub mod store;
 pub mod sync;

@@ -14,12 +14,14 @@ use super::{
     tls,
     values::{EXPECTED_NETWORKS, base_path, interface, parse_network, port, token_headers},
 };
-use crate::http::{
-    client_address, cors,
-    ofrep::StreamTicketKey,
-    routes::OptionalEndpoint,
+use crate::{
+    http::{
+        client_address, cors,
+        ofrep::StreamTicketKey,
+        routes::OptionalEndpoint,
+        streaming::{self, FetchMode},
+    },
     server::ConnectionLimits,
-    streaming::{self, FetchMode},
 };
 
 pub(super) fn listeners(s: &mut RawSettings) -> (DataListenerConfig, AdminListenerConfig) {

@@ -21,10 +21,8 @@ use ipnet::IpNet;
 
 use crate::{
     auth, control_plane,
-    http::{
-        client_address, cors, ofrep::StreamTicketKey, routes::OptionalEndpoint,
-        server::ConnectionLimits, streaming,
-    },
+    http::{client_address, cors, ofrep::StreamTicketKey, routes::OptionalEndpoint, streaming},
+    server::ConnectionLimits,
     sync, telemetry, tls,
     token::{Environment, Token},
     upstream, usage,

@@ -56,9 +56,11 @@ use super::{
     response::{self, HttpError, HttpResponse},
     routes::{OptionalEndpoint, normalise},
     sdk::SdkService,
+};
+use crate::{
+    control_plane::ControlPlane,
     server::{ConnectionInfo, HttpService, ServiceResponse},
 };
-use crate::control_plane::ControlPlane;
 
 /// The OpenAPI document, which is the same for every instance.
 static OPENAPI_DOCUMENT: LazyLock<Bytes> = LazyLock::new(|| openapi::document().to_string().into());
@@ -95,6 +97,10 @@ impl HttpService for AdminService {
         let span = request_log::request_span(request.headers());
         let response = async move { admin.handle(request, peer, started).await };
         ServiceResponse::deferred(response.instrument(span))
+    }
+
+    fn panic_response() -> HttpResponse {
+        HttpError::Internal.into()
     }
 }
 

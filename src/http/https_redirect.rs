@@ -18,8 +18,8 @@ use hyper::{
 use super::{
     request_body::RequestBody,
     response::{self, HttpError, HttpResponse},
-    server::{ConnectionInfo, HttpService, ServiceResponse},
 };
+use crate::server::{ConnectionInfo, HttpService, ServiceResponse};
 
 /// The default port of HTTPS, which URLs omit.
 const HTTPS_PORT: u16 = 443;
@@ -66,6 +66,10 @@ impl HttpService for HttpsRedirect {
             body.discard().await;
             reply
         })
+    }
+
+    fn panic_response() -> HttpResponse {
+        HttpError::Internal.into()
     }
 }
 

@@ -4,7 +4,6 @@
 //! error to its status, and its `Display` is the message for the client. Messages never repeat client
 //! input.
 
-mod body;
 mod error;
 
 use std::sync::Arc;
@@ -20,15 +19,10 @@ use hyper::{
 use serde::Serialize;
 use tokio::sync::Semaphore;
 
-pub use self::{
-    body::{ByteStream, ResponseBody},
-    error::HttpError,
-};
+pub use self::error::HttpError;
 use super::{conditional, content_encoding};
+pub use crate::server::{ByteStream, HttpResponse, ResponseBody};
 use crate::snapshot::body::{ContentCoding, PreparedBody, Representation};
-
-/// A response to a client.
-pub type HttpResponse = Response<ResponseBody>;
 
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 const PROMETHEUS_TEXT: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4");

@@ -37,7 +37,6 @@ use super::{
         self, ClientEndpoint, Endpoint, FrontendEndpoint, OfrepEndpoint, OptionalEndpoint,
         RouteError, RouteMatch, UsageEndpoint, normalise,
     },
-    server::{ConnectionInfo, HttpService, ServiceResponse},
     streaming::{FetchMode, Streams},
     token_validation,
 };
@@ -48,6 +47,7 @@ use crate::{
         self,
         context::{FrontendContext, MAX_CONTEXT_BYTES},
     },
+    server::{ConnectionInfo, HttpService, ServiceResponse},
     snapshot::Include,
     token::{Environment, Scope, TokenKind},
     usage::{ReportingClient, SdkKind, Usage},
@@ -111,6 +111,10 @@ impl HttpService for SdkService {
         let service = Arc::clone(self);
         let response = async move { service.respond(request, client, started).await };
         ServiceResponse::deferred(response.instrument(span))
+    }
+
+    fn panic_response() -> HttpResponse {
+        HttpError::Internal.into()
     }
 }
 

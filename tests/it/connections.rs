@@ -474,7 +474,7 @@ async fn idle_connections_leave_file_descriptors_for_probes() {
     assert_eq!(parapet.features_status(CLIENT).await, StatusCode::OK);
     assert_eq!(parapet.fd_limit(), 256);
     assert_eq!(parapet.logged(LogEvent::warn("app::file_descriptors")).len(), 1);
-    assert!(parapet.logged(LogEvent::warn("http::server")).is_empty(), "{}", parapet.log());
+    assert!(parapet.logged(LogEvent::warn("server")).is_empty(), "{}", parapet.log());
     drop(idle);
 
     let parapet = offline().limit_fds(64, 512).start().await;

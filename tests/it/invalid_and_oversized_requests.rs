@@ -408,7 +408,7 @@ async fn accept_errors_are_logged_once_a_minute_and_counted() {
         failures().await.filter(|it| *it > 10)
     })
     .await;
-    let lines = parapet.logged(LogEvent::warn("http::server").with("error"));
+    let lines = parapet.logged(LogEvent::warn("server").with("error"));
     assert_eq!(lines.len(), 1, "{lines:?}");
     assert!(lines[0].contains("Too many open files"), "{lines:?}");
 }

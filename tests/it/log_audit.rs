@@ -321,7 +321,7 @@ const COMMON: &[ExpectedLine] = &[
     expected_line("INFO", "app", &["mode", "data", "admin", "upstream?", "version"], 2),
     expected_line("INFO", "app", &["drain_delay"], 2),
     expected_line("INFO", "app", &[], 2),
-    expected_line("WARN", "http::server", &["grace"], 2),
+    expected_line("WARN", "server", &["grace"], 2),
     // Flags are published.
     expected_line("INFO", "sync::", &["environment", "flags", "revision?", "problems"], 4),
     // The disk fails, and works again.

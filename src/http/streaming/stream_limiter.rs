@@ -18,8 +18,8 @@ use tokio::{
 use super::stream_metrics::StreamMetrics;
 use crate::{
     auth::Authenticator,
-    http::shutdown_signal::ShutdownSignal,
     rate_limit::client_network,
+    shutdown_signal::ShutdownSignal,
     token::{Grant, TokenDigest},
 };
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use hyper::Request;
 use hyper::body::Incoming;
 use parapet::http::response;
-use parapet::http::server::{
+use parapet::server::{
     self, ConnectionInfo, ConnectionLimits, Drain, HttpService, ServiceResponse,
 };
 use parapet::tls::{self, ClientAuth, ClientVerification, KeyPairFiles, NegotiatedTls};

@@ -15,7 +15,6 @@ use tokio::{
 };
 
 use super::*;
-use crate::http::response::{self, HttpError, HttpResponse};
 
 const MINUTE: Duration = Duration::from_mins(1);
 
@@ -41,7 +40,7 @@ impl HttpService for NeverResponds {
         ServiceResponse::deferred(async move {
             std::future::pending::<()>().await;
             drop(handle);
-            HttpResponse::from(HttpError::Internal)
+            HttpResponse::default()
         })
     }
 }
@@ -53,11 +52,11 @@ impl HttpService for RespondsAfter {
     fn call(self: &Arc<Self>, _: Request<Incoming>, _: &Arc<ConnectionInfo>) -> ServiceResponse {
         let wait = self.0;
         if wait.is_zero() {
-            return ServiceResponse::Ready(HttpError::NotFound.into());
+            return ServiceResponse::Ready(HttpResponse::default());
         }
         ServiceResponse::deferred(async move {
             tokio::time::sleep(wait).await;
-            HttpResponse::from(HttpError::NotFound)
+            HttpResponse::default()
         })
     }
 }
@@ -84,7 +83,7 @@ impl HttpService for StreamsEvents {
             let piece = pieces.recv().await?;
             Some((Bytes::from(piece), pieces))
         });
-        ServiceResponse::Ready(response::event_stream(Box::pin(live)))
+        ServiceResponse::Ready(HttpResponse::new(ResponseBody::Stream(Box::pin(live))))
     }
 }
 
@@ -99,7 +98,7 @@ impl HttpService for ReadsBody {
     ) -> ServiceResponse {
         ServiceResponse::deferred(async {
             request.into_body().collect().await.unwrap();
-            HttpResponse::from(HttpError::NotFound)
+            HttpResponse::default()
         })
     }
 }
@@ -109,7 +108,7 @@ struct RespondsWithBytes(usize);
 
 impl HttpService for RespondsWithBytes {
     fn call(self: &Arc<Self>, _: Request<Incoming>, _: &Arc<ConnectionInfo>) -> ServiceResponse {
-        ServiceResponse::Ready(response::json_text(vec![b'x'; self.0]))
+        ServiceResponse::Ready(HttpResponse::new(Bytes::from(vec![b'x'; self.0]).into()))
     }
 }
 

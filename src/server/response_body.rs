@@ -9,7 +9,13 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::Stream;
-use hyper::body::{Body, Frame, SizeHint};
+use hyper::{
+    Response,
+    body::{Body, Frame, SizeHint},
+};
+
+/// A response to a client.
+pub type HttpResponse = Response<ResponseBody>;
 
 /// A stream of body chunks.
 pub type ByteStream = Pin<Box<dyn Stream<Item = Bytes> + Send>>;

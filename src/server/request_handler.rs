@@ -20,10 +20,10 @@ use super::{
     connection_info::ConnectionInfo,
     connection_limits,
     drain::Drain,
+    response_body::{HttpResponse, ResponseBody},
     service::{HttpService, ServiceResponse},
     tracked_body::TrackedBody,
 };
-use crate::http::response::{HttpError, HttpResponse, ResponseBody};
 
 /// Passes the requests of one connection to the service.
 pub(super) struct RequestHandler<S> {
@@ -57,7 +57,7 @@ impl<S: HttpService> RequestHandler<S> {
                 let (activity, drain) = (Arc::clone(&self.activity), self.drain.clone());
                 let reply = AssertUnwindSafe(reply).catch_unwind();
                 Either::Right(Box::pin(async move {
-                    let reply = reply.await.unwrap_or_else(|_| panic_response());
+                    let reply = reply.await.unwrap_or_else(|_| panic_response::<S>());
                     let is_last = drain.is_draining() || activity.is_closing_after_response();
                     let in_flight =
                         matches!(reply.body(), ResponseBody::Stream(_)).then_some(in_flight);
@@ -79,9 +79,10 @@ impl<S: HttpService> RequestHandler<S> {
             .await;
         let reply = match self.call_service(request) {
             ServiceResponse::Ready(reply) => reply,
-            ServiceResponse::Deferred(reply) => {
-                AssertUnwindSafe(reply).catch_unwind().await.unwrap_or_else(|_| panic_response())
-            }
+            ServiceResponse::Deferred(reply) => AssertUnwindSafe(reply)
+                .catch_unwind()
+                .await
+                .unwrap_or_else(|_| panic_response::<S>()),
         };
         Ok(TrackedBody::for_http2(reply, in_flight))
     }
@@ -90,13 +91,13 @@ impl<S: HttpService> RequestHandler<S> {
     /// connection.
     fn call_service(&self, request: Request<Incoming>) -> ServiceResponse {
         catch_unwind(AssertUnwindSafe(|| self.service.call(request, &self.info)))
-            .unwrap_or_else(|_| ServiceResponse::Ready(panic_response()))
+            .unwrap_or_else(|_| ServiceResponse::Ready(panic_response::<S>()))
     }
 }
 
-fn panic_response() -> HttpResponse {
+fn panic_response<S: HttpService>() -> HttpResponse {
     error!("A request handler panicked; the client gets a 500");
-    HttpResponse::from(HttpError::Internal)
+    S::panic_response()
 }
 
 /// Adds `Connection: close` to the last response on a connection (RFC 9112, section 9.6).

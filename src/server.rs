@@ -7,8 +7,8 @@
 //! listening socket and the shutdown signals ([`Drain`]) are arguments, so that a test starts the real
 //! server on port 0.
 //!
-//! The server knows no routes and no flags: the [`HttpService`] handles requests and limits their
-//! duration.
+//! The server knows no routes, no flags and no format of errors: the [`HttpService`] handles requests and
+//! limits their duration.
 
 mod activity;
 mod config;
@@ -22,6 +22,7 @@ mod http_server;
 mod http_version;
 mod proxy_protocol;
 mod request_handler;
+mod response_body;
 mod service;
 mod tasks;
 #[cfg(test)]
@@ -46,6 +47,7 @@ pub use self::{
     connection_limits::ConnectionLimits,
     drain::Drain,
     http_server::HttpServer,
+    response_body::{ByteStream, HttpResponse, ResponseBody},
     service::{HttpService, ServiceResponse},
 };
 use crate::telemetry::{LogLimiter, error_chain};

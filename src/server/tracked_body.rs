@@ -18,8 +18,11 @@ use hyper::body::{Body, Frame, SizeHint};
 use tokio::time::{Instant, Sleep, sleep_until};
 use tracing::debug;
 
-use super::{activity::InFlightResponse, connection_limits::STALL_TIMEOUT};
-use crate::http::response::{HttpResponse, ResponseBody};
+use super::{
+    activity::InFlightResponse,
+    connection_limits::STALL_TIMEOUT,
+    response_body::{HttpResponse, ResponseBody},
+};
 
 /// The largest chunk of an HTTP/2 body, in bytes: one frame. As soon as the client reads a byte of a
 /// chunk, the rest of it moves to the connection's buffer and is no longer counted.
@@ -49,8 +52,7 @@ impl TrackedBody {
         mut in_flight: InFlightResponse,
     ) -> hyper::Response<Self> {
         let stall_timer = STALL_TIMER.try_with(Arc::clone).ok();
-        let bytes =
-            usize::try_from(crate::http::response::body_length(&reply)).unwrap_or(usize::MAX);
+        let bytes = usize::try_from(reply.body().size_hint().lower()).unwrap_or(usize::MAX);
         if let Some(progress) = stall_timer.as_ref().filter(|_| bytes > 0) {
             progress.start();
         }

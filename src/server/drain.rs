@@ -4,7 +4,7 @@
 //! they are used and no client loses a request. While closing, idle connections are closed as well.
 //! Connections react to both signals. The application decides when to send them.
 
-use crate::http::shutdown_signal::ShutdownSignal;
+use crate::shutdown_signal::ShutdownSignal;
 
 /// The shutdown signals that connections watch. A cheap handle.
 #[derive(Clone, Debug, Default)]

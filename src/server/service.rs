@@ -2,10 +2,9 @@
 
 use std::{fmt, future::Future, pin::Pin, sync::Arc};
 
-use hyper::{Request, body::Incoming};
+use hyper::{Request, StatusCode, body::Incoming};
 
-use super::connection_info::ConnectionInfo;
-use crate::http::response::HttpResponse;
+use super::{connection_info::ConnectionInfo, response_body::HttpResponse};
 
 /// Handles the requests of a server.
 pub trait HttpService: Send + Sync + 'static {
@@ -18,6 +17,14 @@ pub trait HttpService: Send + Sync + 'static {
         request: Request<Incoming>,
         connection: &Arc<ConnectionInfo>,
     ) -> ServiceResponse;
+
+    /// The response to a request whose handler panicked: 500. A service with a format of errors
+    /// overrides it.
+    fn panic_response() -> HttpResponse {
+        let mut response = HttpResponse::default();
+        *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+        response
+    }
 }
 
 /// The response to a request, or a future of it.
