@@ -163,7 +163,8 @@ impl EnvironmentState {
             Ok(()) => {
                 self.backoff.reset();
                 let next = now + jittered(self.interval, jitter);
-                documents.next_recheck().map_or(next, |recheck| next.min(recheck))
+                let recheck = documents.next_recheck().filter(|at| *at >= now);
+                recheck.map_or(next, |recheck| next.min(recheck))
             }
             Err(retry_after) => {
                 let delay = self.backoff.next_delay(retry_after, jitter);
