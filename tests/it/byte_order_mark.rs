@@ -7,7 +7,7 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use crate::in_process_parapet::{CLIENT, FRONTEND, InProcessParapet, send};
-use crate::rig::{Parapet, http, wait_until};
+use crate::rig::{Parapet, http, parapet_command, wait_until};
 
 const BYTE_ORDER_MARK: &str = "\u{feff}";
 
@@ -120,8 +120,8 @@ fn explain_reads_flag_file_with_byte_order_mark() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("flags.json");
     std::fs::write(&path, format!("{BYTE_ORDER_MARK}{FLAGS}")).unwrap();
-    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_parapet"));
-    let command = command.args(["explain", "--flag", "first", "--flags"]).arg(&path).env_clear();
-    let output = command.current_dir(folder.path()).output().unwrap();
+    let mut command = parapet_command(&folder);
+    let output = command.args(["explain", "--flag", "first", "--flags"]).arg(&path).output();
+    let output = output.unwrap();
     assert!(output.status.success(), "{output:?}");
 }

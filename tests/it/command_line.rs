@@ -1,14 +1,15 @@
 //! The command line in a shell: exit codes, and which stream an output goes to.
 
-use std::process::{Command, Output};
+use std::process::Output;
 
 use tempfile::TempDir;
+
+use crate::rig::parapet_command;
 
 /// Runs the binary in an empty directory and an empty environment.
 fn parapet(args: &[&str]) -> Output {
     let folder = TempDir::new().expect("a temporary folder");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
-    command.args(args).env_clear().current_dir(folder.path()).output().expect("the binary runs")
+    parapet_command(&folder).args(args).output().expect("the binary runs")
 }
 
 #[test]

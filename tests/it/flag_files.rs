@@ -1,14 +1,13 @@
 //! Flags from files: their formats, and files of a directory that change or break one by one.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
 use crate::in_process_parapet::{CLIENT, FRONTEND, InProcessParapet};
-use crate::rig::{Parapet, wait_until};
+use crate::rig::{Parapet, parapet_command, wait_until};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -57,11 +56,11 @@ fn file_of_neither_format_is_rejected_naming_both_formats() {
         ["{}", "[]", r#"{"a":{"enabled":"yes"}}"#, r#"{"a":{"variant":"b"}}"#, r#"{"features":{}}"#]
     {
         std::fs::write(&file, text).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
+        let mut command = parapet_command(&folder);
         command
             .args(["offline", "--port", "0", "--admin-port", "0", "-c", CLIENT, "-b"])
             .arg(&file);
-        let output = command.env_clear().current_dir(folder.path()).output().unwrap();
+        let output = command.output().unwrap();
         assert_eq!(output.status.code(), Some(1), "{text}: {output:?}");
         let message =
             String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap();
@@ -182,11 +181,11 @@ fn start_reports_every_malformed_file() {
     let folder = FlagsDirectory::new();
     folder.replace_file("staging.json", "{");
     folder.replace_file("testing.json", "{}");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
+    let mut command = parapet_command(folder.path());
     let data = folder.path().join("data");
     command.args(["standalone", "--port", "0", "--admin-port", "0"]);
     command.arg("--flags").arg(folder.path()).arg("--data-dir").arg(data);
-    let output = command.env_clear().current_dir(folder.path()).output().unwrap();
+    let output = command.output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     let message =
         String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap();

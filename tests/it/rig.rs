@@ -44,5 +44,5 @@ pub(crate) use real_sdk::{Evaluation, Sdk};
 pub(crate) use real_unleash::{HourlyUsage, STORE_TIMEOUT, TokenKind, Unleash, UnleashVersion};
 pub(crate) use scripted_upstream::{EntityTags, STREAM, ScriptedUpstream, event, feature};
 pub(crate) use self_signed_certificate::SelfSignedCertificate;
-pub(crate) use shell::{run_parapet, temp_file_with};
+pub(crate) use shell::{parapet_command, run_parapet, temp_file_with};
 pub(crate) use stalled_client::{StallMode, StalledClient};

@@ -7,7 +7,7 @@ use reqwest::StatusCode;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use crate::rig::{LogEvent, Parapet, free_port, http, send_json, wait_until};
+use crate::rig::{LogEvent, Parapet, free_port, http, parapet_command, send_json, wait_until};
 
 /// An initial setting that has changed since the first start.
 const IGNORED_SETTING: LogEvent = LogEvent::warn("app::standalone").without("environment");
@@ -151,9 +151,9 @@ fn first_start_shows_secrets_on_a_terminal() {
     let name = rustix::pty::ptsname(&terminal, Vec::new()).unwrap();
     let screen = std::fs::OpenOptions::new().write(true).open(name.to_str().unwrap()).unwrap();
     let home = FlagsDirectory::new();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
+    let mut command = parapet_command(&home.folder);
     command.args(["--flags=flags.json", "--port=0", "--admin-port=0", "--interface=127.0.0.1"]);
-    command.env_clear().current_dir(home.folder.path()).stdout(screen);
+    command.stdout(screen);
     let parapet = ChildProcess(command.spawn().unwrap());
     drop(command);
     let (mut terminal, mut shown) = (std::fs::File::from(terminal), Vec::new());
@@ -335,14 +335,16 @@ async fn probe_commands_query_a_running_instance() {
     let parapet = home.start(&[]).await;
     for probe in ["health", "ready"] {
         for place in [["--edge-url".to_owned(), parapet.url()], port_args(&parapet)] {
-            let output =
-                run_parapet(&[&[probe], &place.each_ref().map(String::as_str)[..]].concat(), &[]);
+            let output = run_with_flags(
+                &[&[probe], &place.each_ref().map(String::as_str)[..]].concat(),
+                &[],
+            );
             assert_eq!(output.status.code(), Some(0), "{probe} {place:?}: {output:?}");
         }
     }
     let url = parapet.url();
     parapet.kill();
-    assert_eq!(run_parapet(&["health", "--edge-url", &url], &[]).status.code(), Some(1));
+    assert_eq!(run_with_flags(&["health", "--edge-url", &url], &[]).status.code(), Some(1));
 }
 
 fn port_args(parapet: &Parapet) -> [String; 2] {
@@ -373,7 +375,7 @@ async fn terminated_instance_is_not_ready_first_and_serves_until_it_ends() {
 
 #[test]
 fn unusable_data_directory_exits_1() {
-    let output = run_parapet(
+    let output = run_with_flags(
         &["--flags=flags.json", "--port=0", "--admin-port=0", "--data-dir=flags.json"],
         &[],
     );
@@ -385,19 +387,18 @@ fn unusable_data_directory_exits_1() {
 #[test]
 fn unreachable_database_is_reported_with_the_reason() {
     let url = format!("postgres://u:a-password@127.0.0.1:{}/db", free_port());
-    let output = run_parapet(&["--flags=flags.json", "--database-url", &url], &[]);
+    let output = run_with_flags(&["--flags=flags.json", "--database-url", &url], &[]);
     let printed = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{printed}");
     assert!(printed.contains("cannot be reached") && printed.contains("refused"), "{printed}");
     assert!(!printed.contains("a-password"), "{printed}");
 }
 
-/// Runs the binary in a directory with a flag file.
-fn run_parapet(args: &[&str], variables: &[(&str, &str)]) -> std::process::Output {
+/// The result of `parapet` in a directory with a flag file.
+fn run_with_flags(args: &[&str], variables: &[(&str, &str)]) -> std::process::Output {
     let home = FlagsDirectory::new();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
-    command.args(args).env_clear().envs(variables.iter().copied());
-    command.current_dir(home.folder.path()).output().unwrap()
+    let mut command = parapet_command(&home.folder);
+    command.args(args).envs(variables.iter().copied()).output().unwrap()
 }
 
 #[test]
@@ -406,7 +407,7 @@ fn port_in_use_is_reported_and_exits_64() {
     let port = taken.local_addr().unwrap().port().to_string();
     for (ours, other) in [("--port", "--admin-port"), ("--admin-port", "--port")] {
         let args = ["--flags=flags.json", "--interface=127.0.0.1", other, "0", ours, &port];
-        let output = run_parapet(&args, &[]);
+        let output = run_with_flags(&args, &[]);
         let printed = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(64), "{printed}");
         assert_eq!(printed.lines().count(), 1, "{printed}");
@@ -423,10 +424,9 @@ fn port_in_use_is_reported_and_exits_64() {
 fn unreadable_flags_exit_1() {
     let home = FlagsDirectory::new();
     home.write_flags("{ this is no flag file");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
-    let flags = home.flags();
-    command.arg("--flags").arg(flags).args(["--port=0", "--admin-port=0"]).env_clear();
-    let output = command.current_dir(home.folder.path()).output().unwrap();
+    let mut command = parapet_command(&home.folder);
+    command.arg("--flags").arg(home.flags()).args(["--port=0", "--admin-port=0"]);
+    let output = command.output().unwrap();
     let printed = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{printed}");
     assert!(printed.contains("flags.json holds no flags that can be read"), "{printed}");
@@ -435,7 +435,7 @@ fn unreadable_flags_exit_1() {
 #[test]
 fn all_configuration_errors_are_reported_at_once_without_secrets_and_exit_64() {
     let check = |args: &[&str], variables: &[(&str, &str)], mistakes: &[&str]| {
-        let output = run_parapet(args, variables);
+        let output = run_with_flags(args, variables);
         let printed = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(64), "{args:?}: {printed}");
         assert!(!printed.contains("s3cret"), "{printed}");

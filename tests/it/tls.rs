@@ -10,7 +10,7 @@ mod external_clients;
 use std::ffi::OsString;
 use std::fmt::Debug;
 use std::net::SocketAddr;
-use std::process::{Command, Output};
+use std::process::Output;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,7 +26,7 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use self::certificate_authority::{CertificateFiles, TestAuthority};
 use crate::in_process_parapet::CLIENT;
-use crate::rig::{FEATURES, LogEvent, Parapet, Setup, http, wait_until};
+use crate::rig::{FEATURES, LogEvent, Parapet, Setup, http, parapet_command, wait_until};
 
 const FLAGS: &str =
     r#"{"features":[{"name":"a","enabled":true,"strategies":[{"name":"default"}]}]}"#;
@@ -142,9 +142,8 @@ async fn features_status(client: &reqwest::Client, url: &str) -> reqwest::Result
 /// Runs `parapet` until it exits, with only these environment variables.
 fn run_parapet(args: &[&str], variables: &[(&str, OsString)]) -> Output {
     let folder = tempfile::tempdir().unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
-    command.args(args).env_clear().current_dir(folder.path());
-    command.envs(variables.iter().map(|(name, value)| (*name, value))).output().unwrap()
+    let mut command = parapet_command(&folder);
+    command.args(args).envs(variables.iter().map(|(name, value)| (*name, value))).output().unwrap()
 }
 
 #[tokio::test]

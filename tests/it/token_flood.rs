@@ -179,5 +179,5 @@ async fn flood_of_made_up_tokens_is_bounded_and_does_not_affect_valid_clients() 
     assert!(validations <= bound, "{validations} validations in {took:?}, more than {bound}");
     assert!(peak <= MAX_MEMORY_KIB, "{peak} KiB more than before, allowed are {MAX_MEMORY_KIB}");
     assert!(served > 0 && accepted > 0, "{served} known, {accepted} fresh");
-    assert_eq!(upstream.requests("/api/admin").len(), 0);
+    assert!(upstream.state().requests.iter().all(|it| !it.path.contains("admin")));
 }

@@ -4,22 +4,22 @@ use std::collections::BTreeSet;
 use std::io::Read as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Output;
 use std::time::Duration;
 
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use super::{DatabaseKind, Installation, OWNER, PASSWORD, Session, sign_in};
-use crate::rig::{Parapet, secret_leak_check, wait_until};
+use crate::rig::{Parapet, parapet_command, secret_leak_check, wait_until};
 
 /// The number of tokens that are created while a backup is written.
 const TOKENS_DURING_BACKUP: usize = 30;
 
 /// Runs a command on the database of `place`, whose instance is `parapet`.
 async fn run_command(place: &Installation, parapet: &Parapet, args: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_parapet"));
-    command.args(args).env_clear();
+    let mut command = parapet_command(&place.folder);
+    command.args(args);
     match &place.database {
         Some(url) => command.env("DATABASE_URL", url),
         None => command.env("DATA_DIR", parapet.data_dir()),
@@ -147,12 +147,12 @@ async fn backup_is_restored(from: DatabaseKind, to: DatabaseKind) {
 
     // A missing database is created.
     let fresh = folder.path().join("new/data");
-    let mut shell = Command::new(env!("CARGO_BIN_EXE_parapet"));
-    shell.args(["restore", path, "--data-dir"]).arg(&fresh).env_clear();
-    assert_succeeded(&shell.output().unwrap(), "restored ");
-    let mut shell = Command::new(env!("CARGO_BIN_EXE_parapet"));
-    shell.args(["token", "list", "--name", "checkout", "--data-dir"]).arg(&fresh).env_clear();
-    let listed = shell.output().unwrap();
+    let mut command = parapet_command(&folder);
+    command.args(["restore", path, "--data-dir"]).arg(&fresh);
+    assert_succeeded(&command.output().unwrap(), "restored ");
+    let mut command = parapet_command(&folder);
+    command.args(["token", "list", "--name", "checkout", "--data-dir"]).arg(&fresh);
+    let listed = command.output().unwrap();
     assert_eq!(String::from_utf8_lossy(&listed.stdout).lines().count(), 2, "{listed:?}");
 }
 

@@ -78,7 +78,7 @@ pub(crate) struct UpstreamState {
     pub(crate) has_stream_hint: bool,
     /// The environments, and whether they are enabled.
     pub(crate) environments: Vec<(&'static str, bool)>,
-    requests: Vec<UpstreamRequest>,
+    pub(crate) requests: Vec<UpstreamRequest>,
     open_streams: Vec<mpsc::UnboundedSender<io::Result<String>>>,
 }
 
@@ -149,20 +149,15 @@ impl ScriptedUpstream {
         self.state().failures.clear();
     }
 
-    /// The requests so far with this path prefix.
-    pub(crate) fn requests(&self, path_prefix: &str) -> Vec<UpstreamRequest> {
-        let state = self.state();
-        state.requests.iter().filter(|it| it.path.starts_with(path_prefix)).cloned().collect()
+    /// The requests so far for this path.
+    pub(crate) fn requests(&self, path: &str) -> Vec<UpstreamRequest> {
+        self.state().requests.iter().filter(|it| it.path == path).cloned().collect()
     }
 
-    /// The requests with this path prefix, once there are at least `count`.
-    pub(crate) async fn wait_for_requests(
-        &self,
-        path_prefix: &str,
-        count: usize,
-    ) -> Vec<UpstreamRequest> {
-        wait_until(&format!("{path_prefix} is requested {count} times"), TIMEOUT, async || {
-            let requests = self.requests(path_prefix);
+    /// The requests for this path, once there are at least `count`.
+    pub(crate) async fn wait_for_requests(&self, path: &str, count: usize) -> Vec<UpstreamRequest> {
+        wait_until(&format!("{path} is requested {count} times"), TIMEOUT, async || {
+            let requests = self.requests(path);
             (requests.len() >= count).then_some(requests)
         })
         .await
