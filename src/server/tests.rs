@@ -6,7 +6,7 @@ use std::sync::{Mutex, Weak};
 use bytes::Bytes;
 use futures_util::stream;
 use http_body_util::BodyExt as _;
-use hyper::{Request, body::Incoming};
+use hyper::{Request, StatusCode, body::Incoming};
 use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream},
@@ -30,6 +30,12 @@ fn config_without_tls(limits: ConnectionLimits) -> Config {
     Config { limits, load_balancers: Vec::new(), tls: None }
 }
 
+fn not_found() -> HttpResponse {
+    let mut response = HttpResponse::new(Bytes::from_static(b"not found").into());
+    *response.status_mut() = StatusCode::NOT_FOUND;
+    response
+}
+
 /// Reports each request with a handle that lives as long as the request, and never responds.
 struct NeverResponds(mpsc::UnboundedSender<Weak<()>>);
 
@@ -40,7 +46,7 @@ impl HttpService for NeverResponds {
         ServiceResponse::deferred(async move {
             std::future::pending::<()>().await;
             drop(handle);
-            HttpResponse::default()
+            not_found()
         })
     }
 }
@@ -52,11 +58,11 @@ impl HttpService for RespondsAfter {
     fn call(self: &Arc<Self>, _: Request<Incoming>, _: &Arc<ConnectionInfo>) -> ServiceResponse {
         let wait = self.0;
         if wait.is_zero() {
-            return ServiceResponse::Ready(HttpResponse::default());
+            return ServiceResponse::Ready(not_found());
         }
         ServiceResponse::deferred(async move {
             tokio::time::sleep(wait).await;
-            HttpResponse::default()
+            not_found()
         })
     }
 }
@@ -98,7 +104,7 @@ impl HttpService for ReadsBody {
     ) -> ServiceResponse {
         ServiceResponse::deferred(async {
             request.into_body().collect().await.unwrap();
-            HttpResponse::default()
+            not_found()
         })
     }
 }

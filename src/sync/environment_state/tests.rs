@@ -357,7 +357,7 @@ fn response_that_does_not_count_yet_is_confirmed_in_time_but_not_again_and_again
     let flags = br#"{"features":[{"name":"served","project":"a"}]}"#;
     let document_of_run = Document::parse_stored(&Document::encode_stored(flags, run)).unwrap();
     let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
-    let served = Snapshot::build(scope, document_of_run, None);
+    let served = ServedSnapshot::build(scope, document_of_run, None);
     let mut fixture = Fixture::new(UpstreamMode::Poll);
     let config = Config { interval: INTERVAL, mode: UpstreamMode::Poll };
     fixture.state = EnvironmentState::new(&config, Some(&served), fixture.now);
