@@ -44,7 +44,7 @@ fn concurrent_insertions_never_give_a_key_the_value_of_another() {
         let (key, value) = entry(1);
         assert!(slot.get(key).is_none_or(|it| it == value));
         for writer in writers {
-            writer.join().unwrap();
+            writer.join().expect("the thread does not panic");
         }
     });
 }
@@ -62,7 +62,7 @@ fn concurrent_hits_move_an_entry_without_mixing_it_with_another() {
         };
         // Moves the second entry to the place of the first.
         assert!(slot.get(second).is_none_or(|it| it == other_value));
-        reader.join().unwrap();
+        reader.join().expect("the thread does not panic");
     });
 }
 
@@ -74,6 +74,9 @@ fn one_of_two_concurrent_insertions_of_a_hash_is_the_first() {
             let hashes = Arc::clone(&hashes);
             thread::spawn(move || hashes.contains_or_insert(hash))
         };
-        assert_ne!(hashes.contains_or_insert(hash), other.join().unwrap());
+        assert_ne!(
+            hashes.contains_or_insert(hash),
+            other.join().expect("the thread does not panic")
+        );
     });
 }
