@@ -76,8 +76,7 @@ impl EvaluationCache {
             results: previous.map_or_else(Arc::default, |it| Arc::clone(&it.results)),
             result_misses: cache::miss_counter("results"),
             key_hasher: SipHasher13::new_with_key(&rand::random()),
-            hot_contexts: previous
-                .map_or_else(HotContexts::default, |it| HotContexts::inherit(&it.hot_contexts)),
+            hot_contexts: HotContexts::new(previous.map(|it| &it.hot_contexts)),
             bodies: BoundedCache::new("bodies", MAX_BODY_BYTES, |body| body.weight()),
             recently_requested: RecentHashes::default(),
             deterministic_outcomes: BoundedCache::new(

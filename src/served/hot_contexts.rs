@@ -56,20 +56,11 @@ struct RecentRequests {
     hasher: RandomState,
 }
 
-impl Default for HotContexts {
-    fn default() -> Self {
-        Self::with_recent(Arc::default())
-    }
-}
-
 impl HotContexts {
-    fn with_recent(recent: Arc<RecentRequests>) -> Self {
-        Self { slots: (0..CAPACITY).map(|_| OnceLock::new()).collect(), recent }
-    }
-
     /// The empty set of a new snapshot, which shares the recent requests with the previous one.
-    pub(super) fn inherit(previous: &Self) -> Self {
-        Self::with_recent(Arc::clone(&previous.recent))
+    pub(super) fn new(previous: Option<&Self>) -> Self {
+        let recent = previous.map_or_else(Arc::default, |it| Arc::clone(&it.recent));
+        Self { slots: (0..CAPACITY).map(|_| OnceLock::new()).collect(), recent }
     }
 
     /// Records a request if it is a repeated one: if its result was cached, or if it was seen recently.
