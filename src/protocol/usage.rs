@@ -15,7 +15,7 @@ use jiff::Timestamp;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Map, Value};
 
-use self::object::{ObjectReader, lenient_text};
+use self::object::{ObjectReader, lenient_text, parse_items};
 pub use self::{
     impact_metrics::{HistogramSample, ImpactMetric, Labels, NumericSample, Samples, UpperBound},
     object::{MAX_INTEGER, MAX_NUMBER, ParseError},
@@ -386,26 +386,16 @@ impl BulkReport {
     /// Parses the body of a bulk report.
     pub fn parse(body: &[u8]) -> Result<Self, ParseError> {
         let mut object = ObjectReader::parse(body)?;
-        let mut malformed = 0;
         let applications = object.required_array("applications")?;
         let metrics = object.required_array("metrics")?;
-        let applications = parse_items(applications, ClientApplication::from_value, &mut malformed);
-        let metrics = parse_items(metrics, BulkMetric::from_value, &mut malformed);
-        let (impact_metrics, unread) = impact_metrics::parse_list(object.take("impactMetrics"));
-        Ok(Self { applications, metrics, impact_metrics, malformed: malformed + unread })
+        let (applications, bad_applications) =
+            parse_items(applications, ClientApplication::from_value);
+        let (metrics, bad_metrics) = parse_items(metrics, BulkMetric::from_value);
+        let (impact_metrics, bad_impact_metrics) =
+            impact_metrics::parse_list(object.take("impactMetrics"));
+        let malformed = bad_applications + bad_metrics + bad_impact_metrics;
+        Ok(Self { applications, metrics, impact_metrics, malformed })
     }
-}
-
-/// Parses `values` and skips malformed ones, which it counts.
-fn parse_items<T>(
-    values: Vec<Value>,
-    parse: impl Fn(Value) -> Result<T, ParseError>,
-    malformed: &mut usize,
-) -> Vec<T> {
-    let total = values.len();
-    let items: Vec<_> = values.into_iter().filter_map(|value| parse(value).ok()).collect();
-    *malformed += total - items.len();
-    items
 }
 
 /// The instance data of an edge. Only the identifier is parsed; the rest is kept unchanged.

@@ -5,7 +5,7 @@ use std::{cmp::Ordering, collections::BTreeMap, sync::Arc};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::Value;
 
-use super::object::{MAX_INTEGER, MAX_NUMBER, ObjectReader, ParseError, lenient_text};
+use super::object::{MAX_INTEGER, MAX_NUMBER, ObjectReader, ParseError, lenient_text, parse_items};
 
 /// The maximum length of the name of a metric, and of the name or value of a label, in bytes.
 const MAX_NAME_BYTES: usize = 255;
@@ -117,15 +117,7 @@ impl Serialize for UpperBound {
 pub(super) fn parse_list(value: Option<Value>) -> (Vec<ImpactMetric>, usize) {
     match value {
         None => (Vec::new(), 0),
-        Some(Value::Array(values)) => {
-            let total = values.len();
-            let read: Vec<_> = values
-                .into_iter()
-                .filter_map(|value| ImpactMetric::from_value(value).ok())
-                .collect();
-            let unread = total - read.len();
-            (read, unread)
-        }
+        Some(Value::Array(values)) => parse_items(values, ImpactMetric::from_value),
         Some(_) => (Vec::new(), 1),
     }
 }

@@ -166,6 +166,17 @@ impl ObjectReader {
     }
 }
 
+/// Parses items and skips malformed ones; also returns their number.
+pub(super) fn parse_items<T>(
+    values: Vec<Value>,
+    parse: impl Fn(Value) -> Result<T, ParseError>,
+) -> (Vec<T>, usize) {
+    let total = values.len();
+    let items: Vec<_> = values.into_iter().filter_map(|value| parse(value).ok()).collect();
+    let malformed = total - items.len();
+    (items, malformed)
+}
+
 /// A non-empty string, truncated to `max` bytes. A number is converted to a string.
 pub(super) fn lenient_text(value: &Value, max: usize) -> Option<Arc<str>> {
     let text = match value {
