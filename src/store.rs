@@ -11,6 +11,8 @@ mod key;
 mod lock;
 mod memory;
 mod record;
+#[cfg(test)]
+mod tests;
 
 pub use self::{
     contract::{Error, RecordLock, Store},

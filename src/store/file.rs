@@ -299,22 +299,12 @@ mod tests {
     use std::time::SystemTime;
 
     use super::*;
-    use crate::store::{contract::tests::check_contract, key::SlotId};
+    use crate::store::key::SlotId;
 
     const USAGE: RecordKey = RecordKey::Usage(SlotId::FIRST);
 
     fn open(directory: &Path) -> FileStore {
         FileStore::open(directory).expect("store")
-    }
-
-    #[tokio::test]
-    async fn file_store_fulfils_the_contract() {
-        let folder = tempfile::tempdir().expect("folder");
-        let inside = folder.path().join("a/b");
-        check_contract(|| Arc::new(open(&inside)) as Arc<dyn Store>).await;
-        assert_eq!(file_names(folder.path()).expect("names"), ["a"]);
-        let left = file_names(&inside).expect("names");
-        assert!(!left.iter().any(|name| name.ends_with(TEMPORARY_SUFFIX)), "{left:?}");
     }
 
     #[tokio::test(start_paused = true)]

@@ -63,15 +63,3 @@ impl fmt::Debug for MemoryStore {
 fn lock_map<T>(map: &Mutex<BTreeMap<RecordKey, T>>) -> MutexGuard<'_, BTreeMap<RecordKey, T>> {
     map.lock().expect("nothing panics while it holds this lock")
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::store::contract::tests::check_contract;
-
-    #[tokio::test]
-    async fn memory_store_fulfils_the_contract() {
-        let store = Arc::new(MemoryStore::default());
-        check_contract(|| Arc::<MemoryStore>::clone(&store) as Arc<dyn Store>).await;
-    }
-}
