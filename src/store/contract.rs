@@ -15,6 +15,9 @@ use super::key::RecordKey;
 /// implementation bounds how long an operation takes.
 pub trait Store: fmt::Debug + Send + Sync {
     /// The bytes last saved under `key`, if any.
+    ///
+    /// A record that is damaged, or has a newer format, is set aside: one call fails and names its new
+    /// place, and later calls find no record.
     fn load<'a>(&'a self, key: &'a RecordKey) -> BoxFuture<'a, Result<Option<Vec<u8>>, Error>>;
 
     /// Replaces the record of `key`.
