@@ -297,7 +297,7 @@ async fn handshakes_and_expiry_appear_in_metrics_status_and_log() {
     let setup =
         setup.flag("--admin-tls-cert", &past.certificate).flag("--admin-tls-key", &past.key);
     let parapet = TlsParapet::start(setup).await;
-    let warnings = parapet.parapet.logged(LogEvent::warn("tls::watch"));
+    let warnings = parapet.parapet.logged(LogEvent::warn("main"));
     for file in [&soon_file, &past_file] {
         assert!(warnings.iter().any(|line| line.contains(file)), "{file}: {warnings:?}");
     }

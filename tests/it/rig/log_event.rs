@@ -73,8 +73,10 @@ impl LogEvent {
     }
 }
 
-/// Whether `target` is this module below `parapet`; with `::` at the end, or a module below it.
+/// Whether `target` is this module below `parapet`; with `::` at the end, or a module below it. `main` is
+/// that of the binary.
 pub(crate) fn is_within(target: &str, module: &str) -> bool {
+    let target = if target == "parapet" { "parapet::main" } else { target };
     let Some(target) = target.strip_prefix("parapet::") else { return false };
     target == module.trim_end_matches("::") || module.ends_with("::") && target.starts_with(module)
 }
