@@ -30,10 +30,15 @@ fn config_without_tls(limits: ConnectionLimits) -> Config {
     Config { limits, load_balancers: Vec::new(), tls: None }
 }
 
-fn not_found() -> HttpResponse {
-    let mut response = HttpResponse::new(Bytes::from_static(b"not found").into());
-    *response.status_mut() = StatusCode::NOT_FOUND;
+/// A response whose body ends with a brace, by which clients find its end.
+fn response(status: StatusCode) -> HttpResponse {
+    let mut response = HttpResponse::new(Bytes::from_static(b"{}").into());
+    *response.status_mut() = status;
     response
+}
+
+fn not_found() -> HttpResponse {
+    response(StatusCode::NOT_FOUND)
 }
 
 /// Reports each request with a handle that lives as long as the request, and never responds.
@@ -76,6 +81,10 @@ impl HttpService for Panics {
     fn call(self: &Arc<Self>, _: Request<Incoming>, _: &Arc<ConnectionInfo>) -> ServiceResponse {
         assert!(!self.before_response, "as it is meant to");
         ServiceResponse::deferred(async { panic!("as it is meant to") })
+    }
+
+    fn panic_response() -> HttpResponse {
+        response(StatusCode::INTERNAL_SERVER_ERROR)
     }
 }
 
