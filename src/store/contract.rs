@@ -22,7 +22,7 @@ pub trait Store: fmt::Debug + Send + Sync {
 
     /// Replaces the record of `key`.
     ///
-    /// Once this returns, the bytes survive whatever the store survives, a power loss for instance.
+    /// Once this returns, the bytes are as durable as the store makes them; a directory syncs them to disk.
     /// Dropping the future leaves either the old or the new record. Records of one key are saved in
     /// order: a save that fails late may still complete later, but never after one that was started
     /// later.
