@@ -27,8 +27,6 @@ use crate::rig::{
 const FLAGS: &str = r#"{"features":[{"name":"a","project":"default","enabled":true,
     "strategies":[{"name":"default"}]}]}"#;
 
-/// The path for server SDKs.
-
 /// Offline, with a client token and a frontend token.
 fn offline() -> Setup {
     offline_with(FLAGS)

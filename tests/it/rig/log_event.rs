@@ -55,12 +55,11 @@ impl LogEvent {
 
     pub(crate) fn matches(&self, line: &str) -> bool {
         let json = serde_json::from_str::<Value>(line).ok();
-        let (level, target) = match &json {
-            Some(fields) => (fields["level"].as_str(), fields["target"].as_str()),
-            None => {
-                let mut words = line.split_whitespace().skip(1);
-                (words.next(), words.next().and_then(|word| word.strip_suffix(':')))
-            }
+        let (level, target) = if let Some(fields) = &json {
+            (fields["level"].as_str(), fields["target"].as_str())
+        } else {
+            let mut words = line.split_whitespace().skip(1);
+            (words.next(), words.next().and_then(|word| word.strip_suffix(':')))
         };
         let has_field = |field: &str| match &json {
             Some(fields) => has_json_field(fields, field),
