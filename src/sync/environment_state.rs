@@ -1,4 +1,4 @@
-//! The state of one environment's synchronisation, and what to do next: poll, open a stream, publish or
+//! The state of one environment's synchronisation, and its next action: poll, open a stream, publish or
 //! wait.
 //!
 //! Nothing is polled while each token in use has a synced stream. States from streams are published like
@@ -121,7 +121,7 @@ impl EnvironmentState {
         }
     }
 
-    /// What to do now.
+    /// The action that is due at this time.
     pub(super) fn next_action(&mut self, now: Instant) -> Action {
         let poll_at = (!self.is_streaming()).then_some(self.poll_at);
         let publish_at = self.documents.next_deadline();
