@@ -5,10 +5,14 @@
 //! the listeners; a task that panics is restarted.
 
 mod admin_token;
+mod configured_tokens;
 mod edge;
+mod edge_sync;
 mod file_descriptors;
 mod initial_credentials;
+mod local_flags;
 mod mode;
+mod offline;
 mod persistence;
 mod reload;
 mod sockets;
@@ -115,7 +119,7 @@ impl App {
         let admin_tls = config.admin.tls.map(tls::TlsAcceptor::new).transpose()?;
         let mut mode = match config.mode {
             Mode::Edge(edge) => edge::build(*edge, &config.auth, &snapshots, latch).await?,
-            Mode::Offline(offline) => standalone::build_offline(offline, &snapshots, latch).await?,
+            Mode::Offline(offline) => offline::build(offline, &snapshots, latch).await?,
             Mode::Standalone(standalone) => {
                 let addresses = (
                     ListenerAddress { address: data_address, is_tls: data_tls.is_some() },
@@ -131,8 +135,7 @@ impl App {
                         data_dir,
                     );
                 };
-                standalone::build_standalone(standalone, data_dir, &snapshots, latch, announce)
-                    .await?
+                standalone::build(standalone, data_dir, &snapshots, latch, announce).await?
             }
         };
         let identity = InstanceIdentity {

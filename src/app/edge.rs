@@ -1,48 +1,27 @@
 //! Edge mode: flags, token validation and usage through upstream.
 
-use std::{collections::BTreeSet, path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, path::Path, sync::Arc};
 
-use tokio::{
-    sync::{Notify, watch},
-    time::sleep,
-};
+use tokio::sync::{Notify, watch};
 use tracing::{info, warn};
 
 use super::{
     admin_token,
+    edge_sync::EdgeSync,
     mode::{AdminTokenParts, Error, FlagSource, ModeParts},
     reload::{EdgeTokens, Reloadable},
 };
 use crate::{
-    auth::{self, AuthError, AuthenticatedToken, Authenticator, UpstreamValidator, Validator},
+    auth::{self, UpstreamValidator, Validator},
     background_writer::BackgroundWriter,
     config::{self, BackupFolder, Credentials as Given},
     served::Snapshots,
     store::{FileStore, MemoryStore, OpenError, RecordKey, Store, edge_backup},
     sync::environment_manager::{EnvironmentManager, EnvironmentSelection},
     telemetry::{Latch, error_chain},
-    token::{Environment, Grant, Projects, Scope, Token, TokenKind},
+    token::{Grant, Projects, Scope, Token, TokenKind},
     upstream::{AdminToken, Credentials, Upstream, UpstreamUsageSink},
 };
-
-/// Delay before configured tokens are validated again after upstream was unavailable.
-const UNAVAILABLE_RETRY_DELAY: Duration = Duration::from_secs(1);
-
-/// Interval at which configured tokens are validated again.
-const REVALIDATE_INTERVAL: Duration = Duration::from_secs(30);
-
-/// The background work of an edge.
-#[derive(Debug)]
-pub(super) struct EdgeSync {
-    environments: EnvironmentManager,
-    /// Configured tokens, which must be validated before use.
-    configured_tokens: watch::Receiver<Vec<Token>>,
-    imported_tokens: Vec<(Token, Grant)>,
-    /// Released when the configured tokens are validated and have flags.
-    tokens_validated: Latch,
-    /// Released when the environments selected at the start have flags.
-    flags_loaded: Latch,
-}
 
 /// Connects the components of an edge and serves the flags that an earlier run, of Parapet or of Unleash
 /// Edge, has left in the backup folder.
@@ -182,121 +161,6 @@ async fn import_edge_backup(
         }
     }
     tokens
-}
-
-impl EdgeSync {
-    /// Saves flags and credentials in the background.
-    pub(super) fn background_writer(&self) -> BackgroundWriter {
-        self.environments.saver.clone()
-    }
-
-    /// Synchronizes with upstream until dropped.
-    pub(super) async fn run(&self, auth: &Authenticator) {
-        for (token, grant) in &self.imported_tokens {
-            auth.import(token, grant);
-        }
-        let Self {
-            environments,
-            configured_tokens,
-            tokens_validated: validated,
-            flags_loaded: loaded,
-            ..
-        } = self;
-        let tokens =
-            validate_configured_tokens(configured_tokens.clone(), auth, environments, validated);
-        tokio::join!(environments.clone().run(loaded), tokens);
-    }
-}
-
-/// Validates the configured tokens repeatedly. Validation offers each valid token as a credential,
-/// including one that upstream rejected for a while.
-///
-/// The latch is released when every token has been validated once and the valid ones have flags, so that
-/// a mistyped token does not affect the others. While upstream is unavailable, or accepts none of them,
-/// flags of an earlier run are sufficient.
-///
-/// The list may be replaced at any time. Tokens missing from the new list are removed only after the
-/// others are validated, so that there is always a usable one.
-async fn validate_configured_tokens(
-    mut configured: watch::Receiver<Vec<Token>>,
-    auth: &Authenticator,
-    EnvironmentManager { snapshots, credentials, .. }: &EnvironmentManager,
-    latch: &Latch,
-) {
-    let mut rejected = BTreeSet::new();
-    // Tokens of this list, and of earlier ones until this one is validated.
-    let mut active_tokens: Vec<Token> = Vec::new();
-    loop {
-        let tokens = configured.borrow_and_update().clone();
-        if tokens.is_empty() {
-            latch.release();
-        }
-        let mut environments = BTreeSet::new();
-        let mut all_validated = true;
-        for token in &tokens {
-            let reason = match auth.authenticate(token.expose()).await {
-                Ok(AuthenticatedToken { grant, .. }) if grant.kind == TokenKind::Client => {
-                    environments.insert(grant.scope.environment.clone());
-                    rejected.remove(&token.digest());
-                    continue;
-                }
-                Err(AuthError::Unavailable) => {
-                    all_validated = false;
-                    continue;
-                }
-                Ok(_) => "it is not a backend token",
-                Err(AuthError::Unknown) => "upstream does not know it",
-                Err(AuthError::Forbidden) => "upstream rejects it (403)",
-            };
-            if rejected.insert(token.digest()) {
-                // Unleash does not validate admin tokens, none of which names an environment.
-                let hint = match token.environment() {
-                    Some(_) => "",
-                    None => "; an admin token belongs in --upstream-admin-token",
-                };
-                warn!(token = %token.masked(), "A token of --tokens cannot be used: {reason}{hint}");
-            }
-        }
-        active_tokens.extend(
-            tokens
-                .iter()
-                .filter(|token| !active_tokens.contains(token))
-                .cloned()
-                .collect::<Vec<_>>(),
-        );
-        if all_validated {
-            credentials.mark_configured_validated();
-            for token in active_tokens.iter().filter(|token| !tokens.contains(token)) {
-                auth.remove_token(&token.digest());
-                rejected.remove(&token.digest());
-            }
-            active_tokens.clone_from(&tokens);
-        }
-        let flags_loaded = async {
-            for environment in &environments {
-                snapshots.wait_for(environment).await;
-            }
-        };
-        let waits_for_flags = all_validated && !latch.is_released() && !environments.is_empty();
-        if waits_for_flags {
-            let names: Vec<_> = environments.iter().map(Environment::as_str).collect();
-            latch.describe(format!("the first flags of {}", names.join(", ")));
-        } else {
-            latch.describe(if all_validated {
-                "a configured client token that upstream accepts"
-            } else {
-                "upstream's answer to the configured tokens"
-            });
-            if !snapshots.environments().is_empty() {
-                latch.release();
-            }
-        }
-        tokio::select! {
-            () = sleep(if all_validated { REVALIDATE_INTERVAL } else { UNAVAILABLE_RETRY_DELAY }) => {}
-            Ok(()) = configured.changed() => {}
-            () = flags_loaded, if waits_for_flags => latch.release(),
-        }
-    }
 }
 
 #[cfg(test)]

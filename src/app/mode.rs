@@ -4,7 +4,7 @@ use std::{io, path::PathBuf, sync::Arc};
 
 use tokio::sync::Notify;
 
-use super::{edge::EdgeSync, reload::Reloadable, supervisor::Supervisor};
+use super::{edge_sync::EdgeSync, reload::Reloadable, supervisor::Supervisor};
 use crate::{
     auth::{Authenticator, Validator},
     background_writer::BackgroundWriter,

@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use tokio::sync::{Notify, watch};
 use tracing::{error, info, warn};
 
-use super::standalone::offline_tokens;
+use super::configured_tokens::offline_tokens;
 use crate::{
     auth::Authenticator,
     config::{Config, ConfigErrors, Credentials, EffectiveSettings, Mode},

@@ -1,7 +1,6 @@
-//! The modes without an upstream: flags from files, and tokens from the configuration or the registry.
+//! Standalone mode: flags from files, and tokens from the registry.
 
 use std::{
-    collections::BTreeSet,
     fs::{self, File},
     io::Write as _,
     path::{Path, PathBuf},
@@ -13,57 +12,25 @@ use bytes::Bytes;
 use tracing::{info, warn};
 
 use super::{
-    mode::{Error, FlagSource, ModeParts},
+    configured_tokens::sdk_environments,
+    local_flags::parts_from_files,
+    mode::{Error, ModeParts},
     persistence::SaveLog,
     reload::Reloadable,
 };
 use crate::{
-    auth::Validator,
-    config::{FlagsPath, OfflineConfig, StandaloneConfig},
-    control_plane::{
-        BootstrapReport, ControlPlane, DatabaseLocation, InitialSetting, grant_from_token,
-    },
+    config::{FlagsPath, StandaloneConfig},
+    control_plane::{BootstrapReport, ControlPlane, DatabaseLocation, InitialSetting},
     secret_file::parent_dir,
     served::Snapshots,
-    store::{FileStore, MemoryStore, RecordKey, Store},
+    store::{FileStore, RecordKey, Store},
     sync::file_source::FileSource,
     telemetry::{Latch, error_chain},
-    token::{Environment, Grant, Token, TokenDigest, TokenKind},
 };
-
-/// The grants of offline mode's configured tokens, and the environments of its SDK tokens.
-pub(super) fn offline_tokens(
-    offline: &OfflineConfig,
-) -> (Vec<(TokenDigest, Grant)>, BTreeSet<Environment>) {
-    let fallback = Environment::new(Environment::DEFAULT);
-    let grants = |kind, tokens: &[Token]| {
-        let grant = |token| grant_from_token(kind, token, &fallback);
-        tokens.iter().map(|token| (token.digest(), grant(token))).collect::<Vec<_>>()
-    };
-    let mut tokens = grants(TokenKind::Client, &offline.client_tokens);
-    tokens.extend(grants(TokenKind::Frontend, &offline.frontend_tokens));
-    tokens.extend(grants(TokenKind::Admin, &offline.admin_tokens));
-    let environments = sdk_environments(&tokens);
-    (tokens, environments)
-}
-
-/// Offline mode: flags from a file, tokens from the command line.
-pub(super) async fn build_offline(
-    offline: OfflineConfig,
-    snapshots: &Snapshots,
-    latch: Latch,
-) -> Result<ModeParts, Error> {
-    let (tokens, environments) = offline_tokens(&offline);
-    let path = offline.bootstrap_file;
-    let files = FileSource::new(path, environments, snapshots.clone(), offline.reload_interval);
-    let reloadable = Reloadable::Offline(files.reload_handle());
-    parts_from_files("offline", files, tokens, Arc::new(MemoryStore::default()), latch, reloadable)
-        .await
-}
 
 /// Standalone mode: an independent server. Calls `announce` once, after the first start has created
 /// accounts and tokens.
-pub(super) async fn build_standalone(
+pub(super) async fn build(
     standalone: StandaloneConfig,
     data_dir: &Path,
     snapshots: &Snapshots,
@@ -125,33 +92,6 @@ fn prepare_flags_path(flags: FlagsPath) -> Result<PathBuf, Error> {
     }
 }
 
-/// Serves flags from files. The instance is ready once any environment has flags.
-async fn parts_from_files(
-    name: &'static str,
-    files: FileSource,
-    tokens: Vec<(TokenDigest, Grant)>,
-    store: Arc<dyn Store>,
-    latch: Latch,
-    reloadable: Reloadable,
-) -> Result<ModeParts, Error> {
-    let flag_source = FlagSource::Files(files.start(latch).await?);
-    let validator = Validator::StaticOnly;
-    Ok(ModeParts {
-        name,
-        flag_source,
-        validator,
-        local_tokens: tokens,
-        usage_sink: None,
-        upstream: None,
-        admin_token: None,
-        reloadable: Some(reloadable),
-        relays_admin_api: false,
-        control_plane: None,
-        saves_registry_copies: false,
-        store,
-    })
-}
-
 /// The copy of the registry's tokens from an earlier run.
 async fn load_registry_copy(store: &dyn Store) -> Option<Vec<u8>> {
     let copy = store.load(&RecordKey::Registry).await;
@@ -188,10 +128,4 @@ pub(super) async fn save_registry_copies(control: &ControlPlane, store: &dyn Sto
             return;
         }
     }
-}
-
-/// The environments of SDK tokens.
-fn sdk_environments(tokens: &[(TokenDigest, Grant)]) -> BTreeSet<Environment> {
-    let sdk = tokens.iter().filter(|(_, grant)| grant.kind != TokenKind::Admin);
-    sdk.map(|(_, grant)| grant.scope.environment.clone()).collect()
 }

@@ -12,6 +12,7 @@ mod control_plane_error;
 mod csrf;
 mod explain;
 mod flag_catalogue;
+mod headers;
 mod openapi;
 mod operation;
 mod relay;

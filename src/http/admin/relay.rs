@@ -19,8 +19,8 @@ use percent_encoding::percent_decode_str;
 use tracing::warn;
 
 use super::{
-    authentication::{BACKGROUND_HEADER, presented_token},
     csrf::is_same_origin,
+    headers::{BACKGROUND_HEADER, presented_token},
 };
 use crate::{
     auth::Authenticator,

@@ -6,11 +6,11 @@ use bytes::Bytes;
 use hyper::HeaderMap;
 
 use super::{
-    authentication::{
-        AuthenticatedCaller, DEVICE_COOKIE, SECURE_SESSION_COOKIE, SESSION_COOKIE, cookie,
-        is_encrypted, session_cookie,
-    },
+    authentication::AuthenticatedCaller,
     csrf::is_same_origin,
+    headers::{
+        DEVICE_COOKIE, SECURE_SESSION_COOKIE, SESSION_COOKIE, cookie, is_encrypted, session_cookie,
+    },
     request,
 };
 use crate::{

@@ -1,0 +1,28 @@
+//! Offline mode: flags from a file, tokens from the configuration.
+
+use std::sync::Arc;
+
+use super::{
+    configured_tokens::offline_tokens,
+    local_flags::parts_from_files,
+    mode::{Error, ModeParts},
+    reload::Reloadable,
+};
+use crate::{
+    config::OfflineConfig, served::Snapshots, store::MemoryStore, sync::file_source::FileSource,
+    telemetry::Latch,
+};
+
+/// Connects the components of offline mode.
+pub(super) async fn build(
+    offline: OfflineConfig,
+    snapshots: &Snapshots,
+    latch: Latch,
+) -> Result<ModeParts, Error> {
+    let (tokens, environments) = offline_tokens(&offline);
+    let path = offline.bootstrap_file;
+    let files = FileSource::new(path, environments, snapshots.clone(), offline.reload_interval);
+    let reloadable = Reloadable::Offline(files.reload_handle());
+    parts_from_files("offline", files, tokens, Arc::new(MemoryStore::default()), latch, reloadable)
+        .await
+}
