@@ -342,8 +342,8 @@ const STANDALONE: &[ExpectedLine] = &[
     expected_line("INFO", "control_plane::maintenance", &["away_for"], DATABASE_FAULTS),
     expected_line("INFO", "control_plane::maintenance", &["error"], DATABASE_FAULTS),
     // Usage cannot be stored, and is stored again.
-    expected_line("WARN", "control_plane", &["error"], DATABASE_FAULTS),
-    expected_line("INFO", "control_plane", &[], DATABASE_FAULTS),
+    expected_line("WARN", "control_plane::usage_store", &["error"], DATABASE_FAULTS),
+    expected_line("INFO", "control_plane::usage_store", &[], DATABASE_FAULTS),
     // Requests of operators fail, and denials are not written to the audit log.
     expected_line("ERROR", "http::admin::", &["error", "more_since_last_line?"], DATABASE_FAULTS),
     expected_line("WARN", "control_plane::denial_log", &["error"], DATABASE_FAULTS),
@@ -369,14 +369,14 @@ const EDGE: &[ExpectedLine] = &[
     // Listing the environments fails.
     expected_line("WARN", "sync::", &["error"], ALL_FAULTS),
     // The token list and the validation of tokens fail, and work again.
-    expected_line("WARN", "auth", &["error"], ALL_FAULTS * 2),
-    expected_line("INFO", "auth", &[], ALL_FAULTS * 2),
+    expected_line("WARN", "auth::", &["error"], ALL_FAULTS * 2),
+    expected_line("INFO", "auth::", &[], ALL_FAULTS * 2),
     // Tokens were created or deleted at upstream.
-    expected_line("INFO", "auth", &["changes.learned", "changes.revoked"], ALL_FAULTS),
+    expected_line("INFO", "auth::", &["changes.learned", "changes.revoked"], ALL_FAULTS),
     expected_line("WARN", "upstream::health", &["error"], ALL_FAULTS),
     // Sending usage fails, and works again.
-    expected_line("WARN", "usage::", &["environment", "error"], ALL_FAULTS * 2),
-    expected_line("INFO", "usage::", &["environment"], ALL_FAULTS),
+    expected_line("WARN", "upstream::usage_sink", &["environment", "error"], ALL_FAULTS * 2),
+    expected_line("INFO", "upstream::usage_sink", &["environment"], ALL_FAULTS),
     expected_line("WARN", "usage::", &["grace"], 1),
     // Upstream rejects every token, including the admin token, and accepts that again.
     expected_line("WARN", "upstream::credentials", &[], 8),

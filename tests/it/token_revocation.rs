@@ -366,7 +366,7 @@ async fn malformed_list_item_revokes_no_token() {
         assert_eq!(flags_status(&parapet, TokenKind::Backend, token).await, StatusCode::OK);
     }
     assert_eq!(parapet.metric(UNREADABLE_ITEMS).await, Some(1.0));
-    assert_eq!(parapet.logged(LogEvent::warn("auth").with("unreadable")).len(), 1);
+    assert_eq!(parapet.logged(LogEvent::warn("auth::").with("unreadable")).len(), 1);
     unleash.delete_token(&unnamed).await;
     let refused = StatusCode::UNAUTHORIZED;
     wait_for_status(&parapet, &unnamed, TokenKind::Backend, refused, UNLEASH_REVOCATION_TIMEOUT)

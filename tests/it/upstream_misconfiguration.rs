@@ -120,7 +120,7 @@ async fn admin_token_in_tokens_setting_is_reported_with_the_right_setting() {
     let upstream = start_upstream(&folder, ADMIN).await;
     let edge = Parapet::edge(&upstream.admin_url()).env("TOKENS", ADMIN);
     let edge = edge.with_short_intervals().start_listening().await;
-    let logged = edge.wait_until_logged(LogEvent::warn("app::edge").with("token")).await;
+    let logged = edge.wait_until_logged(LogEvent::warn("app::edge_sync").with("token")).await;
     assert!(logged.contains("--upstream-admin-token"), "{logged}");
 }
 

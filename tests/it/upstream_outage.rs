@@ -234,7 +234,7 @@ async fn upstream_that_was_never_reachable_is_logged_once() {
     let url = format!("http://127.0.0.1:{}", free_port());
     let token = "*:development.0123456789abcdef0123456789abcdef";
     let parapet = Parapet::edge(&url).flag("--tokens", token).with_short_intervals().spawn();
-    let validation_failed = LogEvent::warn("auth").with("error");
+    let validation_failed = LogEvent::warn("auth::").with("error");
     let fetch_status = async || {
         let request = http().get(format!("{}/api/client/features", parapet.url()));
         Some(request.header("authorization", token).send().await.ok()?.status())

@@ -341,7 +341,7 @@ async fn usage_rejected_by_firewall_arrives_later_with_the_same_token() {
         .await;
     assert_eq!(token_secrets_named(&unleash, name).await, tokens);
     // It says that the same token is good for flags.
-    parapet.wait_until_logged(LogEvent::warn("usage::").without("error")).await;
+    parapet.wait_until_logged(LogEvent::warn("upstream::usage_sink").without("error")).await;
 
     post_until_accepted(&parapet.url(), METRICS, &token, &metrics_report_now(app_name, flag, 2))
         .await;

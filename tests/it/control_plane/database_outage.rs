@@ -250,13 +250,13 @@ async fn usage_is_stored_on_all_instances_after_one_connection_went_silent() {
         (pair.two.metric("parapet_usage_storing").await? == 0.0).then_some(())
     })
     .await;
-    pair.two.wait_until_logged(LogEvent::warn("control_plane").with("error")).await;
+    pair.two.wait_until_logged(LogEvent::warn("control_plane::usage_store").with("error")).await;
     wait_until_counted(&pair.owner, 11, Duration::from_secs(30)).await;
     wait_until("the log reports that usage is stored", Duration::from_secs(15), async || {
         (database_status(&pair.owner_of_two()).await["usageWaitsSince"].is_null()).then_some(())
     })
     .await;
-    pair.two.wait_until_logged(LogEvent::info("control_plane")).await;
+    pair.two.wait_until_logged(LogEvent::info("control_plane::usage_store")).await;
 }
 
 /// The server is stopped for a while.
