@@ -10,7 +10,6 @@ mod edge;
 mod edge_sync;
 mod file_descriptors;
 mod initial_credentials;
-mod local_flags;
 mod mode;
 mod offline;
 mod persistence;

@@ -11,7 +11,8 @@ use crate::{
     config::ConfigErrors,
     control_plane::{self, ControlPlane},
     store::{self, Store},
-    sync::file_source,
+    sync::file_source::{self, FileSource},
+    telemetry::Latch,
     tls,
     token::{Grant, TokenDigest},
     upstream::{self, AdminToken, Credentials, Upstream},
@@ -86,6 +87,33 @@ pub(super) struct AdminTokenParts {
 }
 
 impl ModeParts {
+    /// The components of a mode without an upstream: flags from files. The instance is ready once any environment has flags.
+    pub(super) async fn from_files(
+        name: &'static str,
+        files: FileSource,
+        tokens: Vec<(TokenDigest, Grant)>,
+        store: Arc<dyn Store>,
+        latch: Latch,
+        reloadable: Reloadable,
+    ) -> Result<Self, Error> {
+        let flag_source = FlagSource::Files(files.start(latch).await?);
+        let validator = Validator::StaticOnly;
+        Ok(Self {
+            name,
+            flag_source,
+            validator,
+            local_tokens: tokens,
+            usage_sink: None,
+            upstream: None,
+            admin_token: None,
+            reloadable: Some(reloadable),
+            relays_admin_api: false,
+            control_plane: None,
+            saves_registry_copies: false,
+            store,
+        })
+    }
+
     /// Takes the validator out; call once.
     pub(super) fn take_validator(&mut self) -> Validator {
         std::mem::replace(&mut self.validator, Validator::StaticOnly)

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use super::{
     configured_tokens::offline_tokens,
-    local_flags::parts_from_files,
     mode::{Error, ModeParts},
     reload::Reloadable,
 };
@@ -23,6 +22,13 @@ pub(super) async fn build(
     let path = offline.bootstrap_file;
     let files = FileSource::new(path, environments, snapshots.clone(), offline.reload_interval);
     let reloadable = Reloadable::Offline(files.reload_handle());
-    parts_from_files("offline", files, tokens, Arc::new(MemoryStore::default()), latch, reloadable)
-        .await
+    ModeParts::from_files(
+        "offline",
+        files,
+        tokens,
+        Arc::new(MemoryStore::default()),
+        latch,
+        reloadable,
+    )
+    .await
 }

@@ -13,7 +13,6 @@ use tracing::{info, warn};
 
 use super::{
     configured_tokens::sdk_environments,
-    local_flags::parts_from_files,
     mode::{Error, ModeParts},
     persistence::SaveLog,
     reload::Reloadable,
@@ -50,7 +49,8 @@ pub(super) async fn build(
     let served = named.iter().cloned().chain(standalone.environments).collect();
     let files = FileSource::new(flags, served, snapshots.clone(), None);
     let reloadable = Reloadable::Standalone(files.reload_handle());
-    let mut parts = parts_from_files("standalone", files, tokens, store, latch, reloadable).await?;
+    let mut parts =
+        ModeParts::from_files("standalone", files, tokens, store, latch, reloadable).await?;
     parts.usage_sink = Some(Arc::new(control.usage_sink(snapshots.clone())));
     parts.saves_registry_copies = is_remote;
     parts.control_plane = Some(control);

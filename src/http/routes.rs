@@ -54,11 +54,11 @@ pub enum ClientEndpoint {
 /// Evaluated flags, for frontend SDKs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum FrontendEndpoint {
-    /// Those that are on, or all.
+    /// The flags that are on, or all flags.
     Flags(Include),
     /// One flag; the path parameter is its name.
     Flag,
-    /// Those that are on, as they change.
+    /// The flags that are on, as they change.
     Streaming,
 }
 
@@ -111,7 +111,7 @@ pub struct Route {
     pub path: &'static str,
     /// Deprecated paths with the same meaning.
     pub deprecated_paths: &'static [&'static str],
-    /// What handles it.
+    /// The handler.
     pub endpoint: Endpoint,
     /// The accepted kinds of token. None: the endpoint needs no token.
     pub token_kinds: &'static [TokenKind],

@@ -55,8 +55,8 @@ pub struct EvaluationCache {
     /// By the hash of the evaluated flags. A hit saves writing 20 kB, 9,000 instructions, evaluating the
     /// flags for it, and compressing it.
     bodies: BoundedCache<u128, Arc<PreparedBody>>,
-    /// Decides what enters `bodies` and `deterministic_outcomes`. Without it 1,600 users whose flags
-    /// nobody else has would fill `bodies`.
+    /// Decides what enters `bodies` and `deterministic_outcomes`. Without it 1,600 users with
+    /// results of their own would fill `bodies`.
     recently_requested: RecentHashes,
     /// By [`CacheKey`]. Users without an identifier have no cached result if any outcome is random; a hit
     /// here saves evaluating the flags that are not, up to 51,000 instructions.

@@ -10,8 +10,8 @@ use crate::{
 /// Identifies a token as upstream's list does.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub(super) enum TokenId {
-    /// The public half of a v2 token. Upstream lists no more of it, so that a token is known by it before
-    /// it has been presented.
+    /// The public half of a v2 token. Upstream's list has only this half, so a listed token is
+    /// recognized by it before it has been presented.
     Selector(Box<str>),
     /// The digest of any other token.
     Digest(TokenDigest),
