@@ -9,7 +9,7 @@ mod configured_tokens;
 mod edge;
 mod edge_sync;
 mod file_descriptors;
-mod initial_credentials;
+mod first_start_announcement;
 mod mode;
 mod offline;
 mod persistence;
@@ -31,7 +31,7 @@ use tracing::{error, info, warn};
 pub use self::mode::Error;
 use self::{
     admin_token::AdminTokenWatcher, file_descriptors::RequestedConnections,
-    initial_credentials::ListenerAddress, mode::ModeParts, persistence::Persistence,
+    first_start_announcement::ListenerAddress, mode::ModeParts, persistence::Persistence,
     reload::Reloader, sockets::Sockets, supervisor::Supervisor,
 };
 use crate::{
@@ -40,12 +40,12 @@ use crate::{
     config::{Config, ConfigErrors, Mode},
     http::{
         admin::{self, AdminService, DataEndpoint, InstanceIdentity, InstanceStatus, Relay},
+        authorizer::Authorizer,
         cors::Cors,
         failed_request_limiter::FailedRequestLimiter,
         health::HealthEndpoints,
         https_redirect::HttpsRedirect,
         ofrep::{StreamTicketKey, StreamTickets},
-        pipeline::Authorizer,
         request_metrics::RequestMetrics,
         sdk::{SdkService, Settings},
         streaming::Streams,
@@ -110,15 +110,15 @@ impl App {
         // Fails if a provider is already installed, which also works.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let metrics_handle = telemetry::start_metrics();
-        let (readiness, latch) = Readiness::new();
+        let (readiness, ready_when) = Readiness::new();
         let snapshots = Snapshots::default();
         let Sockets { data: (data, data_address), redirect, admin: (admin, admin_address) } =
             Sockets::bind(&config.data, &config.admin)?;
         let data_tls = config.data.tls.map(tls::TlsAcceptor::new).transpose()?;
         let admin_tls = config.admin.tls.map(tls::TlsAcceptor::new).transpose()?;
         let mut mode = match config.mode {
-            Mode::Edge(edge) => edge::build(*edge, &config.auth, &snapshots, latch).await?,
-            Mode::Offline(offline) => offline::build(offline, &snapshots, latch).await?,
+            Mode::Edge(edge) => edge::build(*edge, &config.auth, &snapshots, ready_when).await?,
+            Mode::Offline(offline) => offline::build(offline, &snapshots, ready_when).await?,
             Mode::Standalone(standalone) => {
                 let addresses = (
                     ListenerAddress { address: data_address, is_tls: data_tls.is_some() },
@@ -126,7 +126,7 @@ impl App {
                 );
                 let (base_path, data_dir) = (&config.data.base_path, &config.data_dir);
                 let announce = |opened: &_| {
-                    initial_credentials::announce_initial_credentials(
+                    first_start_announcement::announce_initial_credentials(
                         opened,
                         addresses,
                         base_path,
@@ -134,7 +134,7 @@ impl App {
                         data_dir,
                     );
                 };
-                standalone::build(standalone, data_dir, &snapshots, latch, announce).await?
+                standalone::build(standalone, data_dir, &snapshots, ready_when, announce).await?
             }
         };
         let identity = InstanceIdentity {
@@ -236,7 +236,7 @@ impl App {
         });
         let reloadable = mode.reloadable.take().expect("taken only once");
         let reloader =
-            Reloader::new(reloadable, auth.clone(), config.effective_settings, config.warnings);
+            Reloader::new(reloadable, auth.clone(), config.settings_digests, config.warnings);
         let tls: Vec<_> = [&data_tls, &admin_tls].into_iter().flatten().cloned().collect();
         let instance = InstanceStatus {
             identity,

@@ -11,7 +11,7 @@
 //! | `authenticator` | decides whether the token of a request is valid; owns the state below |
 //! | `local_tokens` | the static tokens, which need no validation |
 //! | `token_cache` | the valid, rejected and revoked tokens by digest |
-//! | `pending` | the queue of first-seen tokens, and the requests that wait for them |
+//! | `pending_validations` | the queue of first-seen tokens, and the requests that wait for them |
 //! | `first_validation`, `revalidation`, `token_list_poller` | the background work: each changes the cache by upstream's responses |
 //! | `upstream_validator` | validates a batch of tokens at upstream |
 
@@ -19,7 +19,7 @@ mod authenticator;
 mod error;
 mod first_validation;
 mod local_tokens;
-mod pending;
+mod pending_validations;
 mod revalidation;
 #[cfg(test)]
 mod tests;

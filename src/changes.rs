@@ -54,7 +54,7 @@ impl ChangeFeed {
     /// The change feed of these snapshots.
     pub fn new(snapshots: Snapshots) -> Self {
         let updates =
-            BoundedCache::new("updates", MAX_UPDATE_BYTES, |it: &Arc<Update>| it.weight());
+            BoundedCache::new("updates", MAX_UPDATE_BYTES, |it: &Arc<Update>| it.memory_size());
         Self(Arc::new(Inner { snapshots, histories: Mutex::default(), updates }))
     }
 

@@ -7,9 +7,9 @@
 mod backup;
 mod cli;
 mod edge;
-mod effective_settings;
 mod error;
 mod file;
+mod from_raw;
 mod listeners;
 mod manage;
 mod model;
@@ -17,8 +17,8 @@ mod option_spec;
 mod options;
 mod probe;
 mod raw;
+mod settings_digests;
 mod tls;
-mod validate;
 mod values;
 
 use std::ffi::OsString;
@@ -28,7 +28,6 @@ use self::{
     raw::RawSettings,
 };
 pub use self::{
-    effective_settings::EffectiveSettings,
     error::{ConfigError, ConfigErrors},
     manage::{ManageTask, PasswordSource, RemoteServer},
     model::{
@@ -36,6 +35,7 @@ pub use self::{
         DataListenerConfig, EdgeConfig, ExplainOptions, FlagsPath, InstanceInfo, ManageOptions,
         Mode, OfflineConfig, ProbeOptions, ProbeTrust, ShutdownConfig, StandaloneConfig, Target,
     },
+    settings_digests::SettingsDigests,
 };
 
 /// The command that the process was started with.
@@ -76,19 +76,19 @@ impl Command {
             Invocation::Explain(asked) => return Ok(Self::Explain(asked)),
             Invocation::Manage { command: errand, values } => {
                 let verb = Subcommand::Serve(cli::ServeMode::Standalone);
-                let settings = RawSettings::merge(verb, values, variable);
-                return validate::manage(settings, errand).map(Self::Manage);
+                let settings = RawSettings::from_sources(verb, values, variable);
+                return from_raw::manage(settings, errand).map(Self::Manage);
             }
             Invocation::Backup { command: order, values } => {
                 let verb = Subcommand::Serve(cli::ServeMode::Standalone);
-                let settings = RawSettings::merge(verb, values, variable);
-                return validate::backup(settings, order).map(Self::Backup);
+                let settings = RawSettings::from_sources(verb, values, variable);
+                return from_raw::backup(settings, order).map(Self::Backup);
             }
             Invocation::RunOrProbe { subcommand, purpose, values } => (subcommand, purpose, values),
         };
-        let mut settings = RawSettings::merge(verb, flags, variable);
+        let mut settings = RawSettings::from_sources(verb, flags, variable);
         let command = match verb {
-            Subcommand::Serve(role) => Self::Run(Box::new(validate::config(&mut settings, role)?)),
+            Subcommand::Serve(role) => Self::Run(Box::new(from_raw::config(&mut settings, role)?)),
             Subcommand::Probe(question) => Self::Probe(probe::probe(&mut settings, question)?),
         };
         if purpose == Purpose::Run {

@@ -12,9 +12,9 @@ pub mod backup;
 mod bootstrap;
 mod cookie_token;
 mod database;
+mod database_metrics;
 mod denial_log;
 mod error;
-mod health;
 mod initial_settings;
 mod maintenance;
 mod new_token;
@@ -24,8 +24,8 @@ mod permissions;
 mod registered_token;
 mod session_ref;
 mod sessions;
+mod token_registry;
 mod token_snapshot;
-mod tokens;
 mod usage_store;
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
@@ -37,15 +37,15 @@ use tracing::warn;
 pub use self::{
     account_changes::{AccountChange, NewAccount, PermissionChange},
     accounts::Account,
-    audit::{Event, EventKind, EventPage, EventQuery},
+    audit::{AuditEvent, EventKind, EventPage, EventQuery},
     bootstrap::{
         BootstrapReport, CreatedAccount, GeneratedTokens, InitialAccount, RegistryBootstrap,
         grant_from_token,
     },
     cookie_token::CookieToken,
     database::{DatabaseLocation, DatabaseUrl, DatabaseUrlError},
+    database_metrics::{ConnectionCount, DatabaseStatus},
     error::Error,
-    health::{ConnectionCount, DatabaseStatus},
     initial_settings::{InitialSetting, InitialTokens},
     new_token::NewToken,
     operator::{Actor, Operator},
@@ -62,7 +62,7 @@ use self::{
     maintenance::Retention,
     password::Hasher,
     sessions::Sessions,
-    tokens::TokenRegistry,
+    token_registry::TokenRegistry,
 };
 use crate::{
     auth::Authenticator,

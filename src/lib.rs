@@ -42,7 +42,7 @@
 //! instance drains, every response asks its client to reconnect, before any connection is closed.
 //!
 //! **An SDK's request.** [`http::sdk`] finds the route in the table of [`http::routes`].
-//! [`http::pipeline`] has [`auth`] validate the token and loads the [snapshot](served::ServedSnapshot) once: a cached token is
+//! [`http::authorizer`] has [`auth`] validate the token and loads the [snapshot](served::ServedSnapshot) once: a cached token is
 //! a lookup by digest, and a first-seen token waits for a validation request that it shares with others.
 //! Then the handler of the route's API makes the response. For server SDKs the body is ready in every
 //! encoding. For frontend SDKs [`evaluation`] reads only those context fields that affect the flags, and evaluates only combinations that are not cached; the hash of the

@@ -6,18 +6,18 @@
 //! store or schedule anything either. The caller chooses the thread that builds a snapshot; building
 //! yields the processor between its steps.
 
-pub mod body;
 mod client_features;
 mod flag_states;
 mod fragments;
 mod frontend_view;
+pub mod prepared_body;
 
 use std::{sync::Arc, thread};
 
 use jiff::Timestamp;
 use tokio::time::Instant;
 
-use self::body::PreparedBody;
+use self::prepared_body::PreparedBody;
 pub use self::{
     client_features::{ClientFeaturesKey, Filter, SegmentFormat, filter_document},
     flag_states::{FlagState, FlagStates},

@@ -17,6 +17,6 @@ mod tests;
 pub use self::{
     contract::{Error, RecordLock, Store},
     file::{FileStore, OpenError},
-    key::{RecordKey, SlotId},
+    key::{ProcessSlot, RecordKey},
     memory::MemoryStore,
 };

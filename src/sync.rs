@@ -9,15 +9,15 @@ pub mod environment_manager;
 mod environment_state;
 mod environment_sync;
 mod environment_tracker;
+mod fetched_documents;
 pub mod file_source;
 mod merge;
-mod part_history;
+mod part_precedence;
 mod poll_once;
 mod publish;
 mod reconnect;
 mod stream_events;
 mod stream_pool;
-mod token_documents;
 mod token_precedence;
 mod token_streams;
 

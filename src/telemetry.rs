@@ -270,7 +270,7 @@ fn install_recorder() -> PrometheusHandle {
     registry
 }
 
-/// Whether this process should receive requests: from the release of its last [`Latch`] until
+/// Whether this process should receive requests: from the moment that its last [`ReadinessCondition`] is met until
 /// [`Readiness::drain`].
 ///
 /// Once ready, only draining makes it unready; losing the upstream does not.
@@ -280,7 +280,7 @@ pub struct Readiness {
     draining: Arc<AtomicBool>,
 }
 
-/// The descriptions of the latches that are not released, in order of creation.
+/// The descriptions of the conditions that are not met, in order of creation.
 #[derive(Clone, Debug, Default)]
 struct Pending(Arc<Mutex<BTreeMap<u32, String>>>);
 
@@ -290,32 +290,32 @@ impl Pending {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add_latch(&self) -> Latch {
+    fn add_condition(&self) -> ReadinessCondition {
         let mut pending = self.lock();
         let id = pending.last_key_value().map_or(0, |(last, _)| last + 1);
         pending.insert(id, "the first flags of an environment".to_owned());
-        Latch { pending: self.clone(), id, is_released: AtomicBool::new(false) }
+        ReadinessCondition { pending: self.clone(), id, is_met: AtomicBool::new(false) }
     }
 }
 
 /// A condition that must hold before the process is ready.
 ///
-/// A latch that is dropped unreleased keeps the process unready permanently, because its condition was
-/// never met. A task that is restarted after a panic therefore only borrows its latch.
+/// A condition that is dropped before it is met keeps the process unready permanently. A task that is
+/// restarted after a panic therefore only borrows its condition.
 #[derive(Debug)]
-#[must_use = "dropping an unreleased latch keeps the process unready"]
-pub struct Latch {
+#[must_use = "dropping a condition that is not met keeps the process unready"]
+pub struct ReadinessCondition {
     pending: Pending,
     id: u32,
-    is_released: AtomicBool,
+    is_met: AtomicBool,
 }
 
 impl Readiness {
-    /// The readiness of a starting process, and its first latch.
-    pub fn new() -> (Self, Latch) {
+    /// The readiness of a starting process, and its first condition.
+    pub fn new() -> (Self, ReadinessCondition) {
         let pending = Pending::default();
-        let latch = pending.add_latch();
-        (Self { pending, draining: Arc::default() }, latch)
+        let ready_when = pending.add_condition();
+        (Self { pending, draining: Arc::default() }, ready_when)
     }
 
     /// Whether the process should receive requests.
@@ -339,10 +339,10 @@ impl Readiness {
     }
 }
 
-impl Latch {
-    /// Adds another condition. Call it before this latch is released.
-    pub fn add_latch(&self) -> Self {
-        self.pending.add_latch()
+impl ReadinessCondition {
+    /// Adds another condition. Call it before this one is met.
+    pub fn add_condition(&self) -> Self {
+        self.pending.add_condition()
     }
 
     /// Sets the description of the condition, for operators.
@@ -353,15 +353,15 @@ impl Latch {
     }
 
     /// Marks the condition as met. Repeated calls have no effect.
-    pub fn release(&self) {
-        if !self.is_released.swap(true, Ordering::Relaxed) {
+    pub fn mark_met(&self) {
+        if !self.is_met.swap(true, Ordering::Relaxed) {
             self.pending.lock().remove(&self.id);
         }
     }
 
-    /// Whether it was released.
-    pub fn is_released(&self) -> bool {
-        self.is_released.load(Ordering::Relaxed)
+    /// Whether it is met.
+    pub fn is_met(&self) -> bool {
+        self.is_met.load(Ordering::Relaxed)
     }
 }
 
@@ -370,16 +370,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn process_is_ready_from_release_of_its_last_latch_until_it_drains() {
+    fn process_is_ready_once_all_conditions_are_met_until_it_drains() {
         let (readiness, first) = Readiness::new();
-        let second = first.add_latch();
+        let second = first.add_condition();
         assert!(!readiness.is_ready());
-        first.release();
-        first.release();
+        first.mark_met();
+        first.mark_met();
         assert!(!readiness.is_ready());
         second.describe("the first flags");
         assert_eq!(readiness.pending_conditions(), ["the first flags"]);
-        second.release();
+        second.mark_met();
         assert!(readiness.is_ready() && readiness.pending_conditions().is_empty());
         readiness.drain();
         assert!(!readiness.is_ready());
@@ -387,14 +387,14 @@ mod tests {
 
     #[test]
     fn process_stays_unready_after_a_task_with_a_latch_panics() {
-        let (readiness, latch) = Readiness::new();
-        let task = latch.add_latch();
+        let (readiness, ready_when) = Readiness::new();
+        let task = ready_when.add_condition();
         let panicked = std::thread::spawn(move || {
             let _ = &task;
             std::panic::resume_unwind(Box::new("the task panics"));
         });
         assert!(panicked.join().is_err());
-        latch.release();
+        ready_when.mark_met();
         assert!(!readiness.is_ready());
     }
 

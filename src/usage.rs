@@ -8,7 +8,7 @@
 //! week.
 //!
 //! Memory for reports and registrations is bounded, in bytes too, and each token has a quota of it
-//! (`memory_pool`). Flags and variants in the token's snapshot are always counted. Other names may be
+//! (`quota_pool`). Flags and variants in the token's snapshot are always counted. Other names may be
 //! invented by a client, newer than the snapshot, or recently deleted. They are counted like the others
 //! within a small separate pool and sent upstream, which validates them. When that pool is full, unknown
 //! names reported together with a known flag are counted under one common name, so that invented names
@@ -27,8 +27,8 @@ mod counters;
 mod delivery_queue;
 mod impact_metrics;
 mod instances;
-mod memory_pool;
-mod pipeline;
+mod pending_usage;
+mod quota_pool;
 mod spool;
 mod usage_metrics;
 
@@ -42,13 +42,13 @@ use self::{
     aggregator::{OverQuota, ReportedCounter},
     counters::{Counter, CounterKey, Hour, NameStatus, storable_name, truncate_app_name},
     instances::{DownstreamEdges, InstanceKey},
-    pipeline::{Pipeline, monotonic_now},
+    pending_usage::{PendingUsage, monotonic_now},
     usage_metrics::{DropReason, ReportEndpoint},
 };
 pub use self::{
     batch::{BatchId, OutgoingBatch, SendOutcome, UsageSink},
     delivery_queue::{DeliveryTotals, Revision},
-    pipeline::{Backlog, Shutdown},
+    pending_usage::{Backlog, Shutdown},
     spool::RestoreError,
     usage_metrics::count_unstored_impact_metrics,
 };
@@ -111,7 +111,7 @@ pub struct Usage {
 
 #[derive(Debug)]
 struct Shared {
-    pipeline: Pipeline,
+    pipeline: PendingUsage,
     interval: Duration,
     /// The entry for this instance in `connectVia`.
     connect_via: ConnectVia,
@@ -121,9 +121,9 @@ struct Shared {
 impl Usage {
     /// Starts empty; `hop` is the entry for this instance in `connectVia`.
     pub fn new(config: &Config, connect_via: ConnectVia) -> Self {
-        usage_metrics::describe();
+        usage_metrics::describe_metrics();
         let shared = Shared {
-            pipeline: Pipeline::new(config.max_counters),
+            pipeline: PendingUsage::new(config.max_counters),
             interval: config.interval,
             connect_via,
             downstream_edges: DownstreamEdges::new(),

@@ -9,7 +9,7 @@ use parapet::engine::{Context, Engine};
 use parapet::protocol::context::FrontendContext;
 use parapet::protocol::features::Document;
 use parapet::served::ServedSnapshot;
-use parapet::snapshot::body::ContentCoding;
+use parapet::snapshot::prepared_body::ContentCoding;
 use parapet::snapshot::{Filter, SegmentFormat};
 use parapet::token::{Environment, Grant, Projects, Scope, Token, TokenKind};
 

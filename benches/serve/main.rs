@@ -14,6 +14,7 @@ mod exchange;
 mod flags;
 mod growth_curves;
 mod handshake_load;
+mod latency_during_updates;
 mod load;
 #[path = "../machine.rs"]
 mod machine;
@@ -30,7 +31,6 @@ mod plot;
 mod process;
 mod report;
 mod sdk_requests;
-mod swap;
 #[path = "../table.rs"]
 mod table;
 mod upstream;
@@ -190,7 +190,7 @@ fn bench(matches: &ArgMatches) -> Result<()> {
         growths: curves.filter_map(|it| failures.attempt(it.id, || it.run(&session))).collect(),
         swaps: Some(SWAP)
             .filter(|id| is_selected(id))
-            .and_then(|id| failures.attempt(id, || swap::run(&session)))
+            .and_then(|id| failures.attempt(id, || latency_during_updates::run(&session)))
             .unwrap_or_default(),
         memory: Some(MEMORY)
             .filter(|id| is_selected(id))

@@ -7,12 +7,12 @@ use anyhow::Result;
 use super::{
     contender::Contender,
     growth_curves::CurveResult,
+    latency_during_updates::{self, SwapResult},
     measure::Measured,
     memory::MemoryMeasurement,
     numbers::{thousands, to_f64, verdict},
     plot,
     sdk_requests::RowResult,
-    swap::{self, SwapResult},
     table::Table,
 };
 
@@ -173,7 +173,7 @@ impl Report {
                 duration_text(it.calm.p99_micros),
                 duration_text(it.swapping.p99_micros),
                 format!("{:.2}", it.p99_ratio),
-                format!("≤ {:.2}", swap::MAX_P99_RATIO),
+                format!("≤ {:.2}", latency_during_updates::MAX_P99_RATIO),
                 verdict(it.is_met()),
                 duration_text(it.baseline.p99_micros),
             ]

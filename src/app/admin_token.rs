@@ -23,7 +23,7 @@ use crate::{
     protocol::tokens::ListedSecret,
     telemetry::error_chain,
     token::{Environment, Grant, Projects, Scope, Token, TokenDigest, TokenKind},
-    upstream::{AdminToken, AdminTokenError, AdminTokenState, Credentials},
+    upstream::{AdminToken, AdminTokenError, AdminTokenState, EnvironmentTokens},
 };
 
 /// Interval at which the token's file is read. Comparing contents works on every kind of mount,
@@ -47,7 +47,7 @@ pub(super) fn admin_grant(token: &Token) -> (TokenDigest, Grant) {
 pub(super) struct AdminTokenWatcher {
     pub(super) admin: AdminToken,
     pub(super) auth: Authenticator,
-    pub(super) credentials: Credentials,
+    pub(super) credentials: EnvironmentTokens,
     /// Triggers an immediate search for environments.
     pub(super) token_added: Arc<Notify>,
     pub(super) data: Arc<SdkService>,
@@ -150,7 +150,7 @@ impl AdminTokenWatcher {
 /// Encrypts the stored credentials with each new token.
 ///
 /// Separate from [`AdminTokenWatcher::apply_changes`], because it may have to wait for upstream.
-async fn reencrypt_credentials(admin: &AdminToken, credentials: &Credentials) {
+async fn reencrypt_credentials(admin: &AdminToken, credentials: &EnvironmentTokens) {
     let mut changes = admin.subscribe();
     let mut before = Arc::clone(changes.borrow_and_update().token());
     while changes.changed().await.is_ok() {
@@ -195,7 +195,7 @@ mod tests {
     use crate::{
         background_writer::BackgroundWriter,
         store::{FileStore, RecordKey, Store as _},
-        upstream::{Upstream, scripted::config},
+        upstream::{Upstream, scripted_server::config},
     };
 
     #[derive(Clone, Default)]
@@ -259,7 +259,7 @@ mod tests {
         let admin = |text| AdminToken::new(Token::parse(text).expect("token"), None);
         let edge = |admin: &AdminToken| {
             let unreachable = Upstream::new(config("http://127.0.0.1:1")).expect("client");
-            Credentials::with_admin(admin.clone(), "main", unreachable, saver.clone())
+            EnvironmentTokens::with_admin(admin.clone(), "main", unreachable, saver.clone())
         };
         let first = admin("*:*.admin");
         let credentials = edge(&first);

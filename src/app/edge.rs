@@ -18,9 +18,9 @@ use crate::{
     served::Snapshots,
     store::{FileStore, MemoryStore, OpenError, RecordKey, Store, edge_backup},
     sync::environment_manager::{EnvironmentManager, EnvironmentSelection},
-    telemetry::{Latch, error_chain},
+    telemetry::{ReadinessCondition, error_chain},
     token::{Grant, Projects, Scope, Token, TokenKind},
-    upstream::{AdminToken, Credentials, Upstream, UpstreamUsageSink},
+    upstream::{AdminToken, EnvironmentTokens, Upstream, UpstreamUsageSink},
 };
 
 /// Connects the components of an edge and serves the flags that an earlier run, of Parapet or of Unleash
@@ -29,7 +29,7 @@ pub(super) async fn build(
     edge: config::EdgeConfig,
     auth: &auth::Config,
     snapshots: &Snapshots,
-    latch: Latch,
+    ready_when: ReadinessCondition,
 ) -> Result<ModeParts, Error> {
     let store = open_store(&edge.backup_folder)?;
     let saver = BackgroundWriter::new(Arc::clone(&store));
@@ -37,8 +37,12 @@ pub(super) async fn build(
     let (credentials, selection, admin, tokens) = match edge.credentials {
         Given::Admin { token, file, fleet, environments } => {
             let token = AdminToken::new(token, file);
-            let credentials =
-                Credentials::with_admin(token.clone(), &fleet, upstream.clone(), saver.clone());
+            let credentials = EnvironmentTokens::with_admin(
+                token.clone(),
+                &fleet,
+                upstream.clone(),
+                saver.clone(),
+            );
             info!(fleet, list_interval = ?auth.list_interval, "Exchanging the admin token for one token per environment");
             let selection = environments.map_or_else(
                 || EnvironmentSelection::Enabled(token.clone()),
@@ -52,7 +56,7 @@ pub(super) async fn build(
                     "No token is configured. An environment's flags are fetched with the first valid client token that an SDK presents; until then this instance is not ready"
                 );
             }
-            (Credentials::without_admin(), EnvironmentSelection::FromTokens, None, tokens)
+            (EnvironmentTokens::without_admin(), EnvironmentSelection::FromTokens, None, tokens)
         }
     };
     let token_added = Arc::new(Notify::new());
@@ -86,8 +90,8 @@ pub(super) async fn build(
             environments,
             configured_tokens,
             imported_tokens: imported,
-            tokens_validated: latch.add_latch(),
-            flags_loaded: latch,
+            tokens_validated: ready_when.add_condition(),
+            flags_loaded: ready_when,
         })),
         validator: Validator::Upstream(Box::new(UpstreamValidator::new(
             upstream.clone(),

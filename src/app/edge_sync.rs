@@ -11,7 +11,7 @@ use crate::{
     auth::{AuthError, AuthenticatedToken, Authenticator},
     background_writer::BackgroundWriter,
     sync::environment_manager::EnvironmentManager,
-    telemetry::Latch,
+    telemetry::ReadinessCondition,
     token::{Environment, Grant, Token, TokenKind},
 };
 
@@ -31,9 +31,9 @@ pub(super) struct EdgeSync {
     /// Tokens of Unleash Edge's backup, with the rights that it had validated.
     pub(super) imported_tokens: Vec<(Token, Grant)>,
     /// Released when the configured tokens are validated and have flags.
-    pub(super) tokens_validated: Latch,
+    pub(super) tokens_validated: ReadinessCondition,
     /// Released when the environments selected at the start have flags.
-    pub(super) flags_loaded: Latch,
+    pub(super) flags_loaded: ReadinessCondition,
 }
 
 impl EdgeSync {
@@ -63,7 +63,7 @@ impl EdgeSync {
 /// Validates the configured tokens repeatedly. Validation offers each valid token as a credential,
 /// including one that upstream rejected for a while.
 ///
-/// The latch is released when every token has been validated once and the valid ones have flags, so that
+/// The condition is met when every token has been validated once and the valid ones have flags, so that
 /// a mistyped token does not affect the others. While upstream is unavailable, or accepts none of them,
 /// flags of an earlier run are sufficient.
 ///
@@ -73,7 +73,7 @@ async fn validate_configured_tokens(
     mut configured: watch::Receiver<Vec<Token>>,
     auth: &Authenticator,
     EnvironmentManager { snapshots, credentials, .. }: &EnvironmentManager,
-    latch: &Latch,
+    ready_when: &ReadinessCondition,
 ) {
     let mut rejected = BTreeSet::new();
     // Tokens of this list, and of earlier ones until this one is validated.
@@ -81,7 +81,7 @@ async fn validate_configured_tokens(
     loop {
         let tokens = configured.borrow_and_update().clone();
         if tokens.is_empty() {
-            latch.release();
+            ready_when.mark_met();
         }
         let mut environments = BTreeSet::new();
         let mut all_validated = true;
@@ -129,24 +129,24 @@ async fn validate_configured_tokens(
                 snapshots.wait_for(environment).await;
             }
         };
-        let waits_for_flags = all_validated && !latch.is_released() && !environments.is_empty();
+        let waits_for_flags = all_validated && !ready_when.is_met() && !environments.is_empty();
         if waits_for_flags {
             let names: Vec<_> = environments.iter().map(Environment::as_str).collect();
-            latch.describe(format!("the first flags of {}", names.join(", ")));
+            ready_when.describe(format!("the first flags of {}", names.join(", ")));
         } else {
-            latch.describe(if all_validated {
+            ready_when.describe(if all_validated {
                 "a configured client token that upstream accepts"
             } else {
                 "upstream's answer to the configured tokens"
             });
             if !snapshots.environments().is_empty() {
-                latch.release();
+                ready_when.mark_met();
             }
         }
         tokio::select! {
             () = sleep(if all_validated { REVALIDATE_INTERVAL } else { UNAVAILABLE_RETRY_DELAY }) => {}
             Ok(()) = configured.changed() => {}
-            () = flags_loaded, if waits_for_flags => latch.release(),
+            () = flags_loaded, if waits_for_flags => ready_when.mark_met(),
         }
     }
 }

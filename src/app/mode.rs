@@ -12,10 +12,10 @@ use crate::{
     control_plane::{self, ControlPlane},
     store::{self, Store},
     sync::file_source::{self, FileSource},
-    telemetry::Latch,
+    telemetry::ReadinessCondition,
     tls,
     token::{Grant, TokenDigest},
-    upstream::{self, AdminToken, Credentials, Upstream},
+    upstream::{self, AdminToken, EnvironmentTokens, Upstream},
     usage::UsageSink,
 };
 
@@ -82,7 +82,7 @@ pub(super) struct ModeParts {
 #[derive(Clone, Debug)]
 pub(super) struct AdminTokenParts {
     pub(super) token: AdminToken,
-    pub(super) credentials: Credentials,
+    pub(super) credentials: EnvironmentTokens,
     pub(super) token_added: Arc<Notify>,
 }
 
@@ -93,10 +93,10 @@ impl ModeParts {
         files: FileSource,
         tokens: Vec<(TokenDigest, Grant)>,
         store: Arc<dyn Store>,
-        latch: Latch,
+        ready_when: ReadinessCondition,
         reloadable: Reloadable,
     ) -> Result<Self, Error> {
-        let flag_source = FlagSource::Files(files.start(latch).await?);
+        let flag_source = FlagSource::Files(files.start(ready_when).await?);
         let validator = Validator::StaticOnly;
         Ok(Self {
             name,
@@ -123,7 +123,7 @@ impl ModeParts {
 /// Where flags come from.
 #[derive(Debug)]
 pub(super) enum FlagSource {
-    Files(file_source::Watcher),
+    Files(file_source::FlagFileWatcher),
     Upstream(Box<EdgeSync>),
 }
 
@@ -139,7 +139,9 @@ impl FlagSource {
     /// Spawns the tasks that keep flags up to date.
     pub(super) fn spawn_updates(self, workers: &mut Supervisor, auth: &Authenticator) {
         match self {
-            Self::Files(running) => workers.spawn("files", running, file_source::Watcher::run),
+            Self::Files(watcher) => {
+                workers.spawn("files", watcher, file_source::FlagFileWatcher::run);
+            }
             Self::Upstream(edge) => {
                 let parts = (Arc::new(*edge), auth.clone());
                 workers.spawn("sync", parts, |(edge, auth)| async move { edge.run(&auth).await });

@@ -9,14 +9,14 @@ use super::{
 };
 use crate::{
     config::OfflineConfig, served::Snapshots, store::MemoryStore, sync::file_source::FileSource,
-    telemetry::Latch,
+    telemetry::ReadinessCondition,
 };
 
 /// Connects the components of offline mode.
 pub(super) async fn build(
     offline: OfflineConfig,
     snapshots: &Snapshots,
-    latch: Latch,
+    ready_when: ReadinessCondition,
 ) -> Result<ModeParts, Error> {
     let (tokens, environments) = offline_tokens(&offline);
     let path = offline.bootstrap_file;
@@ -27,7 +27,7 @@ pub(super) async fn build(
         files,
         tokens,
         Arc::new(MemoryStore::default()),
-        latch,
+        ready_when,
         reloadable,
     )
     .await

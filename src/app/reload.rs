@@ -12,7 +12,7 @@ use tracing::{error, info, warn};
 use super::configured_tokens::offline_tokens;
 use crate::{
     auth::Authenticator,
-    config::{Config, ConfigErrors, Credentials, EffectiveSettings, Mode},
+    config::{Config, ConfigErrors, Credentials, Mode, SettingsDigests},
     http::sdk::SdkService,
     sync::file_source::ReloadHandle,
     telemetry,
@@ -50,7 +50,7 @@ pub(super) enum EdgeTokens {
 pub(super) struct Reloader {
     reloadable: Reloadable,
     auth: Authenticator,
-    effective_options: EffectiveSettings,
+    settings_digests: SettingsDigests,
     warnings: Vec<String>,
 }
 
@@ -59,10 +59,10 @@ impl Reloader {
     pub(super) fn new(
         reloadable: Reloadable,
         auth: Authenticator,
-        effective_options: EffectiveSettings,
+        settings_digests: SettingsDigests,
         warnings: Vec<String>,
     ) -> Self {
-        Self { reloadable, auth, effective_options, warnings }
+        Self { reloadable, auth, settings_digests, warnings }
     }
 
     /// Applies the options that can change at run time, and logs the result in one line.
@@ -80,9 +80,9 @@ impl Reloader {
         }
         self.warnings.clone_from(&config.warnings);
         let (mut applied, mut need_restart) = (Vec::new(), Vec::new());
-        for name in config.effective_settings.changed_since(&self.effective_options) {
+        for name in config.settings_digests.changed_since(&self.settings_digests) {
             if self.apply_option(name, &config, data) {
-                self.effective_options.update(name, &config.effective_settings);
+                self.settings_digests.update(name, &config.settings_digests);
                 applied.push(name);
             } else {
                 need_restart.push(name);

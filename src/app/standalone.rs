@@ -24,7 +24,7 @@ use crate::{
     served::Snapshots,
     store::{FileStore, RecordKey, Store},
     sync::file_source::FileSource,
-    telemetry::{Latch, error_chain},
+    telemetry::{ReadinessCondition, error_chain},
 };
 
 /// Standalone mode: an independent server. Calls `announce` once, after the first start has created
@@ -33,7 +33,7 @@ pub(super) async fn build(
     standalone: StandaloneConfig,
     data_dir: &Path,
     snapshots: &Snapshots,
-    latch: Latch,
+    ready_when: ReadinessCondition,
     announce: impl FnOnce(&BootstrapReport),
 ) -> Result<ModeParts, Error> {
     let store = Arc::new(FileStore::open(data_dir)?);
@@ -50,7 +50,7 @@ pub(super) async fn build(
     let files = FileSource::new(flags, served, snapshots.clone(), None);
     let reloadable = Reloadable::Standalone(files.reload_handle());
     let mut parts =
-        ModeParts::from_files("standalone", files, tokens, store, latch, reloadable).await?;
+        ModeParts::from_files("standalone", files, tokens, store, ready_when, reloadable).await?;
     parts.usage_sink = Some(Arc::new(control.usage_sink(snapshots.clone())));
     parts.saves_registry_copies = is_remote;
     parts.control_plane = Some(control);

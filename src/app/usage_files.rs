@@ -11,7 +11,7 @@ use sha2::{Digest as _, Sha256};
 use tracing::{info, warn};
 
 use crate::{
-    store::{Error, RecordKey, RecordLock, SlotId, Store},
+    store::{Error, ProcessSlot, RecordKey, RecordLock, Store},
     telemetry::error_chain,
     usage::Usage,
 };
@@ -37,7 +37,7 @@ pub(super) struct UsageFiles {
     store: Arc<dyn Store>,
     own_slot: Mutex<OwnSlot>,
     /// Records that were recovered, and must be emptied once their usage is stored again.
-    recovered: Mutex<Vec<(SlotId, RecordLock)>>,
+    recovered: Mutex<Vec<(ProcessSlot, RecordLock)>>,
     /// Digest of the record that this process last read or wrote in the first slot without a lock. While
     /// the record has this digest, its usage is also in memory here.
     unlocked_digest: Mutex<Option<RecordDigest>>,
@@ -54,7 +54,7 @@ fn digest(bytes: &[u8]) -> RecordDigest {
 #[derive(Clone, Debug)]
 enum OwnSlot {
     /// A slot that is locked for this process.
-    Locked { slot: SlotId, _claim: Arc<RecordLock> },
+    Locked { slot: ProcessSlot, _claim: Arc<RecordLock> },
     /// The first slot of a folder where no slot can be locked and none is locked by others. Other
     /// processes may be using it, so their usage is not recovered.
     Unlocked,
@@ -71,7 +71,7 @@ impl OwnSlot {
         let mut is_shared = false;
         let mut failure = None;
         let mut failures = 0;
-        for slot in SlotId::all() {
+        for slot in ProcessSlot::all() {
             match folder.try_lock(&RecordKey::Usage(slot)).await {
                 Ok(Some(lock)) => {
                     return (Self::Locked { slot, _claim: Arc::new(lock) }, failure);
@@ -93,7 +93,7 @@ impl OwnSlot {
     fn log_degradation(&self, failure: Option<&Error>) {
         let error = failure.map(|error| error_chain(error));
         match self {
-            Self::Locked { slot: SlotId::FIRST, .. } => {}
+            Self::Locked { slot: ProcessSlot::FIRST, .. } => {}
             Self::Locked { .. } => warn!(
                 error,
                 "Another instance uses this folder: usage is stored separately, validated tokens and flags are shared"
@@ -109,10 +109,10 @@ impl OwnSlot {
         }
     }
 
-    fn slot(&self) -> Option<SlotId> {
+    fn slot(&self) -> Option<ProcessSlot> {
         match self {
             Self::Locked { slot, .. } => Some(*slot),
-            Self::Unlocked => Some(SlotId::FIRST),
+            Self::Unlocked => Some(ProcessSlot::FIRST),
             Self::NoSlot => None,
         }
     }
@@ -202,7 +202,7 @@ impl UsageFiles {
         };
         let written = matches!(own, OwnSlot::Unlocked).then(|| digest(&bytes));
         self.store.save(&RecordKey::Usage(slot), bytes.into()).await?;
-        if slot == SlotId::FIRST {
+        if slot == ProcessSlot::FIRST {
             *self.lock_unlocked_digest() = written;
         } else {
             self.clear_unlocked_copy().await;
@@ -224,10 +224,10 @@ impl UsageFiles {
     /// Empties the first slot if it still contains what this process stored there before it had a locked
     /// slot.
     async fn clear_unlocked_copy(&self) {
-        if self.lock_unlocked_digest().is_none() || self.is_recovered(SlotId::FIRST) {
+        if self.lock_unlocked_digest().is_none() || self.is_recovered(ProcessSlot::FIRST) {
             return;
         }
-        let first = RecordKey::Usage(SlotId::FIRST);
+        let first = RecordKey::Usage(ProcessSlot::FIRST);
         // Kept until the end if available. If the slot cannot be locked, it is used without a lock once
         // more.
         let _lock = match self.store.try_lock(&first).await {
@@ -245,10 +245,10 @@ impl UsageFiles {
     }
 
     /// Restores the usage in a slot; whether there was any, which the next save replaces.
-    async fn restore_slot(&self, slot: SlotId, usage: &Usage) -> bool {
+    async fn restore_slot(&self, slot: ProcessSlot, usage: &Usage) -> bool {
         match self.store.load(&RecordKey::Usage(slot)).await {
             Ok(Some(saved)) if !saved.is_empty() => {
-                if slot == SlotId::FIRST {
+                if slot == ProcessSlot::FIRST {
                     let fingerprint = digest(&saved);
                     if *self.lock_unlocked_digest() == Some(fingerprint) {
                         // This process already has it.
@@ -281,7 +281,7 @@ impl UsageFiles {
         self.own_slot.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn is_recovered(&self, slot: SlotId) -> bool {
+    fn is_recovered(&self, slot: ProcessSlot) -> bool {
         self.lock_recovered().iter().any(|(recovered, _)| *recovered == slot)
     }
 
@@ -289,7 +289,7 @@ impl UsageFiles {
         self.unlocked_digest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lock_recovered(&self) -> MutexGuard<'_, Vec<(SlotId, RecordLock)>> {
+    fn lock_recovered(&self) -> MutexGuard<'_, Vec<(ProcessSlot, RecordLock)>> {
         self.recovered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -341,16 +341,16 @@ mod tests {
         (folder, store, obstacles)
     }
 
-    fn slot(n: usize) -> SlotId {
-        SlotId::all().nth(n - 1).unwrap()
+    fn slot(n: usize) -> ProcessSlot {
+        ProcessSlot::all().nth(n - 1).unwrap()
     }
 
     #[tokio::test]
     async fn slot_that_cannot_be_locked_is_skipped() {
         let folder = tempfile::tempdir().unwrap();
         let store = open(folder.path());
-        let _other = store.try_lock(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap();
-        store.save(&RecordKey::Usage(SlotId::FIRST), STORED.into()).await.unwrap();
+        let _other = store.try_lock(&RecordKey::Usage(ProcessSlot::FIRST)).await.unwrap().unwrap();
+        store.save(&RecordKey::Usage(ProcessSlot::FIRST), STORED.into()).await.unwrap();
         block_lock_file(folder.path(), 2);
         let usage = usage();
         let files = UsageFiles::open(Arc::clone(&store), &usage).await;
@@ -358,7 +358,10 @@ mod tests {
         files.recover_orphans(&usage).await;
         files.save(b"ours".to_vec()).await.unwrap();
         assert_eq!(pending_metrics(&usage), 0);
-        assert_eq!(store.load(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap(), STORED);
+        assert_eq!(
+            store.load(&RecordKey::Usage(ProcessSlot::FIRST)).await.unwrap().unwrap(),
+            STORED
+        );
         assert_eq!(store.load(&RecordKey::Usage(slot(3))).await.unwrap().unwrap(), b"ours");
     }
 
@@ -366,28 +369,34 @@ mod tests {
     async fn first_slot_is_not_used_unlocked_if_another_can_be_locked() {
         let folder = tempfile::tempdir().unwrap();
         let store = open(folder.path());
-        store.save(&RecordKey::Usage(SlotId::FIRST), STORED.into()).await.unwrap();
+        store.save(&RecordKey::Usage(ProcessSlot::FIRST), STORED.into()).await.unwrap();
         block_lock_file(folder.path(), 1);
         let usage = usage();
         let files = UsageFiles::open(Arc::clone(&store), &usage).await;
         files.recover_orphans(&usage).await;
         files.save(b"ours".to_vec()).await.unwrap();
         assert_eq!((files.own_slot().slot(), pending_metrics(&usage)), (Some(slot(2)), 0));
-        assert_eq!(store.load(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap(), STORED);
+        assert_eq!(
+            store.load(&RecordKey::Usage(ProcessSlot::FIRST)).await.unwrap().unwrap(),
+            STORED
+        );
     }
 
     #[tokio::test]
     async fn without_a_slot_nothing_is_stored_until_one_can_be_locked() {
         let folder = tempfile::tempdir().unwrap();
         let store = open(folder.path());
-        let other = store.try_lock(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap();
-        store.save(&RecordKey::Usage(SlotId::FIRST), STORED.into()).await.unwrap();
+        let other = store.try_lock(&RecordKey::Usage(ProcessSlot::FIRST)).await.unwrap().unwrap();
+        store.save(&RecordKey::Usage(ProcessSlot::FIRST), STORED.into()).await.unwrap();
         let obstacles: Vec<_> = (2..20).map(|slot| block_lock_file(folder.path(), slot)).collect();
         let usage = usage();
         let files = UsageFiles::open(Arc::clone(&store), &usage).await;
         assert!(!files.recover_orphans(&usage).await);
         assert!(matches!(files.save(b"ours".to_vec()).await, Err(SaveError::NoSlot)));
-        assert_eq!(store.load(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap(), STORED);
+        assert_eq!(
+            store.load(&RecordKey::Usage(ProcessSlot::FIRST)).await.unwrap().unwrap(),
+            STORED
+        );
 
         fs::remove_dir(&obstacles[0]).unwrap();
         assert!(files.recover_orphans(&usage).await);
@@ -400,19 +409,22 @@ mod tests {
     #[tokio::test]
     async fn folder_without_locks_uses_first_slot_until_locks_work() {
         let (_folder, store, obstacles) = store_without_locks();
-        store.save(&RecordKey::Usage(SlotId::FIRST), STORED.into()).await.unwrap();
+        store.save(&RecordKey::Usage(ProcessSlot::FIRST), STORED.into()).await.unwrap();
         let usage = usage();
         let files = UsageFiles::open(Arc::clone(&store), &usage).await;
         assert_eq!(pending_metrics(&usage), 1);
         assert!(!files.recover_orphans(&usage).await);
         files.save(b"ours".to_vec()).await.unwrap();
-        assert_eq!(store.load(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap(), b"ours");
+        assert_eq!(
+            store.load(&RecordKey::Usage(ProcessSlot::FIRST)).await.unwrap().unwrap(),
+            b"ours"
+        );
 
         for obstacle in obstacles {
             fs::remove_dir(obstacle).unwrap();
         }
         // Another process was faster.
-        let other = store.try_lock(&RecordKey::Usage(SlotId::FIRST)).await.unwrap().unwrap();
+        let other = store.try_lock(&RecordKey::Usage(ProcessSlot::FIRST)).await.unwrap().unwrap();
         assert!(files.recover_orphans(&usage).await);
         assert_eq!((files.own_slot().slot(), pending_metrics(&usage)), (Some(slot(2)), 1));
         drop(other);
@@ -421,7 +433,7 @@ mod tests {
     #[tokio::test]
     async fn own_usage_in_an_unlocked_slot_is_counted_once() {
         let (_folder, store, mut obstacles) = store_without_locks();
-        store.save(&RecordKey::Usage(SlotId::FIRST), STORED.into()).await.unwrap();
+        store.save(&RecordKey::Usage(ProcessSlot::FIRST), STORED.into()).await.unwrap();
         let usage = usage();
         let files = UsageFiles::open(Arc::clone(&store), &usage).await;
         let evaluations = || usage.pending()["metrics"][0]["bucket"]["yes"].as_u64();
@@ -472,7 +484,7 @@ mod tests {
     #[tokio::test]
     async fn saving_without_a_slot_fails_and_usage_is_not_restored_twice() {
         let (_folder, store, mut obstacles) = store_without_locks();
-        store.save(&RecordKey::Usage(SlotId::FIRST), STORED.into()).await.unwrap();
+        store.save(&RecordKey::Usage(ProcessSlot::FIRST), STORED.into()).await.unwrap();
         let usage = usage();
         let files = UsageFiles::open(Arc::clone(&store), &usage).await;
         // Another process has locked a slot, so this one may no longer use the first.

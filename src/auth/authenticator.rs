@@ -12,7 +12,7 @@ use super::{
     error::AuthError,
     first_validation,
     local_tokens::LocalTokens,
-    pending::{PendingValidations, Priority},
+    pending_validations::{PendingValidations, Priority},
     revalidation,
     token_cache::{CachedToken, InsertOutcome, RequestStart, RestoreError, TokenCache},
     token_list_poller::TokenListPoller,

@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Duration};
 
 use super::{
     error::AuthError,
-    pending::PendingValidations,
+    pending_validations::PendingValidations,
     token_cache::{InsertOutcome, TokenCache},
     upstream_validator::{UpstreamValidator, ValidationBatch, ValidationResult},
 };

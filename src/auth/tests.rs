@@ -11,7 +11,7 @@ use std::{
 use super::{
     error::AuthError,
     first_validation,
-    pending::{PendingValidations, Priority},
+    pending_validations::{PendingValidations, Priority},
     revalidation,
     token_cache::{RequestStart, TokenCache},
     token_list_poller::{TokenListPoller, unusable_list_reason},
@@ -20,8 +20,8 @@ use super::{
 use crate::{
     token::{Environment, Grant, Projects, Scope, Token, TokenKind},
     upstream::{
-        AdminToken, Credentials, Upstream,
-        scripted::{ReceivedRequest, ScriptedReply, ScriptedServer},
+        AdminToken, EnvironmentTokens, Upstream,
+        scripted_server::{ReceivedRequest, ScriptedReply, ScriptedServer},
     },
 };
 
@@ -57,7 +57,7 @@ impl Fixture {
     ) -> Self {
         let server = ScriptedServer::start(script).await;
         let upstream = Upstream::new(server.config()).expect("client");
-        let credentials = Credentials::without_admin();
+        let credentials = EnvironmentTokens::without_admin();
         Self {
             server,
             cache: TokenCache::new(10_000, Duration::from_secs(30)),

@@ -8,7 +8,7 @@
 //! change concerns several caches; reads take no lock.
 
 mod cached_token;
-mod saved;
+mod saved_cache;
 #[cfg(test)]
 mod tests;
 mod token_id;
@@ -28,8 +28,8 @@ use moka::{policy::EvictionPolicy, sync::Cache};
 use tokio::time::Instant;
 
 pub(super) use self::cached_token::RequestStart;
-pub use self::{cached_token::CachedToken, saved::RestoreError};
-use self::{saved::SavedCache, token_id::TokenId};
+pub use self::{cached_token::CachedToken, saved_cache::RestoreError};
+use self::{saved_cache::SavedCache, token_id::TokenId};
 use super::error::AuthError;
 use crate::{
     protocol::tokens::{ListedSecret, ListedToken, TokenList},

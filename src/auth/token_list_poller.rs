@@ -24,7 +24,7 @@ use crate::{
     protocol::tokens::TokenList,
     telemetry::error_chain,
     token::{Environment, Token, TokenKind},
-    upstream::{AdminToken, Credentials, TokenAccess, Upstream},
+    upstream::{AdminToken, EnvironmentTokens, TokenAccess, Upstream},
 };
 
 /// The interval at which is checked whether the edge now serves a further environment of listed tokens.
@@ -166,7 +166,7 @@ impl AdminTokenCheck {
 }
 
 /// Waits until the edge has a token of one of these environments.
-async fn wait_until_served(credentials: &Credentials, unserved: &BTreeSet<Environment>) {
+async fn wait_until_served(credentials: &EnvironmentTokens, unserved: &BTreeSet<Environment>) {
     if unserved.is_empty() {
         return std::future::pending().await;
     }

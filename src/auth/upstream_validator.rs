@@ -22,7 +22,7 @@ use crate::{
     protocol::tokens::ValidatedToken,
     telemetry::error_chain,
     token::{Grant, Token, TokenDigest, TokenKind},
-    upstream::{AdminToken, Credentials, TokenAccess, Upstream},
+    upstream::{AdminToken, EnvironmentTokens, TokenAccess, Upstream},
 };
 
 /// A token that upstream has denied once is checked again after this delay; it is rejected if it is
@@ -39,7 +39,7 @@ const MAX_CONCURRENT_PROBES: usize = 8;
 pub struct UpstreamValidator {
     pub(super) upstream: Upstream,
     pub(super) admin: Option<AdminToken>,
-    pub(super) credentials: Credentials,
+    pub(super) credentials: EnvironmentTokens,
     credentials_changed: Arc<Notify>,
     /// Whether the latest validation request failed.
     is_failing: AtomicBool,
@@ -78,7 +78,7 @@ impl UpstreamValidator {
     pub fn new(
         upstream: Upstream,
         admin: Option<AdminToken>,
-        credentials: Credentials,
+        credentials: EnvironmentTokens,
         credentials_changed: Arc<Notify>,
     ) -> Self {
         Self {

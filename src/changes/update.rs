@@ -8,10 +8,10 @@ use tokio::time::Instant;
 use super::{history::State, subscription_key::SubscriptionKey};
 use crate::{
     protocol::{
-        delta::{self, Change, Event, EventId},
+        delta::{self, Change, DeltaEvent, EventId},
         sse,
     },
-    snapshot::{body::ContentCoding, body::PreparedBody, filter_document},
+    snapshot::{filter_document, prepared_body::ContentCoding, prepared_body::PreparedBody},
 };
 
 /// Event names that SDKs expect.
@@ -56,7 +56,7 @@ impl Update {
         };
         let event_id = key.event_id(to.id);
         let events: Vec<_> =
-            changes.into_iter().map(|change| Event { id: event_id, change }).collect();
+            changes.into_iter().map(|change| DeltaEvent { id: event_id, change }).collect();
         let body = Arc::new(PreparedBody::new(delta::encode(&events).into()));
         let (connected_event, updated_event) = Default::default();
         Self { event_id, kind, received_at: to.received_at, body, connected_event, updated_event }
@@ -104,7 +104,7 @@ impl Update {
     }
 
     /// Its maximum memory in bytes. Counts one of the two events, because both are hardly ever written.
-    pub(super) fn weight(&self) -> usize {
-        size_of::<Self>() + self.body.weight() + self.json().len()
+    pub(super) fn memory_size(&self) -> usize {
+        size_of::<Self>() + self.body.max_memory_size() + self.json().len()
     }
 }

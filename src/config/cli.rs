@@ -1,6 +1,6 @@
 //! The command line: definition and parsing.
 //!
-//! Values remain strings here; they are parsed in `validate`.
+//! Values remain strings here; they are parsed in `from_raw`.
 
 use std::ffi::OsString;
 
@@ -18,7 +18,7 @@ use super::{
     options::{CONFIG, DATA_DIR, DATABASE_URL, OPTIONS},
 };
 use crate::{
-    protocol::timestamp,
+    protocol::rfc3339,
     telemetry::REVISION,
     token::{Environment, Token},
 };
@@ -374,7 +374,7 @@ fn parse_explain(above: &ArgMatches, own: &ArgMatches) -> Result<ExplainOptions,
         };
         properties.push((name.to_owned(), value.to_owned()));
     }
-    let at = match text("at").map(|text| timestamp::parse(&text)) {
+    let at = match text("at").map(|text| rfc3339::parse(&text)) {
         None => None,
         Some(Some(at)) => Some(at),
         Some(None) => {

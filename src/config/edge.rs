@@ -52,7 +52,7 @@ pub(super) fn edge(
 /// The backup directory, from either option. An empty `--backup-folder` counts as not set, because
 /// deployments of Unleash Edge set it so.
 fn backup_folder(s: &RawSettings, data_dir: &Path) -> BackupFolder {
-    let named = s.path(&options::BACKUP_FOLDER).filter(|path| !path.as_os_str().is_empty());
+    let named = s.path_value(&options::BACKUP_FOLDER).filter(|path| !path.as_os_str().is_empty());
     match named {
         Some(path) => BackupFolder::Configured(path),
         None if s.is_set(&options::DATA_DIR) => BackupFolder::Configured(data_dir.join("backup")),

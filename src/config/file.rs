@@ -1,6 +1,6 @@
 //! The configuration file: a flat TOML table whose keys are the option names with underscores.
 //!
-//! Values become strings, as on the command line, so that `validate` parses every source alike.
+//! Values become strings, as on the command line, so that `from_raw` parses every source alike.
 
 use std::{io, path::Path};
 

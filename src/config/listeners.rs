@@ -60,7 +60,7 @@ pub(super) fn listeners(s: &mut RawSettings) -> (DataListenerConfig, AdminListen
         s.parse_optional(&options::OFREP_TICKET_SECRET, "at least 16 characters", |text| {
             (text.len() >= 16).then(|| StreamTicketKey::derive(text))
         });
-    let access = access(s);
+    let access = client_address_config(s);
     let data = DataListenerConfig {
         address: sdks.0,
         tls: data_tls,
@@ -71,7 +71,7 @@ pub(super) fn listeners(s: &mut RawSettings) -> (DataListenerConfig, AdminListen
         token_header,
         cors: cors(s),
         disabled_endpoints: disabled_endpoints(s),
-        connection_limits: limits(s, &access),
+        connection_limits: connection_limits(s, &access),
         has_explicit_max_connections: s.is_set(&options::MAX_CONNECTIONS),
         load_balancers: load_balancers(s, &options::PROXY_PROTOCOL),
         max_body_bytes: s.count(&options::BODY_LIMIT_BYTES),
@@ -95,7 +95,7 @@ fn require_distinct_ports(
     }
 }
 
-fn limits(s: &mut RawSettings, access: &client_address::Config) -> ConnectionLimits {
+fn connection_limits(s: &mut RawSettings, access: &client_address::Config) -> ConnectionLimits {
     let max_connections = s.count(&options::MAX_CONNECTIONS);
     let is_direct = access.proxies == client_address::TrustedProxies::None;
     let share = is_direct.then_some(max_connections.div_ceil(2));
@@ -183,7 +183,7 @@ fn load_balancers(s: &mut RawSettings, key: &OptionSpec) -> Vec<IpNet> {
     s.parse_list(&options::PROXY_TRUSTED_SERVERS, EXPECTED_NETWORKS, parse_network)
 }
 
-fn access(s: &mut RawSettings) -> client_address::Config {
+fn client_address_config(s: &mut RawSettings) -> client_address::Config {
     let servers = s.parse_list(&options::PROXY_TRUSTED_SERVERS, EXPECTED_NETWORKS, parse_network);
     let trust = s.switch(&options::TRUST_PROXY);
     let reads_header =

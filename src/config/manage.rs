@@ -10,7 +10,7 @@ use reqwest::Url;
 use super::error::ConfigError;
 use crate::{
     control_plane::{RootRole, TokenPermission},
-    protocol::timestamp,
+    protocol::rfc3339,
     token::{Environment, TokenKind},
 };
 
@@ -266,7 +266,7 @@ fn parse_task(command: &str, below: &ArgMatches) -> Result<ManageTask, ConfigErr
     let password = || text("password-file").map_or(PasswordSource::Generated, PasswordSource::File);
     let expiry = |text: String| {
         let expected = || "expected a time, as in 2030-01-01T00:00:00Z".to_owned();
-        timestamp::parse(&text).ok_or_else(|| wrong("--expires", expected()))
+        rfc3339::parse(&text).ok_or_else(|| wrong("--expires", expected()))
     };
     let is_written = |name| args.value_source(name) == Some(ValueSource::CommandLine);
     Ok(match (command, verb) {

@@ -1,7 +1,7 @@
 //! The validated configuration, from which the rest of the program is built.
 //!
 //! No field is an `Option` that means "default", no value needs further validation, and `Debug` shows no
-//! secret. Values are collected in `raw` and validated in `validate`, not here.
+//! secret. Values are collected in `raw` and validated in `from_raw`, not here.
 
 use std::{
     collections::BTreeSet,
@@ -14,8 +14,8 @@ use jiff::Timestamp;
 use reqwest::{Url, header::HeaderName};
 
 use super::{
-    effective_settings::EffectiveSettings,
     manage::{ManageTask, RemoteServer},
+    settings_digests::SettingsDigests,
 };
 use ipnet::IpNet;
 
@@ -52,7 +52,7 @@ pub struct Config {
     /// Warnings for the operator, one sentence each, to be logged at the start.
     pub warnings: Vec<String>,
     /// Digests of the effective values, to be compared with those of a later configuration.
-    pub effective_settings: EffectiveSettings,
+    pub settings_digests: SettingsDigests,
 }
 
 /// The source of flags and token validation, and the destination of usage.

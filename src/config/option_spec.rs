@@ -19,7 +19,7 @@ pub(super) struct OptionSpec {
     /// The default as an operator would write it. `None` if it is computed; the help text describes it
     /// then.
     pub(super) default: Option<&'static str>,
-    help: &'static str,
+    help_text: &'static str,
     pub(super) compatibility: Compatibility,
     /// The value is neither printed nor repeated in errors.
     pub(super) secret: bool,
@@ -86,7 +86,7 @@ pub(super) const fn one(name: &'static str) -> OptionSpec {
         scope: CommandScope::All,
         heading: "",
         default: None,
-        help: "",
+        help_text: "",
         compatibility: Compatibility::Supported,
         secret: false,
         file_for: None,
@@ -136,7 +136,7 @@ impl OptionSpec {
         heading: &'static str,
         help: &'static str,
     ) -> Self {
-        Self { scope, heading, help, ..self }
+        Self { scope, heading, help_text: help, ..self }
     }
 
     /// Whether the value may be in a file instead: true for every secret that has an effect.
@@ -160,7 +160,7 @@ impl OptionSpec {
             env: self.env.map(|env| text(format!("{env}_FILE"))),
             scope: self.scope,
             heading: self.heading,
-            help: text(help),
+            help_text: text(help),
             file_for: Some(self),
             ..one(text(format!("{}-file", self.name)))
         };
@@ -168,8 +168,8 @@ impl OptionSpec {
     }
 
     /// The help text without its final period. For an option of Unleash Edge without effect: the reason.
-    pub(super) fn help(&self) -> &'static str {
-        self.help.trim().trim_end_matches('.')
+    pub(super) fn help_text(&self) -> &'static str {
+        self.help_text.trim().trim_end_matches('.')
     }
 
     /// The name as an environment variable.
@@ -188,7 +188,7 @@ impl OptionSpec {
             (Switch, _) | (_, None | Some("")) => String::new(),
             (_, Some(default)) => format!(" [default: {default}]"),
         };
-        format!("{}{default} [env: {}]", self.help(), self.env_name()).into()
+        format!("{}{default} [env: {}]", self.help_text(), self.env_name()).into()
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Command line options, environment variables, keys of the file, defaults, help and the printed
 //! configuration derive from it. Where Unleash Edge has an option, its name, meaning and default are
-//! the same here (`docs/CLI.md` of v20). Values are validated in `validate`, not here.
+//! the same here (`docs/CLI.md` of v20). Values are validated in `from_raw`, not here.
 
 use std::{iter, sync::LazyLock};
 

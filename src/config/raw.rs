@@ -15,11 +15,11 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     cli::{CliValues, Subcommand},
-    effective_settings::EffectiveSettings,
     error::ConfigError,
     file,
     option_spec::{Arity, CommandScope, Compatibility, OptionSpec, split_list, split_list_file},
     options::{CONFIG, OPTIONS},
+    settings_digests::SettingsDigests,
 };
 use crate::{secret_file, telemetry::error_chain, token::Token};
 
@@ -58,7 +58,7 @@ impl fmt::Debug for RawSettings {
 
 impl RawSettings {
     /// Merges the three sources: command line over environment over file.
-    pub(super) fn merge(
+    pub(super) fn from_sources(
         subcommand: Subcommand,
         flags: CliValues,
         variable: EnvironmentLookup<'_>,
@@ -142,10 +142,10 @@ impl RawSettings {
                 self.errors.push(ConfigError { location, reason });
             }
             Compatibility::Ignored => {
-                self.warnings.push(format!("{location} has no effect: {}", key.help()));
+                self.warnings.push(format!("{location} has no effect: {}", key.help_text()));
             }
             Compatibility::Rejected => {
-                let reason = format!("is not supported by Parapet; {}", key.help());
+                let reason = format!("is not supported by Parapet; {}", key.help_text());
                 self.errors.push(ConfigError { location, reason });
             }
         }
@@ -191,7 +191,7 @@ impl RawSettings {
     }
 
     /// Digests of the effective values; for secret files those of their contents.
-    pub(super) fn effective(&self) -> EffectiveSettings {
+    pub(super) fn digests(&self) -> SettingsDigests {
         let keys = OPTIONS.iter().filter(|key| {
             self.accepts(key)
                 && key.compatibility == Compatibility::Supported
@@ -210,7 +210,7 @@ impl RawSettings {
             let texts = self.values.get(key.name).map(|given| given.texts.clone());
             Some((key.name, digest(&texts.or_else(default)?)))
         });
-        EffectiveSettings::new(digests)
+        SettingsDigests::new(digests)
     }
 
     fn add_file(&mut self) {
@@ -253,10 +253,10 @@ impl RawSettings {
             let place = &self.values[key.name].location;
             match key.compatibility {
                 Compatibility::Ignored if wanted => {
-                    self.warnings.push(format!("{place} has no effect: {}", key.help()));
+                    self.warnings.push(format!("{place} has no effect: {}", key.help_text()));
                 }
                 Compatibility::Rejected if wanted => {
-                    let reason = format!("is not supported by Parapet; {}", key.help());
+                    let reason = format!("is not supported by Parapet; {}", key.help_text());
                     self.errors.push(ConfigError { location: place.clone(), reason });
                 }
                 Compatibility::Supported | Compatibility::Ignored | Compatibility::Rejected => {}
@@ -416,7 +416,7 @@ impl RawSettings {
     }
 
     /// A path, if it is set or has a default.
-    pub(super) fn path(&self, key: &OptionSpec) -> Option<PathBuf> {
+    pub(super) fn path_value(&self, key: &OptionSpec) -> Option<PathBuf> {
         self.text(key).map(PathBuf::from)
     }
 

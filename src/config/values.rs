@@ -54,7 +54,7 @@ pub(super) fn port(s: &mut RawSettings, key: &OptionSpec) -> u16 {
         let reason = format!(
             "expected {expected}; in Unleash Edge, -p of `edge` is --pretrusted-tokens, which is not \
              supported: {}",
-            options::PRETRUSTED_TOKENS.help()
+            options::PRETRUSTED_TOKENS.help_text()
         );
         s.report_error(key, reason);
         return 0;

@@ -79,7 +79,7 @@ impl EventKind {
 
 /// An event of the audit log.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Event {
+pub struct AuditEvent {
     /// Its id; later events have higher ids.
     pub id: i64,
     /// The name of an [`EventKind`] of this or a later version.
@@ -137,7 +137,7 @@ impl EventQuery {
 #[derive(Clone, Debug, PartialEq)]
 pub struct EventPage {
     /// The newest first.
-    pub events: Vec<Event>,
+    pub events: Vec<AuditEvent>,
     /// The number of matching events, counted up to [`EventPage::MAX_COUNTED`].
     pub total: u64,
 }
@@ -298,9 +298,9 @@ pub(super) async fn page(database: &Database, query: &EventQuery) -> Result<Even
     Ok(EventPage { events, total: unsigned_count(total) })
 }
 
-fn read_event(row: &AnyRow) -> Result<Event, sqlx::Error> {
+fn read_event(row: &AnyRow) -> Result<AuditEvent, sqlx::Error> {
     let value = |text: Option<String>| text.and_then(|text| serde_json::from_str(&text).ok());
-    Ok(Event {
+    Ok(AuditEvent {
         id: row.try_get("id")?,
         kind: row.try_get("kind")?,
         created_by: row.try_get("created_by")?,

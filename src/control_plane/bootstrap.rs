@@ -13,7 +13,7 @@ use super::{
     password::{Hasher, Password},
     permissions::RootRole,
     registered_token::TokenMetadata,
-    tokens,
+    token_registry,
 };
 use crate::token::{Environment, Grant, Projects, Scope, Token, TokenKind};
 
@@ -123,7 +123,7 @@ pub(super) async fn initialize(
         let made = account_changes::insert(&mut transaction, &actor, new, hash).await?;
         account = Some(CreatedAccount { username: made.username, generated_password });
     }
-    let (seeds, tokens) = if !tokens::is_empty(&mut transaction).await? {
+    let (seeds, tokens) = if !token_registry::is_empty(&mut transaction).await? {
         (Vec::new(), RegistryBootstrap::Existing)
     } else if !seed.is_empty() {
         let seeds = seed.iter().map(|(kind, token)| ("init", kind, token.clone()));
@@ -148,7 +148,7 @@ pub(super) async fn initialize(
         let Scope { environment, projects } = scope;
         let new = NewToken { name: name.to_owned(), kind, environment, projects, expires_at: None };
         let token = TokenMetadata::new(new, &secret, actor.operator.name());
-        tokens::insert(&mut transaction, &actor, &token, &secret).await?;
+        token_registry::insert(&mut transaction, &actor, &token, &secret).await?;
     }
     if !seen.is_empty() {
         database.notify_token_change(&mut transaction).await?;
@@ -180,7 +180,7 @@ async fn check_initial_tokens(
         match (found, initial_settings::find(transaction, InitialSetting::Tokens).await?) {
             (RegistryBootstrap::Existing, Some(stored)) => return Ok(stored == digest),
             (RegistryBootstrap::Existing, None) => {
-                tokens::has_all(transaction, seed.iter()).await?
+                token_registry::has_all(transaction, seed.iter()).await?
             }
             (RegistryBootstrap::Seeded | RegistryBootstrap::Generated(_), _) => true,
         };

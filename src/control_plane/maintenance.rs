@@ -15,7 +15,7 @@ use super::{
     database::{ChangeListener, Database},
     error::Error,
     sessions::Sessions,
-    tokens::TokenRegistry,
+    token_registry::TokenRegistry,
     usage_store,
 };
 use crate::{auth::Authenticator, backoff::Backoff, telemetry::error_chain};

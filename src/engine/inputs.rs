@@ -114,7 +114,7 @@ impl EvaluationInputs {
     }
 
     /// Its approximate memory in bytes.
-    pub fn weight(&self) -> usize {
+    pub fn memory_size(&self) -> usize {
         let chances = self.random_sources.iter().map(|it| size_of_val(it) + size_of_val(&**it));
         size_of_val(&*self.field_uses)
             + size_of_val(&*self.time_boundaries)

@@ -58,7 +58,7 @@ pub(super) fn network(text: &str) -> Option<IpNet> {
 }
 
 /// Splits at commas. Space around commas is dropped; space at both ends of the text is kept.
-pub(super) fn comma_list(text: &str) -> impl Iterator<Item = &str> {
+pub(super) fn split_at_commas(text: &str) -> impl Iterator<Item = &str> {
     let commas = text.bytes().filter(|&byte| byte == b',').count();
     text.split(',').enumerate().map(move |(position, item)| {
         let item = if position > 0 { item.trim_start() } else { item };
@@ -101,7 +101,7 @@ mod tests {
 
     #[test]
     fn only_space_around_commas_is_dropped() {
-        let items: Vec<_> = comma_list(" a, b ,,c ").collect();
+        let items: Vec<_> = split_at_commas(" a, b ,,c ").collect();
         assert_eq!(items, [" a", "b", "", "c "]);
     }
 

@@ -218,7 +218,7 @@ impl<'c> StrategyCompiler<'c> {
             }
             "userWithId" => {
                 let users = text("userIds")?;
-                let users = (!users.is_empty()).then(|| parse::comma_list(users));
+                let users = (!users.is_empty()).then(|| parse::split_at_commas(users));
                 Rule::UserIds(StringSet::new(self.schema, users.into_iter().flatten()))
             }
             "remoteAddress" => {
@@ -230,7 +230,7 @@ impl<'c> StrategyCompiler<'c> {
                 let networks = addresses.split(',').map(str::trim).filter_map(parse::network);
                 Rule::RemoteAddresses {
                     ranges: networks.collect(),
-                    texts: StringSet::new(self.schema, parse::comma_list(addresses)),
+                    texts: StringSet::new(self.schema, parse::split_at_commas(addresses)),
                     slot: self.schema.address_slot(FieldId::REMOTE_ADDRESS),
                 }
             }
@@ -239,7 +239,7 @@ impl<'c> StrategyCompiler<'c> {
                 if hosts.is_empty() {
                     return None;
                 }
-                Rule::Hostnames(parse::comma_list(&hosts).map(Box::from).collect())
+                Rule::Hostnames(parse::split_at_commas(&hosts).map(Box::from).collect())
             }
             unknown => {
                 self.defects.push(Defect::UnknownStrategy(unknown.to_owned()));

@@ -12,7 +12,7 @@ use crate::{
     served::ServedSnapshot,
     snapshot::{
         Fragment, FragmentId, Fragments, FrontendView, Include, ScopedFlag, Snapshot,
-        body::{PreparedBody, etag_from_hash},
+        prepared_body::{PreparedBody, etag_from_hash},
     },
     token::Projects,
 };

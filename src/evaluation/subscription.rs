@@ -13,7 +13,9 @@ use crate::{
     engine::Context,
     protocol::sse,
     served::ServedSnapshot,
-    snapshot::{FlagState, FlagStates, FrontendView, Include, Snapshot, body::ContentCoding},
+    snapshot::{
+        FlagState, FlagStates, FrontendView, Include, Snapshot, prepared_body::ContentCoding,
+    },
 };
 
 /// Event names, the same as for server SDKs.

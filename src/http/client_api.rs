@@ -13,13 +13,13 @@ use semver::Version;
 
 pub use self::delta_events::DeltaEvents;
 use super::{
-    pipeline::{AuthorizedRead, RoutedRequest},
+    authorizer::{AuthorizedRead, RoutedRequest},
     response::{self, CachePolicy, HttpError, HttpResponse},
 };
 use crate::{
     changes::{ChangeFeed, SubscriptionKey, UpdateKind},
     protocol::delta::EventId,
-    snapshot::{Filter, SegmentFormat, body::PreparedBody},
+    snapshot::{Filter, SegmentFormat, prepared_body::PreparedBody},
     token::{Project, Scope},
 };
 

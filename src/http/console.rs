@@ -10,7 +10,7 @@ use bytes::Bytes;
 use hyper::{HeaderMap, header::HeaderValue};
 
 use super::response::{self, HttpResponse};
-use crate::snapshot::body::PreparedBody;
+use crate::snapshot::prepared_body::PreparedBody;
 
 /// A file of the console.
 struct Asset {

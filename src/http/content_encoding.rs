@@ -2,7 +2,7 @@
 
 use hyper::header::{ACCEPT_ENCODING, HeaderMap};
 
-use crate::snapshot::body::ContentCoding;
+use crate::snapshot::prepared_body::ContentCoding;
 
 /// The offered coding with the client's highest weight; between equal weights, the one that makes JSON
 /// smallest.

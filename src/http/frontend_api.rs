@@ -25,7 +25,7 @@ use super::{
 use crate::{
     evaluation::{self, EvaluatedFlags, subscription},
     protocol::context,
-    snapshot::{Include, body::PreparedBody},
+    snapshot::{Include, prepared_body::PreparedBody},
 };
 
 impl From<context::Error> for HttpError {

@@ -28,7 +28,7 @@ use crate::{
     },
     snapshot::{
         Filter, Include, SegmentFormat,
-        body::{PreparedBody, Reuse, etag_from_hash},
+        prepared_body::{PreparedBody, Reuse, etag_from_hash},
     },
     token::TokenDigest,
 };

@@ -22,7 +22,7 @@ use tokio::sync::Semaphore;
 pub use self::error::HttpError;
 use super::{conditional, content_encoding};
 pub use crate::server::{ByteStream, HttpResponse, ResponseBody};
-use crate::snapshot::body::{ContentCoding, PreparedBody, Representation};
+use crate::snapshot::prepared_body::{ContentCoding, PreparedBody, Representation};
 
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 const PROMETHEUS_TEXT: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4");
@@ -92,7 +92,7 @@ pub async fn negotiate_body(
 ) -> HttpResponse {
     match negotiate_body_now(request, body, freshness) {
         Ok(reply) => reply,
-        Err(coding) => Box::pin(compressed_body(Arc::clone(body), coding, freshness)).await,
+        Err(coding) => Box::pin(compress_and_respond(Arc::clone(body), coding, freshness)).await,
     }
 }
 
@@ -108,9 +108,9 @@ pub fn negotiate_body_now(
     let coding =
         body.effective_coding(content_encoding::negotiate(request, |coding| body.supports(coding)));
     match body.encoded(coding) {
-        Some(coded) => Ok(encoded_body(coded.clone(), coding, freshness)),
+        Some(coded) => Ok(representation_response(coded.clone(), coding, freshness)),
         None if body.is_cheap_to_encode() => {
-            Ok(encoded_body(body.get_or_encode(coding).clone(), coding, freshness))
+            Ok(representation_response(body.get_or_encode(coding).clone(), coding, freshness))
         }
         None => Err(coding),
     }
@@ -119,7 +119,7 @@ pub fn negotiate_body_now(
 /// Limits concurrent compressions: more threads would use memory without finishing sooner.
 static COMPRESSIONS: Semaphore = Semaphore::const_new(8);
 
-async fn compressed_body(
+async fn compress_and_respond(
     body: Arc<PreparedBody>,
     coding: ContentCoding,
     freshness: CachePolicy,
@@ -132,9 +132,9 @@ async fn compressed_body(
         shared.get_or_encode(coding).clone()
     };
     match tokio::task::spawn_blocking(make).await {
-        Ok(coded) => encoded_body(coded, coding, freshness),
+        Ok(coded) => representation_response(coded, coding, freshness),
         // The runtime is shutting down; the plain bytes are always available.
-        Err(_) => encoded_body(
+        Err(_) => representation_response(
             body.get_or_encode(ContentCoding::Identity).clone(),
             ContentCoding::Identity,
             freshness,
@@ -142,7 +142,7 @@ async fn compressed_body(
     }
 }
 
-fn encoded_body(
+fn representation_response(
     coded: Representation,
     coding: ContentCoding,
     freshness: CachePolicy,

@@ -1,6 +1,6 @@
 //! The service of the SDK port: requests of SDKs, other edges, health probes and metrics scrapes.
 //!
-//! A request takes the same steps everywhere: find its [route](super::routes), [authorize](super::pipeline)
+//! A request takes the same steps everywhere: find its [route](super::routes), [authorize](super::authorizer)
 //! it, call the handler of its API. Most responses are ready without waiting. Besides its own body, a
 //! request waits only for the validation of a first-seen token.
 //!
@@ -19,6 +19,7 @@ use tokio::sync::watch;
 use tracing::Instrument as _;
 
 use super::{
+    authorizer::{AuthorizedRead, Authorizer, RoutedRequest},
     client_address::{self, ClientAddresses},
     client_api,
     cors::Cors,
@@ -28,7 +29,6 @@ use super::{
     health::HealthEndpoints,
     metrics_ingest,
     ofrep::{self, StreamTickets},
-    pipeline::{AuthorizedRead, Authorizer, RoutedRequest},
     request_body::RequestBody,
     request_log,
     request_metrics::{EndpointLabel, RequestMetrics},

@@ -457,7 +457,7 @@ impl<'de: 'a, 'a> LenientValue<'de> for Value<'a> {
     }
 
     /// As in a query: JavaScript's conversion of an array to a string.
-    fn from_list<A: SeqAccess<'de>>(mut list: A) -> Result<Lenient<Self>, A::Error> {
+    fn deserialize_list<A: SeqAccess<'de>>(mut list: A) -> Result<Lenient<Self>, A::Error> {
         let mut joined = String::new();
         let mut is_first = true;
         while let Some(item) = list.next_element()? {
@@ -473,7 +473,7 @@ impl<'de: 'a, 'a> LenientValue<'de> for Value<'a> {
         Ok(Lenient::Valid(Self::Scalar(joined.into())))
     }
 
-    fn from_object<A: MapAccess<'de>>(mut object: A) -> Result<Lenient<Self>, A::Error> {
+    fn deserialize_object<A: MapAccess<'de>>(mut object: A) -> Result<Lenient<Self>, A::Error> {
         let mut fields = Vec::new();
         while let Some(name) = object.next_key::<Lenient<Text<'_>>>()? {
             if fields.len() == MAX_FIELDS {

@@ -20,7 +20,7 @@ pub type EventId = u32;
 
 /// A change, and the id of the state that it leads to.
 #[derive(Clone, Debug)]
-pub struct Event {
+pub struct DeltaEvent {
     /// The state after the last event with this id.
     pub id: EventId,
     /// The change.
@@ -118,7 +118,7 @@ pub fn apply<'a>(state: &Document, changes: impl IntoIterator<Item = &'a Change>
 }
 
 /// Encodes `{"events":[…]}`.
-pub fn encode<'a>(events: impl IntoIterator<Item = &'a Event>) -> String {
+pub fn encode<'a>(events: impl IntoIterator<Item = &'a DeltaEvent>) -> String {
     let mut text = String::from(r#"{"events":["#);
     for (n, event) in events.into_iter().enumerate() {
         if n > 0 {
@@ -130,7 +130,7 @@ pub fn encode<'a>(events: impl IntoIterator<Item = &'a Event>) -> String {
     text
 }
 
-fn write_event(text: &mut String, Event { id, change }: &Event) {
+fn write_event(text: &mut String, DeltaEvent { id, change }: &DeltaEvent) {
     let kind = match change {
         Change::Hydration(_) => HYDRATION,
         Change::FeatureUpdated(_) => FEATURE_UPDATED,
@@ -143,9 +143,9 @@ fn write_event(text: &mut String, Event { id, change }: &Event) {
     let _ = match change {
         Change::Hydration(whole) => {
             text.push_str(r#""features":["#);
-            write_list(text, whole.features().iter().map(Feature::raw));
+            write_json_array(text, whole.features().iter().map(Feature::raw));
             text.push_str(r#"],"segments":["#);
-            write_list(text, whole.segments().iter().map(Segment::raw));
+            write_json_array(text, whole.segments().iter().map(Segment::raw));
             text.write_str("]}")
         }
         Change::FeatureUpdated(feature) => write!(text, r#""feature":{}}}"#, feature.raw()),
@@ -158,7 +158,7 @@ fn write_event(text: &mut String, Event { id, change }: &Event) {
     };
 }
 
-fn write_list<'a>(text: &mut String, items: impl Iterator<Item = &'a str>) {
+fn write_json_array<'a>(text: &mut String, items: impl Iterator<Item = &'a str>) {
     for (n, item) in items.enumerate() {
         if n > 0 {
             text.push(',');
@@ -178,7 +178,7 @@ const SEGMENT_REMOVED: &str = "segment-removed";
 /// # Errors
 /// If a single event is malformed or of an unknown type: the other events alone would lead to a state
 /// that never existed.
-pub fn parse(body: &[u8]) -> Result<Vec<Event>, ParseError> {
+pub fn parse(body: &[u8]) -> Result<Vec<DeltaEvent>, ParseError> {
     #[derive(Deserialize)]
     struct Body<'a> {
         #[serde(borrow)]
@@ -188,7 +188,7 @@ pub fn parse(body: &[u8]) -> Result<Vec<Event>, ParseError> {
     events.into_iter().map(|event| parse_event(event.get())).collect()
 }
 
-fn parse_event(text: &str) -> Result<Event, ParseError> {
+fn parse_event(text: &str) -> Result<DeltaEvent, ParseError> {
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct Head<'a> {
@@ -242,7 +242,7 @@ fn parse_event(text: &str) -> Result<Event, ParseError> {
         }
         _ => return Err(ParseError::UnknownType),
     };
-    Ok(Event { id: event_id, change })
+    Ok(DeltaEvent { id: event_id, change })
 }
 
 #[cfg(test)]
@@ -274,11 +274,11 @@ mod tests {
         })
     }
 
-    fn events(id: EventId, changes: Vec<Change>) -> Vec<Event> {
-        changes.into_iter().map(|change| Event { id, change }).collect()
+    fn events(id: EventId, changes: Vec<Change>) -> Vec<DeltaEvent> {
+        changes.into_iter().map(|change| DeltaEvent { id, change }).collect()
     }
 
-    fn received(sent: &[Event]) -> Vec<Event> {
+    fn received(sent: &[DeltaEvent]) -> Vec<DeltaEvent> {
         parse(encode(sent).as_bytes()).unwrap()
     }
 
@@ -302,7 +302,7 @@ mod tests {
 
         #[test]
         fn hydration_replaces_whole_state(before in any_document(), after in any_document()) {
-            let sent = [Event { id: 7, change: Change::Hydration(after.clone()) }];
+            let sent = [DeltaEvent { id: 7, change: Change::Hydration(after.clone()) }];
             let received = received(&sent);
             let state = apply(&before, received.iter().map(|event| &event.change));
             prop_assert_eq!(raw_texts(&state), raw_texts(&after));
@@ -369,6 +369,6 @@ mod tests {
         assert!(matches!(numberless, Err(ParseError::Malformed(_))), "{numberless:?}");
         let known = parse(r#"{"type":"segment-removed","segmentId":3,"eventId":4,"more":{}}"#);
         let known = known.unwrap();
-        assert!(matches!(known[..], [Event { id: 4, change: Change::SegmentRemoved(3) }]));
+        assert!(matches!(known[..], [DeltaEvent { id: 4, change: Change::SegmentRemoved(3) }]));
     }
 }

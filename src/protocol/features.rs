@@ -507,10 +507,10 @@ impl Segment {
     /// Parses a segment. `None` without a numeric id, because no strategy can refer to it.
     pub(super) fn parse(raw: &RawValue) -> Option<Self> {
         #[derive(Deserialize)]
-        struct Numbered {
+        struct SegmentId {
             id: i64,
         }
-        let Numbered { id } = serde_json::from_str(raw.get()).ok()?;
+        let SegmentId { id } = serde_json::from_str(raw.get()).ok()?;
         Some(Self { id, raw: raw.to_owned().into() })
     }
 

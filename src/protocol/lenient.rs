@@ -77,12 +77,12 @@ pub(super) trait LenientValue<'de>: Sized {
         Lenient::Malformed
     }
 
-    fn from_list<A: SeqAccess<'de>>(mut list: A) -> Result<Lenient<Self>, A::Error> {
+    fn deserialize_list<A: SeqAccess<'de>>(mut list: A) -> Result<Lenient<Self>, A::Error> {
         while list.next_element::<IgnoredAny>()?.is_some() {}
         Ok(Lenient::Malformed)
     }
 
-    fn from_object<A: MapAccess<'de>>(mut object: A) -> Result<Lenient<Self>, A::Error> {
+    fn deserialize_object<A: MapAccess<'de>>(mut object: A) -> Result<Lenient<Self>, A::Error> {
         while object.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
         Ok(Lenient::Malformed)
     }
@@ -131,7 +131,7 @@ impl<'de: 'a, 'a> LenientValue<'de> for Text<'a> {
 }
 
 impl<'de, T: Deserialize<'de>> LenientValue<'de> for Vec<T> {
-    fn from_list<A: SeqAccess<'de>>(mut list: A) -> Result<Lenient<Self>, A::Error> {
+    fn deserialize_list<A: SeqAccess<'de>>(mut list: A) -> Result<Lenient<Self>, A::Error> {
         let mut items = Self::new();
         while let Some(item) = list.next_element()? {
             items.push(item);
@@ -184,11 +184,11 @@ impl<'de, T: LenientValue<'de>> Visitor<'de> for LenientVisitor<T> {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Self::Value, A::Error> {
-        T::from_list(list)
+        T::deserialize_list(list)
     }
 
     fn visit_map<A: MapAccess<'de>>(self, object: A) -> Result<Self::Value, A::Error> {
-        T::from_object(object)
+        T::deserialize_object(object)
     }
 }
 

@@ -13,7 +13,7 @@ pub const KEEP_ALIVE_COMMENT: &[u8] = b": keep-alive\n\n";
 
 /// A decoded event.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct Event {
+pub struct DecodedEvent {
     /// The event type; `message` if the stream does not set it.
     pub name: String,
     /// The last id in the stream, of this event or an earlier one.
@@ -63,7 +63,7 @@ pub struct Decoder {
     after_carriage_return: bool,
     is_first_line: bool,
     /// The event received so far. Its id is carried over to the next event.
-    event: Event,
+    event: DecodedEvent,
     has_data: bool,
     retry_delay: Option<Duration>,
 }
@@ -95,7 +95,7 @@ impl Decoder {
     pub fn decode(
         &mut self,
         bytes: &[u8],
-        mut on_event: impl FnMut(Event),
+        mut on_event: impl FnMut(DecodedEvent),
     ) -> Result<(), EventTooLong> {
         let mut rest = bytes;
         while !rest.is_empty() {
@@ -120,7 +120,7 @@ impl Decoder {
     }
 
     /// Processes a complete line. An empty line ends an event.
-    fn process_line(&mut self) -> Option<Event> {
+    fn process_line(&mut self) -> Option<DecodedEvent> {
         let line = std::mem::take(&mut self.partial_line);
         let line = String::from_utf8_lossy(&line);
         let is_first = std::mem::take(&mut self.is_first_line);
@@ -149,9 +149,10 @@ impl Decoder {
         None
     }
 
-    fn dispatch(&mut self) -> Option<Event> {
+    fn dispatch(&mut self) -> Option<DecodedEvent> {
         let id = self.event.id.clone();
-        let mut event = std::mem::replace(&mut self.event, Event { id, ..Event::default() });
+        let mut event =
+            std::mem::replace(&mut self.event, DecodedEvent { id, ..DecodedEvent::default() });
         if !std::mem::take(&mut self.has_data) {
             return None;
         }
@@ -168,7 +169,7 @@ mod tests {
 
     use super::*;
 
-    fn decoded<'a>(chunks: impl IntoIterator<Item = &'a [u8]>) -> Vec<Event> {
+    fn decoded<'a>(chunks: impl IntoIterator<Item = &'a [u8]>) -> Vec<DecodedEvent> {
         let mut decoder = Decoder::new(10_000);
         let mut events = vec![];
         for chunk in chunks {
@@ -212,7 +213,7 @@ mod tests {
                 text += &encode_event(&name, Some(&id), &data);
                 text += std::str::from_utf8(KEEP_ALIVE_COMMENT).unwrap();
                 let data = data.replace("\r\n", "\n").replace('\r', "\n");
-                expect.push(Event { name, id: id.to_string(), data });
+                expect.push(DecodedEvent { name, id: id.to_string(), data });
             }
             prop_assert_eq!(decoded(chunks(text.as_bytes(), &cuts)), expect);
         }
@@ -241,7 +242,7 @@ mod tests {
         assert_eq!(data("data:test\n\ndata: test\n\n"), ["test", "test"]);
         let stream = ": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event\n";
         let events = decoded([stream.as_bytes()]);
-        let event = |id: &str, data: &str| Event {
+        let event = |id: &str, data: &str| DecodedEvent {
             name: "message".to_owned(),
             id: id.to_owned(),
             data: data.to_owned(),

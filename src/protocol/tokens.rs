@@ -13,7 +13,7 @@ use serde::{
 };
 use serde_json::value::RawValue;
 
-use super::{lenient::readable_items, timestamp};
+use super::{lenient::readable_items, rfc3339};
 use crate::token::{
     Environment, Grant, ParseError, Projects, Scope, Token, TokenDigest, TokenKind,
 };
@@ -364,9 +364,9 @@ impl TryFrom<RawListed<'_>> for ListedToken {
         let environment = resolve_environment(kind, raw.environment, text)?;
         let projects = resolve_projects(raw.projects, raw.project, text)?;
         // A token with an unreadable expiry must not be treated as one that never expires.
-        let end = |text: CowStr<'_>| timestamp::parse(&text.0).ok_or(ItemError::Expiry);
+        let end = |text: CowStr<'_>| rfc3339::parse(&text.0).ok_or(ItemError::Expiry);
         let expires_at = raw.expires_at.map(end).transpose()?;
-        let time = |text: Option<CowStr<'_>>| text.and_then(|it| timestamp::parse(&it.0));
+        let time = |text: Option<CowStr<'_>>| text.and_then(|it| rfc3339::parse(&it.0));
         Ok(Self {
             name: raw.token_name.or(raw.username).map_or_else(String::new, |it| it.0.into_owned()),
             kind,

@@ -20,7 +20,7 @@ use crate::{
     engine::{Context, Outcome},
     snapshot::{
         FlagStates, Include,
-        body::{PreparedBody, Reuse},
+        prepared_body::{PreparedBody, Reuse},
     },
     token::Projects,
 };
@@ -77,7 +77,7 @@ impl EvaluationCache {
             result_misses: cache::miss_counter("results"),
             key_hasher: SipHasher13::new_with_key(&rand::random()),
             hot_contexts: HotContexts::new(previous.map(|it| &it.hot_contexts)),
-            bodies: BoundedCache::new("bodies", MAX_BODY_BYTES, |body| body.weight()),
+            bodies: BoundedCache::new("bodies", MAX_BODY_BYTES, |body| body.max_memory_size()),
             recently_requested: RecentHashes::default(),
             deterministic_outcomes: BoundedCache::new(
                 "deterministic_outcomes",
@@ -85,7 +85,7 @@ impl EvaluationCache {
                 |outcomes| size_of_val(&**outcomes),
             ),
             flag_states: BoundedCache::new("flag_states", MAX_FLAG_STATE_BYTES, |states| {
-                states.weight()
+                states.memory_size()
             }),
             events: BoundedCache::new("events", MAX_EVENT_BYTES, Bytes::len),
         }

@@ -17,7 +17,7 @@ use arc_swap::ArcSwap;
 use foldhash::fast::RandomState;
 
 use crate::{
-    snapshot::{FrontendView, SegmentFormat, body::PreparedBody},
+    snapshot::{FrontendView, SegmentFormat, prepared_body::PreparedBody},
     token::Projects,
 };
 
@@ -51,10 +51,10 @@ impl ScopeData {
         }
     }
 
-    fn weight(&self) -> usize {
+    fn memory_size(&self) -> usize {
         let bodies = [&self.separate, &self.inlined].into_iter().filter_map(OnceLock::get);
-        let bodies: usize = bodies.map(|body| body.weight()).sum();
-        size_of::<Self>() + bodies + self.frontend_view.get().map_or(0, |view| view.weight())
+        let bodies: usize = bodies.map(|body| body.max_memory_size()).sum();
+        size_of::<Self>() + bodies + self.frontend_view.get().map_or(0, |view| view.memory_size())
     }
 }
 
@@ -121,7 +121,7 @@ impl ScopeCache {
 
     /// Evicts all scopes but that of `projects`, which has grown, if they exceed the memory limit.
     fn enforce_limit(&self, projects: &Projects) {
-        if self.scopes.load().values().map(|scope| scope.weight()).sum::<usize>() > MAX_BYTES {
+        if self.scopes.load().values().map(|scope| scope.memory_size()).sum::<usize>() > MAX_BYTES {
             self.scopes.rcu(|scopes| {
                 let newest = scopes.get_key_value(projects);
                 let newest = newest.map(|(projects, scope)| (projects.clone(), Arc::clone(scope)));

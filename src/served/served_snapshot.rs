@@ -19,7 +19,7 @@ use crate::{
     protocol::features::Document,
     snapshot::{
         ClientFeaturesKey, Filter, FrontendView, SegmentFormat, Snapshot,
-        body::{ContentCoding, PreparedBody},
+        prepared_body::{ContentCoding, PreparedBody},
     },
     token::{Projects, Scope},
 };
@@ -94,7 +94,7 @@ impl ServedSnapshot {
     ) -> Self {
         let filtered_bodies =
             BoundedCache::new("filtered_features", MAX_FILTERED_BYTES, |it: &Arc<FilteredBody>| {
-                it.body.weight()
+                it.body.max_memory_size()
             });
         Self {
             snapshot,

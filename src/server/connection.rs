@@ -20,7 +20,7 @@ use tokio::{
 use tracing::debug;
 
 use super::{
-    activity::{ConnectionActivity, ConnectionState, wait_for_eviction},
+    connection_activity::{ConnectionActivity, ConnectionState, wait_for_eviction},
     connection_limits::{ConnectionLimits, FIRST_REQUEST_TIMEOUT, SHUTDOWN_TIMEOUT},
     connection_policy::{ConnectionPolicy, PolicyAction},
     drain::Drain,
@@ -33,7 +33,7 @@ const TIMER_RESOLUTION: Duration = Duration::from_millis(1);
 
 /// How a connection announces that it closes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum CloseSignal {
+pub(super) enum CloseAnnouncement {
     /// HTTP/1: by `Connection: close` in the next response, so that it stays open until there is one.
     ConnectionCloseHeader,
     /// HTTP/2: by a GOAWAY frame, at any time.
@@ -111,7 +111,7 @@ pub(super) async fn serve_until_closed<C: GracefulConnection<Error = hyper::Erro
     activity: Arc<ConnectionActivity>,
     mut lifetime: ConnectionPolicy,
     drain: Drain,
-    farewell: CloseSignal,
+    farewell: CloseAnnouncement,
 ) {
     let mut connection = pin!(connection);
     let mut timer = pin!(sleep_until(lifetime.first_check()));
@@ -125,7 +125,7 @@ pub(super) async fn serve_until_closed<C: GracefulConnection<Error = hyper::Erro
         if std::mem::take(&mut is_first_poll) {
             activity.register_waker(cx);
             let _ = closing.as_mut().poll(cx);
-            if farewell == CloseSignal::GoAway {
+            if farewell == CloseAnnouncement::GoAway {
                 let _ = draining.as_mut().poll(cx);
             }
             set_alarm(timer.as_mut(), lifetime.first_check(), cx);
@@ -136,8 +136,8 @@ pub(super) async fn serve_until_closed<C: GracefulConnection<Error = hyper::Erro
         }
         let mut must_close = activity.is_evicted();
         if activity.has_requests() {
-            must_close |=
-                drain.is_closing() || (farewell == CloseSignal::GoAway && drain.is_draining());
+            must_close |= drain.is_closing()
+                || (farewell == CloseAnnouncement::GoAway && drain.is_draining());
         } else if drain.is_closing() {
             // A new client gets a response that announces the close.
             must_close |= lifetime.first_request_deadline() <= Instant::now();
@@ -152,7 +152,7 @@ pub(super) async fn serve_until_closed<C: GracefulConnection<Error = hyper::Erro
                 PolicyAction::KeepOpen(next) => next,
                 PolicyAction::CloseAfterResponse(next) => {
                     activity.close_after_response();
-                    must_close |= farewell == CloseSignal::GoAway;
+                    must_close |= farewell == CloseAnnouncement::GoAway;
                     next
                 }
                 PolicyAction::ShutDown(next) => {

@@ -13,7 +13,7 @@ use std::{
 
 use tokio::{sync::Notify, time::timeout};
 
-use super::activity::{ActivityCounters, ConnectionActivity, ConnectionState};
+use super::connection_activity::{ActivityCounters, ConnectionActivity, ConnectionState};
 
 /// The interval of the search for an idle connection while the limit is reached.
 const EVICTION_RETRY_INTERVAL: Duration = Duration::from_millis(50);

@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{
-    activity::{ActivityCounters, ConnectionActivity, ConnectionState},
+    connection_activity::{ActivityCounters, ConnectionActivity, ConnectionState},
     connection_limits::{ConnectionLimits, FIRST_REQUEST_TIMEOUT, SHUTDOWN_TIMEOUT, STALL_TIMEOUT},
 };
 

@@ -21,7 +21,7 @@ use tracing::debug;
 
 use super::{
     config::Config,
-    connection::{self, CloseSignal, serve_until_closed},
+    connection::{self, CloseAnnouncement, serve_until_closed},
     connection_info::ConnectionInfo,
     connection_limiter::{ConnectionLimiter, ConnectionPermit},
     connection_limits,
@@ -188,7 +188,7 @@ impl<S: HttpService> HttpServer<S> {
                     activity,
                     lifetime,
                     drain,
-                    CloseSignal::ConnectionCloseHeader,
+                    CloseAnnouncement::ConnectionCloseHeader,
                 )
                 .await;
             }
@@ -196,8 +196,13 @@ impl<S: HttpService> HttpServer<S> {
                 let handler = Arc::new(handler);
                 let answer = service_fn(move |request| Arc::clone(&handler).handle_http2(request));
                 let connection = self.http2.serve_connection(io, answer);
-                let driven =
-                    serve_until_closed(connection, activity, lifetime, drain, CloseSignal::GoAway);
+                let driven = serve_until_closed(
+                    connection,
+                    activity,
+                    lifetime,
+                    drain,
+                    CloseAnnouncement::GoAway,
+                );
                 // Boxed, so that HTTP/1 connections, which are most, reserve no memory for this kind.
                 Box::pin(driven).await;
             }

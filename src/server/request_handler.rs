@@ -16,7 +16,7 @@ use hyper::{
 use tracing::error;
 
 use super::{
-    activity::ConnectionActivity,
+    connection_activity::ConnectionActivity,
     connection_info::ConnectionInfo,
     connection_limits,
     drain::Drain,

@@ -19,7 +19,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use tracing::debug;
 
 use super::{
-    activity::InFlightResponse,
+    connection_activity::InFlightResponse,
     connection_limits::STALL_TIMEOUT,
     response_body::{HttpResponse, ResponseBody},
 };

@@ -12,7 +12,7 @@ use std::{
 use bytes::{Buf as _, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{activity::ConnectionActivity, http_version::HttpVersion};
+use super::{connection_activity::ConnectionActivity, http_version::HttpVersion};
 
 /// The byte stream of a connection.
 #[derive(Debug)]

@@ -8,7 +8,7 @@ use std::{collections::BTreeSet, fmt::Write as _};
 use serde_json::json;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
-use super::body::PreparedBody;
+use super::prepared_body::PreparedBody;
 use crate::{
     protocol::features::{Document, Feature, Segment},
     token::{Environment, Project, Projects},

@@ -64,7 +64,7 @@ impl FlagStates {
     }
 
     /// Its memory in bytes, without the names, which belong to the flags.
-    pub fn weight(&self) -> usize {
+    pub fn memory_size(&self) -> usize {
         size_of::<Self>() + size_of_val(&*self.flags)
     }
 }

@@ -106,8 +106,8 @@ impl FrontendView {
     }
 
     /// Its approximate memory in bytes.
-    pub fn weight(&self) -> usize {
-        let inputs = self.inputs.weight() + self.deterministic_inputs.weight();
+    pub fn memory_size(&self) -> usize {
+        let inputs = self.inputs.memory_size() + self.deterministic_inputs.memory_size();
         size_of::<Self>() + size_of_val(&*self.flags) + inputs
     }
 }

@@ -61,7 +61,7 @@ const SAVE_SECONDS: &str = "parapet_store_save_seconds";
 const SAVE_FAILURES: &str = "parapet_store_save_failures_total";
 
 /// Registers the descriptions of the metrics.
-fn describe() {
+fn describe_metrics() {
     describe_histogram!(SAVE_SECONDS, Unit::Seconds, "Duration of saves, by kind of record");
     describe_counter!(SAVE_FAILURES, "Saves that failed or took too long, by kind of record");
 }
@@ -78,7 +78,7 @@ impl FileStore {
         let directory = directory.into();
         match prepare_directory(&directory) {
             Ok(()) => {
-                describe();
+                describe_metrics();
                 let read_permits = Arc::new(Semaphore::new(MAX_READERS));
                 Ok(Self { directory, write_locks: Mutex::default(), read_permits })
             }
@@ -299,9 +299,9 @@ mod tests {
     use std::time::SystemTime;
 
     use super::*;
-    use crate::store::key::SlotId;
+    use crate::store::key::ProcessSlot;
 
-    const USAGE: RecordKey = RecordKey::Usage(SlotId::FIRST);
+    const USAGE: RecordKey = RecordKey::Usage(ProcessSlot::FIRST);
 
     fn open(directory: &Path) -> FileStore {
         FileStore::open(directory).expect("store")

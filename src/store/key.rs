@@ -18,7 +18,7 @@ pub enum RecordKey {
     /// The tokens of a registry in a remote database, by their digests.
     Registry,
     /// Unsent usage; each process that shares the store has its own slot.
-    Usage(SlotId),
+    Usage(ProcessSlot),
 }
 
 /// Upper case is encoded too, because some file systems do not distinguish it from lower case.
@@ -67,12 +67,12 @@ impl RecordKey {
             None => match name {
                 "verdicts" => Self::TokenCache,
                 "registry" => Self::Registry,
-                "usage" => Self::Usage(SlotId::FIRST),
+                "usage" => Self::Usage(ProcessSlot::FIRST),
                 _ => return None,
             },
             Some(("flags", encoded)) => Self::Flags(environment(encoded)?),
             Some(("credentials", encoded)) => Self::Credentials(environment(encoded)?),
-            Some(("usage", number)) => Self::Usage(SlotId::new(number.parse().ok()?)?),
+            Some(("usage", number)) => Self::Usage(ProcessSlot::new(number.parse().ok()?)?),
             Some(_) => return None,
         };
         // Another spelling of a name is not found when the record is loaded.
@@ -82,9 +82,9 @@ impl RecordKey {
 
 /// The number of a record that belongs to one of several processes.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub struct SlotId(u16);
+pub struct ProcessSlot(u16);
 
-impl SlotId {
+impl ProcessSlot {
     /// The slot of a process that does not share the store.
     pub const FIRST: Self = Self(1);
 
@@ -102,7 +102,7 @@ impl SlotId {
 }
 
 /// Formats the suffix of a record's name; empty for the first slot.
-impl fmt::Display for SlotId {
+impl fmt::Display for ProcessSlot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             Self::FIRST => Ok(()),
@@ -128,7 +128,7 @@ mod tests {
         );
         assert_eq!(name(RecordKey::TokenCache), "verdicts");
         assert_eq!(name(RecordKey::Registry), "registry");
-        let slots = SlotId::all().take(2).map(|slot| name(RecordKey::Usage(slot)));
+        let slots = ProcessSlot::all().take(2).map(|slot| name(RecordKey::Usage(slot)));
         assert!(slots.eq(["usage", "usage-2"]));
     }
 

@@ -35,7 +35,7 @@ async fn check_contract(open: impl Fn() -> Arc<dyn Store>) {
     }
 
     let environments = ["../été/%", "Dev", "dev", "production"].map(Environment::new);
-    let slots = [0, 2].map(|n| SlotId::all().nth(n).expect("slot"));
+    let slots = [0, 2].map(|n| ProcessSlot::all().nth(n).expect("slot"));
     let keys: Vec<_> = [
         &environments.each_ref().map(|it| RecordKey::Flags(it.clone()))[..],
         &[RecordKey::TokenCache],

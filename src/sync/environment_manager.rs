@@ -27,9 +27,9 @@ use crate::{
     protocol::features::{Document, parse_query_projects},
     served::{EnvironmentFilter, Snapshots},
     store::{RecordKey, Store},
-    telemetry::{Latch, error_chain},
+    telemetry::{ReadinessCondition, error_chain},
     token::{Environment, Scope},
-    upstream::{AdminToken, Credentials, Upstream},
+    upstream::{AdminToken, EnvironmentTokens, Upstream},
 };
 
 /// The interval at which upstream's environments are listed.
@@ -62,7 +62,7 @@ pub struct EnvironmentManager {
     /// The upstream client.
     pub upstream: Upstream,
     /// The tokens to fetch flags with.
-    pub credentials: Credentials,
+    pub credentials: EnvironmentTokens,
     /// Notified when a new token widens what can be fetched.
     pub token_added: Arc<Notify>,
     /// The served snapshots.
@@ -139,35 +139,35 @@ impl EnvironmentManager {
     }
 
     /// Synchronises every selected environment until dropped. Environments that were removed or disabled
-    /// upstream are neither synchronised nor served. Releases the latch once each initially selected
+    /// upstream are neither synchronised nor served. Meets the condition once each initially selected
     /// environment has had flags and at least one environment is served.
-    pub async fn run(self, latch: &Latch) {
-        stream_pool::describe();
+    pub async fn run(self, ready_when: &ReadinessCondition) {
+        stream_pool::describe_metrics();
         let (sender, initial) = oneshot::channel();
-        tokio::join!(self.sync_all(sender), self.await_initial_flags(initial, latch));
+        tokio::join!(self.sync_all(sender), self.await_initial_flags(initial, ready_when));
     }
 
-    /// Releases the latch once each initial environment has had flags or is no longer served.
+    /// Meets the condition once each initial environment has had flags or is no longer served.
     async fn await_initial_flags(
         &self,
         initial: oneshot::Receiver<BTreeSet<Environment>>,
-        latch: &Latch,
+        ready_when: &ReadinessCondition,
     ) {
         if self.is_environment_required() {
-            latch.describe("upstream's list of environments");
+            ready_when.describe("upstream's list of environments");
         }
         // `sync_all` sends them; it runs concurrently and never ends.
         let Ok(initial) = initial.await else { return };
         for environment in &initial {
-            latch.describe(format!("the first flags of environment {environment}"));
+            ready_when.describe(format!("the first flags of environment {environment}"));
             self.snapshots.wait_for(environment).await;
         }
-        latch.describe(
+        ready_when.describe(
             "a valid client token to fetch the first flags with: none is configured, or upstream \
              accepts none of them",
         );
         self.snapshots.wait_for_any().await;
-        latch.release();
+        ready_when.mark_met();
     }
 
     async fn sync_all(&self, sender: oneshot::Sender<BTreeSet<Environment>>) {

@@ -13,10 +13,10 @@ use std::{collections::BTreeSet, mem, sync::Arc, time::Duration};
 use tokio::time::Instant;
 
 use super::{
+    fetched_documents::FetchedDocuments,
     merge::MergeInput,
     reconnect::{CloseReason, StreamUnavailable, UpstreamMode},
     stream_events::Applied,
-    token_documents::TokenDocuments,
     token_streams::TokenStreams,
 };
 use crate::{
@@ -93,7 +93,7 @@ pub(super) enum Publication {
 #[derive(Debug)]
 pub(super) struct EnvironmentState {
     interval: Duration,
-    documents: TokenDocuments,
+    documents: FetchedDocuments,
     streams: TokenStreams,
     backoff: Backoff,
     /// When to poll, unless every token in use has a synced stream.
@@ -111,7 +111,7 @@ impl EnvironmentState {
     pub(super) fn new(config: &Config, served: Option<&ServedSnapshot>, now: Instant) -> Self {
         Self {
             interval: config.interval,
-            documents: TokenDocuments::new(served, now),
+            documents: FetchedDocuments::new(served, now),
             streams: TokenStreams::new(config.mode),
             backoff: Backoff::new(INITIAL_RETRY_DELAY, MAX_RETRY_DELAY.max(config.interval)),
             poll_at: now,
@@ -142,7 +142,7 @@ impl EnvironmentState {
 
     /// Begins a poll. Returns the documents to apply its responses to, and the tokens with a synced
     /// stream, which are not polled.
-    pub(super) fn begin_poll(&mut self) -> (&mut TokenDocuments, BTreeSet<TokenDigest>) {
+    pub(super) fn begin_poll(&mut self) -> (&mut FetchedDocuments, BTreeSet<TokenDigest>) {
         self.is_poll_requested = false;
         self.documents.begin_round();
         (&mut self.documents, self.streams.synced_tokens())

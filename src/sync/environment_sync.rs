@@ -26,14 +26,14 @@ use crate::{
     background_writer::BackgroundWriter,
     protocol::{
         features::{Document, PreviousRun},
-        sse::Event,
+        sse::DecodedEvent,
     },
     served::{ServedSnapshot, Snapshots},
-    snapshot::{Filter, SegmentFormat, body::ContentCoding},
+    snapshot::{Filter, SegmentFormat, prepared_body::ContentCoding},
     store::RecordKey,
     telemetry::error_chain,
     token::{Environment, Scope, TokenDigest},
-    upstream::{Credentials, Upstream},
+    upstream::{EnvironmentTokens, Upstream},
 };
 
 mod transport_log;
@@ -46,7 +46,7 @@ const TOKEN_CHECK_INTERVAL: Duration = Duration::from_secs(5);
 pub(super) struct Dependencies {
     pub(super) config: Config,
     pub(super) upstream: Upstream,
-    pub(super) credentials: Credentials,
+    pub(super) credentials: EnvironmentTokens,
     pub(super) snapshots: Snapshots,
     pub(super) saver: BackgroundWriter,
 }
@@ -192,7 +192,7 @@ impl EnvironmentSync {
     }
 
     /// Applies the events of a stream, and publishes the changes.
-    async fn apply_events(&mut self, token: &TokenDigest, events: Vec<Event>) {
+    async fn apply_events(&mut self, token: &TokenDigest, events: Vec<DecodedEvent>) {
         self.state.on_stream_activity(token, Instant::now());
         let (known, continues) = self.state.event_base(token);
         let is_shared = self.state.has_several_tokens();
@@ -234,7 +234,7 @@ impl EnvironmentSync {
 async fn parse_events(
     known: Option<Arc<Document>>,
     continues: bool,
-    events: Vec<Event>,
+    events: Vec<DecodedEvent>,
     is_shared: bool,
 ) -> Result<StreamUpdate, EventError> {
     // Most of the time only a keep-alive comment arrived.

@@ -28,7 +28,7 @@ use super::publish::publish;
 use crate::{
     protocol::features::Document,
     served::{EnvironmentFilter, Snapshots},
-    telemetry::{Latch, error_chain},
+    telemetry::{ReadinessCondition, error_chain},
     token::{Environment, Projects, Scope},
 };
 
@@ -156,13 +156,13 @@ impl FileSource {
 
     /// Loads and serves the flags; [`Watcher::run`] then keeps them current.
     ///
-    /// Releases `latch` once any environment has flags, which may be later.
+    /// Meets `ready_when` once any environment has flags, which may be later.
     ///
     /// # Errors
     /// If any file cannot be read. A file that breaks later affects only its own environment. At the
     /// start, however, there are no earlier flags to fall back to, and this instance would reject an
     /// environment that the previous instance still serves.
-    pub async fn start(self, latch: Latch) -> Result<Watcher, Error> {
+    pub async fn start(self, ready_when: ReadinessCondition) -> Result<FlagFileWatcher, Error> {
         let served_environments = self.environments.load_full();
         let mut file_states = FileStates::new();
         self.publish_changes(&mut file_states, true).await?;
@@ -170,14 +170,14 @@ impl FileSource {
             file_states.values_mut().filter_map(|it| it.failure.take()).collect();
         match (failures.len(), failures.pop()) {
             (_, None) => {
-                latch.describe("an environment: no configured token names one");
-                let watcher = Watcher {
+                ready_when.describe("an environment: no configured token names one");
+                let watcher = FlagFileWatcher {
                     source: self,
                     file_states,
                     served_environments,
-                    latch: Arc::new(latch),
+                    ready_when: Arc::new(ready_when),
                 };
-                watcher.release_latch_if_served();
+                watcher.mark_ready_if_served();
                 Ok(watcher)
             }
             (1, Some(failure)) => {
@@ -254,16 +254,16 @@ impl FileSource {
 
 /// Watches the files of a started [`FileSource`].
 #[derive(Clone, Debug)]
-pub struct Watcher {
+pub struct FlagFileWatcher {
     source: FileSource,
     file_states: FileStates,
     /// The environments for which the single file was last loaded.
     served_environments: Arc<BTreeSet<Environment>>,
     /// Released once any environment has flags.
-    latch: Arc<Latch>,
+    ready_when: Arc<ReadinessCondition>,
 }
 
-impl Watcher {
+impl FlagFileWatcher {
     /// Reloads changed files until dropped. Files that cannot be read change nothing.
     pub async fn run(mut self) {
         let mut ticks = interval(CHECK_INTERVAL);
@@ -289,7 +289,7 @@ impl Watcher {
                 reread_at = self.next_reload();
             }
             let failures = self.check_and_collect_failures(reread).await;
-            self.release_latch_if_served();
+            self.mark_ready_if_served();
             for (path, error) in &failures {
                 if reported.get(path) != Some(error) {
                     warn!(error, "Reloading flags failed; the last known flags stay");
@@ -314,9 +314,9 @@ impl Watcher {
         failures.collect()
     }
 
-    fn release_latch_if_served(&self) {
+    fn mark_ready_if_served(&self) {
         if !self.source.snapshots.environments().is_empty() {
-            self.latch.release();
+            self.ready_when.mark_met();
         }
     }
 
@@ -431,7 +431,7 @@ mod tests {
         format!(r#"{{"features":[{{"name":"{name}","enabled":true}}]}}"#)
     }
 
-    fn latch() -> Latch {
+    fn ready_when() -> ReadinessCondition {
         Readiness::new().1
     }
 
@@ -448,7 +448,7 @@ mod tests {
         let snapshots = Snapshots::default();
         let environments = ["dev", "prod"].map(Environment::new).into();
         let files = FileSource::new(path.clone(), environments, snapshots.clone(), None);
-        let mut watcher = files.start(latch()).await.unwrap();
+        let mut watcher = files.start(ready_when()).await.unwrap();
         assert_eq!(flag_names(&snapshots, "prod"), ["one"]);
         std::fs::write(&path, "{ no JSON").unwrap();
         let failures = watcher.check_and_collect_failures(false).await;
@@ -465,12 +465,12 @@ mod tests {
         let snapshots = Snapshots::default();
         let path = folder.path().to_owned();
         let files = || FileSource::new(path.clone(), BTreeSet::new(), snapshots.clone(), None);
-        assert!(matches!(files().start(latch()).await, Err(Error::EmptyFolder { .. })));
+        assert!(matches!(files().start(ready_when()).await, Err(Error::EmptyFolder { .. })));
         std::fs::write(path.join("dev.json"), flags_json("one")).unwrap();
         std::fs::write(path.join("prod.json"), flags_json("two")).unwrap();
         std::os::unix::fs::symlink("nowhere", path.join(".#dev.json")).unwrap();
         std::os::unix::fs::symlink("nowhere", path.join("gone.json")).unwrap();
-        files().start(latch()).await.unwrap();
+        files().start(ready_when()).await.unwrap();
         assert_eq!(flag_names(&snapshots, "dev"), ["one"]);
         assert_eq!(flag_names(&snapshots, "prod"), ["two"]);
     }
@@ -482,7 +482,7 @@ mod tests {
         let path = folder.path().to_owned();
         std::fs::write(path.join("dev.json"), flags_json("one")).unwrap();
         let files = FileSource::new(path.clone(), BTreeSet::new(), snapshots.clone(), None);
-        let mut watcher = files.start(latch()).await.unwrap();
+        let mut watcher = files.start(ready_when()).await.unwrap();
         std::fs::rename(path.join("dev.json"), path.join("prod.json")).unwrap();
         assert!(watcher.check_and_collect_failures(false).await.is_empty());
         assert_eq!(flag_names(&snapshots, "prod"), ["one"]);
@@ -502,8 +502,8 @@ mod tests {
         let snapshots = Snapshots::default();
         let files = FileSource::new(path, BTreeSet::new(), snapshots.clone(), None);
         let rereader = files.reload_handle();
-        let (readiness, latch) = Readiness::new();
-        let task = tokio::spawn(files.start(latch).await.unwrap().run());
+        let (readiness, ready_when) = Readiness::new();
+        let task = tokio::spawn(files.start(ready_when).await.unwrap().run());
         assert!(readiness.pending_conditions()[0].contains("no configured token names one"));
         rereader.set_environments([Environment::new("dev")].into());
         let ready = async {

@@ -1,7 +1,7 @@
 //! Merges the documents of several tokens into one.
 //!
 //! If several tokens see a project, the newest of their states is published. This module does not decide
-//! which one that is (`token_precedence` does) and not which documents count (`token_documents` does).
+//! which one that is (`token_precedence` does) and not which documents count (`fetched_documents` does).
 
 use std::{collections::HashMap, sync::Arc};
 

@@ -12,14 +12,15 @@ use tokio::{
 use tracing::debug;
 
 use super::{
+    fetched_documents::{FetchedDocument, FetchedDocuments},
     stream_events::differences,
-    token_documents::{FetchedDocument, TokenDocuments},
 };
 use crate::{
     protocol::features::Document,
     token::{Environment, TokenDigest},
     upstream::{
-        Credential, Credentials, Error, FeaturesResponse, FetchResult, ProvisioningError, Upstream,
+        Credential, EnvironmentTokens, Error, FeaturesResponse, FetchResult, ProvisioningError,
+        Upstream,
     },
 };
 
@@ -30,7 +31,7 @@ const MAX_CONCURRENT_FETCHES: usize = 4;
 #[derive(Debug)]
 pub(super) struct Poll<'a> {
     pub(super) upstream: &'a Upstream,
-    pub(super) credentials: &'a Credentials,
+    pub(super) credentials: &'a EnvironmentTokens,
     pub(super) environment: &'a Environment,
     /// How long the removal of a flag is deferred while other tokens have streams that may report it.
     pub(super) removal_grace: Duration,
@@ -49,7 +50,7 @@ impl Poll<'_> {
     /// Polls with every available token except those with a synced stream (`followed`).
     pub(super) async fn run(
         &self,
-        documents: &mut TokenDocuments,
+        documents: &mut FetchedDocuments,
         followed: &BTreeSet<TokenDigest>,
     ) -> PollResult {
         let mut result = PollResult::default();
@@ -105,7 +106,7 @@ impl Poll<'_> {
     async fn fetch_flags(
         &self,
         tokens: Vec<Credential>,
-        documents: &TokenDocuments,
+        documents: &FetchedDocuments,
     ) -> Vec<(Credential, Result<FeaturesResponse, Error>)> {
         let fetch = |credential: Credential| {
             let upstream = self.upstream.clone();
@@ -125,7 +126,7 @@ impl Poll<'_> {
 async fn apply_response(
     credential: &Credential,
     response: Result<FeaturesResponse, Error>,
-    documents: &mut TokenDocuments,
+    documents: &mut FetchedDocuments,
     removal_grace: Option<Duration>,
 ) -> Result<bool, PollError> {
     let FeaturesResponse { flags, prefers_streaming } = response.map_err(PollError::Upstream)?;

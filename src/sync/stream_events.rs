@@ -5,11 +5,11 @@
 
 use std::{mem, sync::Arc};
 
-use super::token_documents::FetchedDocument;
+use super::fetched_documents::FetchedDocument;
 use crate::protocol::{
     delta::{self, Change, EventId, ParseError},
     features::Document,
-    sse::Event,
+    sse::DecodedEvent,
 };
 
 /// Events with changes: the first event of a stream, and later ones.
@@ -60,11 +60,11 @@ pub(super) enum Error {
 pub(super) fn apply_events(
     known: Option<&Document>,
     continues: bool,
-    events: &[Event],
+    events: &[DecodedEvent],
     is_shared: bool,
 ) -> Result<StreamUpdate, Error> {
     let (mut update, mut received, mut event_id) =
-        (StreamUpdate::default(), None::<Vec<delta::Event>>, None);
+        (StreamUpdate::default(), None::<Vec<delta::DeltaEvent>>, None);
     for event in events {
         match &*event.name {
             CONNECTED | UPDATED => {
@@ -129,12 +129,12 @@ mod tests {
         Document::parse(format!(r#"{{"features":[{text}]}}"#).as_bytes()).unwrap()
     }
 
-    fn event(name: &str, id: &str, data: &str) -> Event {
-        Event { name: name.to_owned(), id: id.to_owned(), data: data.to_owned() }
+    fn event(name: &str, id: &str, data: &str) -> DecodedEvent {
+        DecodedEvent { name: name.to_owned(), id: id.to_owned(), data: data.to_owned() }
     }
 
     /// An event with these changes, given as JSON without the type's `eventId`.
-    fn delta_event(name: &str, id: &str, changes: &str) -> Event {
+    fn delta_event(name: &str, id: &str, changes: &str) -> DecodedEvent {
         let text = changes.replace(r#"{"type""#, &format!(r#"{{"eventId":{id},"type""#));
         event(name, id, &format!(r#"{{"events":[{text}]}}"#))
     }
@@ -154,7 +154,7 @@ mod tests {
     fn assert_applied(
         known: Option<&str>,
         continues: bool,
-        events: &[Event],
+        events: &[DecodedEvent],
         expect: (Option<EventId>, Option<&[&str]>),
     ) {
         let known = known.map(document);
@@ -235,12 +235,12 @@ mod tests {
 
     #[test]
     fn intermediate_states_are_split_by_event_id() {
-        let changed = |events: &[Event], is_shared| {
+        let changed = |events: &[DecodedEvent], is_shared| {
             let known = document(A);
             let update = apply_events(Some(&known), true, events, is_shared).unwrap();
             update.applied.unwrap().changed.unwrap()
         };
-        let states = |events: &[Event]| changed(events, true).intermediate_states;
+        let states = |events: &[DecodedEvent]| changed(events, true).intermediate_states;
         let state = |flags: &str| PartHashes::from_document(&document(flags));
         let flag = |id: usize| format!(r#"{{"name":"f{id}"}}"#);
         let add = |id: usize| {

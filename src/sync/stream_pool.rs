@@ -10,7 +10,7 @@ use metrics::{counter, describe_counter};
 
 use super::reconnect::{CloseReason, StreamUnavailable};
 use crate::{
-    protocol::{delta::EventId, sse::Event},
+    protocol::{delta::EventId, sse::DecodedEvent},
     telemetry::error_chain,
     token::{Token, TokenDigest},
     upstream::{Error, Upstream, UpstreamEventStream},
@@ -19,7 +19,7 @@ use crate::{
 const STREAMS_ENDED: &str = "parapet_upstream_streams_ended_total";
 
 /// Describes the metrics of this module.
-pub(super) fn describe() {
+pub(super) fn describe_metrics() {
     describe_counter!(STREAMS_ENDED, "Upstream streams that ended, by reason.");
 }
 
@@ -31,7 +31,7 @@ pub(super) enum StreamEvent {
     /// The stream could not be opened; with the error's text if there was one.
     Unavailable(StreamUnavailable, Option<String>),
     /// Data arrived, with these complete events; none if it was a comment.
-    Received(Vec<Event>),
+    Received(Vec<DecodedEvent>),
     /// The stream has ended; with the error's text if there was one.
     Closed(CloseReason, Option<String>),
 }

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use super::{
     document_parts::{DocumentPart, EMPTY_STATE, PartHashes},
-    part_history::{PartHistory, TokenStatus, TrackedToken},
+    part_precedence::{PartPrecedence, TokenStatus, TrackedToken},
 };
 use crate::{
     protocol::features::PreviousRun,
@@ -26,7 +26,7 @@ use crate::{
 /// Which token leads in which document part.
 #[derive(Debug, Default)]
 pub(super) struct TokenPrecedence {
-    parts: HashMap<DocumentPart, PartHistory>,
+    parts: HashMap<DocumentPart, PartPrecedence>,
     tokens: HashMap<TokenDigest, TrackedToken>,
 }
 
@@ -71,7 +71,7 @@ impl TokenPrecedence {
                     let DocumentPart::Project(project) = part else { return false };
                     tracked.projects.contains(project) && (*other != token || !is_new)
                 };
-                PartHistory::new(token, tokens.iter().filter(sees).map(|it| it.0), now)
+                PartPrecedence::new(token, tokens.iter().filter(sees).map(|it| it.0), now)
             });
             history.observe(token, *state, now, tokens);
         }

@@ -16,7 +16,7 @@ use super::{
     admin_token::AdminToken,
     error::Error,
     event_stream::UpstreamEventStream,
-    health::Health,
+    health::UpstreamHealth,
     http_client::Config,
     request_metrics::{self, RequestOutcome, UpstreamOperation},
     transport::{
@@ -98,7 +98,7 @@ impl Upstream {
     }
 
     /// The health of upstream as seen by this client.
-    pub fn health(&self) -> Health {
+    pub fn health(&self) -> UpstreamHealth {
         self.0.health_tracker.health()
     }
 

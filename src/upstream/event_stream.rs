@@ -10,7 +10,7 @@ use reqwest::Response;
 use tokio::time::{Instant, timeout_at};
 
 use super::{error::Error, health::HealthTracker};
-use crate::protocol::sse::{Decoder, Event, EventTooLong};
+use crate::protocol::sse::{DecodedEvent, Decoder, EventTooLong};
 
 /// A stream without data for this long is dead: servers send a comment every 30 s.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
@@ -47,7 +47,7 @@ impl UpstreamEventStream {
     ///
     /// # Errors
     /// If the stream breaks, an event is too large, or no data arrives for 90 s. The stream then ends.
-    pub async fn next_events(&mut self) -> Result<Option<Vec<Event>>, Error> {
+    pub async fn next_events(&mut self) -> Result<Option<Vec<DecodedEvent>>, Error> {
         if let Some(end) = self.pending_end.take() {
             return end.map(|()| None);
         }

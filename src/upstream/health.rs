@@ -14,13 +14,13 @@ use crate::telemetry::{self, LogLimiter};
 const STREAMS: &str = "parapet_upstream_streams";
 
 /// Describes the metrics of this module.
-pub(super) fn describe() {
+pub(super) fn describe_metrics() {
     describe_gauge!(STREAMS, "Open event streams from upstream.");
 }
 
 /// The health of upstream, as seen by this instance.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct Health {
+pub struct UpstreamHealth {
     /// When a request last succeeded.
     pub last_success: Option<Timestamp>,
     /// When a request last failed, with its error.
@@ -34,7 +34,7 @@ pub struct Health {
 /// Tracks [`Health`] from the results of requests.
 #[derive(Debug, Default)]
 pub(super) struct HealthTracker {
-    health: Mutex<Health>,
+    health: Mutex<UpstreamHealth>,
     outage: Mutex<Outage>,
 }
 
@@ -104,11 +104,11 @@ impl HealthTracker {
     }
 
     /// The current health.
-    pub(super) fn health(&self) -> Health {
+    pub(super) fn health(&self) -> UpstreamHealth {
         self.lock().clone()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Health> {
+    fn lock(&self) -> MutexGuard<'_, UpstreamHealth> {
         lock(&self.health)
     }
 }

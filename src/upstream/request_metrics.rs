@@ -112,7 +112,7 @@ impl RequestOutcome {
 }
 
 /// Describes the metrics of this module.
-pub(super) fn describe() {
+pub(super) fn describe_metrics() {
     describe_counter!(REQUESTS, "Requests to upstream by purpose and outcome.");
     describe_histogram!(DURATION, Unit::Seconds, "Duration of requests to upstream by purpose.");
 }

@@ -55,8 +55,8 @@ impl Transport {
         if !matches!(config.url.scheme(), "http" | "https") {
             return Err(Error::InvalidScheme);
         }
-        health::describe();
-        request_metrics::describe();
+        health::describe_metrics();
+        request_metrics::describe_metrics();
         let http_client = http_client::build(&config)?;
         let Config { url, token_header, request_timeout, .. } = config;
         let health_tracker = Arc::default();

@@ -16,7 +16,7 @@ use tracing::{debug, info, warn};
 
 use super::{
     client::{TokenAccess, Upstream},
-    credentials::Credentials,
+    environment_tokens::EnvironmentTokens,
     error::{Error, Retry},
 };
 use crate::{
@@ -32,7 +32,7 @@ const WARN_INTERVAL: Duration = Duration::from_mins(5);
 #[derive(Debug)]
 pub struct UpstreamUsageSink {
     upstream: Upstream,
-    credentials: Credentials,
+    credentials: EnvironmentTokens,
     failures: FailureLog,
 }
 
@@ -87,7 +87,7 @@ impl UsageSink for UpstreamUsageSink {
 
 impl UpstreamUsageSink {
     /// Sends usage with the tokens of `credentials`.
-    pub fn new(upstream: Upstream, credentials: Credentials) -> Self {
+    pub fn new(upstream: Upstream, credentials: EnvironmentTokens) -> Self {
         Self { upstream, credentials, failures: FailureLog::default() }
     }
 
@@ -197,7 +197,7 @@ mod tests {
     use super::*;
     use crate::{
         token::{Grant, Projects, Scope},
-        upstream::scripted::{ReceivedRequest, ScriptedServer},
+        upstream::scripted_server::{ReceivedRequest, ScriptedServer},
         usage::BatchId,
     };
 
@@ -222,8 +222,8 @@ mod tests {
         .await
     }
 
-    fn credentials(tokens: &[&str]) -> Credentials {
-        let credentials = Credentials::without_admin();
+    fn credentials(tokens: &[&str]) -> EnvironmentTokens {
+        let credentials = EnvironmentTokens::without_admin();
         for text in tokens {
             let token = Token::parse(text).unwrap();
             let projects = token.projects().unwrap_or(Projects::All);

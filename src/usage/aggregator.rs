@@ -31,7 +31,7 @@ use super::{
     counters::{Counter, CounterKey, Hour, MERGED_NAME, NameStatus},
     impact_metrics::ImpactSeries,
     instances::{Applications, InstanceKey, Registration},
-    memory_pool::{MemoryPool, Quota},
+    quota_pool::{Quota, QuotaPool},
 };
 use crate::{
     protocol::usage::{ClientApplication, ImpactMetric},
@@ -55,13 +55,13 @@ pub(super) struct Aggregator {
     /// The weight of the counters.
     total_weight: AtomicUsize,
     /// Weight of counters, recorded here and queued for upstream.
-    counter_pool: MemoryPool,
+    counter_pool: QuotaPool,
     /// The same for counters and variants with unknown names.
-    unknown_pool: MemoryPool,
+    unknown_pool: QuotaPool,
     /// Bytes of samples, recorded here and queued for upstream.
-    sample_pool: MemoryPool,
+    sample_pool: QuotaPool,
     /// Bytes of registrations, recorded here and queued for upstream.
-    registration_pool: MemoryPool,
+    registration_pool: QuotaPool,
 }
 
 /// The dimensions that are counted separately.
@@ -95,11 +95,11 @@ struct TokenQuotas<'a> {
 }
 
 impl TokenQuotas<'_> {
-    fn counters(self) -> Quota {
+    fn counter_quota(self) -> Quota {
         self.aggregator.counter_pool.quota_of(self.token)
     }
 
-    fn unknown(self) -> Quota {
+    fn unknown_names_quota(self) -> Quota {
         self.aggregator.unknown_pool.quota_of(self.token)
     }
 }
@@ -119,10 +119,10 @@ impl Aggregator {
             impact: DashMap::new(),
             applications: Applications::default(),
             total_weight: AtomicUsize::new(0),
-            counter_pool: MemoryPool::new(max_counters),
-            unknown_pool: MemoryPool::new(max_counters / UNKNOWN_DIVISOR),
-            sample_pool: MemoryPool::new(SAMPLE_POOL_BYTES),
-            registration_pool: MemoryPool::new(REGISTRATION_POOL_BYTES),
+            counter_pool: QuotaPool::new(max_counters),
+            unknown_pool: QuotaPool::new(max_counters / UNKNOWN_DIVISOR),
+            sample_pool: QuotaPool::new(SAMPLE_POOL_BYTES),
+            registration_pool: QuotaPool::new(REGISTRATION_POOL_BYTES),
         }
     }
 
@@ -260,7 +260,7 @@ impl Aggregator {
         if *name_status == NameStatus::Known && !counter.has_unknown_variants() {
             return true;
         }
-        let quota = shares.unknown();
+        let quota = shares.unknown_names_quota();
         let present = self.counters.get(&(environment.clone(), key.clone()));
         if *name_status == NameStatus::Unknown && present.is_none() {
             let Some(reservation) = quota.try_reserve(counter.base_weight(key)) else {
@@ -287,7 +287,7 @@ impl Aggregator {
         };
         let weight = counter.base_weight(&place.key().1);
         if name_status == NameStatus::Known {
-            let Some(reservation) = shares.counters().try_reserve(weight) else {
+            let Some(reservation) = shares.counter_quota().try_reserve(weight) else {
                 // The lock ends here: the other counter may be in the same shard.
                 let key = place.into_key();
                 return self.add_merged_counter(key, counter, shares, now);
@@ -295,7 +295,7 @@ impl Aggregator {
             counter.set_reservation(reservation);
         } else if !counter.has_reservation() {
             // A merged counter, or one that existed when its report was checked and was drained since.
-            counter.set_reservation(shares.unknown().reserve_unchecked(weight));
+            counter.set_reservation(shares.unknown_names_quota().reserve_unchecked(weight));
         }
         self.insert_counter(place, counter, shares);
         0
@@ -314,7 +314,7 @@ impl Aggregator {
         match self.counters.entry((environment, key)) {
             Entry::Occupied(mut present) => self.merge_counter(present.get_mut(), counter, shares),
             Entry::Vacant(place) => {
-                counter.set_reservation(shares.counters().reserve_unchecked(weight));
+                counter.set_reservation(shares.counter_quota().reserve_unchecked(weight));
                 self.insert_counter(place, counter, shares);
                 0
             }
@@ -331,7 +331,7 @@ impl Aggregator {
         let lost = present.add(counter);
         let new = present.distinct_variant_count() - before;
         if new > 0 {
-            present.reserve_variants(&shares.counters(), &shares.unknown());
+            present.reserve_variants(&shares.counter_quota(), &shares.unknown_names_quota());
             self.total_weight.fetch_add(new, Ordering::Relaxed);
         }
         lost
@@ -343,7 +343,7 @@ impl Aggregator {
         mut counter: Counter,
         shares: TokenQuotas<'_>,
     ) {
-        counter.reserve_variants(&shares.counters(), &shares.unknown());
+        counter.reserve_variants(&shares.counter_quota(), &shares.unknown_names_quota());
         self.total_weight.fetch_add(counter.weight(&place.key().1), Ordering::Relaxed);
         place.insert(counter);
     }

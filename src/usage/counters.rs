@@ -19,7 +19,7 @@ use std::{
 
 use jiff::Timestamp;
 
-use super::memory_pool::{Quota, Reservation};
+use super::quota_pool::{Quota, Reservation};
 use crate::protocol::usage::{BulkMetric, MAX_INTEGER, SdkMetadata, ToggleStats};
 
 /// The longest accepted name, in bytes. Upstream's limit is 255 characters, but its index over four

@@ -21,7 +21,7 @@ use xxhash_rust::xxh3::Xxh3Default;
 
 use super::{
     batch::{Item, ItemKind, to_raw_json},
-    memory_pool::{Reservation, TEXT_OVERHEAD_BYTES},
+    quota_pool::{Reservation, TEXT_OVERHEAD_BYTES},
 };
 use crate::protocol::usage::{
     HistogramSample, ImpactMetric, Labels, MAX_INTEGER, MAX_NUMBER, NumericSample, Samples,

@@ -21,7 +21,7 @@ use serde_json::Value;
 
 use super::{
     counters::MAX_NAME_BYTES,
-    memory_pool::{MemoryPool, Quota, Reservation, TEXT_OVERHEAD_BYTES},
+    quota_pool::{Quota, QuotaPool, Reservation, TEXT_OVERHEAD_BYTES},
     usage_metrics,
 };
 use crate::{
@@ -268,7 +268,7 @@ fn json_memory_size(value: &Value) -> usize {
 #[derive(Debug)]
 pub(super) struct DownstreamEdges {
     by_key: Mutex<BTreeMap<EdgeKey, TrackedEdge>>,
-    pool: MemoryPool,
+    pool: QuotaPool,
 }
 
 /// The name that an edge chose, and its token.
@@ -284,7 +284,7 @@ struct TrackedEdge {
 
 impl DownstreamEdges {
     pub(super) fn new() -> Self {
-        Self { by_key: Mutex::default(), pool: MemoryPool::new(EDGE_POOL_BYTES) }
+        Self { by_key: Mutex::default(), pool: QuotaPool::new(EDGE_POOL_BYTES) }
     }
 
     /// Stores the report of an edge. False, and the previous report is kept, if it would exceed the

@@ -17,7 +17,7 @@ use super::{
     delivery_queue::EnvironmentQueue,
     impact_metrics::AppMetric,
     instances::Registration,
-    memory_pool::{Quota, Reservation},
+    quota_pool::{Quota, Reservation},
 };
 use crate::{
     protocol::usage::{BulkMetric, ClientApplication, ImpactMetric, Samples},
@@ -234,11 +234,11 @@ mod tests {
     use super::*;
     use crate::usage::{
         batch::{Item, ItemKind},
-        memory_pool::MemoryPool,
+        quota_pool::QuotaPool,
     };
 
     fn decode(bytes: &[u8]) -> Result<Restored, RestoreError> {
-        super::decode(bytes, &MemoryPool::new(0).unowned_quota())
+        super::decode(bytes, &QuotaPool::new(0).unowned_quota())
     }
 
     /// Written by version 1; must never change.

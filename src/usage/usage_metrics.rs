@@ -65,7 +65,7 @@ impl DropReason {
 }
 
 /// Registers the descriptions of the metrics.
-pub(super) fn describe() {
+pub(super) fn describe_metrics() {
     describe_counter!(REPORTS, "Usage reports, by endpoint.");
     describe_counter!(REFUSED, "Usage reports rejected (429) over quota, by endpoint.");
     describe_counter!(RECEIVED, "Flag evaluations that were reported.");

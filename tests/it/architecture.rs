@@ -49,7 +49,7 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
 const HTTP_LAYERS: [&[&str]; 10] = [
     &["client_address", "content_encoding", "conditional", "cors", "cpu_bound", "routes"],
     &["response"],
-    &["pipeline"],
+    &["authorizer"],
     &["failed_request_limiter"],
     &[
         "console",
@@ -69,7 +69,7 @@ const HTTP_LAYERS: [&[&str]; 10] = [
 
 /// The files below `http`, but outside `server` and `upstream`, that use hyper: entity tags are prepared
 /// as header values.
-const ENTITY_TAGS: [&str; 2] = ["evaluation/evaluate.rs", "snapshot/body.rs"];
+const ENTITY_TAGS: [&str; 2] = ["evaluation/evaluate.rs", "snapshot/prepared_body.rs"];
 
 /// A source file. `code` is its text without comments and unit tests.
 struct Source {

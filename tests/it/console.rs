@@ -1,8 +1,8 @@
 //! The console in a real browser, and real SDKs with the tokens that were created in it.
 
-mod driver;
-mod edges;
+mod browser;
+mod edge_console;
 mod flags;
-mod pages;
-mod sessions;
+mod keyboard_and_layout;
+mod permissions_and_sessions;
 mod tokens;

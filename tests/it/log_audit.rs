@@ -335,8 +335,8 @@ const COMMON: &[ExpectedLine] = &[
 /// Lines of a standalone.
 const STANDALONE: &[ExpectedLine] = &[
     // The first start creates an account, and a file with secrets.
-    expected_line("INFO", "app::initial_credentials", &["username", "console"], 1),
-    expected_line("WARN", "app::initial_credentials", &["file"], 1),
+    expected_line("INFO", "app::first_start_announcement", &["username", "console"], 1),
+    expected_line("WARN", "app::first_start_announcement", &["file"], 1),
     // The database: one fault has several effects, each with a line.
     expected_line("WARN", "control_plane::maintenance", &["error"], DATABASE_FAULTS * 2),
     expected_line("INFO", "control_plane::maintenance", &["away_for"], DATABASE_FAULTS),
@@ -379,7 +379,7 @@ const EDGE: &[ExpectedLine] = &[
     expected_line("INFO", "upstream::usage_sink", &["environment"], ALL_FAULTS),
     expected_line("WARN", "usage::", &["grace"], 1),
     // Upstream rejects every token, including the admin token, and accepts that again.
-    expected_line("WARN", "upstream::credentials", &[], 8),
+    expected_line("WARN", "upstream::environment_tokens", &[], 8),
     expected_line("WARN", "upstream::admin_token", &["token"], 2),
     expected_line("INFO", "upstream::admin_token", &["token"], 4),
 ];

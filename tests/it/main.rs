@@ -69,7 +69,7 @@ mod reload;
 #[allow(dead_code, unused_imports, reason = "a toolkit: each test uses parts of it")]
 mod rig;
 /// Tokens never appear in errors, logs, files or pages.
-mod secrecy;
+mod secret_leaks;
 /// A standalone server.
 mod standalone;
 /// TLS on the listeners and towards upstream.

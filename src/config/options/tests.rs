@@ -136,7 +136,7 @@ fn every_variable_of_unleash_edge_takes_effect_or_warns_or_is_rejected() {
             Compatibility::Ignored => {
                 let messages = config(EDGE, &[(name, text)]).warnings;
                 assert!(
-                    messages.contains(&format!("{name} has no effect: {}", key.help())),
+                    messages.contains(&format!("{name} has no effect: {}", key.help_text())),
                     "{messages:?}"
                 );
             }
@@ -144,7 +144,7 @@ fn every_variable_of_unleash_edge_takes_effect_or_warns_or_is_rejected() {
                 let messages = errors(EDGE, &[(name, text)]);
                 assert_eq!(
                     messages,
-                    [format!("{name}: is not supported by Parapet; {}", key.help())]
+                    [format!("{name}: is not supported by Parapet; {}", key.help_text())]
                 );
             }
         }
@@ -205,7 +205,7 @@ fn sample(comment: &str) -> String {
             One | Switch => vec![key.default.unwrap_or_default().to_owned()],
         };
         let (name, value) = (key.toml_name(), raw::to_toml_value(key, &default));
-        writeln!(text, "\n# {}.\n{comment}{name} = {value}", key.help()).unwrap();
+        writeln!(text, "\n# {}.\n{comment}{name} = {value}", key.help_text()).unwrap();
     }
     text
 }

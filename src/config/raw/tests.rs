@@ -61,7 +61,7 @@ fn every_secret_may_be_in_a_file() {
         let in_environment = config(line, &[(&variable, value)]);
         let variable = format!("{variable}_FILE");
         let in_file = config(line, &[(&variable, &path)]);
-        let changed = in_file.effective_settings.changed_since(&in_environment.effective_settings);
+        let changed = in_file.settings_digests.changed_since(&in_environment.settings_digests);
         assert_eq!(changed, Vec::<&str>::new(), "{variable}");
         config(&format!("{line} --{}-file {path}", secret.name), &[]);
         let text = format!("{}_file = {path:?}", secret.toml_name());
@@ -172,10 +172,10 @@ fn file_variable_of_non_secret_option_is_an_error() {
 
 #[test]
 fn changed_options_are_listed_by_name() {
-    let before = config(&format!("{EDGE} --tokens {TOKEN} --port 0"), &[]).effective_settings;
-    let same = config(EDGE, &[("TOKENS", TOKEN), ("PORT", "0")]).effective_settings;
+    let before = config(&format!("{EDGE} --tokens {TOKEN} --port 0"), &[]).settings_digests;
+    let same = config(EDGE, &[("TOKENS", TOKEN), ("PORT", "0")]).settings_digests;
     assert!(same.changed_since(&before).is_empty(), "a generated name is no change");
-    let after = config(EDGE, &[("LOG_FORMAT", "json")]).effective_settings;
+    let after = config(EDGE, &[("LOG_FORMAT", "json")]).settings_digests;
     let mut changed = after.changed_since(&before);
     changed.sort_unstable();
     assert_eq!(changed, ["log-format", "port", "tokens"]);

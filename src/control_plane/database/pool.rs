@@ -18,8 +18,8 @@ use tokio::{
 
 use super::{
     super::{
+        database_metrics::{ConnectionCount, DatabaseMetrics, DatabaseOperation},
         error::Error,
-        health::{ConnectionCount, DatabaseOperation, Health},
     },
     connection::{Connection, State},
     postgres_servers::PostgresServers,
@@ -45,7 +45,7 @@ struct Inner {
     backend: Backend,
     permits: Arc<Semaphore>,
     idle: Mutex<Vec<Connection>>,
-    health: Health,
+    health: DatabaseMetrics,
 }
 
 /// The database that connections are opened to.
@@ -56,7 +56,7 @@ pub(super) enum Backend {
 }
 
 impl Pool {
-    pub(super) fn new(backend: Backend, health: Health) -> Self {
+    pub(super) fn new(backend: Backend, health: DatabaseMetrics) -> Self {
         let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         Self(Arc::new(Inner { backend, permits, idle: Mutex::default(), health }))
     }
@@ -65,7 +65,7 @@ impl Pool {
         &self.0.backend
     }
 
-    pub(super) fn health(&self) -> &Health {
+    pub(super) fn health(&self) -> &DatabaseMetrics {
         &self.0.health
     }
 

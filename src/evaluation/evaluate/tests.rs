@@ -101,7 +101,7 @@ fn check(snapshot: &ServedSnapshot, step: &Step) -> Result<(), TestCaseError> {
         prop_assert_eq!(flags.etag(), &etag);
         let body = flags.body();
         prop_assert_eq!(
-            &body.get_or_encode(crate::snapshot::body::ContentCoding::Identity).bytes,
+            &body.get_or_encode(crate::snapshot::prepared_body::ContentCoding::Identity).bytes,
             &text
         );
         prop_assert_eq!(body.etag(), &etag);
@@ -240,7 +240,7 @@ fn result_is_valid_until_the_next_date_and_again_when_the_clock_is_set_back() {
         assert_eq!(is_cached(&flags), cached, "{seconds}");
         let text = flags
             .body()
-            .get_or_encode(crate::snapshot::body::ContentCoding::Identity)
+            .get_or_encode(crate::snapshot::prepared_body::ContentCoding::Identity)
             .bytes
             .clone();
         assert_eq!(text != r#"{"toggles":[]}"#, on, "{seconds}");

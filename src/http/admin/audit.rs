@@ -2,7 +2,7 @@
 
 use super::request::QueryParams;
 use crate::{
-    control_plane::{ControlPlane, Event, EventKind, EventQuery, Operator},
+    control_plane::{AuditEvent, ControlPlane, EventKind, EventQuery, Operator},
     http::response::{self, HttpError, HttpResponse},
     protocol::admin::{self as wire, FieldErrors, Rfc3339Millis},
 };
@@ -22,9 +22,9 @@ pub(super) async fn list_events(
     }
     let query = EventQuery {
         kinds: kinds.unwrap_or_default(),
-        created_by: query.text(&mut problems, "createdBy"),
-        environment: query.text(&mut problems, "environment"),
-        project: query.text(&mut problems, "project"),
+        created_by: query.first_text(&mut problems, "createdBy"),
+        environment: query.first_text(&mut problems, "environment"),
+        project: query.first_text(&mut problems, "project"),
         since: query.timestamp(&mut problems, "from"),
         until: query.timestamp(&mut problems, "to"),
         before: query.number(&mut problems, "before", 1, u32::MAX).map(i64::from),
@@ -39,7 +39,7 @@ pub(super) async fn list_events(
     Ok(response::json_document(&wire::Events { version: 1, events, total_events: page.total }))
 }
 
-fn event_json(event: Event) -> wire::Event {
+fn event_json(event: AuditEvent) -> wire::Event {
     wire::Event {
         id: event.id,
         r#type: event.kind,

@@ -97,7 +97,8 @@ impl FlagCatalogue {
 
     /// Lists the flags of an environment.
     pub(super) fn list_flags(&self, environment: &str) -> Result<HttpResponse, HttpError> {
-        let flags = self.snapshot(environment)?.document().features().iter().map(flag_summary);
+        let flags =
+            self.find_environment(environment)?.document().features().iter().map(flag_summary);
         let environment = environment.to_owned();
         Ok(response::json_document(&wire::Flags { environment, flags: flags.collect() }))
     }
@@ -108,7 +109,7 @@ impl FlagCatalogue {
         environment: &str,
         name: &str,
     ) -> Result<HttpResponse, HttpError> {
-        let document = self.snapshot(environment)?.document();
+        let document = self.find_environment(environment)?.document();
         let feature = document
             .feature(name)
             .ok_or_else(|| HttpError::ResourceNotFound("there is no such flag".to_owned()))?;
@@ -121,7 +122,7 @@ impl FlagCatalogue {
         }))
     }
 
-    fn snapshot(&self, environment: &str) -> Result<&ServedSnapshot, HttpError> {
+    fn find_environment(&self, environment: &str) -> Result<&ServedSnapshot, HttpError> {
         let missing = || HttpError::ResourceNotFound("there is no such environment".to_owned());
         self.0.get(environment).map(|snapshot| &**snapshot).ok_or_else(missing)
     }

@@ -11,7 +11,7 @@ use crate::{
     http::response::HttpError,
     protocol::{
         admin::{FieldErrors, SecretString},
-        timestamp,
+        rfc3339,
     },
 };
 
@@ -85,14 +85,18 @@ impl<'a> QueryParams<'a> {
     }
 
     /// The first value of a parameter.
-    pub(super) fn text(&self, problems: &mut FieldErrors, name: &'static str) -> Option<String> {
+    pub(super) fn first_text(
+        &self,
+        problems: &mut FieldErrors,
+        name: &'static str,
+    ) -> Option<String> {
         self.texts(problems, name).into_iter().next()
     }
 
     /// The first value of a required parameter.
     pub(super) fn required(&self, name: &'static str) -> Result<String, HttpError> {
         let mut problems = FieldErrors::default();
-        let value = self.text(&mut problems, name);
+        let value = self.first_text(&mut problems, name);
         if value.is_none() {
             problems.add(name, "is missing from the query");
         }
@@ -105,7 +109,7 @@ impl<'a> QueryParams<'a> {
         problems: &mut FieldErrors,
         name: &'static str,
     ) -> Option<Timestamp> {
-        let time = timestamp::parse(&self.text(problems, name)?);
+        let time = rfc3339::parse(&self.first_text(problems, name)?);
         if time.is_none() {
             problems.add(name, "must be a time, as in 2027-01-31T12:00:00Z");
         }
@@ -120,7 +124,7 @@ impl<'a> QueryParams<'a> {
         least: u32,
         most: u32,
     ) -> Option<u32> {
-        let number = self.text(problems, name)?.parse().ok();
+        let number = self.first_text(problems, name)?.parse().ok();
         let number = number.filter(|number| (least..=most).contains(number));
         if number.is_none() {
             problems.add(name, format!("must be a number from {least} to {most}"));

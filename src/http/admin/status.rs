@@ -13,7 +13,7 @@ use crate::{
     control_plane::{ConnectionCount, DatabaseStatus},
     http::health::HealthEndpoints,
     served::{ServedSnapshot, Snapshots},
-    snapshot::{Filter, SegmentFormat, body::ContentCoding},
+    snapshot::{Filter, SegmentFormat, prepared_body::ContentCoding},
     tls,
     token::{Grant, Projects, Scope, TokenKind},
     upstream::{AdminToken, Upstream},

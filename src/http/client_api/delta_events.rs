@@ -114,7 +114,7 @@ mod tests {
         let mut last = None;
         while let Some(chunk) = changes.next_event() {
             let mut decoder = Decoder::new(1 << 20);
-            let take = |event: sse::Event| {
+            let take = |event: sse::DecodedEvent| {
                 let events = delta::parse(event.data.as_bytes()).unwrap();
                 *has = apply(has, events.iter().map(|event| &event.change));
             };

@@ -52,7 +52,7 @@ impl EventSource for FlagEvents {
         Some(SseChunk { bytes, kind })
     }
 
-    fn next_deadline(&self) -> Option<Instant> {
+    fn next_reevaluation_at(&self) -> Option<Instant> {
         self.date_trigger.deadline()
     }
 

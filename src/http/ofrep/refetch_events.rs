@@ -71,7 +71,7 @@ impl EventSource for RefetchEvents {
         Some(SseChunk { bytes: Bytes::from(text), kind })
     }
 
-    fn next_deadline(&self) -> Option<Instant> {
+    fn next_reevaluation_at(&self) -> Option<Instant> {
         self.date_trigger.deadline()
     }
 

@@ -17,7 +17,7 @@ pub trait EventSource: Send + 'static {
     }
 
     /// When there may be an event although the flags have not changed.
-    fn next_deadline(&self) -> Option<Instant> {
+    fn next_reevaluation_at(&self) -> Option<Instant> {
         None
     }
 }

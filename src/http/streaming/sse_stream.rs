@@ -131,7 +131,10 @@ impl<T: EventSource> Stream for SseStream<T> {
                         Poll::Pending => {}
                     }
                     let due = (*this.keep_alive_at).min(*this.expires_at);
-                    let due = this.source.next_deadline().map_or(due, |deadline| deadline.min(due));
+                    let due = this
+                        .source
+                        .next_reevaluation_at()
+                        .map_or(due, |deadline| deadline.min(due));
                     if due < this.timer.deadline() || this.timer.is_elapsed() {
                         this.timer.as_mut().reset(due);
                     }

@@ -12,7 +12,7 @@ use serde_json::Value;
 use zeroize::Zeroizing;
 
 use super::field::{BlankAsNull, Field, FieldType};
-use crate::protocol::timestamp;
+use crate::protocol::rfc3339;
 
 /// The maximum length of the name of a token or account, in characters.
 const MAX_NAME_CHARS: usize = 255;
@@ -221,7 +221,7 @@ impl FieldType for Rfc3339 {
     fn from_json(value: &Value) -> Result<Self, String> {
         value
             .as_str()
-            .and_then(timestamp::parse)
+            .and_then(rfc3339::parse)
             .map(Self)
             .ok_or_else(|| "must be a time, as in 2027-01-31T12:00:00Z".to_owned())
     }

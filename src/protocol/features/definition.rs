@@ -184,7 +184,7 @@ impl Parameters<'_> {
 }
 
 impl<'de: 'a, 'a> LenientValue<'de> for Parameters<'a> {
-    fn from_object<A: MapAccess<'de>>(mut object: A) -> Result<Lenient<Self>, A::Error> {
+    fn deserialize_object<A: MapAccess<'de>>(mut object: A) -> Result<Lenient<Self>, A::Error> {
         let mut parameters = Vec::with_capacity(4);
         while let Some((key, value)) = object.next_entry::<Lenient<Text<'a>>, _>()? {
             parameters.push((key.valid().unwrap_or_default(), value));
@@ -197,7 +197,7 @@ impl<'de: 'a, 'a> LenientValue<'de> for Parameters<'a> {
 macro_rules! impl_lenient_objects {
     ($($object:ty),*) => {$(
         impl<'de: 'a, 'a> LenientValue<'de> for $object {
-            fn from_object<A: MapAccess<'de>>(object: A) -> Result<Lenient<Self>, A::Error> {
+            fn deserialize_object<A: MapAccess<'de>>(object: A) -> Result<Lenient<Self>, A::Error> {
                 Self::deserialize(MapAccessDeserializer::new(object)).map(Lenient::Valid)
             }
         }
@@ -214,7 +214,7 @@ impl_lenient_objects!(
 );
 
 impl<'de> LenientValue<'de> for Meta {
-    fn from_object<A: MapAccess<'de>>(object: A) -> Result<Lenient<Self>, A::Error> {
+    fn deserialize_object<A: MapAccess<'de>>(object: A) -> Result<Lenient<Self>, A::Error> {
         Self::deserialize(MapAccessDeserializer::new(object)).map(Lenient::Valid)
     }
 }

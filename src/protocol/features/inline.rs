@@ -24,16 +24,20 @@ pub(super) fn inline_segments<'s>(
         return text.to_owned();
     };
     let mut out = String::with_capacity(text.len() + 256);
-    write_object(&mut out, entries.iter().map(|&(key, value)| (key, value)), |out, key, value| {
-        if key == r#""strategies""#
-            && let Ok(strategies) = serde_json::from_str::<Vec<&RawValue>>(value)
-        {
-            let strategies = strategies.iter().map(|strategy| strategy.get());
-            write_list(out, strategies, |out, text| inline_strategy(out, text, &find));
-        } else {
-            out.push_str(value);
-        }
-    });
+    write_json_object(
+        &mut out,
+        entries.iter().map(|&(key, value)| (key, value)),
+        |out, key, value| {
+            if key == r#""strategies""#
+                && let Ok(strategies) = serde_json::from_str::<Vec<&RawValue>>(value)
+            {
+                let strategies = strategies.iter().map(|strategy| strategy.get());
+                write_json_array(out, strategies, |out, text| inline_strategy(out, text, &find));
+            } else {
+                out.push_str(value);
+            }
+        },
+    );
     out
 }
 
@@ -55,14 +59,14 @@ fn inline_strategy<'s>(out: &mut String, text: &str, find: &impl Fn(i64) -> Opti
         Err(_) => vec![NEVER_MATCHES],
     };
     if added.is_empty() {
-        return write_object(out, entries.into_iter(), |out, _, value| {
+        return write_json_object(out, entries.into_iter(), |out, _, value| {
             out.push_str(value);
         });
     }
     if !entries.iter().any(|(key, _)| *key == CONSTRAINTS) {
         entries.push((CONSTRAINTS, "[]"));
     }
-    write_object(out, entries.into_iter(), |out, key, value| {
+    write_json_object(out, entries.into_iter(), |out, key, value| {
         if key != CONSTRAINTS {
             return out.push_str(value);
         }
@@ -71,7 +75,7 @@ fn inline_strategy<'s>(out: &mut String, text: &str, find: &impl Fn(i64) -> Opti
             Err(_) => vec![NEVER_MATCHES],
         };
         let all = own.into_iter().chain(added.iter().copied());
-        write_list(out, all, String::push_str);
+        write_json_array(out, all, String::push_str);
     });
 }
 
@@ -94,7 +98,7 @@ fn segment_constraints<'s>(
     }
 }
 
-fn write_object<'t>(
+fn write_json_object<'t>(
     out: &mut String,
     entries: impl Iterator<Item = (&'t str, &'t str)>,
     mut write: impl FnMut(&mut String, &'t str, &'t str),
@@ -111,7 +115,7 @@ fn write_object<'t>(
     out.push('}');
 }
 
-fn write_list<'t>(
+fn write_json_array<'t>(
     out: &mut String,
     items: impl Iterator<Item = &'t str>,
     mut write: impl FnMut(&mut String, &'t str),

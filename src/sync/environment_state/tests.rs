@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::{
-    sync::{merge::merge, token_documents::FetchedDocument},
+    sync::{fetched_documents::FetchedDocument, merge::merge},
     token::{Environment, Scope},
 };
 

@@ -26,7 +26,7 @@ use crate::{
     store::MemoryStore,
     sync::reconnect::UpstreamMode,
     token::{Grant, Projects, Token, TokenKind},
-    upstream::scripted::config,
+    upstream::scripted_server::config,
 };
 
 const TIMEOUT: Duration = Duration::from_mins(2);
@@ -82,7 +82,8 @@ impl Fixture {
                 tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
             }
         });
-        let (environment, credentials) = (Environment::new("dev"), Credentials::without_admin());
+        let (environment, credentials) =
+            (Environment::new("dev"), EnvironmentTokens::without_admin());
         for (token, project) in [(ONE, "p1"), (TWO, "p2")] {
             let scope = Scope {
                 environment: environment.clone(),

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::*;
 use crate::{
     protocol::features::Document,
-    sync::part_history::{MAX_STATES, ORDER_TIMEOUT},
+    sync::part_precedence::{MAX_STATES, ORDER_TIMEOUT},
     token::Token,
 };
 

@@ -10,7 +10,7 @@ use crate::{
     telemetry::error_chain,
     upstream::{
         error::{Fault, Retry},
-        scripted::{ScriptedReply, ScriptedServer, config},
+        scripted_server::{ScriptedReply, ScriptedServer, config},
     },
 };
 

@@ -9,7 +9,7 @@ use crate::{
     usage::{
         counters::{Counter, CounterKey, Hour, MAX_NAME_BYTES, MAX_VARIANTS, NameStatus},
         instances::Registration,
-        memory_pool::{MemoryPool, Quota, Reservation},
+        quota_pool::{Quota, QuotaPool, Reservation},
         spool,
     },
 };
@@ -46,7 +46,7 @@ fn registration(application: ClientApplication) -> Arc<Registration> {
 }
 
 fn uncharged() -> Quota {
-    MemoryPool::new(0).unowned_quota()
+    QuotaPool::new(0).unowned_quota()
 }
 
 fn metrics(body: &[u8]) -> Vec<BulkMetric> {

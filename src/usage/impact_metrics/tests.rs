@@ -1,7 +1,7 @@
 //! Tests of merging samples, of their limits by size, and of restored gauges.
 
 use super::*;
-use crate::{token::TokenDigest, usage::memory_pool::MemoryPool};
+use crate::{token::TokenDigest, usage::quota_pool::QuotaPool};
 
 fn metric(kind: &str, samples: &str) -> ImpactMetric {
     let json = format!(r#"{{"name":"n","help":"h","type":"{kind}","samples":{samples}}}"#);
@@ -53,7 +53,7 @@ fn counters_and_histograms_are_summed_and_gauges_keep_the_last_value() {
 
 #[test]
 fn samples_are_bounded_by_their_size_in_bytes() {
-    let quota = MemoryPool::new(50_000).quota_of(&TokenDigest::of("token"));
+    let quota = QuotaPool::new(50_000).quota_of(&TokenDigest::of("token"));
     let reserve = |bytes| quota.try_reserve(bytes);
     let record = |series: &mut ImpactSeries, kind: &str, samples: &[String]| {
         let metric = metric(kind, &format!("[{}]", samples.join(",")));
@@ -87,7 +87,7 @@ fn samples_are_bounded_by_their_size_in_bytes() {
 
 #[test]
 fn longer_help_is_dropped_if_it_exceeds_the_quota() {
-    let quota = MemoryPool::new(2000).quota_of(&TokenDigest::of("token"));
+    let quota = QuotaPool::new(2000).quota_of(&TokenDigest::of("token"));
     let mut series = ImpactSeries::default();
     let mut helped_by = |length: usize| {
         let metric = ImpactMetric { help: "h".repeat(length).into(), ..metric("gauge", ONE) };

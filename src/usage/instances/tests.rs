@@ -3,7 +3,7 @@
 use super::*;
 
 fn quota(capacity: usize) -> Quota {
-    MemoryPool::new(capacity).quota_of(&TokenDigest::of("token"))
+    QuotaPool::new(capacity).quota_of(&TokenDigest::of("token"))
 }
 
 fn take_due_applications(applications: &Applications, now: Instant) -> Vec<ClientApplication> {

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::driver::{Console, OWNER, PASSWORD, standalone, standalone_with, text_of};
+use super::browser::{Console, OWNER, PASSWORD, standalone, standalone_with, text_of};
 
 #[tokio::test]
 async fn flag_is_described_and_explained_for_a_user() {

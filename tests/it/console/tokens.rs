@@ -10,7 +10,7 @@ use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::process::Command;
 use tokio::task::JoinSet;
 
-use super::driver::{Console, OWNER, PAGES, PASSWORD, generate_traffic, standalone, text_of};
+use super::browser::{Console, OWNER, PAGES, PASSWORD, generate_traffic, standalone, text_of};
 use crate::rig::{Sdk, secret_leak_check, tests_dir, wait_until};
 
 #[tokio::test]

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use parapet::control_plane::{
-    Actor, Config, ControlPlane, Event, EventKind, EventQuery, NewAccount, NewToken, Operator,
+    Actor, AuditEvent, Config, ControlPlane, EventKind, EventQuery, NewAccount, NewToken, Operator,
     RegistryBootstrap, RootRole, SignInAttempt,
 };
 use parapet::protocol::features::Document;
@@ -456,7 +456,7 @@ async fn page_of_long_event_log_is_as_fast_as_of_short_log() {
     };
     let first = page(None).await;
     assert_eq!(first.total, 10_000, "it is counted no further");
-    let ids = |events: &[Event]| events.iter().map(|event| event.id).collect::<Vec<_>>();
+    let ids = |events: &[AuditEvent]| events.iter().map(|event| event.id).collect::<Vec<_>>();
     let last = first.events[2].id;
     assert_eq!(ids(&first.events), [last + 2, last + 1, last]);
     sign_in_first_admin(&control).await;

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use parapet::protocol::sse::{Decoder, Event};
+use parapet::protocol::sse::{DecodedEvent, Decoder};
 use reqwest::{RequestBuilder, Response, StatusCode};
 
 /// The timeout for the next event.
@@ -14,7 +14,7 @@ const EVENT_TIMEOUT: Duration = Duration::from_mins(1);
 pub(crate) struct EventStream {
     response: Response,
     decoder: Decoder,
-    buffered: VecDeque<Event>,
+    buffered: VecDeque<DecodedEvent>,
 }
 
 impl EventStream {
@@ -30,7 +30,7 @@ impl EventStream {
     }
 
     /// The next event; `None` at the end of the stream.
-    pub(crate) async fn next(&mut self) -> Option<Event> {
+    pub(crate) async fn next(&mut self) -> Option<DecodedEvent> {
         while self.buffered.is_empty() {
             let chunk = tokio::time::timeout(EVENT_TIMEOUT, self.response.chunk());
             let chunk = chunk.await.expect("an event arrives, or the stream ends");

@@ -18,7 +18,7 @@ pub(super) fn operations(error: &Value) -> Vec<(&'static str, &'static str, Valu
         for (method, operation) in [("get", &route.get), ("post", &route.post)] {
             let Some(operation) = operation else { continue };
             let Some(responses) = responses(route, operation, error) else { continue };
-            let describe = |path| describe(route, method, path, operation, &responses);
+            let describe = |path| describe_operation(route, method, path, operation, &responses);
             operations.push((route.path, method, describe(route.path)));
             for path in route.deprecated_paths {
                 let mut described = describe(path);
@@ -72,7 +72,7 @@ fn responses(route: &Route, operation: &Operation, error: &Value) -> Option<Map<
     Some(responses)
 }
 
-fn describe(
+fn describe_operation(
     route: &Route,
     method: &str,
     path: &str,

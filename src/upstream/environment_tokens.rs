@@ -32,7 +32,7 @@ const EXPECTATION_TIMEOUT: Duration = Duration::from_mins(5);
 
 /// The edge's own tokens for upstream. A cheap handle.
 #[derive(Clone)]
-pub struct Credentials(Arc<Inner>);
+pub struct EnvironmentTokens(Arc<Inner>);
 
 struct Inner {
     token_sets: RwLock<HashMap<Environment, TokenSet>>,
@@ -49,7 +49,7 @@ struct Inner {
 type ProvisioningHistories =
     Mutex<HashMap<Environment, Arc<tokio::sync::Mutex<ProvisioningHistory>>>>;
 
-impl Credentials {
+impl EnvironmentTokens {
     /// Exchanges `admin` for tokens named `parapet-<fleet>`, which `saver` stores encrypted.
     pub fn with_admin(
         admin: AdminToken,
@@ -267,7 +267,7 @@ impl Credentials {
     }
 }
 
-impl fmt::Debug for Credentials {
+impl fmt::Debug for EnvironmentTokens {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Credentials").finish_non_exhaustive()
     }

@@ -51,7 +51,7 @@ pub(super) enum TokenStatus {
 
 /// The states of a document part that have been the newest one, in order.
 #[derive(Debug)]
-pub(super) struct PartHistory {
+pub(super) struct PartPrecedence {
     pub(super) states: VecDeque<StateHash>,
     /// The position of the first recorded state.
     first_position: u64,
@@ -74,7 +74,7 @@ pub(super) struct PartView {
     has_changed: bool,
 }
 
-impl PartHistory {
+impl PartPrecedence {
     /// Starts without a state. `earlier` are tokens that have seen the project empty: one of them leads,
     /// otherwise `token` does.
     pub(super) fn new<'a>(

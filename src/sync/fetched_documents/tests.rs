@@ -30,7 +30,7 @@ fn parsed(flags: &[&str]) -> Document {
     Document::parse(format!(r#"{{"features":[{}]}}"#, flags.join(",")).as_bytes()).unwrap()
 }
 
-impl TokenDocuments {
+impl FetchedDocuments {
     fn insert_now(
         &mut self,
         credential: &Credential,
@@ -62,7 +62,7 @@ impl TokenDocuments {
 /// No token has a synced stream.
 const NO_TOKENS: &BTreeSet<TokenDigest> = &BTreeSet::new();
 
-fn flag_names(documents: &TokenDocuments) -> Vec<String> {
+fn flag_names(documents: &FetchedDocuments) -> Vec<String> {
     let document = merge(&documents.merge_input());
     document.features().iter().map(|it| it.name().to_string()).collect()
 }
@@ -70,7 +70,7 @@ fn flag_names(documents: &TokenDocuments) -> Vec<String> {
 #[test]
 fn changes_stay_unpublished_until_marked_as_published() {
     let (one, two) = (credential(&["a"]), credential(&["b"]));
-    let mut documents = TokenDocuments::new(None, Instant::now());
+    let mut documents = FetchedDocuments::new(None, Instant::now());
     documents.begin_round();
     documents.insert_now(&one, Some("1".to_owned()), document(&["a/x"]), true);
     assert!(
@@ -90,7 +90,7 @@ fn changes_stay_unpublished_until_marked_as_published() {
 #[test]
 fn replaced_documents_are_returned_once_for_dropping() {
     let one = credential(&["a"]);
-    let mut documents = TokenDocuments::new(None, Instant::now());
+    let mut documents = FetchedDocuments::new(None, Instant::now());
     documents.insert_now(&one, None, document(&["a/x"]), true);
     assert!(documents.take_replaced().is_empty());
     let first = Arc::downgrade(documents.document(&one.token.digest()).unwrap());
@@ -104,7 +104,7 @@ fn replaced_documents_are_returned_once_for_dropping() {
 #[test]
 fn flags_of_a_token_stay_until_upstream_responds_to_all_tokens_in_use() {
     let (one, two, all) = (credential(&["a"]), credential(&["b"]), credential(&["*"]));
-    let mut documents = TokenDocuments::new(None, Instant::now());
+    let mut documents = FetchedDocuments::new(None, Instant::now());
     documents.begin_round();
     documents.insert_now(&one, None, document(&["a/x"]), true);
     documents.insert_now(&two, None, document(&["b/y"]), true);
@@ -137,7 +137,7 @@ fn flags_of_a_token_stay_until_upstream_responds_to_all_tokens_in_use() {
 #[test]
 fn newest_state_of_a_project_that_two_tokens_see_is_published() {
     let (one, two) = (credential(&["a", "b"]), credential(&["b", "c"]));
-    let mut documents = TokenDocuments::new(None, Instant::now());
+    let mut documents = FetchedDocuments::new(None, Instant::now());
     documents.begin_round();
     documents.insert_now(&one, None, document(&["a/x", "b/old"]), true);
     documents.insert_now(&two, None, document(&["b/old", "c/z"]), true);
@@ -162,7 +162,7 @@ fn newest_state_of_a_project_that_two_tokens_see_is_published() {
 fn removal_is_not_deferred_again_for_lagging_token() {
     let (one, two) = (credential(&["a", "b"]), credential(&["b", "c"]));
     let (mut documents, later) =
-        (TokenDocuments::new(None, Instant::now()), Instant::now() + Duration::from_secs(1));
+        (FetchedDocuments::new(None, Instant::now()), Instant::now() + Duration::from_secs(1));
     documents.insert_now(&one, None, document(&["b/gone"]), true);
     documents.insert_now(&two, None, document(&["b/gone"]), true);
     assert!(documents.defer_removal(&one, &[Arc::from("gone")], later));
@@ -178,7 +178,7 @@ fn removal_is_not_deferred_again_for_lagging_token() {
 fn older_revision_is_ignored_for_one_minute() {
     let one = credential(&["a"]);
     let (digest, start) = (one.token.digest(), Instant::now());
-    let mut documents = TokenDocuments::new(None, Instant::now());
+    let mut documents = FetchedDocuments::new(None, Instant::now());
     let received = |flag: &str, revision| document(&[flag]).with_revision(Some(revision));
     documents.insert(&one, None, received("a/new", 7), true, start);
     assert!(!documents.is_stale_response(&digest, Some(7), start));
@@ -202,7 +202,7 @@ fn event_ids_and_revisions_are_compared_if_upstream_sends_revisions() {
     let (digest, start) = (one.token.digest(), Instant::now());
     let state = |flag: &str, revision| document(&[flag]).with_revision(revision);
     let later = start + OLDER_REVISION_TIMEOUT;
-    let mut documents = TokenDocuments::new(None, Instant::now());
+    let mut documents = FetchedDocuments::new(None, Instant::now());
     documents.insert(&one, None, state("a/x", Some(9)), true, start);
     assert!(!documents.is_stale_event(&digest, Some(9), start));
     documents.apply_stream_state(&one, Some(10), Some(state("a/y", None)), start);
@@ -232,7 +232,7 @@ fn event_ids_and_revisions_are_compared_if_upstream_sends_revisions() {
 #[test]
 fn flags_of_replaced_token_stay_until_its_successor_has_them() {
     let (one, all) = (credential(&["a"]), credential(&["*"]));
-    let (mut documents, start) = (TokenDocuments::new(None, Instant::now()), Instant::now());
+    let (mut documents, start) = (FetchedDocuments::new(None, Instant::now()), Instant::now());
     documents.insert(&one, None, document(&["a/new"]), true, start);
     // Another replica of upstream responds to the wider token.
     documents.begin_round();
@@ -251,7 +251,7 @@ fn flags_of_replaced_token_stay_until_its_successor_has_them() {
 #[test]
 fn token_with_fewer_projects_contributes_no_flags_of_the_others() {
     let mut one = credential(&["a", "b"]);
-    let mut documents = TokenDocuments::new(None, Instant::now());
+    let mut documents = FetchedDocuments::new(None, Instant::now());
     let etag = Some("tag".to_owned());
     documents.insert_now(&one, etag, document(&["a/x", "b/y"]), true);
     one.projects = Projects::from_list(["a"]);
@@ -268,7 +268,7 @@ fn token_with_fewer_projects_contributes_no_flags_of_the_others() {
 #[test]
 fn equal_flags_are_no_change_and_keep_their_document() {
     let one = credential(&["a"]);
-    let mut documents = TokenDocuments::new(None, Instant::now());
+    let mut documents = FetchedDocuments::new(None, Instant::now());
     documents.insert_now(&one, None, document(&["a/x"]), true);
     documents.mark_published();
     let before = Arc::clone(documents.document(&one.token.digest()).unwrap());
@@ -314,7 +314,7 @@ fn fetched_after(projects: [usize; 2], changes: &[usize]) -> FetchedDocument {
 }
 
 /// The number of changes of each project, according to the published flags.
-fn published_counts(documents: &TokenDocuments) -> BTreeMap<usize, usize> {
+fn published_counts(documents: &FetchedDocuments) -> BTreeMap<usize, usize> {
     let document = merge(&documents.merge_input());
     let flags = document.features().iter().map(|it| {
         let (project, count) = it.name().split_once('-').unwrap();
@@ -327,7 +327,7 @@ fn published_counts(documents: &TokenDocuments) -> BTreeMap<usize, usize> {
 }
 
 /// The documents of the next run, restored from what these would store.
-fn restarted(documents: &TokenDocuments, now: Instant) -> TokenDocuments {
+fn restarted(documents: &FetchedDocuments, now: Instant) -> FetchedDocuments {
     let document = merge(&documents.merge_input());
     let flags: Vec<_> = document.features().iter().map(Feature::raw).collect();
     let segments: Vec<_> = document.segments().iter().map(Segment::raw).collect();
@@ -337,7 +337,7 @@ fn restarted(documents: &TokenDocuments, now: Instant) -> TokenDocuments {
     let stored = Document::encode_stored(text.as_bytes(), run);
     let document = Document::parse_stored(&stored).unwrap();
     let scope = Scope { environment: Environment::new("dev"), projects: documents.projects() };
-    TokenDocuments::new(Some(&ServedSnapshot::build(scope, document, None)), now)
+    FetchedDocuments::new(Some(&ServedSnapshot::build(scope, document, None)), now)
 }
 
 proptest! {
@@ -350,7 +350,7 @@ proptest! {
         const SEES: [[usize; 2]; 3] = [[0, 1], [1, 2], [0, 2]];
         let tokens = SEES.map(|[a, b]| credential(&[&format!("p{a}"), &format!("p{b}")]));
         let followed: BTreeSet<_> = tokens.iter().map(|it| it.token.digest()).collect();
-        let (mut documents, start) = (TokenDocuments::new(None, Instant::now()), Instant::now());
+        let (mut documents, start) = (FetchedDocuments::new(None, Instant::now()), Instant::now());
         let (mut changes, mut views) = (Vec::new(), [0; 3]);
         let mut used = vec![true; 3];
         let seen = |projects, changes: &[usize]| {
@@ -425,7 +425,7 @@ proptest! {
 
 /// The entity tag and event id of a token's document.
 fn etag_and_event_id(
-    documents: &TokenDocuments,
+    documents: &FetchedDocuments,
     credential: &Credential,
 ) -> (Option<String>, Option<EventId>) {
     let digest = credential.token.digest();
@@ -435,7 +435,7 @@ fn etag_and_event_id(
 #[test]
 fn etag_and_event_id_are_replaced_with_their_document() {
     let one = credential(&["a"]);
-    let mut documents = TokenDocuments::new(None, Instant::now());
+    let mut documents = FetchedDocuments::new(None, Instant::now());
     let etag = |name: &str| Some(name.to_owned());
     let state = |flag: &str| document(&[&format!("a/{flag}")]);
     documents.apply_stream_state_now(&one, Some(1), None);
@@ -469,7 +469,7 @@ fn token_with_synced_stream_needs_no_poll() {
     let (one, two) = (credential(&["a", "b"]), credential(&["b", "c"]));
     let both = [one.clone(), two.clone()];
     let followed = |of: &[&Credential]| of.iter().map(|it| it.token.digest()).collect();
-    let mut documents = TokenDocuments::new(None, Instant::now());
+    let mut documents = FetchedDocuments::new(None, Instant::now());
     documents.begin_round();
     documents.insert_now(&one, None, document(&["a/x", "b/old"]), true);
     documents.insert_now(&two, None, document(&["b/old", "c/z"]), true);
@@ -493,7 +493,7 @@ fn token_with_synced_stream_needs_no_poll() {
 }
 
 /// The published flags, as `project/name`.
-fn qualified_flag_names(documents: &TokenDocuments) -> Vec<String> {
+fn qualified_flag_names(documents: &FetchedDocuments) -> Vec<String> {
     let document = merge(&documents.merge_input());
     let flags = document.features().iter();
     flags.map(|it| format!("{}/{}", it.project(), it.name())).collect()
@@ -505,7 +505,7 @@ fn removal_is_deferred_until_another_token_reports_the_flag_or_time_expires() {
     let (now, gone) = (Instant::now(), [Arc::from("x")]);
     let later = now + Duration::from_secs(1);
     for (reported, expect) in [(Some("c/x"), "c/x"), (None, "nothing")] {
-        let mut documents = TokenDocuments::new(None, Instant::now());
+        let mut documents = FetchedDocuments::new(None, Instant::now());
         documents.insert_now(&one, None, document(&["a/x", "b/y"]), true);
         documents.insert_now(&two, None, document(&["b/y"]), true);
         assert!(documents.defer_removal(&one, &gone, later));
@@ -538,7 +538,7 @@ fn removal_is_deferred_unless_another_token_reports_the_flag_in_another_project(
     let (one, two) = (credential(&["a", "b"]), credential(&["b", "c"]));
     let gone = [Arc::from("x")];
     let is_deferred = |other: &str, first: &str| {
-        let mut documents = TokenDocuments::new(None, Instant::now());
+        let mut documents = FetchedDocuments::new(None, Instant::now());
         documents.insert_now(&one, None, document(&[first]), true);
         documents.insert_now(&two, None, document(&[other]), true);
         documents.defer_removal(&one, &gone, Instant::now())
@@ -551,7 +551,7 @@ fn removal_is_deferred_unless_another_token_reports_the_flag_in_another_project(
 fn deferred_removal_includes_segments_of_the_flag() {
     let text = r#"{"features":[{"name":"x","project":"a","strategies":[{"name":"default","segments":[2]}]}],"segments":[{"id":1},{"id":2}]}"#;
     let one = credential(&["a"]);
-    let mut documents = TokenDocuments::new(None, Instant::now());
+    let mut documents = FetchedDocuments::new(None, Instant::now());
     let received = FetchedDocument::new(Document::parse(text.as_bytes()).unwrap());
     documents.insert_now(&one, None, received, true);
     assert!(documents.defer_removal(&one, &[Arc::from("x")], Instant::now()));
@@ -564,7 +564,7 @@ fn deferred_removal_includes_segments_of_the_flag() {
 #[test]
 fn wider_projects_of_a_token_are_a_change() {
     let mut one = credential(&["a"]);
-    let mut documents = TokenDocuments::new(None, Instant::now());
+    let mut documents = FetchedDocuments::new(None, Instant::now());
     documents.begin_round();
     documents.insert_now(&one, None, document(&["a/x"]), true);
     documents.mark_published();
@@ -580,7 +580,7 @@ fn flags_of_earlier_run_stay_until_upstream_responds_to_every_token_in_use() {
     for projects in [Projects::All, Projects::from_list(["a", "c"])] {
         let scope = Scope { environment: Environment::new("dev"), projects: projects.clone() };
         let before = ServedSnapshot::build(scope, parsed(&["a/gone", "c/frozen"]), None);
-        let mut documents = TokenDocuments::new(Some(&before), Instant::now());
+        let mut documents = FetchedDocuments::new(Some(&before), Instant::now());
         assert!(!documents.complete_round(&[], NO_TOKENS, true), "no response yet");
         documents.begin_round();
         documents.insert_now(&one, None, document(&["a/x"]), true);
@@ -605,7 +605,7 @@ fn first_response_older_than_served_flags_waits_until_confirmed() {
     let (start, sees) = (Instant::now(), |flag: &str, revision| {
         document(&[&format!("a/{flag}")]).with_revision(Some(revision))
     });
-    let mut before = TokenDocuments::new(None, start);
+    let mut before = FetchedDocuments::new(None, start);
     before.insert(&one, None, sees("served", 7), true, start);
     let at = |seconds| start + Duration::from_secs(seconds);
     // Upstream's first response, and after how many seconds of repeating it is published.
@@ -636,7 +636,7 @@ fn flags_of_earlier_run_are_removed_at_once_if_tokens_in_use_see_all_their_proje
     let projects = Projects::from_list(["a"]);
     let scope = Scope { environment: Environment::new("dev"), projects };
     let before = ServedSnapshot::build(scope, parsed(&["a/gone"]), None);
-    let mut documents = TokenDocuments::new(Some(&before), Instant::now());
+    let mut documents = FetchedDocuments::new(Some(&before), Instant::now());
     documents.begin_round();
     documents.insert_now(&one, None, document(&["a/x"]), true);
     assert!(documents.complete_round(std::slice::from_ref(&one), NO_TOKENS, false));

@@ -10,7 +10,7 @@ use super::*;
 use crate::{
     store::{FileStore, MemoryStore},
     upstream::{
-        scripted::{ReceivedRequest, ScriptedReply, ScriptedServer},
+        scripted_server::{ReceivedRequest, ScriptedReply, ScriptedServer},
         token_set::MAX_REDUNDANT_TOKENS,
     },
 };
@@ -93,14 +93,14 @@ impl FakeAdminApi {
     }
 }
 
-fn edge(server: &ScriptedServer, saver: &BackgroundWriter) -> Credentials {
+fn edge(server: &ScriptedServer, saver: &BackgroundWriter) -> EnvironmentTokens {
     edge_of(ADMIN, server, saver)
 }
 
-fn edge_of(admin: &str, server: &ScriptedServer, saver: &BackgroundWriter) -> Credentials {
+fn edge_of(admin: &str, server: &ScriptedServer, saver: &BackgroundWriter) -> EnvironmentTokens {
     let upstream = Upstream::new(server.config()).expect("client");
     let admin = AdminToken::new(token(admin), None);
-    Credentials::with_admin(admin, "main", upstream, saver.clone())
+    EnvironmentTokens::with_admin(admin, "main", upstream, saver.clone())
 }
 
 fn memory_saver() -> BackgroundWriter {
@@ -114,7 +114,7 @@ async fn save_pending(saver: &BackgroundWriter) {
     saver.run(&stop).await;
 }
 
-async fn obtain_one(edge: &Credentials) -> Token {
+async fn obtain_one(edge: &EnvironmentTokens) -> Token {
     let credentials = edge.obtain(&dev()).await.expect("a token");
     let [credential] = credentials.as_slice() else { panic!("{credentials:?}") };
     assert_eq!(edge.usage_token(&dev()).as_ref(), Some(&credential.token));
@@ -250,7 +250,7 @@ async fn stored_token_survives_a_replaced_admin_token() {
     let saver = memory_saver();
     let upstream = Upstream::new(server.config()).expect("client");
     let first = AdminToken::new(token(ADMIN), None);
-    let edge = Credentials::with_admin(first.clone(), "main", upstream, saver.clone());
+    let edge = EnvironmentTokens::with_admin(first.clone(), "main", upstream, saver.clone());
     let made = obtain_one(&edge).await;
     save_pending(&saver).await;
     assert!(first.replace(token("*:*.second"), None));
@@ -294,19 +294,19 @@ async fn fleet_tokens_are_deleted_only_after_24_h_without_use() {
     assert_eq!(admin.listed_secrets().len(), 4);
 }
 
-fn offer(edge: &Credentials, text: &str, kind: TokenKind, ids: &[&str]) -> bool {
+fn offer(edge: &EnvironmentTokens, text: &str, kind: TokenKind, ids: &[&str]) -> bool {
     let projects = Projects::from_list(ids.iter().copied());
     edge.offer(&token(text), &Grant { kind, scope: Scope { environment: dev(), projects } })
 }
 
-fn secrets_in_use(edge: &Credentials) -> Vec<String> {
+fn secrets_in_use(edge: &EnvironmentTokens) -> Vec<String> {
     edge.tokens(&dev()).iter().map(|it| it.token.expose().to_owned()).collect()
 }
 
 #[tokio::test]
 async fn widest_offered_tokens_are_used_without_admin_token() {
     use TokenKind::{Client, Frontend};
-    let edge = Credentials::without_admin();
+    let edge = EnvironmentTokens::without_admin();
     let error = edge.obtain(&dev()).await.expect_err("nothing offered");
     assert!(matches!(error, Error::NoToken { .. }), "{error:?}");
     assert!(!offer(&edge, "a:development.f", Frontend, &["a"]));
@@ -321,7 +321,7 @@ async fn widest_offered_tokens_are_used_without_admin_token() {
 
 #[test]
 fn token_in_use_is_not_replaced_by_one_with_the_same_projects() {
-    let edge = Credentials::without_admin();
+    let edge = EnvironmentTokens::without_admin();
     for number in 0..MAX_REDUNDANT_TOKENS {
         offer(&edge, &format!("*:development.{number}"), TokenKind::Client, &["*"]);
         assert_eq!(secrets_in_use(&edge), ["*:development.0"]);
@@ -330,7 +330,7 @@ fn token_in_use_is_not_replaced_by_one_with_the_same_projects() {
 
 #[tokio::test]
 async fn refused_token_is_used_only_for_projects_that_others_do_not_cover() {
-    let edge = Credentials::without_admin();
+    let edge = EnvironmentTokens::without_admin();
     offer(&edge, "*:development.1", TokenKind::Client, &["*"]);
     offer(&edge, "a:development.2", TokenKind::Client, &["a"]);
     let first = token("*:development.1").digest();
@@ -347,7 +347,7 @@ async fn refused_token_is_used_only_for_projects_that_others_do_not_cover() {
 
 #[tokio::test]
 async fn only_revoked_tokens_are_removed() {
-    let edge = Credentials::without_admin();
+    let edge = EnvironmentTokens::without_admin();
     offer(&edge, "a:development.1", TokenKind::Client, &["a"]);
     for number in 0..2 * MAX_REDUNDANT_TOKENS {
         offer(&edge, &format!("b:development.{number}"), TokenKind::Client, &["b"]);
@@ -368,7 +368,7 @@ async fn tokens_are_complete_once_configured_and_expected_ones_are_available() {
         Grant { kind: TokenKind::Client, scope: Scope { environment: dev(), projects } }
     };
     let expecting = |ids: &[&str]| {
-        let edge = Credentials::without_admin();
+        let edge = EnvironmentTokens::without_admin();
         edge.expect_token(token("c:development.1").digest(), &grant(ids));
         offer(&edge, "a:development.2", TokenKind::Client, &["a"]);
         assert!(!edge.is_complete(&dev()), "configured tokens are not validated yet");
@@ -404,7 +404,7 @@ proptest! {
     fn tokens_in_use_cover_all_offers_without_redundancy(
         offers in prop::collection::vec(prop::collection::vec("[a-d]", 1..4), 1..12),
     ) {
-        let edge = Credentials::without_admin();
+        let edge = EnvironmentTokens::without_admin();
         let mut seen = Vec::new();
         for (number, ids) in offers.iter().enumerate() {
             let ids: Vec<_> = ids.iter().map(String::as_str).collect();

@@ -75,7 +75,7 @@ pub(super) fn config(s: &mut RawSettings, role: ServeMode) -> Result<Config, Con
     };
     ConfigErrors::check_empty(take(&mut s.errors))?;
     let mode = mode.expect("an invalid mode is an error");
-    let (warnings, effective_settings) = (take(&mut s.warnings), s.effective());
+    let (warnings, effective_settings) = (take(&mut s.warnings), s.digests());
     Ok(Config {
         mode,
         data,
@@ -87,7 +87,7 @@ pub(super) fn config(s: &mut RawSettings, role: ServeMode) -> Result<Config, Con
         shutdown,
         identity,
         warnings,
-        effective_settings,
+        settings_digests: effective_settings,
     })
 }
 

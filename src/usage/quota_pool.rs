@@ -1,6 +1,6 @@
 //! Memory quotas by token, so that no client can use up what others need.
 //!
-//! A [`MemoryPool`] has a capacity, in a unit that its user chooses. Each token has a [`Quota`] in it.
+//! A [`QuotaPool`] has a capacity, in a unit that its user chooses. Each token has a [`Quota`] in it.
 //! Data that is kept for a token holds a [`Reservation`], which is returned to the pool when dropped.
 //!
 //! **Limit.** A quota may use at most [`SHARE_FACTOR`] times the free part of the pool (the "dynamic
@@ -28,7 +28,7 @@ pub(super) const TEXT_OVERHEAD_BYTES: usize = 40;
 
 /// A bounded amount of memory, with its use by token.
 #[derive(Debug)]
-pub(super) struct MemoryPool {
+pub(super) struct QuotaPool {
     state: Arc<PoolState>,
     quotas: Mutex<HashMap<TokenDigest, Quota>>,
 }
@@ -56,13 +56,13 @@ struct QuotaState {
 #[derive(Debug, Default)]
 pub(super) struct Reservation(Option<(Quota, usize)>);
 
-impl MemoryPool {
+impl QuotaPool {
     pub(super) fn new(capacity: usize) -> Self {
         let total = PoolState { capacity, used: AtomicUsize::new(0) };
         Self { state: Arc::new(total), quotas: Mutex::default() }
     }
 
-    /// The quota of a token. It is kept while in use, until the next [`MemoryPool::remove_unused`].
+    /// The quota of a token. It is kept while in use, until the next [`QuotaPool::remove_unused`].
     pub(super) fn quota_of(&self, token: &TokenDigest) -> Quota {
         self.lock_quotas().entry(*token).or_insert_with(|| self.unowned_quota()).clone()
     }
@@ -165,7 +165,7 @@ impl Drop for Reservation {
 mod tests {
     use super::*;
 
-    fn quota_of(pool: &MemoryPool, token: &str) -> Quota {
+    fn quota_of(pool: &QuotaPool, token: &str) -> Quota {
         pool.quota_of(&TokenDigest::of(token))
     }
 
@@ -176,7 +176,7 @@ mod tests {
 
     #[test]
     fn one_token_gets_four_fifths_and_others_always_get_some() {
-        let pool = MemoryPool::new(1000);
+        let pool = QuotaPool::new(1000);
         let first = fill(&quota_of(&pool, "first"));
         assert_eq!(first.len(), 800);
         let second = fill(&quota_of(&pool, "second"));
@@ -189,7 +189,7 @@ mod tests {
 
     #[test]
     fn amount_beyond_the_limit_is_rejected_unless_unchecked() {
-        let pool = MemoryPool::new(100);
+        let pool = QuotaPool::new(100);
         let quota = quota_of(&pool, "token");
         assert!(quota.try_reserve(81).is_none());
         assert!(quota.try_reserve(usize::MAX).is_none());
@@ -211,7 +211,7 @@ mod tests {
 
     #[test]
     fn quota_without_reservations_is_removed() {
-        let pool = MemoryPool::new(100);
+        let pool = QuotaPool::new(100);
         let reservation = quota_of(&pool, "token").try_reserve(1).unwrap();
         pool.remove_unused();
         assert_eq!(pool.lock_quotas().len(), 1);

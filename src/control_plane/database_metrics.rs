@@ -30,7 +30,7 @@ pub(super) enum DatabaseOperation {
 
 /// The health records. A cheap handle.
 #[derive(Clone, Debug)]
-pub(super) struct Health(Arc<Mutex<State>>);
+pub(super) struct DatabaseMetrics(Arc<Mutex<State>>);
 
 #[derive(Debug)]
 struct State {
@@ -71,7 +71,7 @@ pub struct ConnectionCount {
     pub limit: usize,
 }
 
-impl Health {
+impl DatabaseMetrics {
     pub(super) fn new() -> Self {
         describe_gauge!(REACHABLE, "Whether the control plane's database responds: 1 or 0");
         describe_gauge!(CONNECTIONS, "Connections to the control plane's database by their state");

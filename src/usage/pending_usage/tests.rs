@@ -23,7 +23,7 @@ use crate::{
 
 const MINUTE: Duration = Duration::from_mins(1);
 
-fn count(pipeline: &Pipeline, yes: u64) {
+fn count(pipeline: &PendingUsage, yes: u64) {
     let stats = ToggleStats { yes, ..ToggleStats::default() };
     let (counter, _) = Counter::from_stats(stats, &Arc::default(), |_| NameStatus::Known);
     let hour = Hour::of(Timestamp::UNIX_EPOCH);
@@ -90,7 +90,7 @@ impl UsageSink for MemorySink {
 
 /// Runs the loop for a while, and returns the attempts.
 async fn attempts(
-    pipeline: &Pipeline,
+    pipeline: &PendingUsage,
     run_for: Duration,
     responses: &[Response],
 ) -> Vec<(u64, Response)> {
@@ -104,7 +104,7 @@ async fn attempts(
 
 #[tokio::test(start_paused = true)]
 async fn usage_is_sent_at_each_interval_and_at_shutdown() {
-    let pipeline = Pipeline::new(10);
+    let pipeline = PendingUsage::new(10);
     count(&pipeline, 1);
     assert_eq!(attempts(&pipeline, 2 * MINUTE + MINUTE / 2, &[]).await, [(60, SENT)]);
     count(&pipeline, 1);
@@ -114,7 +114,7 @@ async fn usage_is_sent_at_each_interval_and_at_shutdown() {
 
 #[tokio::test(start_paused = true)]
 async fn failed_batch_is_retried_after_its_delay() {
-    let pipeline = Pipeline::new(10);
+    let pipeline = PendingUsage::new(10);
     count(&pipeline, 1);
     let delay = retry(Some(Duration::from_secs(100)));
     let made = attempts(&pipeline, 5 * MINUTE, &[delay]).await;
@@ -123,7 +123,7 @@ async fn failed_batch_is_retried_after_its_delay() {
 
 #[tokio::test(start_paused = true)]
 async fn batch_in_flight_is_resent_after_a_panic() {
-    let pipeline = Pipeline::new(10);
+    let pipeline = PendingUsage::new(10);
     count(&pipeline, 3);
     let ending = shutdown();
     let panics = MemorySink::new(&[Response::Panic]);
@@ -136,7 +136,7 @@ async fn batch_in_flight_is_resent_after_a_panic() {
 
 #[tokio::test(start_paused = true)]
 async fn usage_is_dropped_at_each_interval_without_an_upstream() {
-    let pipeline = Pipeline::new(10);
+    let pipeline = PendingUsage::new(10);
     count(&pipeline, 3);
     let shutdown = CancellationToken::new();
     tokio::join!(pipeline.discard_at_interval(MINUTE, &shutdown), async {
@@ -151,7 +151,7 @@ async fn usage_is_dropped_at_each_interval_without_an_upstream() {
 
 #[tokio::test(start_paused = true)]
 async fn usage_that_is_not_flushed_in_time_is_saved_and_restored() {
-    let pipeline = Pipeline::new(10);
+    let pipeline = PendingUsage::new(10);
     count(&pipeline, 7);
     let ending = shutdown();
     ending.requested.cancel();
@@ -159,7 +159,7 @@ async fn usage_that_is_not_flushed_in_time_is_saved_and_restored() {
     pipeline.run(MINUTE, &ending, &sink).await;
     assert_eq!(sink.attempts.into_inner().unwrap(), [(0, Response::Never)]);
     let saved = pipeline.serialize().unwrap();
-    let restarted = Pipeline::new(10);
+    let restarted = PendingUsage::new(10);
     restarted.restore(&saved, monotonic_now()).unwrap();
     assert_eq!(attempts(&restarted, MINUTE, &[]).await, [(0, SENT)]);
     assert_eq!(restarted.queue().totals().sent, 7);
@@ -168,7 +168,7 @@ async fn usage_that_is_not_flushed_in_time_is_saved_and_restored() {
 
 #[tokio::test(start_paused = true)]
 async fn forced_shutdown_waits_for_responses_in_flight_and_retains_the_rest() {
-    let pipeline = Pipeline::new(10);
+    let pipeline = PendingUsage::new(10);
     count(&pipeline, 7);
     let ending = shutdown();
     ending.requested.cancel();

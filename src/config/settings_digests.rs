@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Digests of the effective values, to find out later which of them have changed.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct EffectiveSettings(BTreeMap<&'static str, [u8; 32]>);
+pub struct SettingsDigests(BTreeMap<&'static str, [u8; 32]>);
 
-impl EffectiveSettings {
+impl SettingsDigests {
     /// Takes the name and the digest of each option.
     pub(super) fn new(digests: impl Iterator<Item = (&'static str, [u8; 32])>) -> Self {
         Self(digests.collect())

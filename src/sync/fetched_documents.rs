@@ -46,7 +46,7 @@ const OLDER_REVISION_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// The last document of each token, and whether there are unpublished changes.
 #[derive(Debug)]
-pub(super) struct TokenDocuments {
+pub(super) struct FetchedDocuments {
     by_token: BTreeMap<TokenDigest, TokenDocument>,
     precedence: TokenPrecedence,
     /// Documents that were replaced by newer ones, still to be dropped.
@@ -125,7 +125,7 @@ enum DocumentStatus {
     Inherited,
 }
 
-impl TokenDocuments {
+impl FetchedDocuments {
     /// Starts with the flags that are served, from an earlier run.
     pub(super) fn new(served: Option<&ServedSnapshot>, now: Instant) -> Self {
         let mut documents = Self {
@@ -329,7 +329,7 @@ impl TokenDocuments {
         self.has_changes |= self.precedence.resolve_timeouts(now);
     }
 
-    /// When to call [`TokenDocuments::advance_time`] next.
+    /// When to call [`FetchedDocuments::advance_time`] next.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         let held_until = self.deferred_removals.first().map(|(until, _)| *until);
         held_until.into_iter().chain(self.precedence.next_timeout()).min()
@@ -493,7 +493,7 @@ impl TokenDocuments {
         mem::take(&mut self.replaced)
     }
 
-    /// The projects of which [`TokenDocuments::merge_input`] has every flag.
+    /// The projects of which [`FetchedDocuments::merge_input`] has every flag.
     pub(super) fn projects(&self) -> Projects {
         let documents = self.by_token.values().filter(|it| it.status != DocumentStatus::Retired);
         documents.fold(no_projects(), |seen, source| seen.union(&source.view.projects))

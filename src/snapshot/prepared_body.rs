@@ -147,7 +147,7 @@ impl PreparedBody {
     /// Caches weigh a body once, before it is compressed, so its codings are counted from the start: all
     /// together as much as the uncoded bytes. The JSON of flags takes less than a third of its size in
     /// each coding.
-    pub fn weight(&self) -> usize {
+    pub fn max_memory_size(&self) -> usize {
         let plain = self.identity.bytes.len();
         let compressed = if plain < MIN_COMPRESSIBLE_BYTES { 0 } else { plain };
         size_of::<Self>() + plain + compressed
@@ -258,7 +258,7 @@ mod tests {
             ContentCoding::Brotli,
         ]
         .map(|coding| body.get_or_encode(coding).bytes.len());
-        let weight = PreparedBody::new(content).weight();
+        let weight = PreparedBody::new(content).max_memory_size();
         assert!(sizes.iter().sum::<usize>() <= weight, "weighed before it is compressed");
     }
 

@@ -4,7 +4,7 @@ use reqwest::StatusCode;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
-use super::driver::{Console, OWNER, PASSWORD, VIEWER_PASSWORD, standalone, text_of};
+use super::browser::{Console, OWNER, PASSWORD, VIEWER_PASSWORD, standalone, text_of};
 use crate::rig::{http, secret_leak_check};
 
 #[tokio::test]

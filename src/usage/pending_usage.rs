@@ -54,14 +54,14 @@ pub struct Backlog {
 
 /// All usage that upstream does not have yet.
 #[derive(Debug)]
-pub(super) struct Pipeline {
+pub(super) struct PendingUsage {
     pub(super) aggregator: Aggregator,
     queue: Mutex<DeliveryQueue>,
     /// Notified when a store contains usage of an environment that has nothing pending any longer.
     pub(super) stored_usage_delivered: Notify,
 }
 
-impl Pipeline {
+impl PendingUsage {
     pub(super) fn new(max_counters: usize) -> Self {
         Self {
             aggregator: Aggregator::new(max_counters),
