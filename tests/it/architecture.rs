@@ -205,7 +205,7 @@ fn sources() -> Vec<Source> {
 fn read(root: &Path, path: &Path) -> Source {
     let text = std::fs::read_to_string(path).unwrap();
     let path = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
-    let is_test = path.ends_with("/tests.rs") || path.ends_with("/scripted.rs");
+    let is_test = path.ends_with("/tests.rs") || path.ends_with("/scripted_server.rs");
     let before_tests = text.split("\n#[cfg(test)]\nmod tests {").next().unwrap_or_default();
     // Blank instead of removed, so that line numbers stay.
     let is_comment = |line: &str| line.trim_start().starts_with("//");

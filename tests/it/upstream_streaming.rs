@@ -37,7 +37,7 @@ async fn wait_until_streaming(parapet: &Parapet) {
     .await;
 }
 
-/// Waits until the log has this many lines of this kind, and no more.
+/// Waits until the log has this many lines of this kind. More are a failure.
 async fn wait_until_logged(parapet: &Parapet, event: LogEvent, times: usize) {
     let lines = parapet.wait_until_logged_times(event, times).await;
     assert_eq!(lines.len(), times, "{lines:?}");
