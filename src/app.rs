@@ -4,7 +4,7 @@
 //! is made here, and no other module depends on the mode. Long-lived tasks are spawned only here and by
 //! the listeners; a task that panics is restarted.
 
-mod admin_token;
+mod admin_token_watcher;
 mod configured_tokens;
 mod edge;
 mod edge_sync;
@@ -30,7 +30,7 @@ use tracing::{error, info, warn};
 
 pub use self::mode::Error;
 use self::{
-    admin_token::AdminTokenWatcher, file_descriptors::RequestedConnections,
+    admin_token_watcher::AdminTokenWatcher, file_descriptors::RequestedConnections,
     first_start_announcement::ListenerAddress, mode::ModeParts, persistence::Persistence,
     reload::Reloader, sockets::Sockets, supervisor::Supervisor,
 };

@@ -237,12 +237,12 @@ impl ControlPlane {
 
     /// The tokens that `operator` may see, the oldest first.
     pub fn tokens(&self, operator: &Operator) -> Vec<TokenMetadata> {
-        self.0.registry.tokens(operator)
+        self.0.registry.visible_tokens(operator)
     }
 
     /// One token that `operator` may see, by its id or its secret.
     pub fn token(&self, operator: &Operator, identifier: &str) -> Option<TokenMetadata> {
-        self.0.registry.token(operator, identifier)
+        self.0.registry.visible_token(operator, identifier)
     }
 
     /// The name of a token that is valid now.

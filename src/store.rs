@@ -4,19 +4,19 @@
 //! by a newer version, is set aside and reported; its owner continues without it. The owners define the
 //! contents and must not store plaintext tokens.
 
-mod contract;
 pub mod edge_backup;
 mod file;
 mod key;
 mod lock;
 mod memory;
 mod record;
+mod store_trait;
 #[cfg(test)]
 mod tests;
 
 pub use self::{
-    contract::{Error, RecordLock, Store},
     file::{FileStore, OpenError},
     key::{ProcessSlot, RecordKey},
     memory::MemoryStore,
+    store_trait::{Error, RecordLock, Store},
 };

@@ -1,14 +1,13 @@
 //! The client of the upstream Unleash server.
 //!
-//! [`Upstream`] sends the requests; [`Credentials`] provides the tokens; [`UpstreamUsageSink`] sends usage
+//! [`Upstream`] sends the requests; [`EnvironmentTokens`] provides the tokens; [`UpstreamUsageSink`] sends usage
 //! with both. None of them retries, caches
 //! responses or interprets flags: callers decide by [`Error::retry`], [`Error::fault`] and
 //! [`ProvisioningError::retry`].
 
 mod admin_token;
 mod client;
-mod client_identity;
-mod encryption;
+mod client_certificate;
 mod environment_tokens;
 mod error;
 mod event_stream;
@@ -19,6 +18,7 @@ mod redirect_policy;
 mod request_metrics;
 #[cfg(test)]
 pub(crate) mod scripted_server;
+mod token_cipher;
 mod token_provisioning;
 mod token_set;
 mod transport;
@@ -26,7 +26,7 @@ mod usage_sink;
 
 pub use admin_token::{AdminToken, Error as AdminTokenError, State as AdminTokenState};
 pub use client::{FeaturesResponse, FetchResult, TokenAccess, Upstream};
-pub use client_identity::{ClientIdentity, Error as IdentityError, Passphrase};
+pub use client_certificate::{ClientCertificateFiles, Error as IdentityError, Passphrase};
 pub use environment_tokens::EnvironmentTokens;
 pub use error::{Error, Fault, Retry};
 pub use event_stream::UpstreamEventStream;

@@ -33,7 +33,7 @@ fn entry(number: u64) -> (u128, u128) {
 
 fn concurrent_insertions_never_give_a_key_the_value_of_another() {
     check(2, || {
-        let slot = Arc::new(result_cache::Slot::default());
+        let slot = Arc::new(result_cache::EntryPair::default());
         let writers = [1, 2].map(|number| {
             let slot = Arc::clone(&slot);
             thread::spawn(move || {
@@ -51,7 +51,7 @@ fn concurrent_insertions_never_give_a_key_the_value_of_another() {
 
 fn concurrent_hits_move_an_entry_without_mixing_it_with_another() {
     check(2, || {
-        let slot = Arc::new(result_cache::Slot::default());
+        let slot = Arc::new(result_cache::EntryPair::default());
         let [(first, its_value), (second, other_value)] = [1, 2].map(entry);
         slot.insert(first, its_value);
         assert_eq!(slot.get(first), Some(its_value));

@@ -14,7 +14,7 @@ use super::{
     handshake_load,
     load::Transport,
     parapet,
-    process::Process,
+    server_process::ServerProcess,
 };
 
 /// The measured servers, in the order of the tables.
@@ -69,7 +69,7 @@ fn numbered_token(n: &str) -> String {
 /// A running server.
 #[derive(Debug)]
 pub(crate) struct Server {
-    pub(crate) process: Process,
+    pub(crate) process: ServerProcess,
     is_encrypted: bool,
 }
 
@@ -131,7 +131,7 @@ impl Contenders {
     /// The baseline, which sends the response in `file`.
     pub(crate) fn bare(&self, file: &Path, over: Transport) -> Result<Server> {
         let this = std::env::current_exe()?;
-        let process = Process::start(&self.folder.join("bare.log"), |port| {
+        let process = ServerProcess::start(&self.folder.join("bare.log"), |port| {
             let mut command = Command::new(this);
             command.args(["bare", "--port", &port.to_string(), "--answer"]).arg(file);
             if over.is_encrypted() {
@@ -143,9 +143,9 @@ impl Contenders {
     }
 
     /// An upstream whose flags change.
-    pub(crate) fn upstream(&self, flags: usize) -> Result<Process> {
+    pub(crate) fn upstream(&self, flags: usize) -> Result<ServerProcess> {
         let this = std::env::current_exe()?;
-        Process::start(&self.folder.join("upstream.log"), |port| {
+        ServerProcess::start(&self.folder.join("upstream.log"), |port| {
             let mut command = Command::new(this);
             let (port, flags) = (port.to_string(), flags.to_string());
             command.args(["upstream", "--port", &port, "--flags", &flags]);
@@ -181,7 +181,7 @@ impl Contenders {
     }
 
     /// Parapet as an edge in front of `upstream`, which fetches every change at once.
-    pub(crate) fn parapet_edge(&self, upstream: &Process) -> Result<Server> {
+    pub(crate) fn parapet_edge(&self, upstream: &ServerProcess) -> Result<Server> {
         let config = format!(
             "upstream_url = \"http://{}\"\ntokens = [{CLIENT:?}]\n\
              features_refresh_interval_seconds = 0.001\n",
@@ -194,7 +194,7 @@ impl Contenders {
     pub(crate) fn edge(&self, flags: usize) -> Result<Option<Server>> {
         let Some(program) = &self.edge else { return Ok(None) };
         let file = self.flags_file(flags)?;
-        let process = Process::start(&self.folder.join("edge.log"), |port| {
+        let process = ServerProcess::start(&self.folder.join("edge.log"), |port| {
             let mut command = Command::new(program);
             command.args(["--interface", "127.0.0.1", "--port", &port.to_string(), "offline"]);
             command.args(["--client-tokens", CLIENT, "--frontend-tokens", FRONTEND]);

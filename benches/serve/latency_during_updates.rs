@@ -23,8 +23,8 @@ use super::{
     load::Transport,
     measure::{Case, Session},
     numbers::median,
-    process::Process,
     sdk_requests::RequestKind,
+    server_process::ServerProcess,
     upstream::COUNT_PATH,
 };
 
@@ -102,7 +102,7 @@ pub(crate) fn run(session: &Session) -> Result<Vec<SwapResult>> {
 
 fn measure_request(
     session: &Session,
-    upstream: &mut Process,
+    upstream: &mut ServerProcess,
     parapet: &Server,
     title: &'static str,
     case: &Case,
@@ -157,7 +157,7 @@ fn measure_request(
 }
 
 /// The number of flag sets that the edge has fetched.
-fn fetch_count(upstream: &Process) -> Result<f64> {
+fn fetch_count(upstream: &ServerProcess) -> Result<f64> {
     let answer = Request::get(COUNT_PATH).send(upstream.address, 0)?;
     String::from_utf8_lossy(&answer.body).parse().context("a count")
 }

@@ -27,10 +27,10 @@ mod parapet;
 #[path = "../picture.rs"]
 mod picture;
 mod plot;
-#[path = "../process.rs"]
-mod process;
 mod report;
 mod sdk_requests;
+#[path = "../server_process.rs"]
+mod server_process;
 #[path = "../table.rs"]
 mod table;
 mod upstream;
@@ -179,7 +179,7 @@ fn bench(matches: &ArgMatches) -> Result<()> {
             contender::EDGE_VERSION
         );
     }
-    process::raise_fd_limit()?;
+    server_process::raise_fd_limit()?;
     let only: Vec<&String> = matches.get_many("only").unwrap_or_default().collect();
     let is_selected = |id: &str| only.is_empty() || only.iter().any(|it| *it == id);
     let rows = ROWS.iter().filter(|row| is_selected(row.id));

@@ -10,7 +10,7 @@ use super::{
     exchange::{NUMBER, RawResponse, Request},
     load::{self, NumberSource, Sample, Transport},
     numbers::{median, to_f64},
-    process::Process,
+    server_process::ServerProcess,
 };
 
 /// The configuration of the whole benchmark.
@@ -264,7 +264,7 @@ impl Runner {
 }
 
 /// The processor time of a process so far, in microseconds.
-fn cpu_micros(process: &Process) -> Result<u64> {
+fn cpu_micros(process: &ServerProcess) -> Result<u64> {
     let stat = std::fs::read_to_string(process.proc().join("stat"))?;
     // The second field is a name in parentheses, which may contain anything.
     let rest = stat.rsplit_once(')').context("/proc/PID/stat has a name")?.1;

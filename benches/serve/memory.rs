@@ -10,8 +10,8 @@ use super::{
     load::Transport,
     measure::Session,
     numbers::to_f64,
-    process,
     sdk_requests::{FLAGS, RequestKind},
+    server_process,
 };
 use anyhow::Result;
 
@@ -60,7 +60,7 @@ pub(crate) fn run(session: &Session) -> Result<Vec<MemoryMeasurement>> {
     let many = warmed_up_server(session, FLAGS, MANY_TOKENS, Transport::Tcp)?.process.resident()?;
     stated.push(MemoryMeasurement::new("100,000 tokens", to_f64(many) - start));
 
-    let room = process::fd_limit();
+    let room = server_process::fd_limit();
     let count = room.saturating_sub(RESERVED_FILES).min(MANY_CONNECTIONS);
     let shortage = if count < MANY_CONNECTIONS {
         format!(" ({room} files may be open)")

@@ -19,7 +19,7 @@ use tokio::{
     sync::watch,
 };
 
-use super::server::CHANGE_LOG_TEXT;
+use super::server_under_test::CHANGE_LOG_TEXT;
 
 /// Serves the contents of two files: the first response, and each change.
 pub(crate) fn serve(first: &Path, then: &Path, port: u16) -> Result<()> {

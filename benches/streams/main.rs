@@ -20,10 +20,10 @@ mod numbers;
 mod parapet;
 #[path = "../picture.rs"]
 mod picture;
-#[path = "../process.rs"]
-mod process;
 mod report;
-mod server;
+#[path = "../server_process.rs"]
+mod server_process;
+mod server_under_test;
 #[path = "../table.rs"]
 mod table;
 
@@ -112,8 +112,8 @@ fn bench(matches: &ArgMatches) -> Result<()> {
         rounds: rounds.into(),
         keepalive_duration: (!quick).then_some(KEEPALIVE_DURATION),
     };
-    process::raise_fd_limit()?;
-    let room = process::fd_limit().saturating_sub(RESERVED_FILES);
+    server_process::raise_fd_limit()?;
+    let room = server_process::fd_limit().saturating_sub(RESERVED_FILES);
     let selected: Option<Vec<u64>> =
         matches.get_many("streams").map(|them| them.copied().collect());
     let counts = selected.clone().unwrap_or(STREAM_COUNTS.into());
@@ -122,7 +122,7 @@ fn bench(matches: &ArgMatches) -> Result<()> {
         eprintln!(
             "skipping {beyond:?} streams: the limit on open files is {}; raise the hard limit \
              (`ulimit -Hn`)",
-            process::fd_limit()
+            server_process::fd_limit()
         );
     }
     ensure!(!levels.is_empty(), "nothing is left to measure");

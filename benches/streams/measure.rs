@@ -14,8 +14,8 @@ use jiff::Timestamp;
 use super::{
     clients::{StreamClients, record_events},
     numbers::{median, to_f64},
-    process::Process,
-    server::Server,
+    server_process::ServerProcess,
+    server_under_test::Server,
 };
 
 /// The configuration of the whole benchmark.
@@ -206,7 +206,7 @@ impl DeliveryTimes {
 }
 
 /// Processor time over a period, as a fraction of one core.
-fn cpu_share(process: &Process, stretch: Duration) -> Result<f64> {
+fn cpu_share(process: &ServerProcess, stretch: Duration) -> Result<f64> {
     let (before, began) = (cpu_nanos(process)?, Instant::now());
     sleep(stretch);
     let nanos = cpu_nanos(process)?.saturating_sub(before);
@@ -215,7 +215,7 @@ fn cpu_share(process: &Process, stretch: Duration) -> Result<f64> {
 
 /// The processor time of a process's current threads so far, in nanoseconds. The times of the whole
 /// process are too coarse for small loads.
-fn cpu_nanos(process: &Process) -> Result<u64> {
+fn cpu_nanos(process: &ServerProcess) -> Result<u64> {
     let mut nanos = 0;
     for thread in std::fs::read_dir(process.proc().join("task"))? {
         // A thread that has just ended has no file.

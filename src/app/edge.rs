@@ -6,7 +6,7 @@ use tokio::sync::{Notify, watch};
 use tracing::{info, warn};
 
 use super::{
-    admin_token,
+    admin_token_watcher,
     edge_sync::EdgeSync,
     mode::{AdminTokenParts, Error, FlagSource, ModeParts},
     reload::{EdgeTokens, Reloadable},
@@ -78,7 +78,7 @@ pub(super) async fn build(
         store.list().await.map_or(true, |keys| keys.contains(&RecordKey::TokenCache));
     let imported = if has_token_cache { Vec::new() } else { imported };
     let local_tokens =
-        admin.iter().map(|token| admin_token::admin_grant(&token.current())).collect();
+        admin.iter().map(|token| admin_token_watcher::admin_grant(&token.current())).collect();
     let (send_tokens, configured_tokens) = watch::channel(tokens);
     let edge_tokens = admin.clone().map_or(EdgeTokens::Backend(send_tokens), EdgeTokens::Admin);
     let reloadable = Reloadable::Edge { tokens: edge_tokens, refetch: Arc::clone(&token_added) };

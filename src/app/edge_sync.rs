@@ -126,7 +126,7 @@ async fn validate_configured_tokens(
         }
         let flags_loaded = async {
             for environment in &environments {
-                snapshots.wait_for(environment).await;
+                snapshots.wait_for_environment(environment).await;
             }
         };
         let waits_for_flags = all_validated && !ready_when.is_met() && !environments.is_empty();

@@ -40,7 +40,7 @@ pub(super) struct UsageFiles {
     recovered: Mutex<Vec<(ProcessSlot, RecordLock)>>,
     /// Digest of the record that this process last read or wrote in the first slot without a lock. While
     /// the record has this digest, its usage is also in memory here.
-    unlocked_digest: Mutex<Option<RecordDigest>>,
+    first_slot_digest: Mutex<Option<RecordDigest>>,
 }
 
 /// The digest of a record's bytes.
@@ -128,7 +128,7 @@ impl UsageFiles {
             store,
             own_slot: Mutex::new(own),
             recovered: Mutex::default(),
-            unlocked_digest: Mutex::default(),
+            first_slot_digest: Mutex::default(),
         };
         if let Some(slot) = slot {
             files.restore_slot(slot, usage).await;
@@ -203,9 +203,9 @@ impl UsageFiles {
         let written = matches!(own, OwnSlot::Unlocked).then(|| digest(&bytes));
         self.store.save(&RecordKey::Usage(slot), bytes.into()).await?;
         if slot == ProcessSlot::FIRST {
-            *self.lock_unlocked_digest() = written;
+            *self.lock_first_slot_digest() = written;
         } else {
-            self.clear_unlocked_copy().await;
+            self.empty_own_copy_in_first_slot().await;
         }
         let recovered = std::mem::take(&mut *self.lock_recovered());
         for (slot, lock) in recovered {
@@ -223,8 +223,8 @@ impl UsageFiles {
 
     /// Empties the first slot if it still contains what this process stored there before it had a locked
     /// slot.
-    async fn clear_unlocked_copy(&self) {
-        if self.lock_unlocked_digest().is_none() || self.is_recovered(ProcessSlot::FIRST) {
+    async fn empty_own_copy_in_first_slot(&self) {
+        if self.lock_first_slot_digest().is_none() || self.is_recovered(ProcessSlot::FIRST) {
             return;
         }
         let first = RecordKey::Usage(ProcessSlot::FIRST);
@@ -237,11 +237,11 @@ impl UsageFiles {
         };
         let Ok(saved) = self.store.load(&first).await else { return };
         let is_ours =
-            saved.is_some_and(|saved| *self.lock_unlocked_digest() == Some(digest(&saved)));
+            saved.is_some_and(|saved| *self.lock_first_slot_digest() == Some(digest(&saved)));
         if is_ours && let Err(error) = self.store.save(&first, Bytes::new()).await {
             return warn!(error = error_chain(&error), "Cannot empty the former copy of usage yet");
         }
-        *self.lock_unlocked_digest() = None;
+        *self.lock_first_slot_digest() = None;
     }
 
     /// Restores the usage in a slot; whether there was any, which the next save replaces.
@@ -250,12 +250,12 @@ impl UsageFiles {
             Ok(Some(saved)) if !saved.is_empty() => {
                 if slot == ProcessSlot::FIRST {
                     let fingerprint = digest(&saved);
-                    if *self.lock_unlocked_digest() == Some(fingerprint) {
+                    if *self.lock_first_slot_digest() == Some(fingerprint) {
                         // This process already has it.
                         return true;
                     }
                     if matches!(self.own_slot(), OwnSlot::Unlocked) {
-                        *self.lock_unlocked_digest() = Some(fingerprint);
+                        *self.lock_first_slot_digest() = Some(fingerprint);
                     }
                 }
                 match usage.restore(&saved) {
@@ -285,8 +285,8 @@ impl UsageFiles {
         self.lock_recovered().iter().any(|(recovered, _)| *recovered == slot)
     }
 
-    fn lock_unlocked_digest(&self) -> MutexGuard<'_, Option<RecordDigest>> {
-        self.unlocked_digest.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock_first_slot_digest(&self) -> MutexGuard<'_, Option<RecordDigest>> {
+        self.first_slot_digest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock_recovered(&self) -> MutexGuard<'_, Vec<(ProcessSlot, RecordLock)>> {
@@ -475,7 +475,7 @@ mod tests {
         assert_eq!((load(slot(1)).await, load(slot(2)).await), (Vec::new(), STORED.to_vec()));
 
         // Data that another process wrote there is preserved.
-        let files = UsageFiles { unlocked_digest: Mutex::new(Some(digest(STORED))), ..files };
+        let files = UsageFiles { first_slot_digest: Mutex::new(Some(digest(STORED))), ..files };
         store.save(&RecordKey::Usage(slot(1)), "theirs".into()).await.unwrap();
         files.save(STORED.to_vec()).await.unwrap();
         assert_eq!(load(slot(1)).await, b"theirs");

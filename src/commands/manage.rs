@@ -6,8 +6,8 @@
 mod admin_api;
 mod database;
 mod error;
-mod input;
 mod output;
+mod secret_input;
 
 pub use self::error::Error;
 use crate::config::{ManageOptions, Target};

@@ -109,7 +109,7 @@ fn admin_token(s: &mut RawSettings) -> Option<Token> {
 fn upstream(s: &mut RawSettings, identity: &InstanceInfo) -> Option<upstream::Config> {
     let url = required(s, &options::UPSTREAM_URL, EXPECTED_HTTP_URL, parse_http_url)
         .map(|url| strip_api_suffix(s, url));
-    let client_identity = client_identity(s);
+    let client_certificate = client_certificate(s);
     let skip_certificate_verification = s.switch(&options::SKIP_SSL_VERIFICATION);
     if skip_certificate_verification {
         s.warnings.push(
@@ -134,7 +134,7 @@ fn upstream(s: &mut RawSettings, identity: &InstanceInfo) -> Option<upstream::Co
         connect_timeout,
         keepalive,
         certificate_file,
-        client_certificate: client_identity,
+        client_certificate,
         skip_certificate_verification,
         no_proxy: s.no_proxy.clone(),
         app_name: identity.app_name.clone(),
@@ -143,7 +143,7 @@ fn upstream(s: &mut RawSettings, identity: &InstanceInfo) -> Option<upstream::Co
 }
 
 /// The client certificate for upstream, in one of three forms.
-fn client_identity(s: &mut RawSettings) -> Option<upstream::ClientIdentity> {
+fn client_certificate(s: &mut RawSettings) -> Option<upstream::ClientCertificateFiles> {
     use options::{
         PEM_CERT_FILE, PKCS8_CLIENT_CERTIFICATE_FILE, PKCS8_CLIENT_KEY_FILE, PKCS12_IDENTITY_FILE,
         PKCS12_PASSPHRASE,
@@ -171,22 +171,22 @@ fn client_identity(s: &mut RawSettings) -> Option<upstream::ClientIdentity> {
     }
     let identity = match (certificate.zip(key), pkcs12, pem) {
         (Some((certificate_file, key_file)), ..) => {
-            upstream::ClientIdentity::PemPair { certificate_file, key_file }
+            upstream::ClientCertificateFiles::PemPair { certificate_file, key_file }
         }
         (_, Some(file), _) => {
             let passphrase = Passphrase::new(s.text(&PKCS12_PASSPHRASE).unwrap_or_default());
-            upstream::ClientIdentity::Pkcs12 { file, passphrase }
+            upstream::ClientCertificateFiles::Pkcs12 { file, passphrase }
         }
-        (_, _, Some(file)) => upstream::ClientIdentity::PemFile(file),
+        (_, _, Some(file)) => upstream::ClientCertificateFiles::PemFile(file),
         (None, None, None) => return None,
     };
     if let Err(error) = identity.load() {
         let key = match (&identity, &error) {
             (_, IdentityError::Passphrase { .. }) => &PKCS12_PASSPHRASE,
-            (upstream::ClientIdentity::Pkcs12 { .. }, _) => &PKCS12_IDENTITY_FILE,
-            (upstream::ClientIdentity::PemFile(_), _) => &PEM_CERT_FILE,
+            (upstream::ClientCertificateFiles::Pkcs12 { .. }, _) => &PKCS12_IDENTITY_FILE,
+            (upstream::ClientCertificateFiles::PemFile(_), _) => &PEM_CERT_FILE,
             (_, IdentityError::Key(_)) => &PKCS8_CLIENT_KEY_FILE,
-            (upstream::ClientIdentity::PemPair { .. }, _) => &PKCS8_CLIENT_CERTIFICATE_FILE,
+            (upstream::ClientCertificateFiles::PemPair { .. }, _) => &PKCS8_CLIENT_CERTIFICATE_FILE,
         };
         s.report_error(key, error_chain(&error));
     }
@@ -261,21 +261,24 @@ mod tests {
 
     #[test]
     fn client_certificate_for_upstream_has_three_forms() {
-        use crate::upstream::{ClientIdentity, Passphrase};
+        use crate::upstream::{ClientCertificateFiles, Passphrase};
         let Certificates { certificate, key, both, pkcs12, .. } = &certificates();
-        let check = |env: &[(&str, &str)], expected: ClientIdentity| {
+        let check = |env: &[(&str, &str)], expected: ClientCertificateFiles| {
             assert_eq!(edge(EDGE, env).upstream.client_certificate, Some(expected));
         };
         let pair =
             [("PKCS8_CLIENT_CERTIFICATE_FILE", &**certificate), ("PKCS8_CLIENT_KEY_FILE", &**key)];
         check(
             &pair,
-            ClientIdentity::PemPair { certificate_file: certificate.into(), key_file: key.into() },
+            ClientCertificateFiles::PemPair {
+                certificate_file: certificate.into(),
+                key_file: key.into(),
+            },
         );
-        check(&[("PEM_CERT_FILE", both)], ClientIdentity::PemFile(both.into()));
+        check(&[("PEM_CERT_FILE", both)], ClientCertificateFiles::PemFile(both.into()));
         let passphrase = Passphrase::new("word");
         let env = [("PKCS12_IDENTITY_FILE", &**pkcs12), ("PKCS12_PASSPHRASE", "word")];
-        check(&env, ClientIdentity::Pkcs12 { file: pkcs12.into(), passphrase });
+        check(&env, ClientCertificateFiles::Pkcs12 { file: pkcs12.into(), passphrase });
 
         let messages =
             errors(EDGE, &[("PKCS12_IDENTITY_FILE", pkcs12), ("PKCS12_PASSPHRASE", "w0rd")]);

@@ -93,14 +93,18 @@ impl TokenRegistry {
     }
 
     /// The tokens that `operator` may see, the oldest first.
-    pub(super) fn tokens(&self, operator: &Operator) -> Vec<TokenMetadata> {
+    pub(super) fn visible_tokens(&self, operator: &Operator) -> Vec<TokenMetadata> {
         let entries = self.entries();
         let visible = entries.iter().filter(|entry| operator.can_see(entry.token.kind));
         visible.map(|entry| entry.token.clone()).collect()
     }
 
     /// One token that `operator` may see, by its id or its secret.
-    pub(super) fn token(&self, operator: &Operator, identifier: &str) -> Option<TokenMetadata> {
+    pub(super) fn visible_token(
+        &self,
+        operator: &Operator,
+        identifier: &str,
+    ) -> Option<TokenMetadata> {
         let entries = self.entries();
         let found = find_by_identifier(&entries, identifier)?;
         operator.can_see(found.token.kind).then(|| found.token.clone())

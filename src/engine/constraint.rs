@@ -315,23 +315,23 @@ impl<'a> ParsedConstraint<'a> {
         defects: &mut Vec<Defect>,
     ) -> Result<Option<Test>, Defect> {
         Ok(match self.operator {
-            Operator::In | Operator::NotIn => self.membership_test(schema),
-            Operator::Text(position) => self.text_test(schema, position),
-            Operator::Number(order) => Some(self.number_test(schema, order)?),
-            Operator::Version(order) => Some(self.version_test(schema, order)?),
+            Operator::In | Operator::NotIn => self.compile_membership_test(schema),
+            Operator::Text(position) => self.compile_text_test(schema, position),
+            Operator::Number(order) => Some(self.compile_number_test(schema, order)?),
+            Operator::Version(order) => Some(self.compile_version_test(schema, order)?),
             Operator::After => Some(Test::After(self.parse_operand(date::parse)?)),
             Operator::Before => Some(Test::Before(self.parse_operand(date::parse)?)),
-            Operator::Regex => Some(self.regex_test(schema)?),
-            Operator::InCidr => self.address_test(schema, defects),
+            Operator::Regex => Some(self.compile_regex_test(schema)?),
+            Operator::InCidr => self.compile_address_test(schema, defects),
         })
     }
 
-    fn membership_test(&self, schema: &mut ContextSchema) -> Option<Test> {
+    fn compile_membership_test(&self, schema: &mut ContextSchema) -> Option<Test> {
         let set = StringSet::new(schema, self.values.iter().copied());
         (!set.is_empty()).then(|| Test::In { field: schema.intern_field(self.field), set })
     }
 
-    fn text_test(&self, schema: &mut ContextSchema, place: TextPosition) -> Option<Test> {
+    fn compile_text_test(&self, schema: &mut ContextSchema, place: TextPosition) -> Option<Test> {
         let needle = |value: &&str| match self.case {
             CaseSensitivity::Sensitive => Box::from(*value),
             CaseSensitivity::Insensitive => value.to_lowercase().into_boxed_str(),
@@ -341,26 +341,38 @@ impl<'a> ParsedConstraint<'a> {
         (!needles.is_empty()).then_some(Test::Text { field, place, case: self.case, needles })
     }
 
-    fn number_test(&self, schema: &mut ContextSchema, order: Comparison) -> Result<Test, Defect> {
+    fn compile_number_test(
+        &self,
+        schema: &mut ContextSchema,
+        order: Comparison,
+    ) -> Result<Test, Defect> {
         let than = self.parse_operand(parse::number)?;
         let field = schema.intern_field(self.field);
         Ok(Test::Number { field, slot: schema.number_slot(field), order, than })
     }
 
-    fn version_test(&self, schema: &mut ContextSchema, order: Comparison) -> Result<Test, Defect> {
+    fn compile_version_test(
+        &self,
+        schema: &mut ContextSchema,
+        order: Comparison,
+    ) -> Result<Test, Defect> {
         let than = self.parse_operand(parse::version)?;
         let field = schema.intern_field(self.field);
         Ok(Test::Version { field, slot: schema.version_slot(field), order, than: Box::new(than) })
     }
 
-    fn regex_test(&self, schema: &mut ContextSchema) -> Result<Test, Defect> {
+    fn compile_regex_test(&self, schema: &mut ContextSchema) -> Result<Test, Defect> {
         let ignores_case = self.case == CaseSensitivity::Insensitive;
         let regex = self.parse_operand(|value| re2::compile(value, ignores_case))?;
         Ok(Test::Regex { field: schema.intern_field(self.field), regex: Box::new(regex) })
     }
 
     /// Invalid ranges are reported and left out, as the specification requires.
-    fn address_test(&self, schema: &mut ContextSchema, defects: &mut Vec<Defect>) -> Option<Test> {
+    fn compile_address_test(
+        &self,
+        schema: &mut ContextSchema,
+        defects: &mut Vec<Defect>,
+    ) -> Option<Test> {
         let mut ranges = Vec::with_capacity(self.values.len());
         for &value in &self.values {
             match parse::network(value) {

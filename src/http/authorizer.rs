@@ -82,7 +82,7 @@ impl Authorizer {
         request: &RoutedRequest<'_>,
     ) -> Result<AuthorizedRead, HttpError> {
         let AuthenticatedToken { grant, digest, first_seen } = self.authenticate(request).await?;
-        let snapshot = match self.snapshots.load_for(&grant.scope) {
+        let snapshot = match self.snapshots.load_for_scope(&grant.scope) {
             Some(snapshot) => Some(snapshot),
             None if first_seen => {
                 let fetched = self.snapshots.wait_for_scope(&grant.scope);
@@ -105,8 +105,10 @@ impl Authorizer {
         };
         let read = token.and_then(|token| self.check_grant(token, request.route)).and_then(
             |AuthenticatedToken { grant, digest, .. }| {
-                let snapshot =
-                    self.snapshots.load_for(&grant.scope).ok_or(HttpError::FLAGS_NOT_FETCHED)?;
+                let snapshot = self
+                    .snapshots
+                    .load_for_scope(&grant.scope)
+                    .ok_or(HttpError::FLAGS_NOT_FETCHED)?;
                 Ok(AuthorizedRead { grant, digest, snapshot })
             },
         );

@@ -33,7 +33,7 @@ pub(super) fn log_response(
     took: Duration,
 ) {
     let (route, status) = (label.as_str(), response.status().as_u16());
-    debug!(route, %method, status, took_ms = took.as_secs_f64() * 1e3, "Request served");
+    debug!(route, %method, status, took_us = took.as_micros(), "Request served");
 }
 
 /// The id that the client or a load balancer sent, if it is short and printable; otherwise a random one.

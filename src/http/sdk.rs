@@ -505,7 +505,7 @@ impl SdkService {
         scope: &Scope,
         random_seed: u64,
     ) -> Result<Subscriber, HttpError> {
-        let snapshot = self.authorizer.snapshots.load_for(scope);
+        let snapshot = self.authorizer.snapshots.load_for_scope(scope);
         let snapshot = snapshot.ok_or(HttpError::FLAGS_NOT_FETCHED)?;
         let (address, hostname) =
             (request.client.for_evaluation, Arc::clone(&self.settings.hostname));

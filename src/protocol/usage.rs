@@ -7,7 +7,7 @@
 //! Usage is merged, bounded and sent in `usage`, not here.
 
 mod impact_metrics;
-mod object;
+mod object_reader;
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -15,10 +15,10 @@ use jiff::Timestamp;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Map, Value};
 
-use self::object::{ObjectReader, lenient_text, parse_items};
+use self::object_reader::{ObjectReader, lenient_text, parse_items};
 pub use self::{
     impact_metrics::{HistogramSample, ImpactMetric, Labels, NumericSample, Samples, UpperBound},
-    object::{MAX_INTEGER, MAX_NUMBER, ParseError},
+    object_reader::{MAX_INTEGER, MAX_NUMBER, ParseError},
 };
 
 /// The maximum length of a metadata field, in bytes (upstream: `varchar(255)`); longer ones are
@@ -249,7 +249,9 @@ impl ToggleStats {
             Self { yes: object.count("yes")?, no: object.count("no")?, ..Self::default() };
         for (name, count) in object.entries("variants")? {
             let path = || object.path(&format!("variants.{name}"));
-            stats.variants.insert(name.as_str().into(), object::parse_count(Some(&count), path)?);
+            stats
+                .variants
+                .insert(name.as_str().into(), object_reader::parse_count(Some(&count), path)?);
         }
         Ok(stats)
     }

@@ -1,6 +1,6 @@
 //! A lock-free hash table of fixed size, from the key of a context to the hash of its evaluated flags.
 //!
-//! A slot has two entries. The probation entry holds the latest insertion; a hit moves it to the
+//! A key belongs to a pair of entries. The probation entry holds the latest insertion; a hit moves it to the
 //! protected entry. Keys that are used once, however many, never evict a key that is used repeatedly.
 //!
 //! The table is allocated on the first insertion, and nothing else allocates. With a general concurrent
@@ -16,17 +16,17 @@ use std::sync::OnceLock;
 
 use super::atomic::{AtomicU64, Ordering};
 
-/// Number of slots: 4 MiB.
-const SLOTS: usize = 1 << 16;
+/// Number of pairs: 4 MiB.
+const PAIRS: usize = 1 << 16;
 
 /// Maps keys of 128 bits to values of 128 bits. Both are hashes.
 #[derive(Debug, Default)]
-pub(super) struct ResultCache(OnceLock<Box<[Slot]>>);
+pub(super) struct ResultCache(OnceLock<Box<[EntryPair]>>);
 
 /// Two entries in one cache line of 64 bytes.
 #[derive(Debug, Default)]
 #[repr(align(64))]
-pub(super) struct Slot {
+pub(super) struct EntryPair {
     protected: Entry,
     probation: Entry,
 }
@@ -38,21 +38,21 @@ struct Entry([AtomicU64; 4]);
 impl ResultCache {
     /// The value of a key, unless it was evicted. Moves a hit on probation to the protected entry.
     pub(super) fn get(&self, key: u128) -> Option<u128> {
-        self.0.get()?[slot_index(key)].get(key)
+        self.0.get()?[pair_index(key)].get(key)
     }
 
     /// Inserts a value on probation, in place of the entry there.
     pub(super) fn insert(&self, key: u128, value: u128) {
-        let slots = self.0.get_or_init(|| (0..SLOTS).map(|_| Slot::default()).collect());
-        slots[slot_index(key)].insert(key, value);
+        let pairs = self.0.get_or_init(|| (0..PAIRS).map(|_| EntryPair::default()).collect());
+        pairs[pair_index(key)].insert(key, value);
     }
 }
 
-fn slot_index(key: u128) -> usize {
-    (key % SLOTS as u128) as usize
+fn pair_index(key: u128) -> usize {
+    (key % PAIRS as u128) as usize
 }
 
-impl Slot {
+impl EntryPair {
     pub(super) fn get(&self, key: u128) -> Option<u128> {
         if let Some(value) = self.protected.get(key) {
             return Some(value);

@@ -66,7 +66,7 @@ impl Snapshots {
     }
 
     /// The current state of the scope's environment, if it has the flags of the scope's projects.
-    pub fn load_for(&self, scope: &Scope) -> Option<Arc<ServedSnapshot>> {
+    pub fn load_for_scope(&self, scope: &Scope) -> Option<Arc<ServedSnapshot>> {
         self.load(&scope.environment).filter(|it| it.projects().covers(&scope.projects))
     }
 
@@ -114,14 +114,17 @@ impl Snapshots {
 
     /// Waits until the environment has a snapshot; `None` once it is not served. Dropping the future
     /// is safe.
-    pub async fn wait_for(&self, environment: &Environment) -> Option<Arc<ServedSnapshot>> {
+    pub async fn wait_for_environment(
+        &self,
+        environment: &Environment,
+    ) -> Option<Arc<ServedSnapshot>> {
         self.wait_until_found(environment, || self.load(environment)).await
     }
 
     /// Waits until the scope's environment has a snapshot with the flags of the scope's projects;
     /// `None` once it is not served. Dropping the future is safe.
     pub async fn wait_for_scope(&self, scope: &Scope) -> Option<Arc<ServedSnapshot>> {
-        self.wait_until_found(&scope.environment, || self.load_for(scope)).await
+        self.wait_until_found(&scope.environment, || self.load_for_scope(scope)).await
     }
 
     /// Waits until any environment has a snapshot. Dropping the future is safe.

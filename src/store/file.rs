@@ -22,10 +22,10 @@ use tokio::{
 use ulid::Ulid;
 
 use super::{
-    contract::{Error, RecordLock, Store},
     key::RecordKey,
     lock::try_lock_file,
     record,
+    store_trait::{Error, RecordLock, Store},
 };
 
 /// A [`Store`] in a directory, which several processes may share.

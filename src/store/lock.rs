@@ -11,7 +11,7 @@ use std::{
     path::Path,
 };
 
-use super::contract::RecordLock;
+use super::store_trait::RecordLock;
 
 /// Locks the record that has this lock file; `None` if another process has locked it.
 pub(super) fn try_lock_file(file: &Path) -> io::Result<Option<RecordLock>> {

@@ -13,8 +13,8 @@ use futures_util::{FutureExt as _, future::BoxFuture};
 use tokio::sync::Mutex as AsyncMutex;
 
 use super::{
-    contract::{Error, RecordLock, Store},
     key::RecordKey,
+    store_trait::{Error, RecordLock, Store},
 };
 
 /// A [`Store`] in memory.

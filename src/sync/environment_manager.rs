@@ -160,7 +160,7 @@ impl EnvironmentManager {
         let Ok(initial) = initial.await else { return };
         for environment in &initial {
             ready_when.describe(format!("the first flags of environment {environment}"));
-            self.snapshots.wait_for(environment).await;
+            self.snapshots.wait_for_environment(environment).await;
         }
         ready_when.describe(
             "a valid client token to fetch the first flags with: none is configured, or upstream \

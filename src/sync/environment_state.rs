@@ -274,7 +274,7 @@ impl EnvironmentState {
 
     /// A token's stream has delivered its state. Returns false, and changes nothing, if that is older than
     /// the known one: the stream is then closed as [`CloseReason::Stale`].
-    pub(super) fn on_stream_state(
+    pub(super) fn on_stream_flags_received(
         &mut self,
         token: &TokenDigest,
         Applied { event_id, changed, removed_flags }: Applied,
@@ -291,7 +291,7 @@ impl EnvironmentState {
         {
             self.poll_at = now;
         }
-        self.documents.apply_stream_state(credential, event_id, changed, now);
+        self.documents.apply_stream_flags(credential, event_id, changed, now);
         self.streams.mark_synced(token);
         if self.is_streaming() {
             // Earlier poll failures no longer matter.

@@ -204,7 +204,7 @@ impl EnvironmentSync {
             }
         };
         if let Some(applied) = update.applied {
-            if !self.state.on_stream_state(token, applied, Instant::now()) {
+            if !self.state.on_stream_flags_received(token, applied, Instant::now()) {
                 let error = "the stream sent an older state than the known one";
                 return self.close_stream(token, CloseReason::Stale, Some(error));
             }

@@ -258,7 +258,7 @@ impl FetchedDocuments {
     }
 
     /// Applies the state of a stream: its event id, and the document if it has changed.
-    pub(super) fn apply_stream_state(
+    pub(super) fn apply_stream_flags(
         &mut self,
         credential: &Credential,
         event: Option<EventId>,

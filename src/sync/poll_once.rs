@@ -73,7 +73,7 @@ impl Poll<'_> {
                         has_response = true;
                         result.prefers_streaming |= prefers_streaming;
                     }
-                    Err(PollError::Upstream(error)) if error.is_unauthorized() => {
+                    Err(PollError::Upstream(error)) if error.is_token_refused() => {
                         let cause =
                             match self.credentials.replace_refused(self.environment, &digest).await
                             {

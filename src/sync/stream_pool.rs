@@ -113,7 +113,7 @@ impl Connection {
 
 fn classify_open_error(error: &Error) -> StreamUnavailable {
     match error.retry().retry_after() {
-        _ if error.is_unauthorized() => StreamUnavailable::Unauthorized,
+        _ if error.is_token_refused() => StreamUnavailable::Unauthorized,
         retry_after if error.is_throttled() => StreamUnavailable::Throttled(retry_after),
         retry_after => StreamUnavailable::Failed(retry_after),
     }

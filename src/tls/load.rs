@@ -107,7 +107,7 @@ impl TlsFiles {
         let mut problems = ErrorCollector::default();
         let (mut pairs, mut certificates) = (Vec::new(), Vec::new());
         for (pair, contents) in config.key_pairs.iter().zip(&self.key_pairs) {
-            if let Some((certified, certificate)) = problems.load_key_pair(pair, contents) {
+            if let Some((certified, certificate)) = problems.parse_key_pair(pair, contents) {
                 pairs.push(certified);
                 certificates.push(certificate);
             }
@@ -116,7 +116,7 @@ impl TlsFiles {
         let verifier = match (&config.client_verification, &self.client_ca) {
             (Some(clients), Some(ca)) => {
                 let (verifier, until) =
-                    problems.load_client_verifier(&provider, clients, ca, self.crl.as_ref());
+                    problems.build_client_verifier(&provider, clients, ca, self.crl.as_ref());
                 crl_next_update = clients.crl_file.clone().zip(until);
                 verifier
             }
@@ -172,7 +172,7 @@ impl ErrorCollector {
         parsed.map_err(|reason| self.add(setting, reason)).ok()
     }
 
-    fn load_key_pair(
+    fn parse_key_pair(
         &mut self,
         KeyPairFiles { certificate_file, key_file }: &KeyPairFiles,
         [chain, key]: &[FileContents; 2],
@@ -201,7 +201,7 @@ impl ErrorCollector {
 
     /// Builds the verifier of client certificates. Also returns the earliest time at which a revocation
     /// list becomes outdated.
-    fn load_client_verifier(
+    fn build_client_verifier(
         &mut self,
         provider: &Arc<CryptoProvider>,
         clients: &ClientVerification,

@@ -20,7 +20,7 @@ use super::{
     http_client::Config,
     request_metrics::{self, RequestOutcome, UpstreamOperation},
     transport::{
-        BufferedResponse, JSON, Transport, ignore_body, parse_json, read_body, with_json_body,
+        BufferedResponse, JSON, Transport, accept_any_body, parse_json, read_body, with_json_body,
     },
 };
 use crate::{
@@ -227,7 +227,9 @@ impl Upstream {
         let path = &["api", "client", "metrics", "bulk"];
         let request =
             self.0.request(Method::POST, path, Some(token)).timeout(LONG_TIMEOUT).body(body);
-        self.0.call(UpstreamOperation::Usage, request.header(CONTENT_TYPE, JSON), ignore_body).await
+        self.0
+            .call(UpstreamOperation::Usage, request.header(CONTENT_TYPE, JSON), accept_any_body)
+            .await
     }
 
     /// Lists upstream's environments.
@@ -290,11 +292,11 @@ impl Upstream {
     ) -> Result<(), Error> {
         let path = &["api", "admin", "api-tokens", secret.expose()];
         let request = |token: &Token| self.0.request(Method::DELETE, path, Some(token));
-        self.call_as_admin(admin, UpstreamOperation::DeleteToken, request, ignore_body).await
+        self.call_as_admin(admin, UpstreamOperation::DeleteToken, request, accept_any_body).await
     }
 
     /// The header that carries tokens to upstream.
-    pub fn token_header(&self) -> &HeaderName {
+    pub fn token_header_name(&self) -> &HeaderName {
         &self.0.token_header
     }
 

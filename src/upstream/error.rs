@@ -8,7 +8,7 @@ use std::{io, path::PathBuf, time::Duration};
 use jiff::{Timestamp, fmt::rfc2822};
 use reqwest::{StatusCode, header::HeaderValue};
 
-use super::client_identity;
+use super::client_certificate;
 
 /// The cap of `Retry-After`.
 const MAX_RETRY_AFTER: Duration = Duration::from_mins(10);
@@ -84,7 +84,7 @@ pub enum Error {
     },
     /// The client certificate cannot be used.
     #[error(transparent)]
-    ClientCertificate(#[from] client_identity::Error),
+    ClientCertificate(#[from] client_certificate::Error),
     /// A setting that cannot be sent as a header.
     #[error("the {0} contains characters that are invalid in a header")]
     InvalidHeader(&'static str),
@@ -199,7 +199,7 @@ impl Error {
     }
 
     /// Whether upstream refused the token (401 or 403).
-    pub fn is_unauthorized(&self) -> bool {
+    pub fn is_token_refused(&self) -> bool {
         self.fault() == Fault::Credentials
     }
 

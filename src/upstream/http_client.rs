@@ -17,7 +17,7 @@ use rustls::crypto::ring;
 use ulid::Ulid;
 use zeroize::Zeroizing;
 
-use super::{client_identity::ClientIdentity, error::Error, no_proxy};
+use super::{client_certificate::ClientCertificateFiles, error::Error, no_proxy};
 use crate::protocol::byte_order_mark::without_byte_order_mark;
 
 /// How to reach upstream.
@@ -38,7 +38,7 @@ pub struct Config {
     /// Certificates (PEM) to trust in addition to the platform's.
     pub certificate_file: Option<PathBuf>,
     /// The client certificate and its key.
-    pub client_certificate: Option<ClientIdentity>,
+    pub client_certificate: Option<ClientCertificateFiles>,
     /// Accept any server certificate; only for an operator's tests.
     pub skip_certificate_verification: bool,
     /// Hosts to reach without a proxy, in the syntax of `NO_PROXY`.

@@ -20,8 +20,8 @@ use tracing::{info, warn};
 use super::{
     admin_token::AdminToken,
     client::Upstream,
-    encryption::TokenCipher,
     error::{self, Retry},
+    token_cipher::TokenCipher,
     token_set::Credential,
 };
 use crate::{

@@ -189,7 +189,7 @@ pub(super) fn parse_json<T: for<'de> Deserialize<'de>>(
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "the shape that `call` wants")]
-pub(super) fn ignore_body(_: BufferedResponse) -> Result<(), Error> {
+pub(super) fn accept_any_body(_: BufferedResponse) -> Result<(), Error> {
     Ok(())
 }
 

@@ -103,7 +103,7 @@ impl UpstreamUsageSink {
             return SendOutcome::Unauthorized;
         };
         let mut result = self.upstream.send_usage(&token, body.clone()).await;
-        if result.as_ref().is_err_and(Error::is_unauthorized) {
+        if result.as_ref().is_err_and(Error::is_token_refused) {
             let current = self.credentials.usage_token(&environment);
             let other = match current.filter(|current| *current != token) {
                 // Another task that fetches flags has replaced it.
@@ -177,7 +177,7 @@ impl UpstreamUsageSink {
 /// Only a rejection of the body itself is final: a proxy may respond with 404 while upstream is
 /// unavailable, and the same bytes may be accepted later.
 fn outcome_of_error(error: &Error) -> SendOutcome {
-    if error.is_unauthorized() {
+    if error.is_token_refused() {
         return SendOutcome::Unauthorized;
     }
     match error.status() {

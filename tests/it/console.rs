@@ -2,7 +2,7 @@
 
 mod browser;
 mod edge_console;
-mod flags;
+mod flag_details;
 mod keyboard_and_layout;
 mod permissions_and_sessions;
 mod tokens;

@@ -63,6 +63,8 @@ mod ofrep;
 mod openapi;
 /// Settings, probes, metrics and the admin listener.
 mod operator_settings;
+/// The behaviour of real Unleash servers that Parapet relies on.
+mod real_unleash_behaviour;
 /// Secrets and settings that change at run time.
 mod reload;
 /// Real servers, real SDKs and proxies that inject faults.
@@ -77,9 +79,7 @@ mod tls;
 /// 100,000 made-up tokens.
 mod token_flood;
 /// Tokens that are created and revoked at run time.
-mod token_revocation;
-/// The behaviour of real Unleash servers that Parapet relies on.
-mod unleash_contract;
+mod token_list_and_revocation;
 /// Connections to upstream through an HTTP proxy.
 mod upstream_http_proxy;
 /// Redirects, certificates and other obstacles between an edge and its upstream.

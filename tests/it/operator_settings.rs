@@ -498,7 +498,12 @@ async fn requests_are_logged_at_debug_with_their_id_and_without_their_path() {
         (parapet.url(), "/api/client/features/a", "/api/client/features/{name}", "200"),
         (parapet.url(), "/api/client/features?project=hidden", "/api/client/features", "200"),
         (parapet.url(), "/api/client/hidden", "unknown", "404"),
-        (parapet.admin_url(), "/api/admin/api-tokens/hidden", "unknown", "404"),
+        (
+            parapet.admin_url(),
+            "/api/admin/api-tokens/hidden",
+            "/api/admin/api-tokens/{token}",
+            "403",
+        ),
     ];
     for (number, (url, path, route, status)) in sent.into_iter().enumerate() {
         let request = http().get(format!("{url}{path}")).header("authorization", CLIENT_TOKEN);

@@ -25,8 +25,8 @@ const UNLEASH_REVOCATION_TIMEOUT: Duration = Duration::from_secs(100);
 
 const ADMIN_TOKEN_REFUSED_LINE: LogEvent = LogEvent::warn("upstream::admin_token");
 const ADMIN_TOKEN_ACCEPTED: LogEvent = LogEvent::info("upstream::admin_token");
-const ADMIN_TOKEN_REPLACED: LogEvent = LogEvent::info("app::admin_token");
-const ADMIN_TOKEN_UNREADABLE: LogEvent = LogEvent::warn("app::admin_token").with("error");
+const ADMIN_TOKEN_REPLACED: LogEvent = LogEvent::info("app::admin_token_watcher");
+const ADMIN_TOKEN_UNREADABLE: LogEvent = LogEvent::warn("app::admin_token_watcher").with("error");
 const SAVING_FAILED: LogEvent = LogEvent::warn("background_writer");
 
 const ADMIN_TOKEN_REFUSED: &str = "parapet_upstream_admin_token_refused";

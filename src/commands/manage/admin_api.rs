@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 
 use super::{
     error::Error,
-    input::{read_first_line, read_password},
     output::{AccountRow, Output, TokenRow},
+    secret_input::{read_first_line, read_password},
 };
 use crate::{
     config::{ManageTask, RemoteServer},

@@ -5,8 +5,8 @@
 
 use super::{
     error::Error,
-    input::{read_first_line, read_password},
     output::{AccountRow, Output, TokenRow},
+    secret_input::{read_first_line, read_password},
 };
 use crate::{
     config::ManageTask,

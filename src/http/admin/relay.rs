@@ -92,7 +92,7 @@ impl Relay {
         let mut headers = end_to_end_headers(&head.headers);
         headers.remove(context.token_header);
         if let Some(token) = token {
-            headers.insert(self.upstream.token_header(), token.clone());
+            headers.insert(self.upstream.token_header_name(), token.clone());
         }
         if is_own_page && headers.contains_key(ORIGIN) {
             // Upstream compares the origin with its own host name.

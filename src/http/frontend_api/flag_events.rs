@@ -35,7 +35,7 @@ impl FlagEvents {
 impl EventSource for FlagEvents {
     fn next_event(&mut self) -> Option<SseChunk> {
         let Self { snapshots, subscriber, subscription, date_trigger, needs_reconnect } = self;
-        let snapshot = snapshots.load_for(subscriber.scope())?;
+        let snapshot = snapshots.load_for_scope(subscriber.scope())?;
         let view = snapshot.frontend_view(&subscriber.scope().projects);
         let since = date_trigger.reschedule(view.inputs(), snapshot.received_at());
         let Some(question) = subscriber.evaluation_request(&snapshot, &view) else {

@@ -44,7 +44,7 @@ impl EventSource for RefetchEvents {
             date_trigger,
             needs_reconnect,
         } = self;
-        let snapshot = snapshots.load_for(subscriber.scope())?;
+        let snapshot = snapshots.load_for_scope(subscriber.scope())?;
         let view = snapshot.frontend_view(&subscriber.scope().projects);
         let since = date_trigger.reschedule(view.inputs(), snapshot.received_at());
         let Some(question) = subscriber.evaluation_request(&snapshot, &view) else {
@@ -109,7 +109,7 @@ mod tests {
 
     /// The evaluation of the only flag, and the outcome hash.
     fn evaluated(snapshots: &Snapshots) -> (Value, u128) {
-        let snapshot = snapshots.load_for(&scope()).unwrap();
+        let snapshot = snapshots.load_for_scope(&scope()).unwrap();
         let (engine, view) = (snapshot.engine(), snapshot.frontend_view(&Projects::All));
         subscriber(&snapshot).evaluation_request(&snapshot, &view).unwrap().with_context(
             &view,
@@ -165,7 +165,7 @@ mod tests {
                 let snapshots = Snapshots::default();
                 swap(&snapshots, before);
                 let (old, outcome) = evaluated(&snapshots);
-                let subscriber = subscriber(&snapshots.load_for(&scope()).unwrap());
+                let subscriber = subscriber(&snapshots.load_for_scope(&scope()).unwrap());
                 let mut events = RefetchEvents::new(snapshots.clone(), subscriber, outcome);
                 let kind = events.next_event().map(|chunk| chunk.kind);
                 assert_eq!(kind, Some(ChunkKind::Replay));

@@ -5,7 +5,9 @@ use std::{cmp::Ordering, collections::BTreeMap, sync::Arc};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::Value;
 
-use super::object::{MAX_INTEGER, MAX_NUMBER, ObjectReader, ParseError, lenient_text, parse_items};
+use super::object_reader::{
+    MAX_INTEGER, MAX_NUMBER, ObjectReader, ParseError, lenient_text, parse_items,
+};
 
 /// The maximum length of the name of a metric, and of the name or value of a label, in bytes.
 const MAX_NAME_BYTES: usize = 255;

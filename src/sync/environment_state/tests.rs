@@ -36,7 +36,7 @@ impl Fixture {
         fixture.poll(&[("one", &["a/x"]), ("two", &["b/y"])], Ok(()));
         for token in ["one", "two"] {
             fixture.open_stream(token, None);
-            assert!(fixture.stream_state(token, 1, &[], None));
+            assert!(fixture.receive_stream_flags(token, 1, &[], None));
         }
         fixture
     }
@@ -114,7 +114,7 @@ impl Fixture {
     }
 
     /// A stream delivers a state; `removed` are the flags that it no longer has.
-    fn stream_state(
+    fn receive_stream_flags(
         &mut self,
         token: &str,
         event: EventId,
@@ -126,7 +126,7 @@ impl Fixture {
             changed: changed.map(document),
             removed_flags: removed.iter().map(|it| Arc::from(*it)).collect(),
         };
-        self.state.on_stream_state(&self.digest(token), applied, self.now)
+        self.state.on_stream_flags_received(&self.digest(token), applied, self.now)
     }
 
     fn close_stream(&mut self, token: &str, reason: CloseReason) -> CloseReason {
@@ -188,9 +188,9 @@ fn nothing_is_polled_while_every_token_has_a_synced_stream() {
     fixture.open_stream("one", None);
     fixture.open_stream("two", None);
     assert_eq!(fixture.wait(), Some(INTERVAL), "neither has delivered its state");
-    assert!(fixture.stream_state("one", 1, &[], None));
+    assert!(fixture.receive_stream_flags("one", 1, &[], None));
     assert_eq!(fixture.wait(), Some(INTERVAL), "the other has not");
-    assert!(fixture.stream_state("two", 1, &[], None));
+    assert!(fixture.receive_stream_flags("two", 1, &[], None));
     assert_eq!(fixture.wait(), None);
     fixture.advance(10 * INTERVAL);
     assert_eq!(fixture.wait(), None);
@@ -230,7 +230,7 @@ fn stream_is_opened_after_the_first_response_and_resumes_unless_an_event_was_unr
     assert_eq!(fixture.wait(), Some(INTERVAL), "no response to the other token yet");
     let one = fixture.digest("one");
     assert!(!fixture.state.event_base(&one).1, "it starts with a full state");
-    assert!(fixture.stream_state("one", 7, &[], None));
+    assert!(fixture.receive_stream_flags("one", 7, &[], None));
     assert!(fixture.state.event_base(&one).1);
     fixture.close_stream("one", CloseReason::Broken);
     fixture.advance(FIRST_REOPENING);
@@ -276,7 +276,7 @@ fn token_that_upstream_rejects_for_its_stream_is_polled_at_once() {
 fn flag_that_may_have_moved_is_polled_for_at_once_and_removed_after_the_grace_period() {
     let mut fixture = Fixture::streaming();
     fixture.close_stream("two", CloseReason::Broken);
-    assert!(fixture.stream_state("one", 2, &["x"], Some(&[])));
+    assert!(fixture.receive_stream_flags("one", 2, &["x"], Some(&[])));
     fixture.publish();
     assert_eq!(fixture.served_flags(), ["a/x", "b/y"]);
     fixture.poll(&[("two", &["b/y"])], Ok(()));
@@ -295,7 +295,7 @@ fn no_extra_poll_is_made_while_polls_fail() {
     let mut fixture = Fixture::streaming();
     fixture.close_stream("two", CloseReason::TimedOut);
     fixture.poll(&[], Err(Some(Duration::from_secs(90))));
-    assert!(fixture.stream_state("one", 2, &["x"], Some(&[])));
+    assert!(fixture.receive_stream_flags("one", 2, &["x"], Some(&[])));
     fixture.publish();
     assert_eq!(fixture.wait(), Some(FIRST_REOPENING));
     fixture.advance(FIRST_REOPENING);
@@ -311,7 +311,7 @@ fn older_state_of_a_stream_is_rejected() {
     documents.insert(&fixture.one, None, received, true, fixture.now);
     fixture.state.on_polled(Ok(()), fixture.in_use(), fixture.now, JITTER);
     fixture.open_stream("one", None);
-    assert!(!fixture.stream_state("one", 8, &[], Some(&["a/old"])));
+    assert!(!fixture.receive_stream_flags("one", 8, &[], Some(&["a/old"])));
     fixture.close_stream("one", CloseReason::Stale);
     assert_eq!(fixture.next_action(), Action::Poll);
     fixture.publish();

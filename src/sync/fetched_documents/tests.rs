@@ -41,13 +41,13 @@ impl FetchedDocuments {
         self.insert(credential, etag, received, is_changed, Instant::now());
     }
 
-    fn apply_stream_state_now(
+    fn apply_stream_flags_now(
         &mut self,
         credential: &Credential,
         event: Option<EventId>,
         changed: Option<FetchedDocument>,
     ) {
-        self.apply_stream_state(credential, event, changed, Instant::now());
+        self.apply_stream_flags(credential, event, changed, Instant::now());
     }
 
     fn confirm_now(&mut self, credential: &Credential) {
@@ -95,7 +95,7 @@ fn replaced_documents_are_returned_once_for_dropping() {
     assert!(documents.take_replaced().is_empty());
     let first = Arc::downgrade(documents.document(&one.token.digest()).unwrap());
     documents.insert_now(&one, None, document(&["a/y"]), true);
-    documents.apply_stream_state_now(&one, None, Some(document(&["a/z"])));
+    documents.apply_stream_flags_now(&one, None, Some(document(&["a/z"])));
     let replaced = documents.take_replaced();
     assert_eq!((replaced.len(), first.strong_count()), (2, 1));
     assert!(documents.take_replaced().is_empty());
@@ -142,19 +142,19 @@ fn newest_state_of_a_project_that_two_tokens_see_is_published() {
     documents.insert_now(&one, None, document(&["a/x", "b/old"]), true);
     documents.insert_now(&two, None, document(&["b/old", "c/z"]), true);
     // The first is ahead: the flag of b has changed there.
-    documents.apply_stream_state_now(&one, Some(2), Some(document(&["a/x", "b/new"])));
+    documents.apply_stream_flags_now(&one, Some(2), Some(document(&["a/x", "b/new"])));
     assert_eq!(flag_names(&documents), ["new", "x", "z"]);
     // The second lags: it now receives an earlier change, of c only.
-    documents.apply_stream_state_now(&two, Some(1), Some(document(&["b/old", "c/y"])));
+    documents.apply_stream_flags_now(&two, Some(1), Some(document(&["b/old", "c/y"])));
     assert_eq!(flag_names(&documents), ["new", "x", "y"], "an older state is published again");
     documents.begin_round();
     documents.confirm_now(&two);
     assert_eq!(flag_names(&documents), ["new", "x", "y"], "an old state is confirmed");
     // It catches up, and is the first to see the next change.
-    documents.apply_stream_state_now(&two, Some(2), Some(document(&["b/new", "c/y"])));
-    documents.apply_stream_state_now(&two, Some(3), Some(document(&["c/y"])));
+    documents.apply_stream_flags_now(&two, Some(2), Some(document(&["b/new", "c/y"])));
+    documents.apply_stream_flags_now(&two, Some(3), Some(document(&["c/y"])));
     assert_eq!(flag_names(&documents), ["x", "y"], "a removal counts as a change");
-    documents.apply_stream_state_now(&one, Some(3), Some(document(&["a/w", "b/new"])));
+    documents.apply_stream_flags_now(&one, Some(3), Some(document(&["a/w", "b/new"])));
     assert_eq!(flag_names(&documents), ["w", "y"]);
 }
 
@@ -166,11 +166,11 @@ fn removal_is_not_deferred_again_for_lagging_token() {
     documents.insert_now(&one, None, document(&["b/gone"]), true);
     documents.insert_now(&two, None, document(&["b/gone"]), true);
     assert!(documents.defer_removal(&one, &[Arc::from("gone")], later));
-    documents.apply_stream_state_now(&one, None, Some(document(&[])));
+    documents.apply_stream_flags_now(&one, None, Some(document(&[])));
     documents.expire_removals(later);
     assert_eq!(flag_names(&documents), [""; 0]);
     assert!(!documents.defer_removal(&two, &[Arc::from("gone")], later), "it is not published");
-    documents.apply_stream_state_now(&two, None, Some(document(&[])));
+    documents.apply_stream_flags_now(&two, None, Some(document(&[])));
     assert_eq!(flag_names(&documents), [""; 0]);
 }
 
@@ -205,7 +205,7 @@ fn event_ids_and_revisions_are_compared_if_upstream_sends_revisions() {
     let mut documents = FetchedDocuments::new(None, Instant::now());
     documents.insert(&one, None, state("a/x", Some(9)), true, start);
     assert!(!documents.is_stale_event(&digest, Some(9), start));
-    documents.apply_stream_state(&one, Some(10), Some(state("a/y", None)), start);
+    documents.apply_stream_flags(&one, Some(10), Some(state("a/y", None)), start);
     assert!(
         documents.is_stale_response(&digest, Some(9), start),
         "a poll that lags behind the stream"
@@ -217,14 +217,14 @@ fn event_ids_and_revisions_are_compared_if_upstream_sends_revisions() {
     assert!(documents.is_stale_response(&digest, Some(9), later));
     assert!(!documents.is_stale_event(&digest, Some(9), later));
     // A stream that is accepted again restarts the minute.
-    documents.apply_stream_state(&one, Some(11), None, later);
+    documents.apply_stream_flags(&one, Some(11), None, later);
     assert!(documents.is_stale_event(&digest, Some(10), later));
     documents.insert(&one, None, state("a/z", Some(12)), true, later);
     assert!(documents.is_stale_event(&digest, Some(11), later), "a stream that lags behind");
 
     // Without revisions, event ids are not comparable.
     documents.insert(&one, None, state("a/x", None), true, start);
-    documents.apply_stream_state(&one, Some(10), Some(state("a/y", None)), start);
+    documents.apply_stream_flags(&one, Some(10), Some(state("a/y", None)), start);
     assert!(!documents.is_stale_event(&digest, Some(1), start));
     assert!(!documents.is_stale_response(&digest, Some(1), start));
 }
@@ -373,7 +373,7 @@ proptest! {
                         || before.features() != now.document.features();
                     let is_known = documents.document(&credential.token.digest()).is_some();
                     if by_stream {
-                        documents.apply_stream_state(credential, None, (is_changed || !is_known).then_some(now), start);
+                        documents.apply_stream_flags(credential, None, (is_changed || !is_known).then_some(now), start);
                     } else {
                         documents.begin_round();
                         documents.insert(credential, None, now, is_changed, start);
@@ -438,19 +438,19 @@ fn etag_and_event_id_are_replaced_with_their_document() {
     let mut documents = FetchedDocuments::new(None, Instant::now());
     let etag = |name: &str| Some(name.to_owned());
     let state = |flag: &str| document(&[&format!("a/{flag}")]);
-    documents.apply_stream_state_now(&one, Some(1), None);
+    documents.apply_stream_flags_now(&one, Some(1), None);
     assert_eq!(etag_and_event_id(&documents, &one), (None, None), "there is no document yet");
 
     documents.insert_now(&one, etag("x"), state("x"), true);
     assert_eq!(etag_and_event_id(&documents, &one), (etag("x"), None));
-    documents.apply_stream_state_now(&one, Some(1), None);
+    documents.apply_stream_flags_now(&one, Some(1), None);
     assert_eq!(
         etag_and_event_id(&documents, &one),
         (etag("x"), Some(1)),
         "both identify the same state"
     );
     // Otherwise a 304 for x would confirm y.
-    documents.apply_stream_state_now(&one, Some(2), Some(state("y")));
+    documents.apply_stream_flags_now(&one, Some(2), Some(state("y")));
     assert_eq!(etag_and_event_id(&documents, &one), (None, Some(2)));
     documents.insert_now(&one, etag("y"), state("y"), false);
     assert_eq!(etag_and_event_id(&documents, &one), (etag("y"), Some(2)));
@@ -458,7 +458,7 @@ fn etag_and_event_id_are_replaced_with_their_document() {
     documents.insert_now(&one, etag("z"), state("z"), true);
     assert_eq!(etag_and_event_id(&documents, &one), (etag("z"), None));
 
-    documents.apply_stream_state_now(&one, Some(4), None);
+    documents.apply_stream_flags_now(&one, Some(4), None);
     documents.clear_event_id(&one.token.digest());
     assert_eq!(etag_and_event_id(&documents, &one), (etag("z"), None));
     assert_eq!(flag_names(&documents), ["z"]);
@@ -485,7 +485,7 @@ fn token_with_synced_stream_needs_no_poll() {
     for (token, name) in streamed {
         let flags = if token == &one { ["a/x", "b/"] } else { ["c/z", "b/"] };
         let flags = [flags[0].to_owned(), format!("{}{name}", flags[1])];
-        documents.apply_stream_state_now(token, Some(1), Some(document(&[&flags[0], &flags[1]])));
+        documents.apply_stream_flags_now(token, Some(1), Some(document(&[&flags[0], &flags[1]])));
         assert!(documents.complete_round(&both, &followed(&[&one, &two]), true));
         assert_eq!(flag_names(&documents), [name, "x", "z"]);
     }
@@ -510,14 +510,14 @@ fn removal_is_deferred_until_another_token_reports_the_flag_or_time_expires() {
         documents.insert_now(&two, None, document(&["b/y"]), true);
         assert!(documents.defer_removal(&one, &gone, later));
         assert!(!documents.defer_removal(&one, &[Arc::from("never")], later), "it was not there");
-        documents.apply_stream_state_now(&one, None, Some(document(&["b/y"])));
+        documents.apply_stream_flags_now(&one, None, Some(document(&["b/y"])));
         documents.expire_removals(now);
         assert_eq!(
             (qualified_flag_names(&documents), documents.next_deadline()),
             (vec!["a/x".into(), "b/y".into()], Some(later))
         );
         if let Some(reported) = reported {
-            documents.apply_stream_state_now(&two, None, Some(document(&["b/y", reported])));
+            documents.apply_stream_flags_now(&two, None, Some(document(&["b/y", reported])));
             assert_eq!(
                 qualified_flag_names(&documents),
                 [reported, "b/y"],
@@ -555,7 +555,7 @@ fn deferred_removal_includes_segments_of_the_flag() {
     let received = FetchedDocument::new(Document::parse(text.as_bytes()).unwrap());
     documents.insert_now(&one, None, received, true);
     assert!(documents.defer_removal(&one, &[Arc::from("x")], Instant::now()));
-    documents.apply_stream_state_now(&one, None, Some(document(&[])));
+    documents.apply_stream_flags_now(&one, None, Some(document(&[])));
     let document = merge(&documents.merge_input());
     assert!(document.feature("x").is_some());
     assert!(document.segment(2).is_some() && document.segment(1).is_none());

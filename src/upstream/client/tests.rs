@@ -181,7 +181,7 @@ async fn failures_are_classified_and_recorded_in_health() {
     assert_eq!(text, "upstream answered 429 Too Many Requests");
 
     let (refused, upstream) = fetch((403, &[], String::new()), None).await;
-    assert!(refused.expect_err("403").is_unauthorized());
+    assert!(refused.expect_err("403").is_token_refused());
     assert_eq!(upstream.health().consecutive_failures, 0);
 }
 

@@ -232,7 +232,7 @@ async fn token_encrypted_with_another_admin_token_is_replaced_and_deleted() {
     let old = obtain_one(&edge(&server, &saver)).await;
     save_pending(&saver).await;
     let error = edge_of("*:*.other", &server, &saver).obtain(&dev()).await.expect_err("401");
-    assert!(matches!(&error, Error::Upstream { source, .. } if source.is_unauthorized()));
+    assert!(matches!(&error, Error::Upstream { source, .. } if source.is_token_refused()));
     assert!(!format!("{error} {error:?}").contains(old.expose()));
 
     let foreign = edge_of("*:*.former", &server, &saver);

@@ -6,8 +6,8 @@ use std::process::Command;
 
 use tempfile::TempDir;
 
+use super::guarded_process::{GuardedProcess, OnParentExit};
 use super::net::free_port;
-use super::process::{OnParentExit, Process};
 use super::self_signed_certificate::SelfSignedCertificate;
 
 /// The path in Debian's package.
@@ -16,7 +16,7 @@ const NGINX_PATH: &str = "/usr/sbin/nginx";
 /// A running nginx; killed when dropped.
 #[derive(Debug)]
 pub(crate) struct Nginx {
-    process: Process,
+    process: GuardedProcess,
     /// Its configuration and temporary files.
     _folder: TempDir,
     http1: u16,
@@ -70,7 +70,7 @@ impl Nginx {
         std::fs::write(&file, config).unwrap();
         let mut command = Command::new(NGINX_PATH);
         command.arg("-c").arg(&file).arg("-p").arg(folder.path()).args(["-e", "stderr"]);
-        let mut process = Process::spawn("nginx", &command, OnParentExit::Kill);
+        let mut process = GuardedProcess::spawn("nginx", &command, OnParentExit::Kill);
         process
             .wait_until(async || tokio::net::TcpStream::connect(("127.0.0.1", tls)).await.is_ok())
             .await;

@@ -14,9 +14,9 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use super::guarded_process::{GuardedProcess, OnParentExit, ProcessOutput};
 use super::log_event::LogEvent;
 use super::net::{free_port, http, send_json, wait_until};
-use super::process::{OnParentExit, Process, ProcessOutput};
 use super::secret_leak_check;
 use super::self_signed_certificate::SelfSignedCertificate;
 
@@ -129,7 +129,7 @@ pub(crate) struct Parapet {
     directory: TempDir,
     port: u16,
     admin_port: u16,
-    process: Mutex<Option<Process>>,
+    process: Mutex<Option<GuardedProcess>>,
     /// One for each start.
     output: Mutex<Vec<Arc<ProcessOutput>>>,
 }
@@ -496,7 +496,7 @@ impl Parapet {
         }
         command.envs(self.setup.environment.iter().map(|(name, value)| (name, value)));
 
-        let process = Process::spawn("parapet", &command, OnParentExit::Kill);
+        let process = GuardedProcess::spawn("parapet", &command, OnParentExit::Kill);
         secret_leak_check::register_output(
             &format!("parapet {} on port {}", self.setup.mode, self.port),
             process.output(),
@@ -536,7 +536,7 @@ impl Parapet {
         found.map(|(_, token)| token.to_string_lossy().into_owned()).unwrap_or_default()
     }
 
-    fn take_process(&self) -> Process {
+    fn take_process(&self) -> GuardedProcess {
         self.assert_no_secret_leaked();
         self.process.lock().unwrap_or_else(PoisonError::into_inner).take().expect("it is running")
     }

@@ -7,15 +7,15 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use tokio::sync::OnceCell;
 
+use super::guarded_process::{GuardedProcess, OnParentExit};
 use super::net::free_port;
-use super::process::{OnParentExit, Process};
 
 /// A running cluster. Every client on the loopback interface may connect as `postgres`.
 #[derive(Debug)]
 pub(crate) struct Postgres {
     bin_dir: PathBuf,
     port: u16,
-    _server: Process,
+    _server: GuardedProcess,
 }
 
 impl Postgres {
@@ -71,7 +71,7 @@ impl Postgres {
             server.args(["-c", setting]);
         }
         let mut server =
-            Process::spawn("PostgreSQL", &server, OnParentExit::QuitAndRemove(&directory));
+            GuardedProcess::spawn("PostgreSQL", &server, OnParentExit::QuitAndRemove(&directory));
         server
             .wait_until(async || psql(&bin_dir, port, "postgres", "select 1").status.success())
             .await;

@@ -6,8 +6,8 @@ use std::path::Path;
 use serde_json::{Value, json};
 use tokio::process::Command;
 
+use super::guarded_process::{node, tests_dir};
 use super::json_lines_driver::Driver;
-use super::process::{node, tests_dir};
 
 /// An SDK's evaluation of a flag.
 #[derive(Debug, Clone, PartialEq)]

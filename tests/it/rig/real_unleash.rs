@@ -13,9 +13,9 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 
+use super::guarded_process::{GuardedProcess, OnParentExit, node};
 use super::net::{free_port, http, send_json, wait_until};
 use super::postgres::Postgres;
-use super::process::{OnParentExit, Process, node};
 use super::secret_leak_check;
 
 /// The admin token of every server of the rig. Unleash accepts one only into a database without tokens,
@@ -95,7 +95,7 @@ pub(crate) struct Unleash {
     database: String,
     /// The token that [`admin_request`](Self::admin_request) sends.
     admin_token: Mutex<&'static str>,
-    server: Mutex<Option<Process>>,
+    server: Mutex<Option<GuardedProcess>>,
 }
 
 impl Unleash {
@@ -188,7 +188,7 @@ impl Unleash {
         assert!(before.is_none(), "the server was running");
     }
 
-    fn take_server(&self) -> Process {
+    fn take_server(&self) -> GuardedProcess {
         self.server
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -484,7 +484,7 @@ fn parse_usage(hour: &Value) -> HourlyUsage {
 }
 
 /// Starts a server and waits until it is healthy, including migrations.
-async fn launch(version: UnleashVersion, port: u16, database: &str) -> Process {
+async fn launch(version: UnleashVersion, port: u16, database: &str) -> GuardedProcess {
     let options = json!({
         "db": {
             "host": "127.0.0.1", "port": Postgres::shared().await.port(), "database": database,
@@ -503,7 +503,8 @@ async fn launch(version: UnleashVersion, port: u16, database: &str) -> Process {
         UnleashVersion::V8 => &mut command,
         UnleashVersion::V8SecureTokens => command.env("UNLEASH_EXPERIMENTAL_SECURE_TOKEN", "true"),
     };
-    let mut server = Process::spawn(&format!("Unleash {version:?}"), &command, OnParentExit::Kill);
+    let mut server =
+        GuardedProcess::spawn(&format!("Unleash {version:?}"), &command, OnParentExit::Kill);
     let health = format!("http://127.0.0.1:{port}/health");
     server
         .wait_until(async || {

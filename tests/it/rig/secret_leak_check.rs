@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::process::ProcessOutput;
+use super::guarded_process::ProcessOutput;
 
 static SECRETS: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 static OUTPUTS: Mutex<Vec<(String, Arc<ProcessOutput>)>> = Mutex::new(Vec::new());

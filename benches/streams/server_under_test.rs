@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use jiff::Timestamp;
 
-use super::{exchange::Request, flags::document, parapet, process::Process};
+use super::{exchange::Request, flags::document, parapet, server_process::ServerProcess};
 
 /// The number of flags.
 pub(crate) const FLAGS: usize = 350;
@@ -29,7 +29,7 @@ const TIMEOUT: Duration = Duration::from_mins(1);
 /// A streaming server.
 #[derive(Debug)]
 pub(crate) struct Server {
-    pub(crate) process: Process,
+    pub(crate) process: ServerProcess,
     kind: Kind,
 }
 
@@ -66,7 +66,7 @@ impl Server {
         let files = [folder.join("first"), folder.join("then")];
         std::fs::write(&files[0], first)?;
         std::fs::write(&files[1], then)?;
-        let process = Process::start(&folder.join("bare.log"), |port| {
+        let process = ServerProcess::start(&folder.join("bare.log"), |port| {
             let mut command = Command::new(this);
             command.args(["bare", "--port", &port.to_string()]);
             command.arg("--first").arg(&files[0]).arg("--then").arg(&files[1]);

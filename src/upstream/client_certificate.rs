@@ -14,7 +14,7 @@ use crate::tls::pem;
 
 /// The files with a client certificate for upstream and its key.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub enum ClientIdentity {
+pub enum ClientCertificateFiles {
     /// Two PEM files.
     PemPair {
         /// The certificate chain, leaf first.
@@ -93,7 +93,7 @@ pub enum Error {
 /// A certificate chain, leaf first, and the key of the leaf.
 type ChainAndKey = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
-impl ClientIdentity {
+impl ClientCertificateFiles {
     /// Reads and checks the certificate and its key. Blocks on the file system.
     pub fn load(&self) -> Result<reqwest::Identity, Error> {
         let (chain, key) = match self {
@@ -259,7 +259,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().expect("file");
         fs::write(file.path(), bytes).expect("write");
         let passphrase = Passphrase::new(passphrase);
-        ClientIdentity::Pkcs12 { file: file.path().to_owned(), passphrase }.load()
+        ClientCertificateFiles::Pkcs12 { file: file.path().to_owned(), passphrase }.load()
     }
 
     #[test]
@@ -294,7 +294,7 @@ mod tests {
     fn single_pem_file_contains_certificate_and_key() {
         let chain = Chain::new();
         let file = tempfile::NamedTempFile::new().expect("file");
-        let identity = ClientIdentity::PemFile(file.path().to_owned());
+        let identity = ClientCertificateFiles::PemFile(file.path().to_owned());
         fs::write(file.path(), chain.pem()).expect("write");
         identity.load().expect("identity");
         fs::write(file.path(), chain.leaf.pem()).expect("write");
@@ -344,12 +344,12 @@ mod tests {
         let chain_pem = chain.leaf.pem() + &chain.intermediate.pem();
         let _ = rustls::crypto::ring::default_provider().install_default();
         for identity in [
-            ClientIdentity::PemPair {
+            ClientCertificateFiles::PemPair {
                 certificate_file: write("edge.crt", chain_pem.as_bytes()),
                 key_file: write("edge.key", chain.key.serialize_pem().as_bytes()),
             },
-            ClientIdentity::PemFile(write("edge.pem", chain.pem().as_bytes())),
-            ClientIdentity::Pkcs12 { file: write("edge.p12", &pkcs12), passphrase },
+            ClientCertificateFiles::PemFile(write("edge.pem", chain.pem().as_bytes())),
+            ClientCertificateFiles::Pkcs12 { file: write("edge.p12", &pkcs12), passphrase },
         ] {
             let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
             let client = reqwest::Client::builder()

@@ -62,7 +62,7 @@ impl ProcessOutput {
 
 /// A running child process; killed when dropped.
 #[derive(Debug)]
-pub(crate) struct Process {
+pub(crate) struct GuardedProcess {
     name: String,
     child: Child,
     output: Arc<ProcessOutput>,
@@ -79,7 +79,7 @@ pub(crate) enum OnParentExit<'a> {
     QuitAndRemove(&'a Path),
 }
 
-impl Process {
+impl GuardedProcess {
     /// Starts `command` behind the guard, with its program, arguments, directory, and each variable that
     /// it sets or removes.
     pub(crate) fn spawn(name: &str, command: &Command, last_rites: OnParentExit<'_>) -> Self {
@@ -167,7 +167,7 @@ impl Process {
     }
 }
 
-impl Drop for Process {
+impl Drop for GuardedProcess {
     fn drop(&mut self) {
         self.kill_and_wait();
     }

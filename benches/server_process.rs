@@ -22,13 +22,13 @@ const MAX_SAMPLES: usize = 50;
 
 /// A server process; killed when dropped.
 #[derive(Debug)]
-pub(crate) struct Process {
+pub(crate) struct ServerProcess {
     child: Child,
     pub(crate) address: SocketAddr,
     log: PathBuf,
 }
 
-impl Process {
+impl ServerProcess {
     /// Runs the command that `command` returns for a free port, with its output in `log`, and waits
     /// until it listens.
     pub(crate) fn start(log: &Path, command: impl FnOnce(u16) -> Command) -> Result<Self> {
@@ -95,7 +95,7 @@ impl Process {
     }
 }
 
-impl Drop for Process {
+impl Drop for ServerProcess {
     fn drop(&mut self) {
         // It may have exited already.
         let _ = self.child.kill();
