@@ -51,7 +51,7 @@ pub enum EndpointLabel {
 }
 
 impl EndpointLabel {
-    /// The label value: a path template, or one of [`OTHER_LABELS`].
+    /// The label value: a path template, `preflight` or `unknown`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Route(route) => route.path,

@@ -154,7 +154,7 @@ impl FileSource {
         ReloadHandle { environments, reload_requested }
     }
 
-    /// Loads and serves the flags; [`Watcher::run`] then keeps them current.
+    /// Loads and serves the flags; [`FlagFileWatcher::run`] then keeps them current.
     ///
     /// Meets `ready_when` once any environment has flags, which may be later.
     ///

@@ -47,7 +47,7 @@ const MAX_RELAYED_BODY: usize = 32 << 20;
 
 /// The client of the upstream Unleash server.
 ///
-/// A cheap handle: clones share connections and [`Health`]. Dropping a request's future cancels the
+/// A cheap handle: clones share connections and [`UpstreamHealth`]. Dropping a request's future cancels the
 /// request.
 #[derive(Clone)]
 pub struct Upstream(Arc<Transport>);

@@ -31,7 +31,7 @@ pub struct UpstreamHealth {
     pub streams: usize,
 }
 
-/// Tracks [`Health`] from the results of requests.
+/// Tracks [`UpstreamHealth`] from the results of requests.
 #[derive(Debug, Default)]
 pub(super) struct HealthTracker {
     health: Mutex<UpstreamHealth>,

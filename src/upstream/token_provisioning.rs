@@ -3,7 +3,7 @@
 //! Unleash does not accept an admin token for flags or usage. So the edge looks up its fleet's token by
 //! a stable name, or creates one, and stores it encrypted. A hanging disk does not delay this: records
 //! are saved in the background, and reading one has a short timeout. This module does not know which
-//! tokens are in use: [`Credentials`](super::Credentials) does, and runs one exchange at a time per
+//! tokens are in use: [`Credentials`](super::EnvironmentTokens) does, and runs one exchange at a time per
 //! environment.
 
 use std::{sync::Arc, time::Duration};

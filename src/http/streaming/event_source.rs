@@ -6,7 +6,7 @@ use tokio::time::Instant;
 /// Supplies the events of one stream.
 ///
 /// The stream calls [`next_event`](Self::next_event) when it begins, when the flags of its environment
-/// change and at [`next_deadline`](Self::next_deadline), each time until it returns `None`.
+/// change and at [`next_reevaluation_at`](Self::next_reevaluation_at), each time until it returns `None`.
 pub trait EventSource: Send + 'static {
     /// The next chunk to send now, if there is one.
     fn next_event(&mut self) -> Option<SseChunk>;
