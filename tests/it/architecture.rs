@@ -527,7 +527,7 @@ fn ages_and_intervals_use_a_monotonic_clock() {
     // for people to read.
     let allowed = [
         "app.rs",
-        "app/admin_token.rs",
+        "app/admin_token_watcher.rs",
         "app/reload.rs",
         "auth/token_cache.rs",
         "commands/explain.rs",
