@@ -169,7 +169,7 @@ impl Authenticator {
             inner.metrics.malformed.increment(1);
             return CacheLookup::Decided(Err(AuthError::Unknown));
         };
-        if inner.token_cache.is_revoked(&token) {
+        if inner.token_cache.is_selector_revoked(&token) {
             inner.metrics.refused.increment(1);
             return CacheLookup::Decided(Err(AuthError::Unknown));
         }

@@ -159,20 +159,19 @@ impl TokenCache {
         if self.revoked.contains_key(&TokenId::Digest(*digest)) {
             return Some(AuthError::Unknown);
         }
-        let refusal = self.rejected.get(digest)?;
-        Some(if refusal.forbidden_grant.is_some() {
-            AuthError::Forbidden
-        } else {
-            AuthError::Unknown
+        let rejected = self.rejected.get(digest)?;
+        Some(match rejected.forbidden_grant {
+            Some(_) => AuthError::Forbidden,
+            None => AuthError::Unknown,
         })
     }
 
-    /// Whether `token` was revoked within [`REVOCATION_TTL`], perhaps before it was ever presented.
-    pub(super) fn is_revoked(&self, token: &Token) -> bool {
-        let digest = token.digest();
-        // An earlier release saved v2 tokens by their digests too.
-        self.revoked.contains_key(&TokenId::new(digest, token.selector()))
-            || self.revoked.contains_key(&TokenId::Digest(digest))
+    /// Whether a v2 token was revoked by its selector within [`REVOCATION_TTL`], perhaps before it was
+    /// ever presented. Other tokens are revoked by their digests: see [`rejection`](Self::rejection).
+    pub(super) fn is_selector_revoked(&self, token: &Token) -> bool {
+        let is_revoked =
+            |selector: &str| self.revoked.contains_key(&TokenId::Selector(selector.into()));
+        token.selector().is_some_and(is_revoked)
     }
 
     /// The cached state of `token`: its grant, or why it is rejected; `None` if it is not cached.
@@ -181,7 +180,7 @@ impl TokenCache {
         if let Some(cached) = self.valid.get(&digest) {
             return Some(Ok(Arc::clone(cached.grant())));
         }
-        if self.is_revoked(token) {
+        if self.is_selector_revoked(token) {
             return Some(Err(AuthError::Unknown));
         }
         self.rejection(&digest).map(Err)
@@ -206,7 +205,8 @@ impl TokenCache {
 
     fn insert_valid(&self, token: &Token, grant: Grant, start: RequestStart) -> InsertOutcome {
         let digest = token.digest();
-        if self.is_revoked(token) {
+        // An earlier release saved v2 tokens by their digests too.
+        if self.revoked.contains_key(&TokenId::Digest(digest)) || self.is_selector_revoked(token) {
             return InsertOutcome::Revoked;
         }
         if self.rejected.get(&digest).is_some_and(|it| it.sequence > start.sequence) {
