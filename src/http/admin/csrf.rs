@@ -25,13 +25,7 @@ pub(super) fn is_same_origin(headers: &HeaderMap) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
-        let pairs = pairs
-            .iter()
-            .map(|(name, value)| (HeaderName::from_static(name), value.parse().expect("a header")));
-        pairs.collect()
-    }
+    use crate::http::admin::headers::headers;
 
     #[test]
     fn only_requests_from_the_same_origin_are_accepted() {

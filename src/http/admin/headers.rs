@@ -61,16 +61,18 @@ pub(super) fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> 
     pairs.find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='))
 }
 
+/// Headers for the tests of this module and its siblings.
+#[cfg(test)]
+pub(super) fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
+    let pair = |(name, value): &(&'static str, &str)| {
+        (HeaderName::from_static(name), value.parse().expect("a header"))
+    };
+    pairs.iter().map(pair).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
-        let pairs = pairs
-            .iter()
-            .map(|(name, value)| (HeaderName::from_static(name), value.parse().expect("a header")));
-        pairs.collect()
-    }
 
     #[test]
     fn basic_credentials_are_not_a_token() {

@@ -231,13 +231,7 @@ impl<'a> AffectedTokens<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
-        let pairs = pairs
-            .iter()
-            .map(|(name, value)| (HeaderName::from_static(name), value.parse().expect("a header")));
-        pairs.collect()
-    }
+    use crate::http::admin::headers::headers;
 
     #[test]
     fn admin_api_is_relayed_except_for_flags_and_explain() {
