@@ -31,7 +31,7 @@ pub struct Rate {
 }
 
 /// A token bucket.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct RateLimiter {
     rate: Rate,
     /// When the bucket will be full.

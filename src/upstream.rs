@@ -1,9 +1,9 @@
 //! The client of the upstream Unleash server.
 //!
-//! [`Upstream`] sends the requests; [`EnvironmentTokens`] provides the tokens; [`UpstreamUsageSink`] sends usage
-//! with both. None of them retries, caches
+//! [`Upstream`] sends the requests, and [`EnvironmentTokens`] provides the tokens. Neither retries, caches
 //! responses or interprets flags: callers decide by [`Error::retry`], [`Error::fault`] and
-//! [`ProvisioningError::retry`].
+//! [`ProvisioningError::retry`]. [`UpstreamUsageSink`] sends usage with both; it retries at once only
+//! with a replaced token.
 
 mod admin_token;
 mod client;
@@ -26,7 +26,7 @@ mod usage_sink;
 
 pub use admin_token::{AdminToken, Error as AdminTokenError, State as AdminTokenState};
 pub use client::{FeaturesResponse, FetchResult, TokenAccess, Upstream};
-pub use client_certificate::{ClientCertificateFiles, Error as IdentityError, Passphrase};
+pub use client_certificate::{ClientCertificateFiles, Error as ClientCertificateError, Passphrase};
 pub use environment_tokens::EnvironmentTokens;
 pub use error::{Error, Fault, Retry};
 pub use event_stream::UpstreamEventStream;

@@ -1,6 +1,6 @@
 //! Decides whether the token of a request is valid.
 //!
-//! A cached token is one lookup by digest, without a lock or a request. Only a first-seen token waits.
+//! A cached token is found by its digest, without a lock or a request. Only a first-seen token waits.
 //! This module also owns everything that the background work changes, and runs it; it does not itself
 //! speak to upstream.
 
@@ -201,7 +201,7 @@ impl Authenticator {
     pub async fn validate(&self, tokens: &[Token]) -> Result<Vec<Option<Arc<Grant>>>, AuthError> {
         let results = tokens.iter().map(|token| async {
             match self.authenticate_with_priority(token.expose(), Priority::Delegated).await {
-                Ok(admission) => Ok(Some(admission.grant)),
+                Ok(authenticated) => Ok(Some(authenticated.grant)),
                 Err(AuthError::Unknown) => Ok(None),
                 Err(AuthError::Forbidden) => {
                     let grant = self.0.token_cache.forbidden_grant(&token.digest());

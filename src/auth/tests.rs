@@ -144,12 +144,12 @@ async fn tokens_that_cannot_be_validated_delay_no_others() {
 }
 
 #[tokio::test]
-async fn revalidation_of_cached_tokens_is_rate_limited_while_the_list_is_available() {
+async fn revalidation_takes_a_limited_number_of_tokens_per_interval() {
     let fixture =
         Fixture::start(|request| answer(if request.line.starts_with(PROBE) { 404 } else { 200 }))
             .await;
     for n in 0..120 {
-        fixture.cache(&token(&format!("*:dev.suspected-{n}")), "dev");
+        fixture.cache(&token(&format!("*:dev.stale-{n}")), "dev");
     }
     let probes = async || {
         assert_eq!(fixture.revalidate_due().await, revalidation::INTERVAL);

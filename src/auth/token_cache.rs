@@ -117,8 +117,8 @@ impl WriterState {
 }
 
 impl TokenCache {
-    /// A cache for `capacity` valid tokens and as many rejected ones, which expire after `refuse_for`.
-    pub(super) fn new(capacity: u64, refuse_for: Duration) -> Self {
+    /// A cache for `capacity` valid tokens and as many rejected ones, which expire after `rejection_ttl`.
+    pub(super) fn new(capacity: u64, rejection_ttl: Duration) -> Self {
         let hasher = RandomState::default;
         // Upstream may list, and delete, as many tokens as both caches hold.
         let max_listed = capacity.saturating_mul(2);
@@ -126,7 +126,7 @@ impl TokenCache {
             valid: Cache::builder().max_capacity(capacity).build_with_hasher(hasher()),
             rejected: Cache::builder()
                 .max_capacity(capacity)
-                .time_to_live(refuse_for)
+                .time_to_live(rejection_ttl)
                 .build_with_hasher(hasher()),
             revoked: Cache::builder()
                 .max_capacity(max_listed)
@@ -224,7 +224,10 @@ impl TokenCache {
                 }
                 known.with_grant(grant, start)
             }
-            None => CachedToken::confirmed(token, grant, start),
+            None => {
+                let id = TokenId::new(digest, token.selector());
+                CachedToken::confirmed(token, id, grant, start)
+            }
         };
         self.valid.insert(digest, Arc::new(cached));
         self.mark_unsaved();
@@ -273,7 +276,7 @@ impl TokenCache {
             return RejectOutcome::Outdated;
         }
         if self.rejected.get(&digest).is_none_or(|it| it.sequence <= start.sequence) {
-            let (sequence, id) = (start.sequence, TokenId::of(token));
+            let (sequence, id) = (start.sequence, TokenId::new(digest, token.selector()));
             self.rejected.insert(digest, Arc::new(RejectedToken { sequence, id, forbidden_grant }));
         }
         if known.is_some() {
@@ -333,17 +336,23 @@ impl TokenCache {
         for id in &gone {
             self.insert_revoked(id.clone(), start.sequence);
         }
-        for (digest, refusal) in &self.rejected {
-            let is_v2 = refusal.id.selector().is_some();
-            if is_v2 && refusal.sequence < start.sequence && listed.contains_key(&refusal.id) {
+        for (digest, rejected) in &self.rejected {
+            let is_v2 = rejected.id.selector().is_some();
+            if is_v2 && rejected.sequence < start.sequence && listed.contains_key(&rejected.id) {
                 self.rejected.invalidate(&*digest);
             }
         }
         for (digest, cached) in &self.valid {
             let id = cached.id();
             if let Some(entry) = listed.get(id) {
-                changes.learned +=
-                    usize::from(self.apply_list_entry(*digest, &cached, entry, start));
+                if cached.mark_listed() {
+                    self.mark_unsaved();
+                }
+                // The grants of tokens that are listed in full were applied above.
+                if matches!(entry.secret, ListedSecret::Selector(_)) {
+                    let is_new = self.update_grant(*digest, &cached, entry.grant(), start);
+                    changes.learned += usize::from(is_new);
+                }
             } else if gone.contains(id)
                 || (cached.is_listed() && !unreadable.may_include(&digest, id.selector()))
             {
@@ -372,9 +381,9 @@ impl TokenCache {
 
     /// Makes a listed token eligible for validation again, unless its use is known to be forbidden.
     fn clear_rejection(&self, digest: &TokenDigest, entry: &ListedToken, start: RequestStart) {
-        let is_taken_back = |refusal: &RejectedToken| {
-            refusal.sequence < start.sequence
-                && refusal.forbidden_grant.as_deref().is_none_or(|it| *it != entry.grant())
+        let is_taken_back = |rejected: &RejectedToken| {
+            rejected.sequence < start.sequence
+                && rejected.forbidden_grant.as_deref().is_none_or(|it| *it != entry.grant())
         };
         if self.rejected.get(digest).is_some_and(|it| is_taken_back(&it)) {
             self.rejected.invalidate(digest);
@@ -389,18 +398,14 @@ impl TokenCache {
         }
     }
 
-    /// Confirms a cached token that is listed; true if its grant has changed.
-    fn apply_list_entry(
+    /// Confirms a cached token with this grant; true if its grant was another one.
+    fn update_grant(
         &self,
         digest: TokenDigest,
-        known: &Arc<CachedToken>,
-        entry: &ListedToken,
+        known: &CachedToken,
+        grant: Grant,
         start: RequestStart,
     ) -> bool {
-        if known.mark_listed() {
-            self.mark_unsaved();
-        }
-        let grant = entry.grant();
         if known.is_confirmed_after(start) || **known.grant() == grant {
             known.confirm(start);
             return false;
@@ -420,10 +425,11 @@ impl TokenCache {
         if let ListedSecret::Full(token) = named {
             digests.push(token.digest());
         }
+        // Readers take no lock: in between, the token is still valid and not unknown.
+        self.insert_revoked(id, order);
         for digest in &digests {
             self.valid.invalidate(digest);
         }
-        self.insert_revoked(id, order);
         digests
     }
 

@@ -118,7 +118,7 @@ impl TokenListPoller {
     }
 
     /// Switches to revalidation of single tokens because the list is unavailable.
-    pub(super) fn report_unavailable(&self, why: &str) {
+    fn report_unavailable(&self, why: &str) {
         if !self.is_unavailable.swap(true, Ordering::Relaxed) {
             warn!(
                 error = why,

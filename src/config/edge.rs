@@ -20,7 +20,7 @@ use crate::{
     sync,
     telemetry::error_chain,
     token::{Environment, Token},
-    upstream::{self, AdminToken, IdentityError, Passphrase},
+    upstream::{self, AdminToken, ClientCertificateError, Passphrase},
 };
 
 pub(super) fn edge(
@@ -182,10 +182,10 @@ fn client_certificate(s: &mut RawSettings) -> Option<upstream::ClientCertificate
     };
     if let Err(error) = identity.load() {
         let key = match (&identity, &error) {
-            (_, IdentityError::Passphrase { .. }) => &PKCS12_PASSPHRASE,
+            (_, ClientCertificateError::Passphrase { .. }) => &PKCS12_PASSPHRASE,
             (upstream::ClientCertificateFiles::Pkcs12 { .. }, _) => &PKCS12_IDENTITY_FILE,
             (upstream::ClientCertificateFiles::PemFile(_), _) => &PEM_CERT_FILE,
-            (_, IdentityError::Key(_)) => &PKCS8_CLIENT_KEY_FILE,
+            (_, ClientCertificateError::Key(_)) => &PKCS8_CLIENT_KEY_FILE,
             (upstream::ClientCertificateFiles::PemPair { .. }, _) => &PKCS8_CLIENT_CERTIFICATE_FILE,
         };
         s.report_error(key, error_chain(&error));

@@ -50,14 +50,14 @@ type ProvisioningHistories =
     Mutex<HashMap<Environment, Arc<tokio::sync::Mutex<ProvisioningHistory>>>>;
 
 impl EnvironmentTokens {
-    /// Exchanges `admin` for tokens named `parapet-<fleet>`, which `saver` stores encrypted.
+    /// Exchanges `admin` for tokens named `parapet-<fleet>`, which `writer` stores encrypted.
     pub fn with_admin(
         admin: AdminToken,
         fleet: &str,
         upstream: Upstream,
-        saver: BackgroundWriter,
+        writer: BackgroundWriter,
     ) -> Self {
-        let exchange = TokenProvisioner::new(admin, fleet, upstream, saver);
+        let exchange = TokenProvisioner::new(admin, fleet, upstream, writer);
         Self::new(Some((exchange, ProvisioningHistories::default())))
     }
 
@@ -79,14 +79,14 @@ impl EnvironmentTokens {
     /// The tokens to use for `environment`: accepted before refused ones, those with the most projects
     /// first, of equals the one offered first. Tokens covered by an earlier one are left out.
     pub fn tokens(&self, environment: &Environment) -> Vec<Credential> {
-        let hands = self.0.token_sets.read().unwrap_or_else(PoisonError::into_inner);
-        hands.get(environment).map(TokenSet::tokens_in_use).unwrap_or_default()
+        let token_sets = self.0.token_sets.read().unwrap_or_else(PoisonError::into_inner);
+        token_sets.get(environment).map(TokenSet::tokens_in_use).unwrap_or_default()
     }
 
     /// The environments with at least one token.
     pub fn environments(&self) -> BTreeSet<Environment> {
-        let hands = self.0.token_sets.read().unwrap_or_else(PoisonError::into_inner);
-        hands.iter().filter(|(_, set)| !set.is_empty()).map(|(name, _)| name.clone()).collect()
+        let token_sets = self.0.token_sets.read().unwrap_or_else(PoisonError::into_inner);
+        token_sets.iter().filter(|(_, set)| !set.is_empty()).map(|(name, _)| name.clone()).collect()
     }
 
     /// The token for sending usage of `environment`: the one with the most projects.
@@ -163,11 +163,11 @@ impl EnvironmentTokens {
         if self.0.provisioning.is_some() {
             return;
         }
-        let mut hands = self.0.token_sets.write().unwrap_or_else(PoisonError::into_inner);
-        for set in hands.values_mut() {
+        let mut token_sets = self.0.token_sets.write().unwrap_or_else(PoisonError::into_inner);
+        for set in token_sets.values_mut() {
             set.remove(token);
         }
-        drop(hands);
+        drop(token_sets);
         self.remove_expected(token);
     }
 
@@ -262,14 +262,14 @@ impl EnvironmentTokens {
         environment: &Environment,
         change: impl FnOnce(&mut TokenSet) -> T,
     ) -> T {
-        let mut hands = self.0.token_sets.write().unwrap_or_else(PoisonError::into_inner);
-        change(hands.entry(environment.clone()).or_default())
+        let mut token_sets = self.0.token_sets.write().unwrap_or_else(PoisonError::into_inner);
+        change(token_sets.entry(environment.clone()).or_default())
     }
 }
 
 impl fmt::Debug for EnvironmentTokens {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Credentials").finish_non_exhaustive()
+        f.debug_struct("EnvironmentTokens").finish_non_exhaustive()
     }
 }
 

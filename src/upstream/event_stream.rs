@@ -31,14 +31,18 @@ pub struct UpstreamEventStream {
 
 impl UpstreamEventStream {
     /// Reads events of up to `limit` bytes from a response whose head has been read.
-    pub(super) fn new(response: Response, limit: usize, pulse: &Arc<HealthTracker>) -> Self {
+    pub(super) fn new(
+        response: Response,
+        limit: usize,
+        health_tracker: &Arc<HealthTracker>,
+    ) -> Self {
         let (decoder, last_activity) = (Decoder::new(limit), Instant::now());
         Self {
             response,
             decoder,
             last_activity,
             pending_end: None,
-            open_guard: OpenStreamGuard::new(pulse),
+            open_guard: OpenStreamGuard::new(health_tracker),
         }
     }
 
@@ -117,9 +121,9 @@ impl fmt::Debug for UpstreamEventStream {
 struct OpenStreamGuard(Arc<HealthTracker>);
 
 impl OpenStreamGuard {
-    fn new(pulse: &Arc<HealthTracker>) -> Self {
-        pulse.stream_opened();
-        Self(Arc::clone(pulse))
+    fn new(health_tracker: &Arc<HealthTracker>) -> Self {
+        health_tracker.stream_opened();
+        Self(Arc::clone(health_tracker))
     }
 }
 
@@ -149,14 +153,14 @@ mod tests {
     type EventSender = mpsc::UnboundedSender<io::Result<String>>;
 
     /// A stream with events of up to 100 bytes, and the server's end of it.
-    fn open_stream(pulse: &Arc<HealthTracker>) -> (EventSender, UpstreamEventStream) {
+    fn open_stream(health_tracker: &Arc<HealthTracker>) -> (EventSender, UpstreamEventStream) {
         let (sender, mut receiver) = mpsc::unbounded_channel::<io::Result<String>>();
         let frames = stream::poll_fn(move |context| {
             let chunk = receiver.poll_recv(context);
             chunk.map(|it| it.map(|it| it.map(|text| Frame::data(Bytes::from(text)))))
         });
         let response = hyper::Response::new(Body::wrap(StreamBody::new(frames)));
-        (sender, UpstreamEventStream::new(response.into(), 100, pulse))
+        (sender, UpstreamEventStream::new(response.into(), 100, health_tracker))
     }
 
     fn send(sender: &EventSender, text: &str) {
@@ -171,8 +175,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn stream_times_out_after_90_s_without_data() {
-        let pulse = Arc::default();
-        let (sender, mut stream) = open_stream(&pulse);
+        let health_tracker = Arc::default();
+        let (sender, mut stream) = open_stream(&health_tracker);
         let begin = Instant::now();
         let server = async {
             for text in [":\n", CONNECTED, "e", ": keep-alive\n\n"] {
@@ -189,11 +193,11 @@ mod tests {
         let error = stream.next_events().await.expect_err("silence");
         assert!(matches!(error, Error::StreamTimeout(IDLE_TIMEOUT)), "{error:?}");
         assert_eq!(begin.elapsed().as_secs(), 4 * 89 + 90);
-        let health = pulse.health();
+        let health = health_tracker.health();
         assert_eq!((health.streams, health.consecutive_failures), (1, 1));
         assert!(health.last_success.is_some());
         drop(stream);
-        assert_eq!(pulse.health().streams, 0);
+        assert_eq!(health_tracker.health().streams, 0);
         assert!(sender.is_closed(), "upstream notices");
     }
 
@@ -219,20 +223,20 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn broken_stream_or_too_large_event_fails_after_earlier_events() {
-        let pulse = Arc::default();
-        let (sender, mut stream) = open_stream(&pulse);
+        let health_tracker = Arc::default();
+        let (sender, mut stream) = open_stream(&health_tracker);
         send(&sender, CONNECTED);
         sender.send(Err(io::ErrorKind::ConnectionReset.into())).unwrap();
         assert_eq!(next_names(&mut stream).await.unwrap(), ["a"]);
         let error = stream.next_events().await.expect_err("a break");
         assert!(matches!(error, Error::Interrupted(_)), "{error:?}");
 
-        let (sender, mut stream) = open_stream(&pulse);
+        let (sender, mut stream) = open_stream(&health_tracker);
         send(&sender, CONNECTED);
         send(&sender, &"x".repeat(101));
         assert_eq!(next_names(&mut stream).await.unwrap(), ["a"]);
         let error = stream.next_events().await.expect_err("too much");
         assert!(matches!(error, Error::TooLarge { limit: 100 }), "{error:?}");
-        assert_eq!(pulse.health().consecutive_failures, 1);
+        assert_eq!(health_tracker.health().consecutive_failures, 1);
     }
 }

@@ -3,8 +3,8 @@
 //! Unleash does not accept an admin token for flags or usage. So the edge looks up its fleet's token by
 //! a stable name, or creates one, and stores it encrypted. A hanging disk does not delay this: records
 //! are saved in the background, and reading one has a short timeout. This module does not know which
-//! tokens are in use: [`Credentials`](super::EnvironmentTokens) does, and runs one exchange at a time per
-//! environment.
+//! tokens are in use: [`EnvironmentTokens`](super::EnvironmentTokens) does, and runs one exchange at a
+//! time per environment.
 
 use std::{sync::Arc, time::Duration};
 
@@ -95,7 +95,7 @@ pub(super) struct TokenProvisioner {
     fleet: String,
     token_name: String,
     upstream: Upstream,
-    saver: BackgroundWriter,
+    writer: BackgroundWriter,
     /// Unknown tokens created after this were created by other edges.
     started: Timestamp,
 }
@@ -154,10 +154,10 @@ impl TokenProvisioner {
         admin: AdminToken,
         fleet: &str,
         upstream: Upstream,
-        saver: BackgroundWriter,
+        writer: BackgroundWriter,
     ) -> Self {
         let (fleet, token_name) = (fleet.to_owned(), format!("parapet-{fleet}"));
-        Self { admin, fleet, token_name, upstream, saver, started: Timestamp::now() }
+        Self { admin, fleet, token_name, upstream, writer, started: Timestamp::now() }
     }
 
     /// The cipher of the current admin token.
@@ -267,7 +267,7 @@ impl TokenProvisioner {
     ) {
         if matches!(history.record, RecordState::Unread) {
             let (store, key) =
-                (Arc::clone(self.saver.store()), RecordKey::Credentials(environment.clone()));
+                (Arc::clone(self.writer.store()), RecordKey::Credentials(environment.clone()));
             let mut read = JoinSet::new();
             read.spawn(async move { store.load(&key).await });
             history.record = RecordState::Reading(read);
@@ -351,7 +351,7 @@ impl TokenProvisioner {
         };
         let bytes = serde_json::to_vec(&record).expect("a record of plain fields serializes");
         let bytes = Bytes::from(bytes);
-        self.saver.save(RecordKey::Credentials(environment.clone()), move || bytes.clone());
+        self.writer.save(RecordKey::Credentials(environment.clone()), move || bytes.clone());
         history.record = RecordState::Loaded(Some(record));
     }
 }

@@ -104,7 +104,7 @@ impl TokenSet {
         self.set_state(token, TokenState::Accepted);
     }
 
-    /// Records that upstream refuses a token; returns whether it has not refused it before.
+    /// Records that upstream refuses a token; returns whether it was accepted until now.
     pub(super) fn mark_refused(&mut self, token: &TokenDigest) -> bool {
         self.set_state(token, TokenState::Refused)
     }

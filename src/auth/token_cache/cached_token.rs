@@ -68,8 +68,8 @@ impl CachedToken {
     }
 
     /// A token that upstream calls valid.
-    pub(super) fn confirmed(token: &Token, grant: Grant, start: RequestStart) -> Self {
-        let cached = Self::unconfirmed(Arc::new(grant), token.masked(), TokenId::of(token), false);
+    pub(super) fn confirmed(token: &Token, id: TokenId, grant: Grant, start: RequestStart) -> Self {
+        let cached = Self::unconfirmed(Arc::new(grant), token.masked(), id, false);
         cached.status().confirmed = start;
         cached.set_plaintext(token.clone());
         cached

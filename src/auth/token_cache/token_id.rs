@@ -23,7 +23,10 @@ impl TokenId {
     }
 
     pub(super) fn of(token: &Token) -> Self {
-        Self::new(token.digest(), token.selector())
+        match token.selector() {
+            Some(selector) => Self::Selector(selector.into()),
+            None => Self::Digest(token.digest()),
+        }
     }
 
     pub(super) fn of_listed(secret: &ListedSecret) -> Self {
