@@ -386,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn process_stays_unready_after_a_task_with_a_latch_panics() {
+    fn process_stays_unready_after_a_task_with_a_condition_panics() {
         let (readiness, ready_when) = Readiness::new();
         let task = ready_when.add_condition();
         let panicked = std::thread::spawn(move || {

@@ -1,7 +1,7 @@
 //! Usage reported by SDKs: merged, batched per environment and sent to a [`UsageSink`].
 //!
 //! [`Usage`] bounds the names in a report and adds it to the *aggregator*, which many threads share. At
-//! each interval the *pipeline* drains the aggregator into the *delivery queue*, which decides which
+//! each interval `pending_usage` drains the aggregator into the *delivery queue*, which decides which
 //! batch to send and when. Usage that is still unsent at shutdown is *spooled*. Upstream stores counts
 //! by flag, application, environment and hour of UTC, so reports are merged by these. The client's hour
 //! is used if it is within a week; otherwise the evaluations are counted in the nearest hour within that
@@ -111,7 +111,7 @@ pub struct Usage {
 
 #[derive(Debug)]
 struct Shared {
-    pipeline: PendingUsage,
+    pending: PendingUsage,
     interval: Duration,
     /// The entry for this instance in `connectVia`.
     connect_via: ConnectVia,
@@ -119,11 +119,11 @@ struct Shared {
 }
 
 impl Usage {
-    /// Starts empty; `hop` is the entry for this instance in `connectVia`.
+    /// Starts empty; `connect_via` is the entry for this instance.
     pub fn new(config: &Config, connect_via: ConnectVia) -> Self {
         usage_metrics::describe_metrics();
         let shared = Shared {
-            pipeline: PendingUsage::new(config.max_counters),
+            pending: PendingUsage::new(config.max_counters),
             interval: config.interval,
             connect_via,
             downstream_edges: DownstreamEdges::new(),
@@ -165,7 +165,7 @@ impl Usage {
         let environment = &reporter.scope.environment;
         let instance =
             self.instance_key(environment, &app, reporter.sdk_kind, instance_id.as_ref());
-        let aggregator = &self.shared.pipeline.aggregator;
+        let aggregator = &self.shared.pending.aggregator;
         if !aggregator.touch(&instance, monotonic_now()) {
             let application = ClientApplication {
                 app_name: Arc::clone(&app),
@@ -223,7 +223,7 @@ impl Usage {
                 self.register_or_drop(reporter, application);
             }
         }
-        let (aggregator, no_app) = (&self.shared.pipeline.aggregator, "".into());
+        let (aggregator, no_app) = (&self.shared.pending.aggregator, "".into());
         let lost = aggregator.record_impact_metrics(
             environment,
             &no_app,
@@ -266,22 +266,22 @@ impl Usage {
     /// Usage that could not be sent remains here, to be [serialized](Self::serialize). Dropping the
     /// future, or a panic, loses nothing: the next call resends the batches that were in flight.
     pub async fn run(&self, sink: Option<&dyn UsageSink>, ending: &Shutdown) {
-        let Shared { pipeline, interval, .. } = &*self.shared;
+        let Shared { pending, interval, .. } = &*self.shared;
         match sink {
-            Some(sink) => pipeline.run(*interval, ending, sink).await,
-            None => pipeline.discard_at_interval(*interval, &ending.requested).await,
+            Some(sink) => pending.run(*interval, ending, sink).await,
+            None => pending.discard_at_interval(*interval, &ending.requested).await,
         }
     }
 
     /// Unsent usage in Unleash Edge's format of `/internal-backstage/metricsbatch`: `{applications: […],
     /// metrics: [{key, bucket}]}`.
     pub fn pending(&self) -> Value {
-        self.shared.pipeline.pending(monotonic_now())
+        self.shared.pending.pending(monotonic_now())
     }
 
     /// Updates the gauges of pending usage; called when metrics are scraped.
     pub fn update_gauges(&self) {
-        self.shared.pipeline.update_gauges(monotonic_now());
+        self.shared.pending.update_gauges(monotonic_now());
     }
 
     /// The latest report of each downstream edge.
@@ -291,7 +291,7 @@ impl Usage {
 
     /// How many evaluations have been sent, and how many the delivery queue has dropped.
     pub fn totals(&self) -> DeliveryTotals {
-        self.shared.pipeline.queue().totals().clone()
+        *self.shared.pending.queue().totals()
     }
 
     /// A copy of the usage that is still queued after its interval because upstream does not accept it.
@@ -299,7 +299,7 @@ impl Usage {
     ///
     /// Stored every few seconds, it limits the loss from a crash during an outage to one interval.
     pub fn backlog(&self, stored: Option<Revision>) -> Option<Backlog> {
-        self.shared.pipeline.backlog(stored)
+        self.shared.pending.backlog(stored)
     }
 
     /// Completes when nothing is left to send for an environment whose usage was restored or copied to a
@@ -308,18 +308,18 @@ impl Usage {
     ///
     /// For a single waiter. Changes before the call are remembered, and dropping the future loses none.
     pub async fn wait_until_stored_usage_delivered(&self) {
-        self.shared.pipeline.stored_usage_delivered.notified().await;
+        self.shared.pending.stored_usage_delivered.notified().await;
     }
 
     /// All unsent usage as bytes for a store; `None` if there is none. The usage also remains here.
     pub fn serialize(&self) -> Option<Vec<u8>> {
-        self.shared.pipeline.drain(monotonic_now());
-        self.shared.pipeline.serialize()
+        self.shared.pending.drain(monotonic_now());
+        self.shared.pending.serialize()
     }
 
     /// Restores usage that [`Usage::serialize`] returned before a restart.
     pub fn restore(&self, bytes: &[u8]) -> Result<(), RestoreError> {
-        self.shared.pipeline.restore(bytes, monotonic_now())
+        self.shared.pending.restore(bytes, monotonic_now())
     }
 
     /// Records a registration; false if it would exceed the token's quota.
@@ -349,7 +349,7 @@ impl Usage {
             // Upstream treats a frontend SDK without a version as a backend SDK.
             application.metadata.sdk_version.get_or_insert_with(|| "unknown".into());
         }
-        self.shared.pipeline.aggregator.register(key, application, token, monotonic_now())
+        self.shared.pending.aggregator.register(key, application, token, monotonic_now())
     }
 
     /// Records a registration that accompanies counts. If it exceeds the quota it is dropped and
@@ -371,7 +371,7 @@ impl Usage {
         let ReportCounts { counters, received, overflow, unstorable_name, other_environment } =
             counts;
         let (environment, token) = (&reporter.scope.environment, reporter.token);
-        let counted = self.shared.pipeline.aggregator.record_counters(
+        let counted = self.shared.pending.aggregator.record_counters(
             environment,
             counters,
             token,

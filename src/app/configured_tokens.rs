@@ -1,4 +1,4 @@
-//! The tokens of the configuration that are valid without any validation: those of offline mode.
+//! The grants of offline mode's configured tokens, and the environments that local tokens name.
 
 use std::collections::BTreeSet;
 

@@ -30,9 +30,9 @@ pub(super) struct EdgeSync {
     pub(super) configured_tokens: watch::Receiver<Vec<Token>>,
     /// Tokens of Unleash Edge's backup, with the rights that it had validated.
     pub(super) imported_tokens: Vec<(Token, Grant)>,
-    /// Released when the configured tokens are validated and have flags.
+    /// Met when the configured tokens are validated and have flags.
     pub(super) tokens_validated: ReadinessCondition,
-    /// Released when the environments selected at the start have flags.
+    /// Met when the environments selected at the start have flags.
     pub(super) flags_loaded: ReadinessCondition,
 }
 

@@ -5,13 +5,16 @@
 //! that are not configured, which also have a smaller limit of their own; then usage by applications
 //! that were seen for less than a day; then the rest.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    panic::AssertUnwindSafe,
+};
 
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, FutureExt as _};
 use jiff::{SignedDuration, Timestamp};
 use sqlx::Row as _;
 use tokio::sync::Mutex;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::{
     database::{Connection, Database, WriteLock, now, timestamp_from_millis, unsigned_count},
@@ -128,7 +131,14 @@ impl DatabaseUsageSink {
 
 impl UsageSink for DatabaseUsageSink {
     fn send(&self, batch: OutgoingBatch) -> BoxFuture<'_, SendOutcome> {
-        Box::pin(self.store_batch(batch))
+        let stored = AssertUnwindSafe(self.store_batch(batch)).catch_unwind();
+        Box::pin(async {
+            stored.await.unwrap_or_else(|_| {
+                // The others must not wait for a batch that always causes this.
+                error!("Storing a batch of usage panicked; it is retried");
+                SendOutcome::Retry(None)
+            })
+        })
     }
 }
 

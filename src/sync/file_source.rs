@@ -259,7 +259,7 @@ pub struct FlagFileWatcher {
     file_states: FileStates,
     /// The environments for which the single file was last loaded.
     served_environments: Arc<BTreeSet<Environment>>,
-    /// Released once any environment has flags.
+    /// Met once any environment has flags.
     ready_when: Arc<ReadinessCondition>,
 }
 

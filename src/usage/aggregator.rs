@@ -26,6 +26,7 @@ use std::{
 
 use dashmap::{DashMap, Entry, VacantEntry};
 use jiff::Timestamp;
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::{
     counters::{Counter, CounterKey, Hour, MERGED_NAME, NameStatus},
@@ -42,6 +43,11 @@ use crate::{
 const REGISTRATION_POOL_BYTES: usize = 24 * 1024 * 1024;
 /// Memory for samples of impact metrics, in bytes.
 const SAMPLE_POOL_BYTES: usize = 16 * 1024 * 1024;
+/// The number of locks of each map, as many as rarely make two threads wait for each other. The fewer
+/// there are, the longer one is held while its table grows.
+const SHARDS: usize = 64;
+/// The number of parts that the impact metrics of an environment are divided into.
+const IMPACT_PARTS: u64 = 64;
 /// The fraction of the counter limit for flags and variants in no snapshot is one in this many.
 const UNKNOWN_DIVISOR: usize = 32;
 
@@ -49,8 +55,9 @@ const UNKNOWN_DIVISOR: usize = 32;
 #[derive(Debug)]
 pub(super) struct Aggregator {
     counters: DashMap<EnvironmentCounterKey, Counter>,
-    /// By environment and name, so that the last value of a gauge is well defined.
-    impact: DashMap<(Environment, Arc<str>), ImpactSeries>,
+    /// By environment and a part of the metrics, by a hash of their names. The last value of a gauge is
+    /// well defined, and no metric has a tree of its own, which would take five times its memory.
+    impact: DashMap<(Environment, u64), ImpactSeries>,
     applications: Applications,
     /// The weight of the counters.
     total_weight: AtomicUsize,
@@ -115,9 +122,9 @@ pub(super) struct Drained {
 impl Aggregator {
     pub(super) fn new(max_counters: usize) -> Self {
         Self {
-            counters: DashMap::new(),
-            impact: DashMap::new(),
-            applications: Applications::default(),
+            counters: DashMap::with_shard_amount(SHARDS),
+            impact: DashMap::with_shard_amount(SHARDS),
+            applications: Applications::new(SHARDS),
             total_weight: AtomicUsize::new(0),
             counter_pool: QuotaPool::new(max_counters),
             unknown_pool: QuotaPool::new(max_counters / UNKNOWN_DIVISOR),
@@ -138,10 +145,10 @@ impl Aggregator {
         token: &TokenDigest,
         now: Hour,
     ) -> Result<u64, OverQuota> {
-        let shares = TokenQuotas { aggregator: self, token };
+        let quotas = TokenQuotas { aggregator: self, token };
         let has_known = counters.iter().any(|it| it.name_status == NameStatus::Known);
         for counted in &mut counters {
-            if self.try_reserve_unknown(environment, counted, shares) {
+            if self.try_reserve_unknown(environment, counted, quotas) {
                 continue;
             }
             if !has_known {
@@ -151,7 +158,7 @@ impl Aggregator {
         }
         let mut lost = 0_u64;
         for counted in counters {
-            lost = lost.saturating_add(self.add_counter(environment, counted, shares, now));
+            lost = lost.saturating_add(self.add_counter(environment, counted, quotas, now));
         }
         Ok(lost)
     }
@@ -173,12 +180,13 @@ impl Aggregator {
             let record = |series: &mut ImpactSeries, metric| {
                 series.record(app, metric, repeat(Some(now)), |bytes| quota.try_reserve(bytes))
             };
-            match self.impact.entry((environment.clone(), Arc::clone(&metric.name))) {
+            let part = xxh3_64(metric.name.as_bytes()) % IMPACT_PARTS;
+            match self.impact.entry((environment.clone(), part)) {
                 Entry::Occupied(mut present) => record(present.get_mut(), metric),
                 Entry::Vacant(place) => {
                     let mut series = ImpactSeries::default();
                     let lost = record(&mut series, metric);
-                    // Beyond the quota, nothing remains of a metric, not even its name.
+                    // Beyond the quota, nothing remains of a metric.
                     if !series.is_empty() {
                         place.insert(series);
                     }
@@ -255,12 +263,12 @@ impl Aggregator {
         &self,
         environment: &Environment,
         ReportedCounter { key, name_status, counter }: &mut ReportedCounter,
-        shares: TokenQuotas<'_>,
+        quotas: TokenQuotas<'_>,
     ) -> bool {
         if *name_status == NameStatus::Known && !counter.has_unknown_variants() {
             return true;
         }
-        let quota = shares.unknown_names_quota();
+        let quota = quotas.unknown_names_quota();
         let present = self.counters.get(&(environment.clone(), key.clone()));
         if *name_status == NameStatus::Unknown && present.is_none() {
             let Some(reservation) = quota.try_reserve(counter.base_weight(key)) else {
@@ -276,28 +284,28 @@ impl Aggregator {
         &self,
         environment: &Environment,
         ReportedCounter { key, name_status, mut counter }: ReportedCounter,
-        shares: TokenQuotas<'_>,
+        quotas: TokenQuotas<'_>,
         now: Hour,
     ) -> u64 {
         let place = match self.counters.entry((environment.clone(), key)) {
             Entry::Occupied(mut present) => {
-                return self.merge_counter(present.get_mut(), counter, shares);
+                return self.merge_counter(present.get_mut(), counter, quotas);
             }
             Entry::Vacant(place) => place,
         };
         let weight = counter.base_weight(&place.key().1);
         if name_status == NameStatus::Known {
-            let Some(reservation) = shares.counter_quota().try_reserve(weight) else {
+            let Some(reservation) = quotas.counter_quota().try_reserve(weight) else {
                 // The lock ends here: the other counter may be in the same shard.
                 let key = place.into_key();
-                return self.add_merged_counter(key, counter, shares, now);
+                return self.add_merged_counter(key, counter, quotas, now);
             };
             counter.set_reservation(reservation);
         } else if !counter.has_reservation() {
             // A merged counter, or one that existed when its report was checked and was drained since.
-            counter.set_reservation(shares.unknown_names_quota().reserve_unchecked(weight));
+            counter.set_reservation(quotas.unknown_names_quota().reserve_unchecked(weight));
         }
-        self.insert_counter(place, counter, shares);
+        self.insert_counter(place, counter, quotas);
         0
     }
 
@@ -306,16 +314,16 @@ impl Aggregator {
         &self,
         (environment, key): EnvironmentCounterKey,
         mut counter: Counter,
-        shares: TokenQuotas<'_>,
+        quotas: TokenQuotas<'_>,
         now: Hour,
     ) -> u64 {
         let key = CounterKey { hour: now, app: MERGED_NAME.into(), ..key };
         let weight = counter.base_weight(&key);
         match self.counters.entry((environment, key)) {
-            Entry::Occupied(mut present) => self.merge_counter(present.get_mut(), counter, shares),
+            Entry::Occupied(mut present) => self.merge_counter(present.get_mut(), counter, quotas),
             Entry::Vacant(place) => {
-                counter.set_reservation(shares.counter_quota().reserve_unchecked(weight));
-                self.insert_counter(place, counter, shares);
+                counter.set_reservation(quotas.counter_quota().reserve_unchecked(weight));
+                self.insert_counter(place, counter, quotas);
                 0
             }
         }
@@ -325,13 +333,13 @@ impl Aggregator {
         &self,
         present: &mut Counter,
         counter: Counter,
-        shares: TokenQuotas<'_>,
+        quotas: TokenQuotas<'_>,
     ) -> u64 {
         let before = present.distinct_variant_count();
         let lost = present.add(counter);
         let new = present.distinct_variant_count() - before;
         if new > 0 {
-            present.reserve_variants(&shares.counter_quota(), &shares.unknown_names_quota());
+            present.reserve_variants(&quotas.counter_quota(), &quotas.unknown_names_quota());
             self.total_weight.fetch_add(new, Ordering::Relaxed);
         }
         lost
@@ -341,9 +349,9 @@ impl Aggregator {
         &self,
         place: VacantEntry<'_, EnvironmentCounterKey, Counter>,
         mut counter: Counter,
-        shares: TokenQuotas<'_>,
+        quotas: TokenQuotas<'_>,
     ) {
-        counter.reserve_variants(&shares.counter_quota(), &shares.unknown_names_quota());
+        counter.reserve_variants(&quotas.counter_quota(), &quotas.unknown_names_quota());
         self.total_weight.fetch_add(counter.weight(&place.key().1), Ordering::Relaxed);
         place.insert(counter);
     }
@@ -450,6 +458,28 @@ mod tests {
         counters
             .map(|((_, key), counter)| ((key.hour, key.app, key.flag), counter.total()))
             .collect()
+    }
+
+    #[test]
+    fn invented_impact_metrics_share_few_trees() {
+        let aggregator = Aggregator::new(100);
+        let (environment, token) = (Environment::new("dev"), TokenDigest::of("token"));
+        for name in 0..1000 {
+            let text = format!(
+                r#"{{"name":"m{name}","help":"","type":"gauge","samples":[{{"value":1}}]}}"#
+            );
+            let metric = ImpactMetric::from_value(serde_json::from_str(&text).unwrap()).unwrap();
+            let now = Timestamp::UNIX_EPOCH;
+            let lost = aggregator.record_impact_metrics(
+                &environment,
+                &"app".into(),
+                vec![metric],
+                &token,
+                now,
+            );
+            assert_eq!(lost, 0);
+        }
+        assert!(aggregator.impact.len() as u64 <= IMPACT_PARTS);
     }
 
     #[test]

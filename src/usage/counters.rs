@@ -377,22 +377,6 @@ impl IntoIterator for Counters {
     }
 }
 
-/// The share of `total` for each so that the sum does not exceed it and small demands are met in full
-/// (max-min fairness); `total` if all demands can be met.
-pub(super) fn fair_share(total: usize, demands: impl Iterator<Item = usize>) -> usize {
-    let mut demands: Vec<_> = demands.collect();
-    demands.sort_unstable();
-    let mut rest = total;
-    for (nth, demand) in demands.iter().enumerate() {
-        let share = rest / (demands.len() - nth);
-        if *demand > share {
-            return share;
-        }
-        rest -= demand;
-    }
-    total
-}
-
 /// Adds `count` up to `max` and returns the excess.
 fn add_capped(sum: &mut u64, count: u64, max: u64) -> u64 {
     let added = count.min(max - *sum);

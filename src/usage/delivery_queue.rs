@@ -14,7 +14,6 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -26,7 +25,7 @@ use super::{
         Batch, BatchBuilder, BatchId, Item, ItemKind, MAX_BODY_BYTES, OutgoingBatch, SendOutcome,
         to_raw_json,
     },
-    counters::{Counters, fair_share},
+    counters::Counters,
     impact_metrics::ImpactSeries,
     instances::PendingRegistrations,
     usage_metrics::{self, DropReason},
@@ -55,7 +54,7 @@ impl Revision {
 }
 
 /// Numbers of evaluations sent and dropped.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct DeliveryTotals {
     /// Evaluations that upstream accepted.
     pub sent: u64,
@@ -78,7 +77,7 @@ pub(super) struct DeliveryQueue {
 }
 
 impl DeliveryQueue {
-    /// An empty queue. `instance` must be random and differ from that of all other instances.
+    /// An empty queue. `instance_id` must be random and differ from that of all other instances.
     pub(super) fn new(max_counters: usize, instance_id: u64) -> Self {
         let (queues, totals) = (BTreeMap::new(), DeliveryTotals::default());
         Self { queues, max_counters, instance_id, batch_count: 0, change_count: 0, totals }
@@ -360,8 +359,8 @@ impl EnvironmentQueue {
             applications, counters, impact, serialized, in_flight, restored_batches, ..
         } = restored;
         let lost = self.counters.extend(counters);
-        for application in applications.iter() {
-            self.applications.add_earlier(Arc::clone(application));
+        for application in applications.into_values() {
+            self.applications.add_earlier(application);
         }
         self.impact.restore(impact);
         // A serialized gauge is older than the other gauges of its record.
@@ -517,6 +516,22 @@ impl EnvironmentQueue {
         let items = self.items().map(|item| item.evaluations);
         items.fold(self.counters.total(), u64::saturating_add)
     }
+}
+
+/// The share of `total` for each so that the sum does not exceed it and small demands are met in full
+/// (max-min fairness); `total` if all demands can be met.
+fn fair_share(total: usize, demands: impl Iterator<Item = usize>) -> usize {
+    let mut demands: Vec<_> = demands.collect();
+    demands.sort_unstable();
+    let mut rest = total;
+    for (nth, demand) in demands.iter().enumerate() {
+        let share = rest / (demands.len() - nth);
+        if *demand > share {
+            return share;
+        }
+        rest -= demand;
+    }
+    total
 }
 
 #[cfg(test)]

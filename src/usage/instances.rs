@@ -69,7 +69,7 @@ struct TrackedInstance {
 }
 
 /// The tracked instances of applications.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Applications {
     instances: DashMap<InstanceKey, TrackedInstance>,
 }
@@ -105,6 +105,11 @@ impl Registration {
 }
 
 impl Applications {
+    /// None yet, with this number of locks.
+    pub(super) fn new(shards: usize) -> Self {
+        Self { instances: DashMap::with_shard_amount(shards) }
+    }
+
     /// Records a registration; false if it is new or changed and exceeds the quota.
     pub(super) fn register(
         &self,
@@ -188,6 +193,10 @@ impl PendingRegistrations {
     /// Removes the next registration to send.
     pub(super) fn pop_first(&mut self) -> Option<Arc<Registration>> {
         Some(self.by_key.pop_first()?.1)
+    }
+
+    pub(super) fn into_values(self) -> impl Iterator<Item = Arc<Registration>> {
+        self.by_key.into_values()
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Arc<Registration>> {

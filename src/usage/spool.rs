@@ -2,8 +2,8 @@
 //!
 //! Version 1 is JSON. For each environment it contains the batch in flight, which must be resent
 //! unchanged, and the other pending usage in upstream's own formats. An item that cannot be read is
-//! skipped and counted without affecting others. A batch in flight keeps its ID, so that a registry can
-//! recognize it. This module does no IO.
+//! skipped and counted without affecting others. A batch in flight keeps its ID, so that the destination
+//! can recognize it. This module does no IO.
 
 use std::{collections::BTreeMap, sync::Arc};
 

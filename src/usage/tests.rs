@@ -97,20 +97,20 @@ fn counts(app: &str, flag: &str, yes: u64) -> ClientMetrics {
 /// Sends all pending usage. Each batch gets the next outcome, and `Sent` after the last. Returns the
 /// bodies that were sent.
 fn sent(usage: &Usage, outcomes: impl IntoIterator<Item = SendOutcome>) -> Vec<Value> {
-    let pipeline = &usage.shared.pipeline;
-    pipeline.drain(monotonic_now());
+    let pending = &usage.shared.pending;
+    pending.drain(monotonic_now());
     let mut outcomes = outcomes.into_iter();
     let mut now = monotonic_now();
     let mut bodies = Vec::new();
     loop {
-        while let Some(batch) = pipeline.next_batch(now) {
+        while let Some(batch) = pending.next_batch(now) {
             let outcome = outcomes.next().unwrap_or(SendOutcome::Sent);
             if outcome == SendOutcome::Sent {
                 bodies.push(serde_json::from_slice(&batch.body).unwrap());
             }
-            pipeline.record_outcome(batch.id, outcome, now, 0.5);
+            pending.record_outcome(batch.id, outcome, now, 0.5);
         }
-        match pipeline.next_retry_at() {
+        match pending.next_retry_at() {
             Some(at) => now = at,
             None => return bodies,
         }
@@ -244,7 +244,7 @@ fn invented_hours_create_few_counters_and_lose_no_count() {
     let metrics: Vec<_> = (-4000..4000).map(metric).collect();
     let body = json!({ "applications": [], "metrics": metrics });
     frontend(&usage).send_bulk(&body);
-    assert_eq!(usage.shared.pipeline.aggregator.counter_weight(), 170);
+    assert_eq!(usage.shared.pending.aggregator.counter_weight(), 170);
     assert_eq!(sum(&sent(&usage, []), "yes"), 8000);
 }
 
@@ -261,9 +261,9 @@ fn pending_usage_is_listed_with_its_key() {
         assert_eq!(pending["applications"].as_array().unwrap().len(), applications);
     };
     check(1);
-    usage.shared.pipeline.drain(monotonic_now());
+    usage.shared.pending.drain(monotonic_now());
     check(1);
-    usage.shared.pipeline.next_batch(monotonic_now()).unwrap();
+    usage.shared.pending.next_batch(monotonic_now()).unwrap();
     check(1);
 }
 
@@ -282,7 +282,7 @@ fn gauge_of_pending_counters_is_updated_on_request() {
         // A flag and its variant.
         backend(&usage).report(counts("a", "f", 2));
         check(2);
-        usage.shared.pipeline.drain(monotonic_now());
+        usage.shared.pending.drain(monotonic_now());
         check(2);
         sent(&usage, []);
         check(0);
@@ -389,14 +389,14 @@ proptest! {
                     }
                 });
             }
-            let pipeline = &before.shared.pipeline;
+            let pending = &before.shared.pending;
             for outcome in outcomes.by_ref().take(15) {
-                pipeline.drain(monotonic_now());
-                if let Some(batch) = pipeline.next_batch(monotonic_now()) {
+                pending.drain(monotonic_now());
+                if let Some(batch) = pending.next_batch(monotonic_now()) {
                     if outcome == SendOutcome::Sent {
                         bodies.push(serde_json::from_slice(&batch.body).unwrap());
                     }
-                    pipeline.record_outcome(batch.id, outcome, monotonic_now(), 0.5);
+                    pending.record_outcome(batch.id, outcome, monotonic_now(), 0.5);
                 }
             }
         });

@@ -104,19 +104,6 @@ fn hour(nth: u8) -> Hour {
     Hour::of(Timestamp::from_second(3600 * i64::from(nth)).unwrap())
 }
 
-#[test]
-fn fair_share_meets_small_demands_in_full() {
-    let check = |total: usize, demands: &[usize], share: usize| {
-        assert_eq!(fair_share(total, demands.iter().copied()), share, "{demands:?}");
-    };
-    check(100, &[], 100);
-    check(100, &[30, 70], 100);
-    check(100, &[101], 100);
-    check(100, &[200, 10], 90);
-    check(100, &[50, 20, 60], 40);
-    check(100, &[100, 100, 100], 33);
-}
-
 proptest! {
     #[test]
     fn weight_matches_counters_and_no_count_is_lost_after_any_operations(

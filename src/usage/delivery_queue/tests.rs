@@ -1,5 +1,7 @@
 //! Tests of which batches are sent, when, and what remains after each outcome.
 
+use std::sync::Arc;
+
 use proptest::prelude::*;
 use serde_json::Value;
 
@@ -551,4 +553,17 @@ proptest! {
         prop_assert_eq!(arrived, expected);
         prop_assert_eq!(queue.totals().dropped, 0);
     }
+}
+
+#[test]
+fn fair_share_meets_small_demands_in_full() {
+    let check = |total: usize, demands: &[usize], share: usize| {
+        assert_eq!(fair_share(total, demands.iter().copied()), share, "{demands:?}");
+    };
+    check(100, &[], 100);
+    check(100, &[30, 70], 100);
+    check(100, &[101], 100);
+    check(100, &[200, 10], 90);
+    check(100, &[50, 20, 60], 40);
+    check(100, &[100, 100, 100], 33);
 }

@@ -29,7 +29,7 @@ fn minute(start: Instant) -> impl Fn(u64) -> Instant {
 #[test]
 fn instance_is_registered_when_new_when_changed_and_hourly_while_active() {
     let at = minute(Instant::now());
-    let applications = Applications::default();
+    let applications = Applications::new(4);
     let quota = quota(10_000);
     assert!(!applications.touch(&key("i"), at(0)));
     assert!(applications.register(key("i"), application(1), &quota, at(0)));
@@ -49,7 +49,7 @@ fn instance_is_registered_when_new_when_changed_and_hourly_while_active() {
 #[test]
 fn registration_without_strategies_inherits_earlier_ones() {
     let at = minute(Instant::now());
-    let applications = Applications::default();
+    let applications = Applications::new(4);
     let quota = quota(10_000);
     let listed = ClientApplication { strategies: Some(vec!["x".into()]), ..application(1) };
     assert!(applications.register(key("i"), listed.clone(), &quota, at(0)));
@@ -64,7 +64,7 @@ fn registration_without_strategies_inherits_earlier_ones() {
 #[test]
 fn instances_are_bounded_by_their_size_in_bytes() {
     let at = minute(Instant::now());
-    let applications = Applications::default();
+    let applications = Applications::new(4);
     let strategies = |count: usize| Some(vec!["x".repeat(255).into(); count]);
     let large = ClientApplication { strategies: strategies(200), ..application(1) };
     assert!((50_000..80_000).contains(&memory_size(&large)));

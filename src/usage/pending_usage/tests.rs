@@ -23,7 +23,7 @@ use crate::{
 
 const MINUTE: Duration = Duration::from_mins(1);
 
-fn count(pipeline: &PendingUsage, yes: u64) {
+fn count(pending: &PendingUsage, yes: u64) {
     let stats = ToggleStats { yes, ..ToggleStats::default() };
     let (counter, _) = Counter::from_stats(stats, &Arc::default(), |_| NameStatus::Known);
     let hour = Hour::of(Timestamp::UNIX_EPOCH);
@@ -31,7 +31,7 @@ fn count(pipeline: &PendingUsage, yes: u64) {
     let counted = vec![ReportedCounter { key, name_status: NameStatus::Known, counter }];
     let token = TokenDigest::of("token");
     let result =
-        pipeline.aggregator.record_counters(&Environment::new("dev"), counted, &token, hour);
+        pending.aggregator.record_counters(&Environment::new("dev"), counted, &token, hour);
     assert_eq!(result, Ok(0));
 }
 
@@ -90,12 +90,12 @@ impl UsageSink for MemorySink {
 
 /// Runs the loop for a while, and returns the attempts.
 async fn attempts(
-    pipeline: &PendingUsage,
+    pending: &PendingUsage,
     run_for: Duration,
     responses: &[Response],
 ) -> Vec<(u64, Response)> {
     let (sink, ending) = (MemorySink::new(responses), shutdown());
-    tokio::join!(pipeline.run(MINUTE, &ending, &sink), async {
+    tokio::join!(pending.run(MINUTE, &ending, &sink), async {
         tokio::time::sleep(run_for).await;
         ending.requested.cancel();
     });
@@ -104,61 +104,61 @@ async fn attempts(
 
 #[tokio::test(start_paused = true)]
 async fn usage_is_sent_at_each_interval_and_at_shutdown() {
-    let pipeline = PendingUsage::new(10);
-    count(&pipeline, 1);
-    assert_eq!(attempts(&pipeline, 2 * MINUTE + MINUTE / 2, &[]).await, [(60, SENT)]);
-    count(&pipeline, 1);
-    assert_eq!(attempts(&pipeline, MINUTE / 2, &[]).await, [(30, SENT)]);
-    assert_eq!(*pipeline.queue().totals(), DeliveryTotals { sent: 2, dropped: 0 });
+    let pending = PendingUsage::new(10);
+    count(&pending, 1);
+    assert_eq!(attempts(&pending, 2 * MINUTE + MINUTE / 2, &[]).await, [(60, SENT)]);
+    count(&pending, 1);
+    assert_eq!(attempts(&pending, MINUTE / 2, &[]).await, [(30, SENT)]);
+    assert_eq!(*pending.queue().totals(), DeliveryTotals { sent: 2, dropped: 0 });
 }
 
 #[tokio::test(start_paused = true)]
 async fn failed_batch_is_retried_after_its_delay() {
-    let pipeline = PendingUsage::new(10);
-    count(&pipeline, 1);
+    let pending = PendingUsage::new(10);
+    count(&pending, 1);
     let delay = retry(Some(Duration::from_secs(100)));
-    let made = attempts(&pipeline, 5 * MINUTE, &[delay]).await;
+    let made = attempts(&pending, 5 * MINUTE, &[delay]).await;
     assert_eq!(made, [(60, delay), (160, SENT)]);
 }
 
 #[tokio::test(start_paused = true)]
 async fn batch_in_flight_is_resent_after_a_panic() {
-    let pipeline = PendingUsage::new(10);
-    count(&pipeline, 3);
+    let pending = PendingUsage::new(10);
+    count(&pending, 3);
     let ending = shutdown();
     let panics = MemorySink::new(&[Response::Panic]);
-    let panicked = AssertUnwindSafe(pipeline.run(MINUTE, &ending, &panics)).catch_unwind();
+    let panicked = AssertUnwindSafe(pending.run(MINUTE, &ending, &panics)).catch_unwind();
     assert!(panicked.await.is_err());
-    count(&pipeline, 4);
-    assert_eq!(attempts(&pipeline, MINUTE * 3 / 2, &[]).await, [(0, SENT), (60, SENT)]);
-    assert_eq!(*pipeline.queue().totals(), DeliveryTotals { sent: 7, dropped: 0 });
+    count(&pending, 4);
+    assert_eq!(attempts(&pending, MINUTE * 3 / 2, &[]).await, [(0, SENT), (60, SENT)]);
+    assert_eq!(*pending.queue().totals(), DeliveryTotals { sent: 7, dropped: 0 });
 }
 
 #[tokio::test(start_paused = true)]
 async fn usage_is_dropped_at_each_interval_without_an_upstream() {
-    let pipeline = PendingUsage::new(10);
-    count(&pipeline, 3);
+    let pending = PendingUsage::new(10);
+    count(&pending, 3);
     let shutdown = CancellationToken::new();
-    tokio::join!(pipeline.discard_at_interval(MINUTE, &shutdown), async {
+    tokio::join!(pending.discard_at_interval(MINUTE, &shutdown), async {
         tokio::time::sleep(MINUTE * 3 / 2).await;
-        assert_eq!(pipeline.queue().totals().dropped, 3);
-        count(&pipeline, 4);
+        assert_eq!(pending.queue().totals().dropped, 3);
+        count(&pending, 4);
         shutdown.cancel();
     });
-    assert_eq!(pipeline.queue().totals().dropped, 7);
-    assert_eq!(pipeline.serialize(), None);
+    assert_eq!(pending.queue().totals().dropped, 7);
+    assert_eq!(pending.serialize(), None);
 }
 
 #[tokio::test(start_paused = true)]
 async fn usage_that_is_not_flushed_in_time_is_saved_and_restored() {
-    let pipeline = PendingUsage::new(10);
-    count(&pipeline, 7);
+    let pending = PendingUsage::new(10);
+    count(&pending, 7);
     let ending = shutdown();
     ending.requested.cancel();
     let sink = MemorySink::new(&[Response::Never]);
-    pipeline.run(MINUTE, &ending, &sink).await;
+    pending.run(MINUTE, &ending, &sink).await;
     assert_eq!(sink.attempts.into_inner().unwrap(), [(0, Response::Never)]);
-    let saved = pipeline.serialize().unwrap();
+    let saved = pending.serialize().unwrap();
     let restarted = PendingUsage::new(10);
     restarted.restore(&saved, monotonic_now()).unwrap();
     assert_eq!(attempts(&restarted, MINUTE, &[]).await, [(0, SENT)]);
@@ -168,14 +168,14 @@ async fn usage_that_is_not_flushed_in_time_is_saved_and_restored() {
 
 #[tokio::test(start_paused = true)]
 async fn forced_shutdown_waits_for_responses_in_flight_and_retains_the_rest() {
-    let pipeline = PendingUsage::new(10);
-    count(&pipeline, 7);
+    let pending = PendingUsage::new(10);
+    count(&pending, 7);
     let ending = shutdown();
     ending.requested.cancel();
     let start = monotonic_now();
     let delay = FORCED_RESPONSE_TIMEOUT / 2;
     let slow = MemorySink::new(&[Response::At(delay, SendOutcome::Retry(None))]);
-    tokio::join!(pipeline.run(MINUTE, &ending, &slow), async { ending.forced.cancel() });
+    tokio::join!(pending.run(MINUTE, &ending, &slow), async { ending.forced.cancel() });
     assert_eq!(monotonic_now() - start, delay);
-    assert!(pipeline.serialize().is_some());
+    assert!(pending.serialize().is_some());
 }
