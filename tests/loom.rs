@@ -33,35 +33,40 @@ fn entry(number: u64) -> (u128, u128) {
 
 fn concurrent_insertions_never_give_a_key_the_value_of_another() {
     check(2, || {
-        let slot = Arc::new(result_cache::EntryPair::default());
+        let pair = Arc::new(result_cache::EntryPair::default());
         let writers = [1, 2].map(|number| {
-            let slot = Arc::clone(&slot);
+            let pair = Arc::clone(&pair);
             thread::spawn(move || {
                 let (key, value) = entry(number);
-                slot.insert(key, value);
+                pair.insert(key, value);
             })
         });
-        let (key, value) = entry(1);
-        assert!(slot.get(key).is_none_or(|it| it == value));
+        let check_each = || {
+            for (key, value) in [1, 2].map(entry) {
+                assert!(pair.get(key).is_none_or(|it| it == value));
+            }
+        };
+        check_each();
         for writer in writers {
             writer.join().expect("the thread does not panic");
         }
+        check_each();
     });
 }
 
 fn concurrent_hits_move_an_entry_without_mixing_it_with_another() {
     check(2, || {
-        let slot = Arc::new(result_cache::EntryPair::default());
+        let pair = Arc::new(result_cache::EntryPair::default());
         let [(first, its_value), (second, other_value)] = [1, 2].map(entry);
-        slot.insert(first, its_value);
-        assert_eq!(slot.get(first), Some(its_value));
-        slot.insert(second, other_value);
+        pair.insert(first, its_value);
+        assert_eq!(pair.get(first), Some(its_value));
+        pair.insert(second, other_value);
         let reader = {
-            let slot = Arc::clone(&slot);
-            thread::spawn(move || assert!(slot.get(first).is_none_or(|it| it == its_value)))
+            let pair = Arc::clone(&pair);
+            thread::spawn(move || assert!(pair.get(first).is_none_or(|it| it == its_value)))
         };
         // Moves the second entry to the place of the first.
-        assert!(slot.get(second).is_none_or(|it| it == other_value));
+        assert!(pair.get(second).is_none_or(|it| it == other_value));
         reader.join().expect("the thread does not panic");
     });
 }
