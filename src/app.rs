@@ -342,7 +342,7 @@ impl App {
         }
 
         let mut workers = Supervisor::default();
-        let saver = mode.flag_source.background_writer();
+        let writer = mode.flag_source.background_writer();
         mode.flag_source.spawn_updates(&mut workers, &persistence.auth);
         workers.spawn("auth", persistence.auth.clone(), |auth| async move { auth.run().await });
         workers.spawn("feed", feed, |feed| async move { feed.run().await });
@@ -382,9 +382,9 @@ impl App {
         flushers.spawn("usage", parts, |(usage, sink, shutdown)| async move {
             usage.run(sink.as_deref(), &shutdown).await;
         });
-        if let Some(saver) = saver {
-            let parts = (saver, stop_working.clone());
-            flushers.spawn("saver", parts, |(saver, stop)| async move { saver.run(&stop).await });
+        if let Some(writer) = writer {
+            let parts = (writer, stop_working.clone());
+            flushers.spawn("saver", parts, |(writer, stop)| async move { writer.run(&stop).await });
         }
         let parts = (persistence.clone(), stop_working.clone());
         flushers.spawn(
@@ -450,10 +450,10 @@ impl App {
     }
 }
 
-async fn run_metrics_upkeep(registry: PrometheusHandle) {
+async fn run_metrics_upkeep(metrics: PrometheusHandle) {
     loop {
         sleep(UPKEEP_INTERVAL).await;
-        registry.run_upkeep();
+        metrics.run_upkeep();
     }
 }
 

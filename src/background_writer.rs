@@ -122,22 +122,22 @@ mod tests {
         RecordKey::Flags(Environment::new(environment))
     }
 
-    fn save(saver: &BackgroundWriter, key: &RecordKey, text: &'static str) {
-        saver.save(key.clone(), || Bytes::from_static(text.as_bytes()));
+    fn save(writer: &BackgroundWriter, key: &RecordKey, text: &'static str) {
+        writer.save(key.clone(), || Bytes::from_static(text.as_bytes()));
     }
 
     #[tokio::test]
     async fn newest_version_of_each_record_is_saved_before_shutdown() {
         let store: Arc<dyn Store> = Arc::new(MemoryStore::default());
-        let (saver, stop) = (BackgroundWriter::new(Arc::clone(&store)), CancellationToken::new());
+        let (writer, stop) = (BackgroundWriter::new(Arc::clone(&store)), CancellationToken::new());
         let credentials = RecordKey::Credentials(Environment::new("dev"));
         let expected = [(flags("dev"), "new"), (flags("prod"), "other"), (credentials, "sealed")];
-        save(&saver, &flags("dev"), "old");
+        save(&writer, &flags("dev"), "old");
         for (key, text) in &expected {
-            save(&saver, key, text);
+            save(&writer, key, text);
         }
         stop.cancel();
-        saver.run(&stop).await;
+        writer.run(&stop).await;
         for (key, text) in &expected {
             let saved = store.load(key).await.expect("loads");
             assert_eq!(saved.as_deref(), Some(text.as_bytes()), "{key:?}");
@@ -151,13 +151,13 @@ mod tests {
         // A directory at the record's path makes writing fail.
         let in_the_way = folder.path().join("flags-dev.parapet");
         std::fs::create_dir(&in_the_way).expect("directory");
-        let (saver, stop) = (BackgroundWriter::new(Arc::clone(&store)), CancellationToken::new());
-        save(&saver, &flags("dev"), "old");
-        assert!(saver.save_pending().await.is_some());
-        save(&saver, &flags("dev"), "new");
-        assert!(saver.save_pending().await.is_some());
+        let (writer, stop) = (BackgroundWriter::new(Arc::clone(&store)), CancellationToken::new());
+        save(&writer, &flags("dev"), "old");
+        assert!(writer.save_pending().await.is_some());
+        save(&writer, &flags("dev"), "new");
+        assert!(writer.save_pending().await.is_some());
         std::fs::remove_dir(&in_the_way).expect("removed");
-        tokio::join!(saver.run(&stop), async {
+        tokio::join!(writer.run(&stop), async {
             while store.load(&flags("dev")).await.expect("loads").is_none() {
                 sleep(RETRY_DELAY).await;
             }

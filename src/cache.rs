@@ -1,7 +1,7 @@
 //! A concurrent cache that is bounded by the memory of its values and counts its hits and misses.
 //!
 //! For values that several requests share. Beyond the limit the least used are evicted, and built again
-//! on their next use. Values do not expire here, and none is built in advance.
+//! on their next use. Values do not expire here. Callers may insert some in advance.
 
 use std::{hash::Hash, sync::Arc};
 

@@ -71,25 +71,25 @@ impl Command {
         args: impl IntoIterator<Item = OsString>,
         variable: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Self, ConfigErrors> {
-        let (verb, purpose, flags) = match cli::parse(args)? {
+        let (subcommand, purpose, values) = match cli::parse(args)? {
             Invocation::Print(text) => return Ok(Self::Print(text)),
-            Invocation::Explain(asked) => return Ok(Self::Explain(asked)),
-            Invocation::Manage { command: errand, values } => {
-                let verb = Subcommand::Serve(cli::ServeMode::Standalone);
-                let settings = RawSettings::from_sources(verb, values, variable);
-                return from_raw::manage(settings, errand).map(Self::Manage);
+            Invocation::Explain(options) => return Ok(Self::Explain(options)),
+            Invocation::Manage { command, values } => {
+                let subcommand = Subcommand::Serve(cli::ServeMode::Standalone);
+                let settings = RawSettings::from_sources(subcommand, values, variable);
+                return from_raw::manage(settings, command).map(Self::Manage);
             }
-            Invocation::Backup { command: order, values } => {
-                let verb = Subcommand::Serve(cli::ServeMode::Standalone);
-                let settings = RawSettings::from_sources(verb, values, variable);
-                return from_raw::backup(settings, order).map(Self::Backup);
+            Invocation::Backup { command, values } => {
+                let subcommand = Subcommand::Serve(cli::ServeMode::Standalone);
+                let settings = RawSettings::from_sources(subcommand, values, variable);
+                return from_raw::backup(settings, command).map(Self::Backup);
             }
             Invocation::RunOrProbe { subcommand, purpose, values } => (subcommand, purpose, values),
         };
-        let mut settings = RawSettings::from_sources(verb, flags, variable);
-        let command = match verb {
+        let mut settings = RawSettings::from_sources(subcommand, values, variable);
+        let command = match subcommand {
             Subcommand::Serve(role) => Self::Run(Box::new(from_raw::config(&mut settings, role)?)),
-            Subcommand::Probe(question) => Self::Probe(probe::probe(&mut settings, question)?),
+            Subcommand::Probe(probe) => Self::Probe(probe::probe(&mut settings, probe)?),
         };
         if purpose == Purpose::Run {
             return Ok(command);

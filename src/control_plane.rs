@@ -12,7 +12,7 @@ pub mod backup;
 mod bootstrap;
 mod cookie_token;
 mod database;
-mod database_metrics;
+mod database_health;
 mod denial_log;
 mod error;
 mod initial_settings;
@@ -44,7 +44,7 @@ pub use self::{
     },
     cookie_token::CookieToken,
     database::{DatabaseLocation, DatabaseUrl, DatabaseUrlError},
-    database_metrics::{ConnectionCount, DatabaseStatus},
+    database_health::{ConnectionCount, DatabaseStatus},
     error::Error,
     initial_settings::{InitialSetting, InitialTokens},
     new_token::NewToken,
@@ -126,12 +126,12 @@ impl ControlPlane {
         let database = Database::new(&config.location).await?;
         let hasher = Hasher::new();
         let Config { initial_tokens, initial_account, .. } = &config;
-        let begun =
+        let bootstrapped =
             bootstrap::initialize(&database, &hasher, initial_tokens, initial_account, announce)
                 .await;
-        let (registry, opened) = match begun {
-            Ok(opened) => {
-                (TokenRegistry::open(database.clone(), config.token_limit).await?, opened)
+        let (registry, report) = match bootstrapped {
+            Ok(report) => {
+                (TokenRegistry::open(database.clone(), config.token_limit).await?, report)
             }
             // Every other failure of the database is survivable with a snapshot of its tokens.
             Err(error @ (Error::NotInitialized | Error::NewerSchema { .. })) => return Err(error),
@@ -147,12 +147,12 @@ impl ControlPlane {
                 );
                 database.require_existing();
                 let registry = TokenRegistry::new(database.clone(), config.token_limit, tokens);
-                let opened = BootstrapReport {
+                let report = BootstrapReport {
                     account: None,
                     tokens: RegistryBootstrap::Existing,
                     ignored_settings: Vec::new(),
                 };
-                (registry, opened)
+                (registry, report)
             }
         };
         let sessions = Sessions::new(
@@ -170,7 +170,7 @@ impl ControlPlane {
             account_limit: config.account_limit,
             retention: Retention { events: config.event_retention, usage: config.usage_retention },
         };
-        Ok((Self(Arc::new(inner)), opened))
+        Ok((Self(Arc::new(inner)), report))
     }
 
     /// Opens a database that an instance has initialized, for the command line. Fails where there is

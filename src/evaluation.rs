@@ -15,7 +15,7 @@
 //! Some outcomes are valid for one request only: those that are random, and those that read a generated
 //! `sessionId`. Such flags are evaluated for each request; the outcomes of all others and the body come
 //! from the cache. This module has no state: all caches belong to the
-//! [`ServedSnapshot`](crate::served::ServedSnapshot) and end with it.
+//! [`ServedSnapshot`](crate::served::ServedSnapshot).
 
 mod evaluate;
 pub mod explain;

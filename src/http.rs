@@ -1,9 +1,9 @@
 //! The HTTP API: routes, handlers and responses.
 //!
 //! The server passes each request to the service of its port: [`sdk`] or [`admin`]. The service matches
-//! the path to one of the [`routes`], authorizes the token ([`authorizer`]) and calls the handler of that API. [`response`]
-//! builds every response and is the only module that chooses status codes. This module owns no state:
-//! the services below it do.
+//! the path to one of the [`routes`], authorizes the token ([`authorizer`]) and calls the handler of that
+//! API. [`response`] builds every response and is the only module that chooses status codes. This module
+//! owns no state: the services below it do.
 
 pub mod admin;
 pub mod authorizer;

@@ -42,13 +42,14 @@
 //! instance drains, every response asks its client to reconnect, before any connection is closed.
 //!
 //! **An SDK's request.** [`http::sdk`] finds the route in the table of [`http::routes`].
-//! [`http::authorizer`] has [`auth`] validate the token and loads the [snapshot](served::ServedSnapshot) once: a cached token is
-//! a lookup by digest, and a first-seen token waits for a validation request that it shares with others.
-//! Then the handler of the route's API makes the response. For server SDKs the body is ready in every
-//! encoding. For frontend SDKs [`evaluation`] reads only those context fields that affect the flags, and evaluates only combinations that are not cached; the hash of the
-//! outcomes is the entity tag, so that a 304 needs no body. A response that is ready is returned
-//! synchronously; only one that has to wait becomes a future. Nothing is cached by the bytes of a
-//! request, because behind an ingress no two requests are equal.
+//! [`http::authorizer`] has [`auth`] validate the token and loads the [snapshot](served::ServedSnapshot)
+//! once: a cached token is a lookup by digest, and a first-seen token waits for a validation request that
+//! it shares with others. Then the handler of the route's API makes the response. For server SDKs the
+//! body is ready in every encoding. For frontend SDKs [`evaluation`] reads only those context fields that
+//! affect the flags, and evaluates only combinations that are not cached; the hash of the outcomes is the
+//! entity tag, so that a 304 needs no body. A response that is ready is returned synchronously; only one
+//! that has to wait becomes a future. Nothing is cached by the bytes of a request, because behind an
+//! ingress no two requests are equal.
 //!
 //! **A refresh.** [`sync`] fetches a document from [`upstream`] with a token that its `Credentials`
 //! found or minted. It parses the document ([`protocol::features`]) without losing a byte of any flag,

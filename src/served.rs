@@ -1,10 +1,11 @@
 //! The served state: for each environment one snapshot, swapped as a whole, and everything that depends
 //! on the requests for it.
 //!
-//! A request loads one [`ServedSnapshot`] and uses it to the end. Its caches are built with it and end
-//! with it, so that no entry can be used with other flags. Each cache is bounded and may drop any entry
-//! at any time, because the next request builds it again. This module does not evaluate flags, which
-//! [`evaluation`](crate::evaluation) does, and does not fetch, store or schedule anything.
+//! A request loads one [`ServedSnapshot`] and uses it to the end. Its caches are its own, or shared with
+//! its predecessor under keys of its own, so that no entry can be used with other flags. Each cache is
+//! bounded and may drop any entry at any time, because the next request builds it again. This module
+//! does not evaluate flags, which [`evaluation`](crate::evaluation) does, and does not fetch, store or
+//! schedule anything.
 
 mod atomic;
 mod evaluation_cache;

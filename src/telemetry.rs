@@ -270,8 +270,8 @@ fn install_recorder() -> PrometheusHandle {
     registry
 }
 
-/// Whether this process should receive requests: from the moment that its last [`ReadinessCondition`] is met until
-/// [`Readiness::drain`].
+/// Whether this process should receive requests: from the moment that its last [`ReadinessCondition`] is
+/// met until [`Readiness::drain`].
 ///
 /// Once ready, only draining makes it unready; losing the upstream does not.
 #[derive(Clone, Debug)]

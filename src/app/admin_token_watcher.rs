@@ -252,14 +252,14 @@ mod tests {
         let folder = tempfile::tempdir().expect("folder");
         let (disk, elsewhere) = (folder.path().join("disk"), folder.path().join("elsewhere"));
         let store = Arc::new(FileStore::open(&disk).expect("store"));
-        let (saver, stop) =
+        let (writer, stop) =
             (BackgroundWriter::new(Arc::<FileStore>::clone(&store)), CancellationToken::new());
         let dev = Environment::new("dev");
         store.save(&RecordKey::Credentials(dev.clone()), RECORD.into()).await.expect("saved");
         let admin = |text| AdminToken::new(Token::parse(text).expect("token"), None);
         let edge = |admin: &AdminToken| {
             let unreachable = Upstream::new(config("http://127.0.0.1:1")).expect("client");
-            EnvironmentTokens::with_admin(admin.clone(), "main", unreachable, saver.clone())
+            EnvironmentTokens::with_admin(admin.clone(), "main", unreachable, writer.clone())
         };
         let first = admin("*:*.admin");
         let credentials = edge(&first);
@@ -275,7 +275,7 @@ mod tests {
         tokio::select! {
             biased;
             () = reencrypt_credentials(&first, &credentials) => panic!("it does not end"),
-            () = saver.run(&stop) => panic!("it does not end"),
+            () = writer.run(&stop) => panic!("it does not end"),
             () = replace => {}
         }
         // Upstream is unreachable.

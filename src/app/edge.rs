@@ -32,7 +32,7 @@ pub(super) async fn build(
     ready_when: ReadinessCondition,
 ) -> Result<ModeParts, Error> {
     let store = open_store(&edge.backup_folder)?;
-    let saver = BackgroundWriter::new(Arc::clone(&store));
+    let writer = BackgroundWriter::new(Arc::clone(&store));
     let upstream = Upstream::new(edge.upstream)?;
     let (credentials, selection, admin, tokens) = match edge.credentials {
         Given::Admin { token, file, fleet, environments } => {
@@ -41,7 +41,7 @@ pub(super) async fn build(
                 token.clone(),
                 &fleet,
                 upstream.clone(),
-                saver.clone(),
+                writer.clone(),
             );
             info!(fleet, list_interval = ?auth.list_interval, "Exchanging the admin token for one token per environment");
             let selection = environments.map_or_else(
@@ -68,7 +68,7 @@ pub(super) async fn build(
         token_added: Arc::clone(&token_added),
         snapshots: snapshots.clone(),
         store: Arc::clone(&store),
-        saver,
+        writer,
     };
     environments.restore().await;
     let imported = import_edge_backup(edge.backup_folder.path(), &environments).await;

@@ -39,7 +39,7 @@ pub(super) struct EdgeSync {
 impl EdgeSync {
     /// Saves flags and credentials in the background.
     pub(super) fn background_writer(&self) -> BackgroundWriter {
-        self.environments.saver.clone()
+        self.environments.writer.clone()
     }
 
     /// Synchronizes with upstream until dropped.

@@ -87,7 +87,8 @@ pub(super) struct AdminTokenParts {
 }
 
 impl ModeParts {
-    /// The components of a mode without an upstream: flags from files. The instance is ready once any environment has flags.
+    /// The components of a mode without an upstream: flags from files. The instance is ready once any
+    /// environment has flags.
     pub(super) async fn from_files(
         name: &'static str,
         files: FileSource,

@@ -126,12 +126,12 @@ impl Reloader {
                     _ => return false,
                 }
             }
-            (Reloadable::Offline(rereader), Mode::Offline(offline))
+            (Reloadable::Offline(reload_handle), Mode::Offline(offline))
                 if OFFLINE_TOKEN_OPTIONS.contains(&name) =>
             {
                 let (tokens, environments) = offline_tokens(offline);
                 self.auth.set_local_tokens(tokens);
-                rereader.set_environments(environments);
+                reload_handle.set_environments(environments);
             }
             _ => return false,
         }
@@ -152,8 +152,8 @@ impl Reloader {
                 self.auth.revalidate(None);
                 refetch.notify_one();
             }
-            (Reloadable::Offline(rereader) | Reloadable::Standalone(rereader), _) => {
-                rereader.reload();
+            (Reloadable::Offline(reload_handle) | Reloadable::Standalone(reload_handle), _) => {
+                reload_handle.reload();
             }
             (Reloadable::Edge { .. }, Mode::Offline(_) | Mode::Standalone(_)) => {}
         }

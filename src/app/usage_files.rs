@@ -54,7 +54,7 @@ fn digest(bytes: &[u8]) -> RecordDigest {
 #[derive(Clone, Debug)]
 enum OwnSlot {
     /// A slot that is locked for this process.
-    Locked { slot: ProcessSlot, _claim: Arc<RecordLock> },
+    Locked { slot: ProcessSlot, _lock: Arc<RecordLock> },
     /// The first slot of a folder where no slot can be locked and none is locked by others. Other
     /// processes may be using it, so their usage is not recovered.
     Unlocked,
@@ -67,14 +67,14 @@ impl OwnSlot {
     ///
     /// A slot that cannot be locked may belong to another process. It is not used if any other slot
     /// shows that locks work in this folder.
-    async fn acquire(folder: &dyn Store) -> (Self, Option<Error>) {
+    async fn acquire(store: &dyn Store) -> (Self, Option<Error>) {
         let mut is_shared = false;
         let mut failure = None;
         let mut failures = 0;
         for slot in ProcessSlot::all() {
-            match folder.try_lock(&RecordKey::Usage(slot)).await {
+            match store.try_lock(&RecordKey::Usage(slot)).await {
                 Ok(Some(lock)) => {
-                    return (Self::Locked { slot, _claim: Arc::new(lock) }, failure);
+                    return (Self::Locked { slot, _lock: Arc::new(lock) }, failure);
                 }
                 Ok(None) => is_shared = true,
                 Err(error) => {

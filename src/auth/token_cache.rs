@@ -213,21 +213,18 @@ impl TokenCache {
             return InsertOutcome::Outdated;
         }
         self.rejected.invalidate(&digest);
-        let cached = match self.valid.get(&digest) {
-            Some(known) => {
-                if known.is_missing_plaintext() {
-                    known.set_plaintext(token.clone());
-                }
-                if known.is_confirmed_after(start) || **known.grant() == grant {
-                    known.confirm(start);
-                    return InsertOutcome::Unchanged;
-                }
-                known.with_grant(grant, start)
+        let cached = if let Some(known) = self.valid.get(&digest) {
+            if known.is_missing_plaintext() {
+                known.set_plaintext(token.clone());
             }
-            None => {
-                let id = TokenId::new(digest, token.selector());
-                CachedToken::confirmed(token, id, grant, start)
+            if known.is_confirmed_after(start) || **known.grant() == grant {
+                known.confirm(start);
+                return InsertOutcome::Unchanged;
             }
+            known.with_grant(grant, start)
+        } else {
+            let id = TokenId::new(digest, token.selector());
+            CachedToken::confirmed(token, id, grant, start)
         };
         self.valid.insert(digest, Arc::new(cached));
         self.mark_unsaved();

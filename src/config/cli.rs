@@ -169,8 +169,9 @@ pub(super) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
             if name == EXPLAIN {
                 return parse_explain(&matches, below).map(Invocation::Explain);
             }
-            let verb = Subcommand::ALL.into_iter().find(|verb| verb.name() == name);
-            (verb.expect("clap accepts no other subcommand"), below)
+            let subcommand =
+                Subcommand::ALL.into_iter().find(|subcommand| subcommand.name() == name);
+            (subcommand.expect("clap accepts no other subcommand"), below)
         }
         None => (Subcommand::Serve(ServeMode::Standalone), &matches),
     };
@@ -203,9 +204,9 @@ fn clap_command() -> Command {
     let refused = || [CHECK_CONFIG, PRINT_CONFIG].map(|name| switch(name, "").hide(true));
     Subcommand::ALL
         .into_iter()
-        .fold(Command::new("parapet"), |command, verb| {
-            let own = Command::new(verb.name()).about(verb.about());
-            command.subcommand(own.args(subcommand_args(verb)))
+        .fold(Command::new("parapet"), |command, subcommand| {
+            let own = Command::new(subcommand.name()).about(subcommand.about());
+            command.subcommand(own.args(subcommand_args(subcommand)))
         })
         .subcommand(explain_clap_command().args(refused()))
         .subcommands(manage::commands().into_iter().chain(backup::commands()).map(|command| {
@@ -236,8 +237,8 @@ fn clap_command() -> Command {
 }
 
 /// The options of a command, without those of all commands.
-fn subcommand_args(verb: Subcommand) -> impl Iterator<Item = Arg> {
-    args_in_scope(move |scope| scope != CommandScope::All && scope.applies_to(verb.scope()))
+fn subcommand_args(subcommand: Subcommand) -> impl Iterator<Item = Arg> {
+    args_in_scope(move |scope| scope != CommandScope::All && scope.applies_to(subcommand.scope()))
 }
 
 fn args_in_scope(wanted: impl Fn(CommandScope) -> bool) -> impl Iterator<Item = Arg> {
@@ -419,9 +420,11 @@ fn describe_error(error: &clap::Error, args: &[OsString]) -> String {
 /// The message for an option that belongs to other commands; `None` if there is no such option.
 fn belongs_to_other_command(name: &str) -> Option<String> {
     let key = OPTIONS.iter().find(|key| key.name == name)?;
-    let verbs = Subcommand::ALL.iter().filter(|verb| key.scope.applies_to(verb.scope()));
-    let verbs: Vec<_> = verbs.map(|verb| format!("`parapet {}`", verb.name())).collect();
-    Some(format!("`--{name}` belongs to {}", verbs.join(" and ")))
+    let names =
+        Subcommand::ALL.iter().filter(|subcommand| key.scope.applies_to(subcommand.scope()));
+    let names: Vec<_> =
+        names.map(|subcommand| format!("`parapet {}`", subcommand.name())).collect();
+    Some(format!("`--{name}` belongs to {}", names.join(" and ")))
 }
 
 fn mask_tokens(message: &str, args: &[OsString]) -> String {

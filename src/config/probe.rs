@@ -15,16 +15,16 @@ use super::{
 };
 
 /// Validates the settings of `health` and `ready`.
-pub(super) fn probe(s: &mut RawSettings, question: Probe) -> Result<ProbeOptions, ConfigErrors> {
+pub(super) fn probe(s: &mut RawSettings, probe: Probe) -> Result<ProbeOptions, ConfigErrors> {
     let ca_file = s.parse_optional(&options::CA_CERTIFICATE_FILE, EXPECTED_FILE, existing_file);
     let sdk_path =
-        format!("{}/internal-backstage/{}", base_path(s), Subcommand::Probe(question).name());
+        format!("{}/internal-backstage/{}", base_path(s), Subcommand::Probe(probe).name());
     let (url, path, trust) = if s.is_set(&options::EDGE_URL) {
         let url = s.parse_optional(&options::EDGE_URL, EXPECTED_HTTP_URL, parse_http_url);
         (url, sdk_path, ProbeTrust::Platform(ca_file))
     } else {
         let trust = ca_file.map_or(ProbeTrust::Any, ProbeTrust::Authority);
-        let (address, is_tls, path) = local_address(s, question, sdk_path);
+        let (address, is_tls, path) = local_address(s, probe, sdk_path);
         let scheme = if is_tls { "https" } else { "http" };
         let host = if address.ip().is_unspecified() {
             format!("localhost:{}", address.port())
@@ -41,10 +41,10 @@ pub(super) fn probe(s: &mut RawSettings, question: Probe) -> Result<ProbeOptions
 }
 
 /// The address, whether it uses TLS, and the path at which the instance on this machine answers
-/// `question` without a client certificate: on the data listener, or else on the admin listener.
+/// `probe` without a client certificate: on the data listener, or else on the admin listener.
 fn local_address(
     s: &mut RawSettings,
-    question: Probe,
+    probe: Probe,
     sdk_path: String,
 ) -> (SocketAddr, bool, String) {
     let of_clients = tls::requires_client_certificates(s, &tls::DATA);
@@ -63,7 +63,7 @@ fn local_address(
             "is required: both listeners require client certificates, and probes have none";
         s.report_error(&options::EDGE_URL, reason);
     }
-    let path = match question {
+    let path = match probe {
         Probe::Health => "/live",
         Probe::Ready => "/ready",
     };

@@ -1,4 +1,5 @@
-//! Parsers of values that several settings have in common. Each reports its errors to [`RawSettings`].
+//! Parsers of values that several settings have in common. Those that take [`RawSettings`] report their
+//! errors there; the others return `None`.
 
 use std::{
     net::{IpAddr, Ipv4Addr},

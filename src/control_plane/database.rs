@@ -42,7 +42,7 @@ use self::{
     sqlite_file::SqliteFile,
 };
 use super::{
-    database_metrics::{DatabaseMetrics, DatabaseStatus},
+    database_health::{DatabaseHealth, DatabaseStatus},
     error::Error,
 };
 
@@ -105,7 +105,7 @@ impl Database {
                 (Backend::Postgres(PostgresServers::new(url.clone())), url.to_string())
             }
         };
-        let pool = Pool::new(source, DatabaseMetrics::new());
+        let pool = Pool::new(source, DatabaseHealth::new());
         let (is_migrated, migration_attempt) = (Arc::default(), Arc::default());
         let must_exist = Arc::default();
         Ok(Self { pool, redacted_location, is_migrated, migration_attempt, must_exist })
@@ -222,7 +222,7 @@ impl Database {
     }
 
     /// The health records of the database.
-    pub(super) fn health(&self) -> &DatabaseMetrics {
+    pub(super) fn health(&self) -> &DatabaseHealth {
         self.pool.health()
     }
 

@@ -1,7 +1,7 @@
 //! Roles and permissions.
 //!
-//! This module only defines them. The permissions of an account are stored by `accounts`; each operation
-//! states itself which permission it requires.
+//! This module only defines them. The permissions of an account are stored by `account_changes`; each
+//! operation states itself which permission it requires.
 
 use std::fmt;
 

@@ -197,7 +197,7 @@ fn evaluate_partly_random<'a>(
     let bound = engine.bind_values(values);
     let cache = snapshot.evaluation_cache();
     let deterministic = cache.deterministic_outcomes(cache.cache_key(&key), || {
-        let outcomes = view.flags().iter().filter_map(|toggle| match *toggle {
+        let outcomes = view.flags().iter().filter_map(|flag| match *flag {
             ScopedFlag::PerContext(flag) => Some(engine.evaluate(flag, &bound)),
             ScopedFlag::Constant { .. } | ScopedFlag::PerRequest(_) => None,
         });
@@ -238,8 +238,8 @@ fn for_each_flag_with(
     ),
     mut visit: impl FnMut(FragmentId),
 ) {
-    for toggle in view.flags() {
-        let (flag, outcome) = match *toggle {
+    for flag in view.flags() {
+        let (flag, outcome) = match *flag {
             ScopedFlag::Constant { on, fragment } => {
                 if on || include == Include::All {
                     visit(fragment);

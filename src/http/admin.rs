@@ -135,7 +135,7 @@ impl AdminService {
         let mut body = RequestBody::new(body, started, self.sdk.settings.request_timeout);
         let access = &self.sdk.settings.access;
         let address = access.proxies.client_addresses(peer, &head.headers).verified;
-        let (subject, reply) = match normalise(head.uri.path(), "") {
+        let (label, reply) = match normalise(head.uri.path(), "") {
             _ if !access.is_allowed(address) => {
                 (EndpointLabel::Unknown, Err(HttpError::AddressBlocked))
             }
@@ -147,8 +147,8 @@ impl AdminService {
             response::drop_body_for_head(&head.method, reply.unwrap_or_else(HttpResponse::from));
         response::add_private_headers(&mut reply);
         let took = started.elapsed();
-        self.sdk.request_metrics.record(subject, &head.method, &reply, took);
-        request_log::log_response(subject, &head.method, &reply, took);
+        self.sdk.request_metrics.record(label, &head.method, &reply, took);
+        request_log::log_response(label, &head.method, &reply, took);
         reply
     }
 
@@ -173,9 +173,9 @@ impl AdminService {
         }
         match self.find_operation(&head.method, path) {
             Ok(found) => {
-                let subject = EndpointLabel::AdminOperation(found.operation.path);
+                let label = EndpointLabel::AdminOperation(found.operation.path);
                 let reply = self.dispatch(&found, head, body, address);
-                (subject, self.with_timeout(started, reply).await)
+                (label, self.with_timeout(started, reply).await)
             }
             Err(failure) => (EndpointLabel::Unknown, Err(failure)),
         }

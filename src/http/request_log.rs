@@ -33,7 +33,9 @@ pub(super) fn log_response(
     took: Duration,
 ) {
     let (route, status) = (label.as_str(), response.status().as_u16());
-    debug!(route, %method, status, took_us = took.as_micros(), "Request served");
+    // A number of 128 bits would be a text in JSON.
+    let took_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+    debug!(route, %method, status, took_us, "Request served");
 }
 
 /// The id that the client or a load balancer sent, if it is short and printable; otherwise a random one.

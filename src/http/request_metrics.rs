@@ -124,17 +124,17 @@ impl RequestMetrics {
     #[expect(clippy::cast_precision_loss, reason = "bodies are far below 2^52 bytes")]
     pub fn record(
         &self,
-        subject: EndpointLabel,
+        label: EndpointLabel,
         method: &Method,
         reply: &HttpResponse,
         took: Duration,
     ) {
         let (series, size) =
-            (self.series_index(subject, method, reply.status()), response::body_length(reply));
-        let lane = &self.series[series].get_or_init(Box::default).0[shard_index()];
+            (self.series_index(label, method, reply.status()), response::body_length(reply));
+        let shard = &self.series[series].get_or_init(Box::default).0[shard_index()];
         let nanoseconds = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
-        lane.durations.record(bucket_index(&SECONDS_BUCKETS, took.as_secs_f64()), nanoseconds);
-        lane.sizes.record(bucket_index(&BYTES_BUCKETS, size as f64), size);
+        shard.durations.record(bucket_index(&SECONDS_BUCKETS, took.as_secs_f64()), nanoseconds);
+        shard.sizes.record(bucket_index(&BYTES_BUCKETS, size as f64), size);
     }
 
     /// All series in Prometheus's text format.
@@ -150,28 +150,28 @@ impl RequestMetrics {
 
         text.family(REQUESTS, "counter", "Requests served, by route, method and status");
         for (labels, series) in &measured {
-            let requests: u64 = series.total(|lane| &lane.durations).0.iter().sum();
+            let requests: u64 = series.total(|shard| &shard.durations).0.iter().sum();
             text.sample(REQUESTS, labels, requests);
         }
 
         text.family(DURATION, "histogram", "Time from a request's head to its response");
         for (labels, series) in &measured {
-            let (buckets, sum) = series.total(|lane| &lane.durations);
+            let (buckets, sum) = series.total(|shard| &shard.durations);
             text.histogram(DURATION, labels, &SECONDS_BUCKETS, &buckets, sum as f64 / 1e9);
         }
 
         text.family(SIZE, "histogram", "Size of response bodies as sent, after compression");
         for (labels, series) in &measured {
-            let (buckets, sum) = series.total(|lane| &lane.sizes);
+            let (buckets, sum) = series.total(|shard| &shard.sizes);
             text.histogram(SIZE, labels, &BYTES_BUCKETS, &buckets, sum);
         }
         text.0
     }
 
     /// The index of a series, computed from the indices of its three labels.
-    fn series_index(&self, subject: EndpointLabel, method: &Method, status: StatusCode) -> usize {
+    fn series_index(&self, label: EndpointLabel, method: &Method, status: StatusCode) -> usize {
         let unknown = ROUTES.len() + 1;
-        let subject = match subject {
+        let label = match label {
             EndpointLabel::Route(route) => route.index,
             EndpointLabel::Preflight => ROUTES.len(),
             EndpointLabel::Unknown => unknown,
@@ -186,7 +186,7 @@ impl RequestMetrics {
             let class = usize::from(status / 100).clamp(1, STATUS_CLASSES.len());
             STATUSES.len() + class - 1
         });
-        (subject * METHODS.len() + method) * STATUS_LABELS + status
+        (label * METHODS.len() + method) * STATUS_LABELS + status
     }
 
     /// The labels of the series at `index`. No label value needs escaping.
@@ -302,17 +302,12 @@ mod tests {
     #[test]
     fn counts_of_all_threads_are_summed_in_the_exposition() {
         let meter = RequestMetrics::default();
-        let subject = EndpointLabel::Route(&ROUTES[0]);
+        let label = EndpointLabel::Route(&ROUTES[0]);
         std::thread::scope(|scope| {
             for _ in 0..SHARDS + 3 {
                 scope.spawn(|| {
-                    meter.record(
-                        subject,
-                        &Method::GET,
-                        &reply(200, 300),
-                        Duration::from_micros(50),
-                    );
-                    meter.record(subject, &Method::GET, &reply(200, 256), Duration::from_mins(1));
+                    meter.record(label, &Method::GET, &reply(200, 300), Duration::from_micros(50));
+                    meter.record(label, &Method::GET, &reply(200, 256), Duration::from_mins(1));
                 });
             }
         });
@@ -341,8 +336,8 @@ mod tests {
         let labels: std::collections::HashSet<_> =
             (0..meter.series.len()).map(|index| meter.labels(index)).collect();
         assert_eq!(labels.len(), meter.series.len());
-        let check = |subject, method, status, expect: &str| {
-            let labels = meter.labels(meter.series_index(subject, &method, status));
+        let check = |label, method, status, expect: &str| {
+            let labels = meter.labels(meter.series_index(label, &method, status));
             assert!(labels.contains(expect), "{labels}");
         };
         let unknown = r#""unknown",http_request_method="other""#;

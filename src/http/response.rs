@@ -73,10 +73,10 @@ pub enum CachePolicy {
 }
 
 /// 304: the client already has the representation of `etag`.
-pub fn not_modified(etag: &HeaderValue, freshness: CachePolicy) -> HttpResponse {
+pub fn not_modified(etag: &HeaderValue, policy: CachePolicy) -> HttpResponse {
     let mut reply = empty(StatusCode::NOT_MODIFIED);
     reply.headers_mut().insert(ETAG, etag.clone());
-    add_cache_headers(&mut reply, freshness);
+    add_cache_headers(&mut reply, policy);
     reply
 }
 
@@ -88,11 +88,11 @@ pub fn not_modified(etag: &HeaderValue, freshness: CachePolicy) -> HttpResponse 
 pub async fn negotiate_body(
     request: &HeaderMap,
     body: &Arc<PreparedBody>,
-    freshness: CachePolicy,
+    policy: CachePolicy,
 ) -> HttpResponse {
-    match negotiate_body_now(request, body, freshness) {
+    match negotiate_body_now(request, body, policy) {
         Ok(reply) => reply,
-        Err(coding) => Box::pin(compress_and_respond(Arc::clone(body), coding, freshness)).await,
+        Err(coding) => Box::pin(compress_and_respond(Arc::clone(body), coding, policy)).await,
     }
 }
 
@@ -100,17 +100,17 @@ pub async fn negotiate_body(
 pub fn negotiate_body_now(
     request: &HeaderMap,
     body: &PreparedBody,
-    freshness: CachePolicy,
+    policy: CachePolicy,
 ) -> Result<HttpResponse, ContentCoding> {
     if conditional::if_none_match_matches(request, body.etag()) {
-        return Ok(not_modified(body.etag(), freshness));
+        return Ok(not_modified(body.etag(), policy));
     }
     let coding =
         body.effective_coding(content_encoding::negotiate(request, |coding| body.supports(coding)));
     match body.encoded(coding) {
-        Some(coded) => Ok(representation_response(coded.clone(), coding, freshness)),
+        Some(representation) => Ok(representation_response(representation.clone(), coding, policy)),
         None if body.is_cheap_to_encode() => {
-            Ok(representation_response(body.get_or_encode(coding).clone(), coding, freshness))
+            Ok(representation_response(body.get_or_encode(coding).clone(), coding, policy))
         }
         None => Err(coding),
     }
@@ -122,7 +122,7 @@ static COMPRESSIONS: Semaphore = Semaphore::const_new(8);
 async fn compress_and_respond(
     body: Arc<PreparedBody>,
     coding: ContentCoding,
-    freshness: CachePolicy,
+    policy: CachePolicy,
 ) -> HttpResponse {
     let permit = COMPRESSIONS.acquire().await.expect("the semaphore is never closed");
     let shared = Arc::clone(&body);
@@ -132,35 +132,35 @@ async fn compress_and_respond(
         shared.get_or_encode(coding).clone()
     };
     match tokio::task::spawn_blocking(make).await {
-        Ok(coded) => representation_response(coded, coding, freshness),
+        Ok(representation) => representation_response(representation, coding, policy),
         // The runtime is shutting down; the plain bytes are always available.
         Err(_) => representation_response(
             body.get_or_encode(ContentCoding::Identity).clone(),
             ContentCoding::Identity,
-            freshness,
+            policy,
         ),
     }
 }
 
 fn representation_response(
-    coded: Representation,
+    representation: Representation,
     coding: ContentCoding,
-    freshness: CachePolicy,
+    policy: CachePolicy,
 ) -> HttpResponse {
-    let mut reply = json(StatusCode::OK, coded.bytes);
+    let mut reply = json(StatusCode::OK, representation.bytes);
     let headers = reply.headers_mut();
-    headers.insert(ETAG, coded.etag);
+    headers.insert(ETAG, representation.etag);
     if let Some(name) = coding.name() {
         headers.insert(CONTENT_ENCODING, HeaderValue::from_static(name));
     }
-    add_cache_headers(&mut reply, freshness);
+    add_cache_headers(&mut reply, policy);
     reply
 }
 
-fn add_cache_headers(reply: &mut HttpResponse, freshness: CachePolicy) {
+fn add_cache_headers(reply: &mut HttpResponse, policy: CachePolicy) {
     let headers = reply.headers_mut();
     headers.insert(VARY, VARY_ENCODING);
-    match freshness {
+    match policy {
         CachePolicy::Unspecified => {}
         CachePolicy::NoCache => drop(headers.insert(CACHE_CONTROL, NO_CACHE)),
         CachePolicy::PrivateNoCache => {

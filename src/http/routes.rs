@@ -448,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn every_path_and_method_has_its_route() {
+    fn every_row_is_found_by_its_paths_and_methods() {
         for (index, route) in ROUTES.iter().enumerate() {
             assert_eq!(route.index, index);
             for path in route.deprecated_paths.iter().chain([&route.path]) {
@@ -465,6 +465,46 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn documented_paths_have_their_endpoints() {
+        use TokenKind::{Client, Frontend};
+        let flags = |include| Endpoint::Frontend(FrontendEndpoint::Flags(include));
+        let streaming = Endpoint::Frontend(FrontendEndpoint::Streaming);
+        let [metrics, registration, bulk, edge] = [
+            UsageEndpoint::Metrics,
+            UsageEndpoint::Registration,
+            UsageEndpoint::BulkMetrics,
+            UsageEndpoint::EdgeInstance,
+        ]
+        .map(Endpoint::Usage);
+        for (path, endpoint, kind) in [
+            ("/api/client/features", Endpoint::Client(ClientEndpoint::Features), Client),
+            ("/api/client/metrics", metrics, Client),
+            ("/api/client/register", registration, Client),
+            ("/api/client/metrics/bulk", bulk, Client),
+            ("/api/client/metrics/edge", edge, Client),
+            ("/api/frontend", flags(Include::Enabled), Frontend),
+            ("/api/frontend/all", flags(Include::All), Frontend),
+            ("/api/frontend/streaming", streaming, Frontend),
+            ("/api/frontend/client/metrics", metrics, Frontend),
+            ("/api/frontend/client/register", registration, Frontend),
+            ("/api/frontend/all/client/metrics", metrics, Frontend),
+            ("/api/frontend/all/client/register", registration, Frontend),
+            ("/api/proxy", flags(Include::Enabled), Frontend),
+            ("/api/proxy/all", flags(Include::All), Frontend),
+            ("/api/proxy/streaming", streaming, Frontend),
+            ("/api/proxy/client/metrics", metrics, Frontend),
+            ("/api/proxy/client/register", registration, Frontend),
+            ("/api/proxy/all/client/metrics", metrics, Frontend),
+            ("/api/proxy/all/client/register", registration, Frontend),
+        ] {
+            let route = find(&Method::POST, path).unwrap().route;
+            assert_eq!((route.endpoint, route.token_kinds), (endpoint, &[kind][..]), "{path}");
+        }
+        let prometheus = find(&Method::GET, "/internal-backstage/prometheus").unwrap().route;
+        assert_eq!(prometheus.endpoint, Endpoint::Probe(ProbeEndpoint::Metrics));
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! The evaluation cache of a served snapshot, for frontend clients: evaluation results, response bodies, events
-//! of streams, and the contexts that were requested more than once.
+//! The evaluation cache of a served snapshot, for frontend clients: evaluation results, response bodies,
+//! events of streams, and the contexts that were requested more than once.
 //!
 //! All caches are bounded, and any entry may be evicted at any time: the next request evaluates again.
 //! This module does not evaluate; `crate::evaluation` does.

@@ -109,12 +109,12 @@ fn set_alarm(mut timer: Pin<&mut Sleep>, at: Instant, cx: &mut Context<'_>) {
 pub(super) async fn serve_until_closed<C: GracefulConnection<Error = hyper::Error>>(
     connection: C,
     activity: Arc<ConnectionActivity>,
-    mut lifetime: ConnectionPolicy,
+    mut policy: ConnectionPolicy,
     drain: Drain,
-    farewell: CloseAnnouncement,
+    announcement: CloseAnnouncement,
 ) {
     let mut connection = pin!(connection);
-    let mut timer = pin!(sleep_until(lifetime.first_check()));
+    let mut timer = pin!(sleep_until(policy.first_check()));
     let (mut draining, mut closing) =
         (pin!(drain.draining.subscribe()), pin!(drain.closing.subscribe()));
     let (mut is_first_poll, mut has_sent_close) = (true, false);
@@ -125,10 +125,10 @@ pub(super) async fn serve_until_closed<C: GracefulConnection<Error = hyper::Erro
         if std::mem::take(&mut is_first_poll) {
             activity.register_waker(cx);
             let _ = closing.as_mut().poll(cx);
-            if farewell == CloseAnnouncement::GoAway {
+            if announcement == CloseAnnouncement::GoAway {
                 let _ = draining.as_mut().poll(cx);
             }
-            set_alarm(timer.as_mut(), lifetime.first_check(), cx);
+            set_alarm(timer.as_mut(), policy.first_check(), cx);
         }
         // Comes first, so that a request which has arrived meanwhile is answered.
         if let Poll::Ready(end) = connection.as_mut().poll(cx) {
@@ -137,10 +137,10 @@ pub(super) async fn serve_until_closed<C: GracefulConnection<Error = hyper::Erro
         let mut must_close = activity.is_evicted();
         if activity.has_requests() {
             must_close |= drain.is_closing()
-                || (farewell == CloseAnnouncement::GoAway && drain.is_draining());
+                || (announcement == CloseAnnouncement::GoAway && drain.is_draining());
         } else if drain.is_closing() {
             // A new client gets a response that announces the close.
-            must_close |= lifetime.first_request_deadline() <= Instant::now();
+            must_close |= policy.first_request_deadline() <= Instant::now();
         }
         let waiting = activity.state();
         let has_begun = waiting != waited
@@ -148,11 +148,11 @@ pub(super) async fn serve_until_closed<C: GracefulConnection<Error = hyper::Erro
         waited = waiting;
         if has_begun || timer.is_elapsed() {
             let now = Instant::now();
-            let next = match lifetime.next_action(&activity, now) {
+            let next = match policy.next_action(&activity, now) {
                 PolicyAction::KeepOpen(next) => next,
                 PolicyAction::CloseAfterResponse(next) => {
                     activity.close_after_response();
-                    must_close |= farewell == CloseAnnouncement::GoAway;
+                    must_close |= announcement == CloseAnnouncement::GoAway;
                     next
                 }
                 PolicyAction::ShutDown(next) => {
@@ -166,7 +166,7 @@ pub(super) async fn serve_until_closed<C: GracefulConnection<Error = hyper::Erro
         }
         if must_close && !std::mem::replace(&mut has_sent_close, true) {
             let now = Instant::now();
-            lifetime.start_closing(now);
+            policy.start_closing(now);
             let next = timer.deadline().min(now + SHUTDOWN_TIMEOUT);
             set_alarm(timer.as_mut(), next.max(now + TIMER_RESOLUTION), cx);
             connection.as_mut().graceful_shutdown();
@@ -174,9 +174,9 @@ pub(super) async fn serve_until_closed<C: GracefulConnection<Error = hyper::Erro
         }
         if drain.is_closing()
             && !has_sent_close
-            && timer.deadline() > lifetime.first_request_deadline()
+            && timer.deadline() > policy.first_request_deadline()
         {
-            set_alarm(timer.as_mut(), lifetime.first_request_deadline(), cx);
+            set_alarm(timer.as_mut(), policy.first_request_deadline(), cx);
         }
         Poll::Pending
     });

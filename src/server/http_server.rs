@@ -180,8 +180,8 @@ impl<S: HttpService> HttpServer<S> {
         };
         match protocol {
             HttpVersion::Http1 => {
-                let answer = service_fn(move |request| handler.handle_http1(request));
-                let connection = self.http1.serve_connection(io, answer);
+                let service = service_fn(move |request| handler.handle_http1(request));
+                let connection = self.http1.serve_connection(io, service);
                 drop(self);
                 serve_until_closed(
                     connection,
@@ -194,8 +194,8 @@ impl<S: HttpService> HttpServer<S> {
             }
             HttpVersion::Http2 => {
                 let handler = Arc::new(handler);
-                let answer = service_fn(move |request| Arc::clone(&handler).handle_http2(request));
-                let connection = self.http2.serve_connection(io, answer);
+                let service = service_fn(move |request| Arc::clone(&handler).handle_http2(request));
+                let connection = self.http2.serve_connection(io, service);
                 let driven = serve_until_closed(
                     connection,
                     activity,

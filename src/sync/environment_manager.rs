@@ -70,7 +70,7 @@ pub struct EnvironmentManager {
     /// The store to restore flags from at a start without upstream.
     pub store: Arc<dyn Store>,
     /// Saves flags to that store in the background.
-    pub saver: BackgroundWriter,
+    pub writer: BackgroundWriter,
 }
 
 impl EnvironmentManager {
@@ -173,7 +173,7 @@ impl EnvironmentManager {
     async fn sync_all(&self, sender: oneshot::Sender<BTreeSet<Environment>>) {
         let mut sender = Some(sender);
         let mut loops = JoinSet::new();
-        let mut followed: BTreeMap<Environment, Id> = BTreeMap::new();
+        let mut running: BTreeMap<Environment, Id> = BTreeMap::new();
         let poll_request = watch::Sender::new(());
         let mut backoff = Backoff::new(INITIAL_RETRY_DELAY, LIST_INTERVAL);
         let mut environment_list = EnvironmentTracker::default();
@@ -188,11 +188,11 @@ impl EnvironmentManager {
                 poll_request.send_replace(());
             }
             for environment in found.iter().flatten() {
-                if !followed.contains_key(environment) {
+                if !running.contains_key(environment) {
                     let follow =
                         self.environment_sync(environment.clone()).run(poll_request.subscribe());
                     let task = loops.spawn(follow);
-                    followed.insert(environment.clone(), task.id());
+                    running.insert(environment.clone(), task.id());
                 }
             }
             // Readiness waits for the environments of the first list.
@@ -213,13 +213,13 @@ impl EnvironmentManager {
                     }
                     Some(ended) = loops.join_next_with_id() => match ended {
                         // Its environment was removed: the next list is fetched on schedule.
-                        Ok((id, ())) => followed.retain(|_, task| *task != id),
+                        Ok((id, ())) => running.retain(|_, task| *task != id),
                         Err(error) => {
                             error!(
                                 error = error_chain(&error),
                                 "Synchronising an environment panicked; it restarts in 1 s"
                             );
-                            followed.retain(|_, task| *task != error.id());
+                            running.retain(|_, task| *task != error.id());
                             sleep(RESTART_DELAY).await;
                             break;
                         }
@@ -275,10 +275,10 @@ impl EnvironmentManager {
     }
 
     fn environment_sync(&self, environment: Environment) -> EnvironmentSync {
-        let Self { config, upstream, credentials, snapshots, saver, .. } = self.clone();
+        let Self { config, upstream, credentials, snapshots, writer, .. } = self.clone();
         EnvironmentSync::new(
             environment,
-            Dependencies { config, upstream, credentials, snapshots, saver },
+            Dependencies { config, upstream, credentials, snapshots, writer },
         )
     }
 }

@@ -48,7 +48,7 @@ pub(super) struct Dependencies {
     pub(super) upstream: Upstream,
     pub(super) credentials: EnvironmentTokens,
     pub(super) snapshots: Snapshots,
-    pub(super) saver: BackgroundWriter,
+    pub(super) writer: BackgroundWriter,
 }
 
 /// The synchronisation of one environment.
@@ -148,7 +148,7 @@ impl EnvironmentSync {
 
     /// Publishes unpublished changes, or confirms the served flags.
     async fn publish(&mut self) -> Result<(), PollError> {
-        let Dependencies { credentials, snapshots, saver, .. } = &self.dependencies;
+        let Dependencies { credentials, snapshots, writer, .. } = &self.dependencies;
         let (environment, in_use) = (&self.environment, credentials.tokens(&self.environment));
         let has_all_tokens = credentials.is_complete(environment);
         let served = snapshots.load(environment);
@@ -170,7 +170,7 @@ impl EnvironmentSync {
                 self.state.on_published();
                 if let Some(snapshot) = published {
                     let key = RecordKey::Flags(environment.clone());
-                    saver.save(key, move || serialize_for_store(&snapshot, run));
+                    writer.save(key, move || serialize_for_store(&snapshot, run));
                 }
             }
         }

@@ -331,8 +331,8 @@ impl FetchedDocuments {
 
     /// When to call [`FetchedDocuments::advance_time`] next.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
-        let held_until = self.deferred_removals.first().map(|(until, _)| *until);
-        held_until.into_iter().chain(self.precedence.next_timeout()).min()
+        let removed_at = self.deferred_removals.first().map(|(until, _)| *until);
+        removed_at.into_iter().chain(self.precedence.next_timeout()).min()
     }
 
     /// When to poll again to confirm responses that do not count yet.

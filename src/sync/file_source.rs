@@ -501,11 +501,11 @@ mod tests {
         std::fs::write(&path, flags_json("one")).unwrap();
         let snapshots = Snapshots::default();
         let files = FileSource::new(path, BTreeSet::new(), snapshots.clone(), None);
-        let rereader = files.reload_handle();
+        let reload_handle = files.reload_handle();
         let (readiness, ready_when) = Readiness::new();
         let task = tokio::spawn(files.start(ready_when).await.unwrap().run());
         assert!(readiness.pending_conditions()[0].contains("no configured token names one"));
-        rereader.set_environments([Environment::new("dev")].into());
+        reload_handle.set_environments([Environment::new("dev")].into());
         let ready = async {
             while !readiness.is_ready() {
                 tokio::time::sleep(CHECK_INTERVAL).await;

@@ -48,14 +48,14 @@ impl TokenView {
 
     /// The next document of the same token, with its sequence number.
     pub(super) fn next(&self, projects: Projects, document: Arc<Document>, sequence: u64) -> Self {
-        let came = |feature: &Feature| {
+        let sequence_of = |feature: &Feature| {
             let known = self.document.feature(feature.name());
             let stays = known.is_some_and(|known| known.project() == feature.project());
             if stays { self.flag_sequences.get(feature.name()).copied() } else { Some(sequence) }
         };
         let features = document.features().iter();
         let flag_sequences =
-            features.filter_map(|it| Some((Arc::clone(it.name()), came(it)?))).collect();
+            features.filter_map(|it| Some((Arc::clone(it.name()), sequence_of(it)?))).collect();
         Self {
             flag_sequences: Arc::new(flag_sequences),
             initial_sequence: self.initial_sequence,

@@ -64,16 +64,18 @@ impl TokenPrecedence {
             history.observe(token, state, now, tokens);
             true
         });
-        for (part, state) in states.0.iter().filter(|(part, _)| named(part)) {
-            let history = parts.entry(part.clone()).or_insert_with(|| {
-                // Tokens that already see the project have seen it empty.
-                let sees = |(other, tracked): &(&TokenDigest, &TrackedToken)| {
-                    let DocumentPart::Project(project) = part else { return false };
-                    tracked.projects.contains(project) && (*other != token || !is_new)
-                };
-                PartPrecedence::new(token, tokens.iter().filter(sees).map(|it| it.0), now)
-            });
-            history.observe(token, *state, now, tokens);
+        let is_unseen = |(part, _): &(&DocumentPart, _)| named(part) && !parts.contains_key(part);
+        let unseen: Vec<_> = states.0.iter().filter(is_unseen).collect();
+        for (part, state) in unseen {
+            // Tokens that already see the project have seen it empty.
+            let sees = |(other, tracked): &(&TokenDigest, &TrackedToken)| {
+                let DocumentPart::Project(project) = part else { return false };
+                tracked.projects.contains(project) && (*other != token || !is_new)
+            };
+            let sightings = tokens.iter().filter(sees).map(|it| it.0);
+            let mut precedence = PartPrecedence::new(token, sightings, now);
+            precedence.observe(token, *state, now, tokens);
+            parts.insert(part.clone(), precedence);
         }
     }
 

@@ -292,16 +292,16 @@ mod tests {
 
     #[test]
     fn item_larger_than_a_body_is_returned() {
-        let mut packer = BatchBuilder::new(100);
-        assert!(packer.push(item(ItemKind::Metric, MAX_BODY_BYTES)).is_err());
-        assert!(packer.is_empty());
-        assert!(packer.push(item(ItemKind::Metric, 1000)).is_ok());
-        assert!(packer.push(item(ItemKind::Metric, 1)).is_err());
+        let mut builder = BatchBuilder::new(100);
+        assert!(builder.push(item(ItemKind::Metric, MAX_BODY_BYTES)).is_err());
+        assert!(builder.is_empty());
+        assert!(builder.push(item(ItemKind::Metric, 1000)).is_ok());
+        assert!(builder.push(item(ItemKind::Metric, 1)).is_err());
     }
 
     #[test]
     fn batch_contains_items_of_one_list() {
-        let mut packer = BatchBuilder::new(MAX_BODY_BYTES);
+        let mut builder = BatchBuilder::new(MAX_BODY_BYTES);
         let parts = [
             ItemKind::Application,
             ItemKind::Application,
@@ -309,7 +309,7 @@ mod tests {
             ItemKind::Metric,
             ItemKind::ImpactMetric,
         ];
-        let accepted = parts.map(|part| packer.push(item(part, 1)).is_ok());
+        let accepted = parts.map(|part| builder.push(item(part, 1)).is_ok());
         assert_eq!(accepted, [true, true, false, false, false]);
     }
 
@@ -331,13 +331,13 @@ mod tests {
             lengths in prop::collection::vec(0_usize..3000, 1..200),
             limit in 4096..MAX_BODY_BYTES,
         ) {
-            let mut packer = BatchBuilder::new(limit);
+            let mut builder = BatchBuilder::new(limit);
             let parts = [ItemKind::Application, ItemKind::Metric, ItemKind::ImpactMetric].into_iter().cycle();
             let mut refused = 0;
             for (length, part) in lengths.iter().zip(parts) {
-                refused += usize::from(packer.push(item(part, *length)).is_err());
+                refused += usize::from(builder.push(item(part, *length)).is_err());
             }
-            let batch = packer.finish().unwrap();
+            let batch = builder.finish().unwrap();
             prop_assert!(batch.body().len() <= limit);
             prop_assert_eq!(batch.items().len() + refused, lengths.len());
             prop_assert!(serde_json::from_slice::<serde_json::Value>(&batch.body()).is_ok());

@@ -456,11 +456,11 @@ impl EnvironmentQueue {
 
     /// Removes a batch of items of one kind, and returns how many evaluations were too large to be sent.
     fn next_batch(&mut self, environment: &Environment) -> (Option<Batch>, u64) {
-        let mut packer = BatchBuilder::new(self.body_limit);
+        let mut builder = BatchBuilder::new(self.body_limit);
         let mut oversized = 0_u64;
         while let Some(item) = self.pop_item(environment) {
-            let is_first = packer.is_empty();
-            match packer.push(item) {
+            let is_first = builder.is_empty();
+            match builder.push(item) {
                 Ok(()) => {}
                 Err(item) if is_first => {
                     oversized = oversized.saturating_add(item.evaluations);
@@ -472,7 +472,7 @@ impl EnvironmentQueue {
                 }
             }
         }
-        (packer.finish(), oversized)
+        (builder.finish(), oversized)
     }
 
     /// Removes the next item: applications first, then the oldest counters.

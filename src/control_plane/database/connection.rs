@@ -13,7 +13,7 @@ use sqlx::{
 };
 use tokio::time::{Instant, timeout_at};
 
-use super::super::database_metrics::{DatabaseMetrics, DatabaseOperation};
+use super::super::database_health::{DatabaseHealth, DatabaseOperation};
 
 type BoxStream<'a, T> = std::pin::Pin<Box<dyn stream::Stream<Item = T> + Send + 'a>>;
 type BoxFuture<'a, T> = std::pin::Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -28,7 +28,7 @@ pub(in crate::control_plane) struct Connection {
     state: State,
     is_in_transaction: bool,
     timeout: Duration,
-    health: DatabaseMetrics,
+    health: DatabaseHealth,
 }
 
 /// Whether a connection can be used again.
@@ -43,7 +43,7 @@ pub(super) enum State {
 }
 
 impl Connection {
-    pub(super) fn new(raw: AnyConnection, timeout: Duration, health: DatabaseMetrics) -> Self {
+    pub(super) fn new(raw: AnyConnection, timeout: Duration, health: DatabaseHealth) -> Self {
         Self { raw, state: State::Ready, is_in_transaction: false, timeout, health }
     }
 
@@ -123,7 +123,7 @@ impl fmt::Debug for Connection {
 /// A running statement. If it is dropped before its end, the connection stays [`State::Pending`].
 struct StatementGuard<'a> {
     state: &'a mut State,
-    health: &'a DatabaseMetrics,
+    health: &'a DatabaseHealth,
     operation: DatabaseOperation,
     started_at: Instant,
     timeout: Duration,
@@ -132,7 +132,7 @@ struct StatementGuard<'a> {
 impl<'a> StatementGuard<'a> {
     fn start(
         state: &'a mut State,
-        health: &'a DatabaseMetrics,
+        health: &'a DatabaseHealth,
         timeout: Duration,
         operation: DatabaseOperation,
     ) -> Self {

@@ -18,7 +18,7 @@ use tokio::{
 
 use super::{
     super::{
-        database_metrics::{ConnectionCount, DatabaseMetrics, DatabaseOperation},
+        database_health::{ConnectionCount, DatabaseHealth, DatabaseOperation},
         error::Error,
     },
     connection::{Connection, State},
@@ -45,7 +45,7 @@ struct Inner {
     backend: Backend,
     permits: Arc<Semaphore>,
     idle: Mutex<Vec<Connection>>,
-    health: DatabaseMetrics,
+    health: DatabaseHealth,
 }
 
 /// The database that connections are opened to.
@@ -56,7 +56,7 @@ pub(super) enum Backend {
 }
 
 impl Pool {
-    pub(super) fn new(backend: Backend, health: DatabaseMetrics) -> Self {
+    pub(super) fn new(backend: Backend, health: DatabaseHealth) -> Self {
         let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         Self(Arc::new(Inner { backend, permits, idle: Mutex::default(), health }))
     }
@@ -65,7 +65,7 @@ impl Pool {
         &self.0.backend
     }
 
-    pub(super) fn health(&self) -> &DatabaseMetrics {
+    pub(super) fn health(&self) -> &DatabaseHealth {
         &self.0.health
     }
 

@@ -84,8 +84,8 @@ impl Authentication<'_> {
         header: &str,
         address: IpAddr,
     ) -> Result<AuthenticatedCaller, HttpError> {
-        let admission = self.auth.authenticate(header).await?;
-        match admission.grant.kind {
+        let token = self.auth.authenticate(header).await?;
+        match token.grant.kind {
             TokenKind::Admin => {}
             TokenKind::Client | TokenKind::Frontend => return Err(HttpError::WrongTokenKind),
         }

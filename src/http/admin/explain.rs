@@ -14,9 +14,9 @@ use crate::{
 
 /// Parses a request body and returns an [`Explanation`](crate::engine::explanation::Explanation).
 pub(super) fn explain(snapshots: &Snapshots, body: &[u8]) -> Result<HttpResponse, HttpError> {
-    let question =
+    let request =
         ExplainRequest::parse(body).map_err(|error| HttpError::Malformed(error.to_string()))?;
-    let Some(snapshot) = snapshots.load(&Environment::new(&question.environment)) else {
+    let Some(snapshot) = snapshots.load(&Environment::new(&request.environment)) else {
         let names = snapshots.environments();
         let names: Vec<_> = names.iter().map(Environment::as_str).collect();
         return Err(HttpError::ResourceNotFound(format!(
@@ -25,7 +25,7 @@ pub(super) fn explain(snapshots: &Snapshots, body: &[u8]) -> Result<HttpResponse
         )));
     };
     let (now, draw) = (Timestamp::now(), rand::random());
-    match explain::explain(&snapshot, &question.flag, &question.context, now, draw) {
+    match explain::explain(&snapshot, &request.flag, &request.context, now, draw) {
         Ok(explanation) => Ok(response::json_document(&explanation)),
         Err(UnknownFlag { similar_names }) if similar_names.is_empty() => {
             Err(HttpError::ResourceNotFound("there is no such flag in this environment".to_owned()))

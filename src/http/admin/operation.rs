@@ -301,16 +301,16 @@ const fn delete(path: &'static str, call: OperationId, summary: &'static str) ->
 }
 
 impl Operation {
-    const fn tag(self, topic: &'static str) -> Self {
-        Self { tag: topic, ..self }
+    const fn tag(self, tag: &'static str) -> Self {
+        Self { tag, ..self }
     }
 
     const fn for_admins(self) -> Self {
         Self { access: Access::Admin, ..self }
     }
 
-    const fn response(self, answer: ResponseSpec) -> Self {
-        Self { response: answer, ..self }
+    const fn response(self, response: ResponseSpec) -> Self {
+        Self { response, ..self }
     }
 
     const fn json<T: JsonSchema>(self) -> Self {

@@ -36,14 +36,14 @@ impl DeltaEvents {
     pub fn new(
         feed: ChangeFeed,
         state_ids: watch::Receiver<StateId>,
-        topic: SubscriptionKey,
+        subscription_key: SubscriptionKey,
         last_state_id: Option<EventId>,
         fetch_mode: Option<FetchMode>,
     ) -> Self {
         Self {
             feed,
             state_ids,
-            subscription_key: Arc::new(topic),
+            subscription_key: Arc::new(subscription_key),
             last_state_id,
             stage: Stage::Connecting(fetch_mode),
         }
@@ -131,8 +131,9 @@ mod tests {
         swap(&snapshots, 0);
         let feed = ChangeFeed::new(snapshots.clone());
         let states = feed.subscribe(&environment).unwrap();
-        let topic = SubscriptionKey::new(environment, projects, Filter::default());
-        let mut changes = DeltaEvents::new(feed.clone(), states, topic.clone(), None, None);
+        let subscription_key = SubscriptionKey::new(environment, projects, Filter::default());
+        let mut changes =
+            DeltaEvents::new(feed.clone(), states, subscription_key.clone(), None, None);
         let mut has = Document::default();
         assert_eq!(read(&mut changes, &mut has), Some(ChunkKind::Hydration));
         // Changes while the client reads nothing: first fewer than the history holds, then more.
@@ -143,7 +144,7 @@ mod tests {
             for n in changed {
                 swap(&snapshots, n);
                 // Makes the history record each state, as its own task does.
-                feed.update_since(&Arc::new(topic.clone()), None);
+                feed.update_since(&Arc::new(subscription_key.clone()), None);
             }
             let kind = read(&mut changes, &mut has).expect("a chunk is pending");
             assert_eq!(discriminant(&kind), discriminant(&expect));

@@ -38,11 +38,11 @@ impl EventSource for FlagEvents {
         let snapshot = snapshots.load_for_scope(subscriber.scope())?;
         let view = snapshot.frontend_view(&subscriber.scope().projects);
         let since = date_trigger.reschedule(view.inputs(), snapshot.received_at());
-        let Some(question) = subscriber.evaluation_request(&snapshot, &view) else {
+        let Some(request) = subscriber.evaluation_request(&snapshot, &view) else {
             *needs_reconnect = true;
             return None;
         };
-        let update = question
+        let update = request
             .with_context(&view, |context| subscription.next_update(&snapshot, &view, context))?;
         let (bytes, kind) = match update {
             FrontendUpdate::Snapshot(bytes) => (bytes, ChunkKind::Hydration),

@@ -47,11 +47,11 @@ impl EventSource for RefetchEvents {
         let snapshot = snapshots.load_for_scope(subscriber.scope())?;
         let view = snapshot.frontend_view(&subscriber.scope().projects);
         let since = date_trigger.reschedule(view.inputs(), snapshot.received_at());
-        let Some(question) = subscriber.evaluation_request(&snapshot, &view) else {
+        let Some(request) = subscriber.evaluation_request(&snapshot, &view) else {
             *needs_reconnect = true;
             return None;
         };
-        let now = question.with_context(&view, |context| hash_outcomes(&snapshot, &view, context));
+        let now = request.with_context(&view, |context| hash_outcomes(&snapshot, &view, context));
         let has_changed = std::mem::replace(outcome_hash, now) != now;
         let is_first = !std::mem::replace(has_started, true);
         let id = format_args!("{now:032x}").to_string();

@@ -138,7 +138,7 @@ impl HttpError {
 
     /// A token that is not cached cannot be validated, because upstream does not answer.
     pub const TOKEN_NOT_VALIDATED: Self = Self::Unavailable {
-        what: "the token cannot be judged at the moment",
+        what: "the token cannot be validated at the moment",
         retry_after: UNAVAILABLE_RETRY_AFTER,
     };
 

@@ -61,7 +61,7 @@ struct Fixture {
 impl Fixture {
     /// The first token sees project p1 with flags `moving` and `kept`, the second p2; both see `shared`.
     /// `crowded` tokens get no stream.
-    async fn start(crowded: &[&'static str], held_for: Duration) -> Self {
+    async fn start(crowded: &[&'static str], removal_grace: Duration) -> Self {
         let shown = [(ONE, vec!["p1/moving", "p1/kept"]), (TWO, vec!["p2/other"])];
         let state = UpstreamState {
             visible_flags: shown.into(),
@@ -98,10 +98,10 @@ impl Fixture {
             upstream: Upstream::new(config(&url)).unwrap(),
             credentials,
             snapshots: snapshots.clone(),
-            saver: BackgroundWriter::new(Arc::new(MemoryStore::default())),
+            writer: BackgroundWriter::new(Arc::new(MemoryStore::default())),
         };
         let mut environment_sync = EnvironmentSync::new(environment, dependencies);
-        environment_sync.state.removal_grace = held_for;
+        environment_sync.state.removal_grace = removal_grace;
         let (poll_request, poll_requested) = watch::channel(());
         let edge = tokio::spawn(environment_sync.run(poll_requested));
         let tasks = [server.abort_handle(), edge.abort_handle()];

@@ -93,25 +93,25 @@ impl FakeAdminApi {
     }
 }
 
-fn edge(server: &ScriptedServer, saver: &BackgroundWriter) -> EnvironmentTokens {
-    edge_of(ADMIN, server, saver)
+fn edge(server: &ScriptedServer, writer: &BackgroundWriter) -> EnvironmentTokens {
+    edge_of(ADMIN, server, writer)
 }
 
-fn edge_of(admin: &str, server: &ScriptedServer, saver: &BackgroundWriter) -> EnvironmentTokens {
+fn edge_of(admin: &str, server: &ScriptedServer, writer: &BackgroundWriter) -> EnvironmentTokens {
     let upstream = Upstream::new(server.config()).expect("client");
     let admin = AdminToken::new(token(admin), None);
-    EnvironmentTokens::with_admin(admin, "main", upstream, saver.clone())
+    EnvironmentTokens::with_admin(admin, "main", upstream, writer.clone())
 }
 
-fn memory_saver() -> BackgroundWriter {
+fn memory_writer() -> BackgroundWriter {
     BackgroundWriter::new(Arc::new(MemoryStore::default()))
 }
 
 /// Saves pending records, as at shutdown.
-async fn save_pending(saver: &BackgroundWriter) {
+async fn save_pending(writer: &BackgroundWriter) {
     let stop = CancellationToken::new();
     stop.cancel();
-    saver.run(&stop).await;
+    writer.run(&stop).await;
 }
 
 async fn obtain_one(edge: &EnvironmentTokens) -> Token {
@@ -124,7 +124,7 @@ async fn obtain_one(edge: &EnvironmentTokens) -> Token {
 #[tokio::test]
 async fn concurrent_callers_share_one_created_token_per_environment() {
     let (admin, server) = FakeAdminApi::start(SecretFormat::V1).await;
-    let edge = edge(&server, &memory_saver());
+    let edge = edge(&server, &memory_writer());
     let (one, two, other) = tokio::join!(obtain_one(&edge), obtain_one(&edge), async {
         edge.obtain(&Environment::new("production")).await.expect("a token")
     });
@@ -139,8 +139,8 @@ async fn concurrent_callers_share_one_created_token_per_environment() {
 #[tokio::test]
 async fn edges_of_a_fleet_share_a_v1_token() {
     let (admin, server) = FakeAdminApi::start(SecretFormat::V1).await;
-    let first = obtain_one(&edge(&server, &memory_saver())).await;
-    let second = obtain_one(&edge(&server, &memory_saver())).await;
+    let first = obtain_one(&edge(&server, &memory_writer())).await;
+    let second = obtain_one(&edge(&server, &memory_writer())).await;
     assert_eq!(first, second);
     assert_eq!(admin.listed_secrets().len(), 1);
 }
@@ -149,11 +149,11 @@ async fn edges_of_a_fleet_share_a_v1_token() {
 async fn restart_needs_no_upstream_and_store_contains_no_secret() {
     let (_, server) = FakeAdminApi::start(SecretFormat::V2).await;
     let folder = tempfile::tempdir().expect("folder");
-    let saver = BackgroundWriter::new(Arc::new(FileStore::open(folder.path()).expect("store")));
-    let made = obtain_one(&edge(&server, &saver)).await;
-    save_pending(&saver).await;
+    let writer = BackgroundWriter::new(Arc::new(FileStore::open(folder.path()).expect("store")));
+    let made = obtain_one(&edge(&server, &writer)).await;
+    save_pending(&writer).await;
     let calls = server.received_requests().len();
-    assert_eq!(obtain_one(&edge(&server, &saver)).await, made);
+    assert_eq!(obtain_one(&edge(&server, &writer)).await, made);
     assert_eq!(server.received_requests().len(), calls);
     for file in std::fs::read_dir(folder.path()).expect("folder") {
         let bytes = std::fs::read(file.expect("file").path()).expect("bytes");
@@ -167,16 +167,16 @@ async fn restart_needs_no_upstream_and_store_contains_no_secret() {
 async fn no_token_is_created_while_stored_record_is_slow_to_read() {
     let (admin, server) = FakeAdminApi::start(SecretFormat::V2).await;
     let folder = tempfile::tempdir().expect("folder");
-    let saver = BackgroundWriter::new(Arc::new(FileStore::open(folder.path()).expect("store")));
-    let made = obtain_one(&edge(&server, &saver)).await;
-    save_pending(&saver).await;
+    let writer = BackgroundWriter::new(Arc::new(FileStore::open(folder.path()).expect("store")));
+    let made = obtain_one(&edge(&server, &writer)).await;
+    save_pending(&writer).await;
     // Opening a named pipe for reading blocks until there is a writer.
     let file = folder.path().join("credentials-development.parapet");
     let record = std::fs::read(&file).expect("the record");
     std::fs::remove_file(&file).expect("removed");
     let pipe = std::process::Command::new("mkfifo").arg(&file).status();
     assert!(pipe.expect("mkfifo runs").success());
-    let (edge, lists) = (edge(&server, &saver), server.count("GET"));
+    let (edge, lists) = (edge(&server, &writer), server.count("GET"));
     let (found, ()) = tokio::join!(obtain_one(&edge), async {
         while server.count("GET") == lists {
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -192,12 +192,12 @@ async fn no_token_is_created_while_stored_record_is_slow_to_read() {
 #[tokio::test]
 async fn refused_own_token_is_replaced_once_and_deleted() {
     let (admin, server) = FakeAdminApi::start(SecretFormat::V2).await;
-    let saver = memory_saver();
-    let (edge, other) = (edge(&server, &saver), edge(&server, &memory_saver()));
+    let writer = memory_writer();
+    let (edge, other) = (edge(&server, &writer), edge(&server, &memory_writer()));
     let (refused, theirs) = (obtain_one(&edge).await, obtain_one(&other).await);
-    save_pending(&saver).await;
+    save_pending(&writer).await;
     // A restart resets the mint limiter.
-    let edge = self::edge(&server, &saver);
+    let edge = self::edge(&server, &writer);
     assert_eq!(obtain_one(&edge).await, refused);
     let digest = refused.digest();
     let dev = dev();
@@ -215,7 +215,7 @@ async fn refused_own_token_is_replaced_once_and_deleted() {
 #[tokio::test]
 async fn upstream_that_refuses_everything_is_not_flooded_with_tokens() {
     let (admin, server) = FakeAdminApi::start(SecretFormat::V1).await;
-    let edge = edge(&server, &memory_saver());
+    let edge = edge(&server, &memory_writer());
     let made = obtain_one(&edge).await;
     for _ in 0..3 {
         let error = edge.replace_refused(&dev(), &made.digest()).await.expect_err("too soon");
@@ -228,44 +228,44 @@ async fn upstream_that_refuses_everything_is_not_flooded_with_tokens() {
 #[tokio::test]
 async fn token_encrypted_with_another_admin_token_is_replaced_and_deleted() {
     let (admin, server) = FakeAdminApi::start(SecretFormat::V2).await;
-    let saver = memory_saver();
-    let old = obtain_one(&edge(&server, &saver)).await;
-    save_pending(&saver).await;
-    let error = edge_of("*:*.other", &server, &saver).obtain(&dev()).await.expect_err("401");
+    let writer = memory_writer();
+    let old = obtain_one(&edge(&server, &writer)).await;
+    save_pending(&writer).await;
+    let error = edge_of("*:*.other", &server, &writer).obtain(&dev()).await.expect_err("401");
     assert!(matches!(&error, Error::Upstream { source, .. } if source.is_token_refused()));
     assert!(!format!("{error} {error:?}").contains(old.expose()));
 
-    let foreign = edge_of("*:*.former", &server, &saver);
+    let foreign = edge_of("*:*.former", &server, &writer);
     let (exchange, _) = foreign.0.provisioning.as_ref().expect("an exchange");
     let sealed = Credential { token: old, projects: Projects::All };
     exchange.save(&dev(), &mut ProvisioningHistory::default(), &sealed, true);
-    save_pending(&saver).await;
-    let new = obtain_one(&edge(&server, &saver)).await;
+    save_pending(&writer).await;
+    let new = obtain_one(&edge(&server, &writer)).await;
     assert_eq!(admin.listed_secrets(), [new.selector().expect("v2")]);
 }
 
 #[tokio::test]
 async fn stored_token_survives_a_replaced_admin_token() {
     let (admin, server) = FakeAdminApi::start(SecretFormat::V2).await;
-    let saver = memory_saver();
+    let writer = memory_writer();
     let upstream = Upstream::new(server.config()).expect("client");
     let first = AdminToken::new(token(ADMIN), None);
-    let edge = EnvironmentTokens::with_admin(first.clone(), "main", upstream, saver.clone());
+    let edge = EnvironmentTokens::with_admin(first.clone(), "main", upstream, writer.clone());
     let made = obtain_one(&edge).await;
-    save_pending(&saver).await;
+    save_pending(&writer).await;
     assert!(first.replace(token("*:*.second"), None));
     edge.reencrypt().await;
-    save_pending(&saver).await;
+    save_pending(&writer).await;
     // Without a request to upstream, which accepts only the first admin token.
-    let restarted = edge_of("*:*.second", &server, &saver);
+    let restarted = edge_of("*:*.second", &server, &writer);
     assert_eq!(obtain_one(&restarted).await, made);
     // The record still says that this edge created it, so it may be deleted.
     first.replace(token(ADMIN), None);
     edge.reencrypt().await;
-    save_pending(&saver).await;
+    save_pending(&writer).await;
     let error = edge.replace_refused(&dev(), &made.digest()).await.expect_err("too soon");
     assert!(matches!(error, Error::Throttled { .. }), "{error:?}");
-    let restarted = edge_of(ADMIN, &server, &saver);
+    let restarted = edge_of(ADMIN, &server, &writer);
     assert_eq!(obtain_one(&restarted).await, made);
     let replaced = restarted.replace_refused(&dev(), &made.digest()).await.expect("another");
     assert_eq!(admin.listed_secrets(), [replaced[0].token.selector().expect("v2")]);
@@ -288,7 +288,7 @@ async fn fleet_tokens_are_deleted_only_after_24_h_without_use() {
         listed("d", "development", 2, None),
         listed("e", "production", 100, None),
     ];
-    obtain_one(&edge(&server, &memory_saver())).await;
+    obtain_one(&edge(&server, &memory_writer())).await;
     let retained = ["a", "d", "e"].map(|it| it.repeat(22));
     assert_eq!(admin.listed_secrets()[..3], retained);
     assert_eq!(admin.listed_secrets().len(), 4);
@@ -394,7 +394,7 @@ async fn tokens_are_complete_once_configured_and_expected_ones_are_available() {
     assert!(edge.is_complete(&dev()));
 
     let (_, server) = FakeAdminApi::start(SecretFormat::V1).await;
-    let edge = self::edge(&server, &memory_saver());
+    let edge = self::edge(&server, &memory_writer());
     edge.expect_token(token("c:development.1").digest(), &grant(&["c"]));
     assert!(edge.is_complete(&dev()), "the edge has tokens of its own");
 }

@@ -28,9 +28,9 @@ pub(super) enum DatabaseOperation {
     Commit,
 }
 
-/// The health records. A cheap handle.
+/// The health of the database. A cheap handle.
 #[derive(Clone, Debug)]
-pub(super) struct DatabaseMetrics(Arc<Mutex<State>>);
+pub(super) struct DatabaseHealth(Arc<Mutex<State>>);
 
 #[derive(Debug)]
 struct State {
@@ -71,7 +71,7 @@ pub struct ConnectionCount {
     pub limit: usize,
 }
 
-impl DatabaseMetrics {
+impl DatabaseHealth {
     pub(super) fn new() -> Self {
         describe_gauge!(REACHABLE, "Whether the control plane's database responds: 1 or 0");
         describe_gauge!(CONNECTIONS, "Connections to the control plane's database by their state");
