@@ -83,8 +83,10 @@ pub(super) struct Reconnect {
     pub(super) poll_now: bool,
 }
 
-/// Retry interval where upstream does not support streaming.
-const UNSUPPORTED_RETRY_INTERVAL: Duration = Duration::from_mins(5);
+/// The shortest and the longest delay between attempts while upstream does not support streaming. It doubles
+/// with each refusal in a row.
+const UNSUPPORTED_RETRY_DELAY: Duration = Duration::from_mins(5);
+const MAX_UNSUPPORTED_RETRY_DELAY: Duration = Duration::from_hours(1);
 
 /// Retry interval where a stream is expected: it worked before, or `--upstream-mode` is `stream`.
 const EXPECTED_STREAM_RETRY_INTERVAL: Duration = Duration::from_mins(1);
@@ -115,42 +117,38 @@ pub(super) struct ReconnectPolicy {
     backoff: Backoff,
     /// A stream has delivered a state before.
     was_synced: bool,
-    /// Upstream declined streaming at the last attempt.
-    is_declined: bool,
+    /// How many times in a row upstream declined streaming.
+    refusals: u32,
 }
 
 impl ReconnectPolicy {
     /// Starts with an immediate attempt.
     pub(super) fn new(mode: UpstreamMode) -> Self {
         let backoff = Backoff::new(INITIAL_RETRY_DELAY, MAX_RETRY_DELAY);
-        Self { mode, backoff, was_synced: false, is_declined: false }
+        Self { mode, backoff, was_synced: false, refusals: 0 }
     }
 
     /// Records that a stream has delivered its state.
     pub(super) fn on_synced(&mut self) {
-        (self.was_synced, self.is_declined) = (true, false);
+        (self.was_synced, self.refusals) = (true, 0);
     }
 
     /// Schedules the next attempt after one that failed. `jitter` is between 0 and 1: it spreads the
     /// retries of a fleet that failed at the same time.
     pub(super) fn on_unavailable(&mut self, refusal: StreamUnavailable, jitter: f64) -> Reconnect {
-        self.is_declined =
-            matches!(refusal, StreamUnavailable::NotSupported | StreamUnavailable::Unauthorized);
         let delay = match refusal {
             StreamUnavailable::NotSupported | StreamUnavailable::Unauthorized => {
-                let expected = self.was_synced || self.mode == UpstreamMode::Stream;
-                let pause = if expected {
-                    EXPECTED_STREAM_RETRY_INTERVAL
-                } else {
-                    UNSUPPORTED_RETRY_INTERVAL
-                };
-                pause.mul_f64(0.8 + 0.4 * jitter)
+                self.delay_after_refusal(self.was_synced, jitter)
             }
             // Jitter only adds: never earlier than `Retry-After`.
             StreamUnavailable::Throttled(retry_after) => {
+                self.refusals = 0;
                 retry_after.unwrap_or(DEFAULT_THROTTLED_DELAY).mul_f64(1.0 + 0.2 * jitter)
             }
-            StreamUnavailable::Failed(retry_after) => self.backoff.next_delay(retry_after, jitter),
+            StreamUnavailable::Failed(retry_after) => {
+                self.refusals = 0;
+                self.backoff.next_delay(retry_after, jitter)
+            }
         };
         Reconnect { delay, poll_now: refusal == StreamUnavailable::Unauthorized }
     }
@@ -166,15 +164,7 @@ impl ReconnectPolicy {
             self.backoff.reset();
         }
         let delay = match end {
-            CloseReason::PollingPreferred => {
-                self.is_declined = true;
-                let pause = if self.mode == UpstreamMode::Stream {
-                    EXPECTED_STREAM_RETRY_INTERVAL
-                } else {
-                    UNSUPPORTED_RETRY_INTERVAL
-                };
-                pause.mul_f64(0.8 + 0.4 * jitter)
-            }
+            CloseReason::PollingPreferred => self.delay_after_refusal(false, jitter),
             // A short-lived stream is reopened with backoff, even after a regular end.
             _ if lifetime < STABLE_AFTER => self.backoff.next_delay(None, jitter),
             CloseReason::Ended(Some(wait)) => {
@@ -194,7 +184,19 @@ impl ReconnectPolicy {
     /// The delay, counted from the last failed attempt, after which a hint from upstream allows another
     /// one; `None` unless upstream declined streaming.
     pub(super) fn delay_after_hint(&self) -> Option<Duration> {
-        self.is_declined.then_some(MIN_DELAY_AFTER_HINT)
+        (self.refusals > 0).then_some(MIN_DELAY_AFTER_HINT)
+    }
+
+    /// The delay after upstream declined streaming. `is_expected` is whether it is known to support it.
+    fn delay_after_refusal(&mut self, is_expected: bool, jitter: f64) -> Duration {
+        let factor = 2_u32.saturating_pow(self.refusals);
+        self.refusals = self.refusals.saturating_add(1);
+        let delay = if is_expected || self.mode == UpstreamMode::Stream {
+            EXPECTED_STREAM_RETRY_INTERVAL
+        } else {
+            UNSUPPORTED_RETRY_DELAY.saturating_mul(factor).min(MAX_UNSUPPORTED_RETRY_DELAY)
+        };
+        delay.mul_f64(0.8 + 0.4 * jitter)
     }
 }
 
@@ -217,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn unsupported_stream_is_retried_after_5_min_and_after_1_min_if_expected() {
+    fn unsupported_stream_is_retried_ever_later_and_after_1_min_if_expected() {
         for refusal in [StreamUnavailable::NotSupported, StreamUnavailable::Unauthorized] {
             let ask = |mut policy: ReconnectPolicy| delay_ms(policy.on_unavailable(refusal, 0.5));
             assert_eq!(ask(ReconnectPolicy::new(UpstreamMode::Auto)), 300_000);
@@ -225,7 +227,9 @@ mod tests {
             assert_eq!(ask(synced_policy(UpstreamMode::Auto)), 60_000);
             let mut policy = ReconnectPolicy::new(UpstreamMode::Auto);
             assert_eq!(delay_ms(policy.on_unavailable(refusal, 0.0)), 240_000);
-            assert_eq!(delay_ms(policy.on_unavailable(refusal, 1.0)), 360_000, "fleets spread");
+            assert_eq!(delay_ms(policy.on_unavailable(refusal, 1.0)), 720_000, "fleets spread");
+            let minutes = [(); 4].map(|()| delay_ms(policy.on_unavailable(refusal, 0.5)) / 60_000);
+            assert_eq!(minutes, [20, 40, 60, 60]);
         }
     }
 
