@@ -1,9 +1,15 @@
-//! How long to wait before the next try: exponential backoff with jitter.
+//! How long to wait before the next request: an interval with jitter, and exponential backoff.
 //!
 //! It has no clock, no randomness and no tasks: the caller passes a random number and waits. The caller
 //! decides what counts as a failure, and how long to wait after a success.
 
 use std::time::Duration;
+
+/// The delay until the next request after a success: 0.9 to 1.1 of the interval, by `jitter` (0 to 1). It
+/// spreads the requests of a fleet that started at the same time.
+pub fn jittered(interval: Duration, jitter: f64) -> Duration {
+    interval.mul_f64(0.9 + 0.2 * jitter)
+}
 
 /// The delays between failed tries. They double from an initial delay up to a maximum.
 #[derive(Clone, Copy, Debug)]

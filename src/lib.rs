@@ -23,7 +23,7 @@
 //! | assembly | [`app`], [`config`], [`commands`], [`probe`] | the parts of each mode, the configuration, subcommands of the command line, the container health check |
 //! | surface | [`http`] | routes, handlers and responses, the only place that chooses status codes |
 //! | control plane and server | [`control_plane`], [`server`] | connections and TLS termination, which know no flags; accounts, tokens, sessions, the audit log and the usage of a standalone instance, in SQL |
-//! | services | [`sync`], [`auth`], [`evaluation`], [`changes`] | background tasks with their state, and the functions that work on the state below |
+//! | services | [`sync`], [`auth`], [`event_log`], [`evaluation`], [`changes`] | background tasks with their state, and the functions that work on the state below |
 //! | state | [`snapshot`], [`served`], [`usage`], [`upstream`], [`store`], [`background_writer`], [`tls`] | the flags being served with what requests need from them, the usage to be sent, the client of the upstream server, persistent records and writing them in the background, the listeners' certificates |
 //! | pure core | [`engine`] | compiled flags and their evaluation; no IO, clock, randomness or logs |
 //! | foundations | [`token`], [`protocol`], [`telemetry`], [`secret_file`], [`rate_limit`], [`backoff`], [`cache`], [`shutdown_signal`] | tokens and grants, Unleash's JSON, logs and readiness, secrets in files, rate limits, delays between tries, bounded caches, the end of thousands of tasks |
@@ -59,7 +59,8 @@
 //! it for [`background_writer`]. Everything unchanged is shared: the text of flags, their compiled form,
 //! their JSON, and whole bodies. A malformed flag is reported as a problem and never aborts the refresh.
 //! If upstream offers a stream of changes, they are applied to the current document instead, and Parapet
-//! does not poll while the stream works.
+//! does not poll while the stream works. Otherwise, with an admin token, [`event_log`] asks upstream at
+//! each interval whether anything was changed, and only what was changed is requested.
 //!
 //! **A change.** [`changes`] assigns an id to each new state and wakes the streams of its environment.
 //! When its connection can send, each stream requests the changes since the state that it sent last.
@@ -116,6 +117,7 @@ pub mod config;
 pub mod control_plane;
 pub mod engine;
 pub mod evaluation;
+pub mod event_log;
 pub mod http;
 pub mod probe;
 pub mod protocol;

@@ -8,6 +8,7 @@ pub mod admin;
 pub mod byte_order_mark;
 pub mod context;
 pub mod delta;
+pub mod event_log;
 pub mod excerpt;
 pub mod explain;
 pub mod features;

@@ -14,6 +14,7 @@ pub mod file_source;
 mod merge;
 mod part_precedence;
 mod poll_once;
+mod poll_schedule;
 mod publish;
 mod reconnect;
 mod stream_events;

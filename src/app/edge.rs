@@ -15,9 +15,13 @@ use crate::{
     auth::{self, UpstreamValidator, Validator},
     background_writer::BackgroundWriter,
     config::{self, BackupFolder, Credentials as Given},
+    event_log::{EventLog, EventLogFollower},
     served::Snapshots,
     store::{FileStore, MemoryStore, OpenError, RecordKey, Store, edge_backup},
-    sync::environment_manager::{EnvironmentManager, EnvironmentSelection},
+    sync::{
+        UpstreamMode,
+        environment_manager::{EnvironmentManager, EnvironmentSelection},
+    },
     telemetry::{ReadinessCondition, error_chain},
     token::{Grant, Projects, Scope, Token, TokenKind},
     upstream::{AdminToken, EnvironmentTokens, Upstream, UpstreamUsageSink},
@@ -60,6 +64,13 @@ pub(super) async fn build(
         }
     };
     let token_added = Arc::new(Notify::new());
+    let follower = admin.clone().filter(|_| edge.sync.mode != UpstreamMode::Poll).map(|admin| {
+        // As fresh as polling flags and tokens.
+        let interval = edge.sync.interval.min(auth.list_interval);
+        EventLogFollower::new(upstream.clone(), admin, interval)
+    });
+    let event_log =
+        follower.as_ref().map_or_else(EventLog::unavailable, EventLogFollower::event_log);
     let environments = EnvironmentManager {
         config: edge.sync,
         selection,
@@ -69,6 +80,7 @@ pub(super) async fn build(
         snapshots: snapshots.clone(),
         store: Arc::clone(&store),
         writer,
+        event_log: event_log.clone(),
     };
     environments.restore().await;
     let imported = import_edge_backup(edge.backup_folder.path(), &environments).await;
@@ -88,6 +100,7 @@ pub(super) async fn build(
         name: "edge",
         flag_source: FlagSource::Upstream(Box::new(EdgeSync {
             environments,
+            event_log: follower,
             configured_tokens,
             imported_tokens: imported,
             tokens_validated: ready_when.add_condition(),
@@ -98,6 +111,7 @@ pub(super) async fn build(
             admin.clone(),
             credentials.clone(),
             Arc::clone(&token_added),
+            event_log,
         ))),
         admin_token: admin.map(|token| AdminTokenParts {
             token,

@@ -10,6 +10,7 @@ use tracing::warn;
 use crate::{
     auth::{AuthError, AuthenticatedToken, Authenticator},
     background_writer::BackgroundWriter,
+    event_log::EventLogFollower,
     sync::environment_manager::EnvironmentManager,
     telemetry::ReadinessCondition,
     token::{Environment, Grant, Token, TokenKind},
@@ -26,6 +27,8 @@ const REVALIDATE_INTERVAL: Duration = Duration::from_secs(30);
 pub(super) struct EdgeSync {
     /// Fetches the flags of each environment.
     pub(super) environments: EnvironmentManager,
+    /// Reads upstream's event log, with an admin token.
+    pub(super) event_log: Option<EventLogFollower>,
     /// Configured tokens, which must be validated before use.
     pub(super) configured_tokens: watch::Receiver<Vec<Token>>,
     /// Tokens of Unleash Edge's backup, with the rights that it had validated.
@@ -49,6 +52,7 @@ impl EdgeSync {
         }
         let Self {
             environments,
+            event_log,
             configured_tokens,
             tokens_validated: validated,
             flags_loaded: loaded,
@@ -56,7 +60,12 @@ impl EdgeSync {
         } = self;
         let tokens =
             validate_configured_tokens(configured_tokens.clone(), auth, environments, validated);
-        tokio::join!(environments.clone().run(loaded), tokens);
+        let follow = async {
+            if let Some(follower) = event_log {
+                follower.run().await;
+            }
+        };
+        tokio::join!(environments.clone().run(loaded), tokens, follow);
     }
 }
 

@@ -18,6 +18,7 @@ use super::{
     upstream_validator::{FAILURE_PAUSE, UpstreamValidator},
 };
 use crate::{
+    event_log::EventLog,
     token::{Environment, Grant, Projects, Scope, Token, TokenKind},
     upstream::{
         AdminToken, EnvironmentTokens, Upstream,
@@ -61,7 +62,13 @@ impl Fixture {
         Self {
             server,
             cache: TokenCache::new(10_000, Duration::from_secs(30)),
-            validator: UpstreamValidator::new(upstream, admin, credentials, Arc::default()),
+            validator: UpstreamValidator::new(
+                upstream,
+                admin,
+                credentials,
+                Arc::default(),
+                EventLog::unavailable(),
+            ),
         }
     }
 

@@ -1,7 +1,8 @@
 //! Polls upstream's list of all its tokens, and applies it to the token cache.
 //!
 //! The list shows created, changed and deleted tokens without a request for each; it needs an admin
-//! token. While it is unavailable, this module checks whether upstream still accepts that token.
+//! token. While upstream's event log is read, the list is requested when it changed; otherwise at its
+//! interval. While it is unavailable, this module checks whether upstream still accepts that token.
 
 use std::{
     collections::BTreeSet,
@@ -12,8 +13,12 @@ use std::{
     time::Duration,
 };
 
+use jiff::Timestamp;
 use metrics::{Gauge, describe_gauge, gauge};
-use tokio::{sync::Notify, time::Instant};
+use tokio::{
+    sync::Notify,
+    time::{Instant, sleep_until},
+};
 use tracing::{info, warn};
 
 use super::{
@@ -21,6 +26,7 @@ use super::{
     upstream_validator::{RECHECK_DELAY, UpstreamValidator},
 };
 use crate::{
+    event_log::{RECONCILE_INTERVAL, next_list_at},
     protocol::tokens::TokenList,
     telemetry::error_chain,
     token::{Environment, Token, TokenKind},
@@ -56,24 +62,40 @@ impl TokenListPoller {
         if self.is_unavailable.load(Ordering::Relaxed) { self.interval } else { Duration::MAX }
     }
 
-    /// Polls the list at its interval and when [`refresh`](Self::refresh) is called, until dropped.
+    /// Polls the list when it changed, at its interval while that is unknown, when one of its tokens
+    /// expires and when [`refresh`](Self::refresh) is called, until dropped.
     pub(super) async fn run(&self, cache: &TokenCache, validator: &UpstreamValidator) {
         let Some(admin) = &validator.admin else { return std::future::pending().await };
         let unreadable_items = unreadable_items_gauge();
-        let mut step = tokio::time::interval(self.interval);
-        step.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut event_log = validator.event_log.clone();
+        let mut schedule = Schedule::At(Instant::now());
         let mut not_before = Instant::now();
         let mut is_complete = true;
         let mut unserved = BTreeSet::new();
         let mut admin_check = AdminTokenCheck::default();
         loop {
-            tokio::select! {
-                _ = step.tick() => {}
-                () = self.refresh.notified() => {}
-                () = wait_until_served(&validator.credentials, &unserved) => {}
+            loop {
+                let next = match schedule {
+                    Schedule::At(time) => time,
+                    Schedule::AfterList { started, expiry } => {
+                        // Without jitter, because the interval limits how long a revoked token is accepted.
+                        let intervals = (self.interval, RECONCILE_INTERVAL);
+                        let next = next_list_at(event_log.tokens(), started, intervals, 0.5);
+                        expiry.map_or(next, |expiry| next.min(expiry))
+                    }
+                };
+                tokio::select! {
+                    () = sleep_until(next) => break,
+                    () = self.refresh.notified() => break,
+                    () = wait_until_served(&validator.credentials, &unserved) => break,
+                    // The next list may be due sooner or later now.
+                    () = event_log.updated() => {}
+                }
             }
             unserved.clear();
-            tokio::time::sleep_until(not_before).await;
+            sleep_until(not_before).await;
+            let started = Instant::now();
+            schedule = Schedule::At(started + self.interval);
             let start = cache.start_request();
             let list = match validator.upstream.list_api_tokens(admin).await {
                 Ok(list) => list,
@@ -85,7 +107,7 @@ impl TokenListPoller {
                     // The client has already recorded a 401 as a rejection of the admin token.
                     let is_refusal = error.status().is_some_and(|it| it.as_u16() == 401);
                     if !is_refusal && admin_check.needs_recheck(&validator.upstream, admin).await {
-                        step.reset_after(self.interval.min(RECHECK_DELAY));
+                        schedule = Schedule::At(Instant::now() + self.interval.min(RECHECK_DELAY));
                     }
                     continue;
                 }
@@ -109,6 +131,8 @@ impl TokenListPoller {
             }
             let served = validator.credentials.environments();
             let changes = cache.apply_token_list(&list, &served, start);
+            schedule =
+                Schedule::AfterList { started, expiry: next_expiry(&list, started, start.wall) };
             unserved.extend(list.tokens.into_iter().map(|it| it.environment));
             unserved.retain(|it| !served.contains(it));
             if changes.learned + changes.revoked > 0 {
@@ -126,6 +150,23 @@ impl TokenListPoller {
             );
         }
     }
+}
+
+/// When to poll the list.
+#[derive(Clone, Copy, Debug)]
+enum Schedule {
+    /// At this time.
+    At(Instant),
+    /// Some time after a list that was requested at `started`, and at the latest when one of its tokens
+    /// expires, which upstream does not log.
+    AfterList { started: Instant, expiry: Option<Instant> },
+}
+
+/// When the next token of a list expires that was requested at `started`, which was `wall` by the clock.
+fn next_expiry(list: &TokenList, started: Instant, wall: Timestamp) -> Option<Instant> {
+    let times = list.tokens.iter().filter(|it| !it.is_expired(wall)).filter_map(|it| it.expires_at);
+    let remaining = Duration::try_from(times.min()?.duration_since(wall)).ok()?;
+    started.checked_add(remaining)
 }
 
 /// Checks whether upstream rejects the admin token while its token list is unavailable.

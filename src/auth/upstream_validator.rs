@@ -19,6 +19,7 @@ use tracing::{info, warn};
 
 use super::token_cache::{RequestStart, TokenCache};
 use crate::{
+    event_log::EventLog,
     protocol::tokens::ValidatedToken,
     telemetry::error_chain,
     token::{Grant, Token, TokenDigest, TokenKind},
@@ -41,6 +42,7 @@ pub struct UpstreamValidator {
     pub(super) admin: Option<AdminToken>,
     pub(super) credentials: EnvironmentTokens,
     credentials_changed: Arc<Notify>,
+    pub(super) event_log: EventLog,
     /// Whether the latest validation request failed.
     is_failing: AtomicBool,
     /// No validation request is sent before this time (`Retry-After` of upstream).
@@ -70,7 +72,8 @@ pub(super) enum ValidationResult {
 }
 
 impl UpstreamValidator {
-    /// A validator that uses upstream's token list if it has an `admin` token.
+    /// A validator that uses upstream's token list if it has an `admin` token; `event_log` tells when that
+    /// list changed.
     ///
     /// Each valid client token is offered to `credentials`, to fetch flags with where the edge has no
     /// token configured; `credentials_changed` is notified when that extends the set of flags that can be
@@ -80,12 +83,14 @@ impl UpstreamValidator {
         admin: Option<AdminToken>,
         credentials: EnvironmentTokens,
         credentials_changed: Arc<Notify>,
+        event_log: EventLog,
     ) -> Self {
         Self {
             upstream,
             admin,
             credentials,
             credentials_changed,
+            event_log,
             is_failing: AtomicBool::new(false),
             paused_until: Mutex::new(Instant::now()),
         }

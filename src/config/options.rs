@@ -231,18 +231,19 @@ keys! {
         FLEET_NAME = one("fleet-name").default("default");
         /// Without an admin token: backend tokens to fetch flags with from the start.
         TOKENS = list("tokens").short('t').secret();
-        /// How flags are fetched from upstream: `auto` (by streaming if upstream supports it, else by
-        /// polling), `poll`, or `stream` (like `auto`, but a warning is logged if upstream does not
-        /// support streaming).
+        /// How flags are fetched from upstream: `auto` (by streaming if upstream supports it, else when
+        /// upstream's event log shows a change, else by polling), `poll`, or `stream` (like `auto`, but a
+        /// warning is logged if upstream does not support streaming). The event log needs an admin token.
         UPSTREAM_MODE = one("upstream-mode").default("auto");
-        /// The polling interval for flags while no stream delivers changes, in seconds.
+        /// The interval at which upstream is asked for changed flags while no stream delivers them, in
+        /// seconds.
         FEATURES_REFRESH_INTERVAL_SECONDS =
             one("features-refresh-interval-seconds").short('f').default("15");
         /// The interval at which upstream validates a cached valid token again, in seconds.
         TOKEN_REVALIDATION_INTERVAL_SECONDS =
             one("token-revalidation-interval-seconds").default("3600");
-        /// With an admin token: the interval at which the token list is fetched from upstream, in
-        /// seconds. A revoked token is rejected within this time.
+        /// With an admin token: the interval at which upstream is asked for changed tokens, in seconds. A
+        /// revoked token is rejected within this time.
         TOKEN_LIST_INTERVAL_SECONDS = one("token-list-interval-seconds").default("15");
         /// The timeout of a request to upstream, in seconds.
         UPSTREAM_REQUEST_TIMEOUT = one("upstream-request-timeout").default("5");

@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    pin::pin,
     sync::Arc,
     time::Duration,
 };
@@ -10,12 +9,12 @@ use std::{
 use tokio::{
     sync::{Notify, oneshot, watch},
     task::{Id, JoinSet},
-    time::sleep,
+    time::{Instant, sleep, sleep_until},
 };
 use tracing::{error, warn};
 
 use super::{
-    environment_state::{Config, jittered},
+    environment_state::Config,
     environment_sync::{Dependencies, EnvironmentSync},
     environment_tracker::EnvironmentTracker,
     publish::publish,
@@ -24,6 +23,7 @@ use super::{
 use crate::{
     background_writer::BackgroundWriter,
     backoff::Backoff,
+    event_log::{EventLog, next_list_at},
     protocol::features::{Document, parse_query_projects},
     served::{EnvironmentFilter, Snapshots},
     store::{RecordKey, Store},
@@ -32,8 +32,12 @@ use crate::{
     upstream::{AdminToken, EnvironmentTokens, Upstream},
 };
 
-/// The interval at which upstream's environments are listed.
+/// The interval at which upstream's environments are listed while its event log cannot be read.
 const LIST_INTERVAL: Duration = Duration::from_mins(1);
+
+/// The interval at which they are listed otherwise. Unleash does not log that an environment was enabled or
+/// disabled.
+const UNLOGGED_LIST_INTERVAL: Duration = Duration::from_mins(3);
 
 /// The delay after the first list that failed. It doubles up to the interval.
 const INITIAL_RETRY_DELAY: Duration = Duration::from_secs(1);
@@ -71,6 +75,8 @@ pub struct EnvironmentManager {
     pub store: Arc<dyn Store>,
     /// Saves flags to that store in the background.
     pub writer: BackgroundWriter,
+    /// Tells when to fetch flags and to list environments.
+    pub event_log: EventLog,
 }
 
 impl EnvironmentManager {
@@ -177,8 +183,11 @@ impl EnvironmentManager {
         let poll_request = watch::Sender::new(());
         let mut backoff = Backoff::new(INITIAL_RETRY_DELAY, LIST_INTERVAL);
         let mut environment_list = EnvironmentTracker::default();
+        let mut event_log = self.event_log.clone();
         loop {
-            let (found, pause) = self.list_environments(&mut backoff, &mut environment_list).await;
+            let (started, jitter) = (Instant::now(), rand::random());
+            let (found, retry) = self.list_environments(&mut backoff, &mut environment_list).await;
+            let retry_at = retry.map(|delay| Instant::now() + delay);
             if matches!(self.selection, EnvironmentSelection::Enabled(_))
                 && self
                     .snapshots
@@ -203,10 +212,15 @@ impl EnvironmentManager {
                 // The receiver lives as long as this loop.
                 let _ = sender.send(found);
             }
-            let mut next = pin!(sleep(pause));
             loop {
+                let next = retry_at.unwrap_or_else(|| {
+                    let intervals = (LIST_INTERVAL, UNLOGGED_LIST_INTERVAL);
+                    next_list_at(event_log.environments(), started, intervals, jitter)
+                });
                 tokio::select! {
-                    () = &mut next => break,
+                    () = sleep_until(next) => break,
+                    // The next list may be due sooner or later now.
+                    () = event_log.updated() => {}
                     () = self.token_added.notified() => {
                         poll_request.send_replace(());
                         break;
@@ -235,16 +249,16 @@ impl EnvironmentManager {
     }
 
     /// Lists the environments to synchronise; `None` if that fails and none is served. Also returns the
-    /// delay until the next list.
+    /// delay before a retry if it fails.
     async fn list_environments(
         &self,
         backoff: &mut Backoff,
         environment_list: &mut EnvironmentTracker,
-    ) -> (Option<BTreeSet<Environment>>, Duration) {
+    ) -> (Option<BTreeSet<Environment>>, Option<Duration>) {
         let admin = match &self.selection {
-            EnvironmentSelection::Named(named) => return (Some(named.clone()), LIST_INTERVAL),
+            EnvironmentSelection::Named(named) => return (Some(named.clone()), None),
             EnvironmentSelection::FromTokens => {
-                return (Some(self.credentials.environments()), LIST_INTERVAL);
+                return (Some(self.credentials.environments()), None);
             }
             EnvironmentSelection::Enabled(admin) => admin,
         };
@@ -253,7 +267,7 @@ impl EnvironmentManager {
             Ok(list) => {
                 if let Some(enabled) = environment_list.update(&list, served.clone()) {
                     backoff.reset();
-                    return (Some(enabled), jittered(LIST_INTERVAL, rand::random()));
+                    return (Some(enabled), None);
                 }
                 if backoff.failures() == 0 {
                     warn!("Upstream lists no enabled environment; the list is ignored");
@@ -271,14 +285,14 @@ impl EnvironmentManager {
             }
         };
         let pause = backoff.next_delay(retry_after, rand::random());
-        (Some(served).filter(|served| !served.is_empty()), pause)
+        (Some(served).filter(|served| !served.is_empty()), Some(pause))
     }
 
     fn environment_sync(&self, environment: Environment) -> EnvironmentSync {
-        let Self { config, upstream, credentials, snapshots, writer, .. } = self.clone();
+        let Self { config, upstream, credentials, snapshots, writer, event_log, .. } = self.clone();
         EnvironmentSync::new(
             environment,
-            Dependencies { config, upstream, credentials, snapshots, writer },
+            Dependencies { config, upstream, credentials, snapshots, writer, event_log },
         )
     }
 }

@@ -3,7 +3,8 @@
 //!
 //! Nothing is polled while each token in use has a synced stream. States from streams are published like
 //! states from polls. With several tokens, the removal of a flag is published only after the others had
-//! time to report it: tokens without a synced stream are then polled immediately.
+//! time to report it: tokens without a synced stream are then polled immediately. `poll_schedule` decides
+//! when to poll otherwise.
 //!
 //! Pure: times and random numbers are arguments. `environment_sync` performs the [`Action`]s and reports
 //! results and events. This module sends no request, publishes nothing and logs nothing.
@@ -15,12 +16,13 @@ use tokio::time::Instant;
 use super::{
     fetched_documents::FetchedDocuments,
     merge::MergeInput,
+    poll_schedule::{PollOutcome, PollSchedule},
     reconnect::{CloseReason, StreamUnavailable, UpstreamMode},
     stream_events::Applied,
     token_streams::TokenStreams,
 };
 use crate::{
-    backoff::Backoff,
+    event_log::Observed,
     protocol::{
         delta::EventId,
         features::{Document, PreviousRun},
@@ -39,21 +41,9 @@ pub struct Config {
     pub mode: UpstreamMode,
 }
 
-/// The delay after the first failed poll.
-const INITIAL_RETRY_DELAY: Duration = Duration::from_secs(1);
-
-/// The longest delay between retries, unless the poll interval is longer.
-const MAX_RETRY_DELAY: Duration = Duration::from_mins(1);
-
 /// How long to wait for other tokens to report a flag before removing it. Streams of two tokens deliver
 /// the same change within milliseconds of each other.
 const REMOVAL_GRACE: Duration = Duration::from_secs(1);
-
-/// The delay until the next request after a success: 0.9 to 1.1 of the interval, by `jitter` (0 to 1). It
-/// spreads the requests of a fleet that started at the same time.
-pub(super) fn jittered(interval: Duration, jitter: f64) -> Duration {
-    interval.mul_f64(0.9 + 0.2 * jitter)
-}
 
 /// The next step of a synchronisation.
 #[derive(Debug, Eq, PartialEq)]
@@ -92,12 +82,10 @@ pub(super) enum Publication {
 /// The synchronisation of one environment.
 #[derive(Debug)]
 pub(super) struct EnvironmentState {
-    interval: Duration,
     documents: FetchedDocuments,
     streams: TokenStreams,
-    backoff: Backoff,
     /// When to poll, unless every token in use has a synced stream.
-    poll_at: Instant,
+    schedule: PollSchedule,
     /// Poll now, even if every token in use has a synced stream: the tokens may have changed.
     is_poll_requested: bool,
     /// How long the removal of a flag is deferred while other tokens may report it.
@@ -110,11 +98,9 @@ impl EnvironmentState {
     /// Starts with the flags that are served, from an earlier run, and with a poll.
     pub(super) fn new(config: &Config, served: Option<&ServedSnapshot>, now: Instant) -> Self {
         Self {
-            interval: config.interval,
             documents: FetchedDocuments::new(served, now),
             streams: TokenStreams::new(config.mode),
-            backoff: Backoff::new(INITIAL_RETRY_DELAY, MAX_RETRY_DELAY.max(config.interval)),
-            poll_at: now,
+            schedule: PollSchedule::new(config.interval, now),
             is_poll_requested: false,
             removal_grace: REMOVAL_GRACE,
             has_all_tokens: false,
@@ -123,7 +109,7 @@ impl EnvironmentState {
 
     /// The action that is due at this time.
     pub(super) fn next_action(&mut self, now: Instant) -> Action {
-        let poll_at = (!self.is_streaming()).then_some(self.poll_at);
+        let poll_at = (!self.is_streaming()).then_some(self.schedule.next());
         let publish_at = self.documents.next_deadline();
         let is_due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
         if self.is_poll_requested || is_due(poll_at) {
@@ -142,8 +128,12 @@ impl EnvironmentState {
 
     /// Begins a poll. Returns the documents to apply its responses to, and the tokens with a synced
     /// stream, which are not polled.
-    pub(super) fn begin_poll(&mut self) -> (&mut FetchedDocuments, BTreeSet<TokenDigest>) {
+    pub(super) fn begin_poll(
+        &mut self,
+        now: Instant,
+    ) -> (&mut FetchedDocuments, BTreeSet<TokenDigest>) {
         self.is_poll_requested = false;
+        self.schedule.begin(now);
         self.documents.begin_round();
         (&mut self.documents, self.streams.synced_tokens())
     }
@@ -157,27 +147,33 @@ impl EnvironmentState {
         now: Instant,
         jitter: f64,
     ) {
-        let documents = &self.documents;
-        self.streams.set_tokens(in_use, |token| documents.document(token).is_some(), now);
-        self.poll_at = match polled {
-            Ok(()) => {
-                self.backoff.reset();
-                let next = now + jittered(self.interval, jitter);
-                let recheck = documents.next_recheck().filter(|at| *at >= now);
-                recheck.map_or(next, |recheck| next.min(recheck))
-            }
+        let Self { documents, streams, schedule, .. } = self;
+        streams.set_tokens(in_use, |token| documents.document(token).is_some(), now);
+        let outcome = match polled {
+            Ok(()) => PollOutcome::Complete {
+                is_confirmed: documents
+                    .is_confirmed_in_round(streams.tokens_in_use(), &streams.synced_tokens()),
+                recheck: documents.next_recheck(),
+            },
             Err(retry_after) => {
-                let delay = self.backoff.next_delay(retry_after, jitter);
-                // The failure of one token must not make the flags of the others stale.
-                let is_partial = documents.has_response_in_round() && retry_after.is_none();
-                now + if is_partial { delay.min(self.interval) } else { delay }
+                PollOutcome::Failed { retry_after, is_partial: documents.has_response_in_round() }
             }
         };
+        schedule.end(outcome, now, jitter);
+    }
+
+    /// Records what upstream's event log shows about the flags of the environment.
+    pub(super) fn on_event_log_updated(&mut self, observed: Option<Observed>, now: Instant) {
+        if let Some(confirmed_at) = self.schedule.observe(observed, now) {
+            for credential in self.streams.tokens_in_use() {
+                self.documents.confirm(credential, confirmed_at);
+            }
+        }
     }
 
     /// The number of consecutive polls that failed.
     pub(super) fn poll_failures(&self) -> u32 {
-        self.backoff.failures()
+        self.schedule.failures()
     }
 
     /// Requests a poll as soon as possible.
@@ -268,7 +264,7 @@ impl EnvironmentState {
         jitter: f64,
     ) {
         if self.streams.on_unavailable(token, refusal, now, jitter).poll_now {
-            self.poll_at = now;
+            self.schedule.poll_now(now);
         }
     }
 
@@ -287,15 +283,15 @@ impl EnvironmentState {
         // While polls fail, or upstream has sent `Retry-After`, no extra poll is made.
         if self.has_several_tokens()
             && self.documents.defer_removal(credential, &removed_flags, now + self.removal_grace)
-            && self.backoff.failures() == 0
+            && self.schedule.failures() == 0
         {
-            self.poll_at = now;
+            self.schedule.poll_now(now);
         }
         self.documents.apply_stream_flags(credential, event_id, changed, now);
         self.streams.mark_synced(token);
         if self.is_streaming() {
             // Earlier poll failures no longer matter.
-            self.backoff.reset();
+            self.schedule.reset_failures();
         }
         true
     }
@@ -316,9 +312,9 @@ impl EnvironmentState {
             self.documents.clear_event_id(token);
         }
         if next.poll_now {
-            self.poll_at = now;
+            self.schedule.poll_now(now);
         } else if was_streaming {
-            self.poll_at = now + jittered(self.interval, jitter);
+            self.schedule.poll_after_interval(now, jitter);
         }
         reason
     }

@@ -24,6 +24,7 @@ use super::{
 };
 use crate::{
     background_writer::BackgroundWriter,
+    event_log::EventLog,
     protocol::{
         features::{Document, PreviousRun},
         sse::DecodedEvent,
@@ -49,6 +50,7 @@ pub(super) struct Dependencies {
     pub(super) credentials: EnvironmentTokens,
     pub(super) snapshots: Snapshots,
     pub(super) writer: BackgroundWriter,
+    pub(super) event_log: EventLog,
 }
 
 /// The synchronisation of one environment.
@@ -79,6 +81,7 @@ impl EnvironmentSync {
     pub(super) async fn run(mut self, mut poll_requested: watch::Receiver<()>) {
         let check_interval = TOKEN_CHECK_INTERVAL.min(self.dependencies.config.interval);
         let mut checks = interval_at(Instant::now() + check_interval, check_interval);
+        let mut event_log = self.dependencies.event_log.clone();
         while self.dependencies.snapshots.is_environment_allowed(&self.environment) {
             match self.state.next_action(Instant::now()) {
                 Action::Poll => {
@@ -96,6 +99,14 @@ impl EnvironmentSync {
                     () = sleep_until(until.unwrap_or_else(Instant::now)), if until.is_some() => {}
                     // The sender outlives this task.
                     Ok(()) = poll_requested.changed() => self.state.request_poll(),
+                    () = event_log.updated() => {
+                        let observed = event_log.flags(&self.environment);
+                        self.state.on_event_log_updated(observed, Instant::now());
+                        // Nothing is merged: this confirms the served flags.
+                        if self.publish().await.is_err() {
+                            self.state.request_poll();
+                        }
+                    }
                     _ = checks.tick() => {
                         let credentials = &self.dependencies.credentials;
                         let has_all_tokens = credentials.is_complete(&self.environment);
@@ -137,7 +148,7 @@ impl EnvironmentSync {
         let Dependencies { upstream, credentials, .. } = &self.dependencies;
         let (environment, removal_grace) = (&self.environment, self.state.removal_grace);
         let poll = Poll { upstream, credentials, environment, removal_grace };
-        let (documents, synced) = self.state.begin_poll();
+        let (documents, synced) = self.state.begin_poll(Instant::now());
         let PollResult { error, prefers_streaming } = poll.run(documents, &synced).await;
         if prefers_streaming {
             self.state.on_streaming_hint();

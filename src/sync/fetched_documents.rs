@@ -412,16 +412,10 @@ impl FetchedDocuments {
         followed: &BTreeSet<TokenDigest>,
         is_complete: bool,
     ) -> bool {
-        let used: BTreeSet<_> = in_use.iter().map(|it| it.token.digest()).collect();
-        let current = |token: &TokenDigest| {
-            let source = self.by_token.get(token);
-            source.is_some_and(|it| {
-                it.confirmed_round == Some(self.round) || followed.contains(token)
-            })
-        };
-        if used.is_empty() || !used.iter().all(current) {
+        if !self.is_confirmed_in_round(in_use, followed) {
             return false;
         }
+        let used: BTreeSet<_> = in_use.iter().map(|it| it.token.digest()).collect();
         let seen = in_use.iter().fold(no_projects(), |seen, it| seen.union(&it.projects));
         let is_needed = |it: &TokenDocument| !seen.covers(&it.view.projects);
         if !is_complete && self.inherited().is_some_and(is_needed) {
@@ -439,6 +433,23 @@ impl FetchedDocuments {
         });
         self.has_changes |= is_less;
         true
+    }
+
+    /// Whether there are tokens in use, and upstream has confirmed the document of each in this round or
+    /// streams to it (`followed`).
+    pub(super) fn is_confirmed_in_round(
+        &self,
+        in_use: &[Credential],
+        followed: &BTreeSet<TokenDigest>,
+    ) -> bool {
+        let is_confirmed = |credential: &Credential| {
+            let token = credential.token.digest();
+            let source = self.by_token.get(&token);
+            source.is_some_and(|it| {
+                it.confirmed_round == Some(self.round) || followed.contains(&token)
+            })
+        };
+        !in_use.is_empty() && in_use.iter().all(is_confirmed)
     }
 
     /// Whether upstream has responded to any token in this round.

@@ -6,6 +6,7 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use jiff::civil::Date;
 use reqwest::{
     Method, RequestBuilder, Response, StatusCode,
     header::{ACCEPT, ACCEPT_ENCODING, CONTENT_TYPE, ETAG, HeaderName, HeaderValue, IF_NONE_MATCH},
@@ -26,6 +27,7 @@ use super::{
 use crate::{
     protocol::{
         delta::EventId,
+        event_log::EventPage,
         tokens::{
             CreateTokenRequest, CreatedToken, EnvironmentList, ListedEnvironment, ListedSecret,
             ListedToken, TokenList, ValidateRequest, ValidateResponse, ValidatedToken,
@@ -243,6 +245,36 @@ impl Upstream {
         let list: EnvironmentList =
             self.call_as_admin(admin, UpstreamOperation::Environments, request, parse_json).await?;
         Ok(list.environments)
+    }
+
+    /// Reads the newest `limit` events of upstream's event log, up to 1,000; `None` if upstream has none that
+    /// the admin token can read. `since` leaves out events of earlier days; without it, upstream counts its
+    /// whole log.
+    ///
+    /// Upstream applies `since` in its own time zone, so that it may leave out events of that day too.
+    pub async fn search_events(
+        &self,
+        admin: &AdminToken,
+        since: Option<Date>,
+        limit: u16,
+    ) -> Result<Option<EventPage>, Error> {
+        let mut url = self.0.url_of(&["api", "admin", "search", "events"]);
+        url.query_pairs_mut().append_pair("limit", &limit.to_string());
+        if let Some(day) = since {
+            url.query_pairs_mut().append_pair("from", &format!("IS:{day}"));
+        }
+        let request = |token: &Token| {
+            self.0.request_url(Method::GET, url, Some(token)).timeout(self.0.request_timeout)
+        };
+        match self.call_as_admin(admin, UpstreamOperation::EventLog, request, parse_json).await {
+            Ok(page) => Ok(Some(page)),
+            Err(
+                Error::Decode { .. }
+                | Error::Status { status: StatusCode::BAD_REQUEST | StatusCode::FORBIDDEN, .. },
+            ) => Ok(None),
+            Err(Error::Status { status, .. }) if is_path_missing(status) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Lists upstream's tokens.

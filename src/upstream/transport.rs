@@ -87,11 +87,26 @@ impl Transport {
         path: &[&str],
         token: Option<&Token>,
     ) -> RequestBuilder {
+        self.request_url(method, self.url_of(path), token)
+    }
+
+    /// The URL of a path below the server's URL.
+    pub(super) fn url_of(&self, path: &[&str]) -> Url {
         let mut url = self.url.clone();
         url.path_segments_mut()
             .expect("URLs of http and https have a path")
             .pop_if_empty()
             .extend(path);
+        url
+    }
+
+    /// A request for a URL of the server, without a total timeout.
+    pub(super) fn request_url(
+        &self,
+        method: Method,
+        url: Url,
+        token: Option<&Token>,
+    ) -> RequestBuilder {
         let mut request = self.http_client.request(method, url);
         if let Some(token) = token {
             let mut value =

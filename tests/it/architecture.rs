@@ -36,8 +36,15 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
         ("tls", &[]),
         ("upstream", &["background_writer", "store", "tls", "usage"]),
     ],
-    // `sync` prewarms the evaluation cache of a snapshot before it is served.
-    &[("evaluation", &[]), ("auth", &[]), ("changes", &[]), ("sync", &["evaluation"])],
+    // `sync` prewarms the evaluation cache of a snapshot before it is served. `auth` and `sync` learn from
+    // upstream's event log what has changed.
+    &[
+        ("evaluation", &[]),
+        ("event_log", &[]),
+        ("auth", &["event_log"]),
+        ("changes", &[]),
+        ("sync", &["evaluation", "event_log"]),
+    ],
     &[("control_plane", &[]), ("server", &[])],
     &[("http", &[])],
     // Above all modules whose settings it collects; only the next layer reads it.

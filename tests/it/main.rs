@@ -34,6 +34,7 @@ mod denial_of_service;
 mod edge;
 /// An edge that uses another edge as its upstream.
 mod edge_behind_edge;
+mod event_log;
 /// The `meta` object of feature responses.
 mod features_meta;
 /// Flags that are read from files.

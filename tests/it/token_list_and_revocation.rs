@@ -7,7 +7,8 @@ use reqwest::StatusCode;
 use serde_json::json;
 
 use crate::rig::{
-    ChaosProxy, Fault, LogEvent, Parapet, TokenKind, Unleash, UnleashVersion, http, wait_until,
+    ChaosProxy, Fault, LogEvent, Parapet, Setup, TokenKind, Unleash, UnleashVersion, http,
+    wait_until,
 };
 
 const ENVIRONMENT: &str = "development";
@@ -17,6 +18,11 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Unleash's own servers accept a revoked token for up to a minute.
 const UNLEASH_REVOCATION_TIMEOUT: Duration = Duration::from_secs(90);
+
+/// An edge that polls the list at its interval, as without Unleash's event log.
+fn edge_that_polls(url: &str) -> Setup {
+    Parapet::edge(url).flag("--upstream-mode", "poll")
+}
 
 async fn flags_status(parapet: &Parapet, kind: TokenKind, token: &str) -> StatusCode {
     let path = match kind {
@@ -69,8 +75,9 @@ async fn wait_for_token_lists(parapet: &Parapet, outcome: &str, more: f64) {
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
 async fn new_and_revoked_tokens_are_noticed_within_the_list_interval() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
-        let edge =
-            Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).with_short_intervals();
+        let edge = edge_that_polls(&unleash.url())
+            .admin_token(unleash.admin_token())
+            .with_short_intervals();
         let parapet = edge.flag("--fleet-name", "revocation").start().await;
         for kind in [TokenKind::Backend, TokenKind::Frontend] {
             let token = unleash.create_token(kind, ENVIRONMENT, &["*"], "revocation").await;
@@ -97,7 +104,7 @@ async fn new_and_revoked_tokens_are_noticed_within_the_list_interval() {
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
 async fn token_created_and_revoked_between_two_lists_is_rejected() {
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
-        let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token());
+        let edge = edge_that_polls(&unleash.url()).admin_token(unleash.admin_token());
         let edge = edge.flag("--fleet-name", "between").flag("--token-list-interval-seconds", "5");
         let parapet = edge.start().await;
         let token = unleash
@@ -118,7 +125,8 @@ async fn revoked_token_is_rejected_without_admin_token_once_unleash_rejects_it()
     Unleash::on_every_version(async |unleash: Arc<Unleash>| {
         let configured =
             unleash.create_token(TokenKind::Backend, ENVIRONMENT, &["*"], "revocation-given").await;
-        let edge = Parapet::edge(&unleash.url()).env("TOKENS", &configured).with_short_intervals();
+        let edge =
+            edge_that_polls(&unleash.url()).env("TOKENS", &configured).with_short_intervals();
         let parapet = edge.flag("--token-revalidation-interval-seconds", "0.5").start().await;
         let kinds = [TokenKind::Backend, TokenKind::Frontend];
         let revoked = kinds.map(async |kind| {
@@ -143,7 +151,7 @@ async fn revoked_token_is_rejected_without_admin_token_once_unleash_rejects_it()
         let revoked = futures_util::future::join_all(revoked).await;
         assert_eq!(flags_status(&parapet, TokenKind::Backend, &configured).await, StatusCode::OK);
         // Another edge, which has never seen the token, does not trust that either.
-        let other = Parapet::edge(&unleash.url())
+        let other = edge_that_polls(&unleash.url())
             .env("TOKENS", &configured)
             .with_short_intervals()
             .start()
@@ -162,7 +170,7 @@ async fn rejected_token_is_revalidated_after_the_invalid_token_ttl() {
         let proxy = ChaosProxy::start(&unleash.url()).await;
         let token =
             unleash.create_token(TokenKind::Backend, ENVIRONMENT, &["*"], "revocation-new").await;
-        let parapet = Parapet::edge(&proxy.url()).with_short_intervals().start_listening().await;
+        let parapet = edge_that_polls(&proxy.url()).with_short_intervals().start_listening().await;
         // Unleash caches unknown tokens for five minutes, so it must not be queried before the token
         // exists.
         let body = r#"{"tokens":[]}"#;
@@ -183,7 +191,7 @@ async fn list_requested_before_a_deletion_does_not_restore_the_deleted_token() {
     let versions = [UnleashVersion::V8, UnleashVersion::V8SecureTokens].map(async |version| {
         let unleash = Unleash::shared(version).await;
         let proxy = ChaosProxy::start(&unleash.url()).await;
-        let edge = Parapet::edge(&proxy.url()).admin_token(unleash.admin_token());
+        let edge = edge_that_polls(&proxy.url()).admin_token(unleash.admin_token());
         let edge = edge.flag("--fleet-name", "order").flag("--token-list-interval-seconds", "0.5");
         let parapet = edge.arg("--admin-relay").start().await;
         let (used, unused) = (
@@ -224,7 +232,7 @@ async fn listed_v2_token_sees_the_projects_of_the_list() {
     unleash.create_enabled_flag("revocation.projects", ENVIRONMENT, &[]).await;
     let proxy = ChaosProxy::start(&unleash.url()).await;
     let edge =
-        Parapet::edge(&proxy.url()).admin_token(unleash.admin_token()).with_short_intervals();
+        edge_that_polls(&proxy.url()).admin_token(unleash.admin_token()).with_short_intervals();
     let parapet = edge.flag("--fleet-name", "projects").start().await;
     let token =
         unleash.create_token(TokenKind::Backend, ENVIRONMENT, &["*"], "revocation-projects").await;
@@ -257,7 +265,7 @@ async fn revoked_tokens_are_rejected_while_the_token_list_is_unavailable() {
         let unleash = Unleash::shared(version).await;
         let proxy = ChaosProxy::start(&unleash.url()).await;
         let edge =
-            Parapet::edge(&proxy.url()).admin_token(unleash.admin_token()).with_short_intervals();
+            edge_that_polls(&proxy.url()).admin_token(unleash.admin_token()).with_short_intervals();
         let parapet = edge.flag("--fleet-name", "unreadable").start().await;
         let (doomed, other) = (
             unleash
@@ -295,7 +303,7 @@ async fn new_token_stays_valid_while_the_list_is_unavailable_and_validation_lags
     let unleash = Unleash::shared(UnleashVersion::V8).await;
     let proxy = ChaosProxy::start(&unleash.url()).await;
     let edge =
-        Parapet::edge(&proxy.url()).admin_token(unleash.admin_token()).with_short_intervals();
+        edge_that_polls(&proxy.url()).admin_token(unleash.admin_token()).with_short_intervals();
     let parapet = edge.flag("--fleet-name", "lag").start().await;
     // Unleash caches for five minutes that the token is unknown.
     let token = format!("*:{ENVIRONMENT}.revocation-made-after-its-first-refusal-lag");
@@ -332,7 +340,7 @@ async fn malformed_list_item_revokes_no_token() {
     let unleash = Unleash::shared(UnleashVersion::V8).await;
     let proxy = ChaosProxy::start(&unleash.url()).await;
     let edge =
-        Parapet::edge(&proxy.url()).admin_token(unleash.admin_token()).with_short_intervals();
+        edge_that_polls(&proxy.url()).admin_token(unleash.admin_token()).with_short_intervals();
     let parapet = edge.flag("--fleet-name", "item").start().await;
     let [unnamed, named, doomed] =
         ["item-unnamed", "item-named", "item-doomed"].map(async |name| {
@@ -378,7 +386,7 @@ async fn malformed_list_item_revokes_no_token() {
 async fn token_forbidden_upstream_gets_403_from_the_cache() {
     let unleash = Unleash::shared(UnleashVersion::V8).await;
     let first =
-        Parapet::edge(&unleash.url()).admin_token(unleash.admin_token()).with_short_intervals();
+        edge_that_polls(&unleash.url()).admin_token(unleash.admin_token()).with_short_intervals();
     let first =
         first.flag("--fleet-name", "forbidden").flag("--environments", ENVIRONMENT).start().await;
     let proxy = ChaosProxy::start(&first.url()).await;
@@ -393,7 +401,7 @@ async fn token_forbidden_upstream_gets_403_from_the_cache() {
     }
 
     // Among several configured tokens it does not delay readiness for ever.
-    let edge = Parapet::edge(&proxy.url()).env("TOKENS", format!("{},{here}", elsewhere[0]));
+    let edge = edge_that_polls(&proxy.url()).env("TOKENS", format!("{},{here}", elsewhere[0]));
     let parapet = edge.flag("--features-refresh-interval-seconds", "0.5").start().await;
     assert_eq!(flags_status(&parapet, TokenKind::Backend, &here).await, StatusCode::OK);
     for (kind, token) in kinds.into_iter().zip(&elsewhere) {
@@ -421,7 +429,7 @@ async fn client_token_for_all_environments_gets_403_as_from_unleash() {
         unleash.create_token(TokenKind::Backend, ENVIRONMENT, &["*"], "every-given").await;
     let token = "*:*.revocation-client-of-every-environment";
     unleash.insert_token(TokenKind::Backend, token, "every").await;
-    let parapet = Parapet::edge(&proxy.url()).env("TOKENS", &configured).start().await;
+    let parapet = edge_that_polls(&proxy.url()).env("TOKENS", &configured).start().await;
     let (status, response) = parapet.get("/api/client/features", token).await;
     assert_eq!(status, StatusCode::FORBIDDEN);
     let message = "upstream knows this token and refuses it (403): \
@@ -448,7 +456,7 @@ async fn forbidden_token_is_accepted_once_upstream_serves_its_environment() {
     let (forbidden, body) = (StatusCode::FORBIDDEN, "");
     let configured =
         unleash.create_token(TokenKind::Backend, ENVIRONMENT, &["*"], "forbidden-given").await;
-    let edge = || Parapet::edge(&proxy.url()).env("TOKENS", &configured).with_short_intervals();
+    let edge = || edge_that_polls(&proxy.url()).env("TOKENS", &configured).with_short_intervals();
     let parapet = edge().start().await;
     proxy.set_fault(Fault::RespondToGet { path: PROBE_PATH, status: forbidden, body }).await;
     assert_eq!(flags_status(&parapet, TokenKind::Backend, &token).await, StatusCode::FORBIDDEN);
@@ -472,7 +480,7 @@ async fn token_list_is_not_read_before_retry_after() {
     let unleash = Unleash::shared(UnleashVersion::V8).await;
     let proxy = ChaosProxy::start(&unleash.url()).await;
     let edge =
-        Parapet::edge(&proxy.url()).admin_token(unleash.admin_token()).with_short_intervals();
+        edge_that_polls(&proxy.url()).admin_token(unleash.admin_token()).with_short_intervals();
     let parapet = edge.flag("--fleet-name", "retry-after").start().await;
     proxy.respond_with(StatusCode::TOO_MANY_REQUESTS, &[("retry-after", "3")]).await;
     let lists = || proxy.requests().iter().filter(|it| it.path == TOKEN_LIST_PATH).count();

@@ -19,7 +19,7 @@ pub(in crate::auth) struct RequestStart {
     /// `None` is never.
     pub(super) at: Option<Instant>,
     /// Wall clock, for display and for the expiry of listed tokens.
-    pub(super) wall: Timestamp,
+    pub(in crate::auth) wall: Timestamp,
 }
 
 impl RequestStart {

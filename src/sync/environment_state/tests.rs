@@ -75,7 +75,7 @@ impl Fixture {
     fn poll(&mut self, responses: &[(&str, &[&str])], result: Result<(), Option<Duration>>) {
         assert_eq!(self.next_action(), Action::Poll);
         let (credentials, in_use) = ([self.one.clone(), self.two.clone()], self.in_use());
-        let (documents, synced) = self.state.begin_poll();
+        let (documents, synced) = self.state.begin_poll(self.now);
         for (token, flags) in responses {
             let credential = &credentials[usize::from(*token == "two")];
             assert!(!synced.contains(&credential.token.digest()), "{token} has a stream");
@@ -306,7 +306,7 @@ fn no_extra_poll_is_made_while_polls_fail() {
 #[test]
 fn older_state_of_a_stream_is_rejected() {
     let mut fixture = Fixture::new(UpstreamMode::Auto);
-    let (documents, _) = fixture.state.begin_poll();
+    let (documents, _) = fixture.state.begin_poll(fixture.now);
     let received = document(&["a/x"]).with_revision(Some(9));
     documents.insert(&fixture.one, None, received, true, fixture.now);
     fixture.state.on_polled(Ok(()), fixture.in_use(), fixture.now, JITTER);
@@ -361,7 +361,7 @@ fn response_that_does_not_count_yet_is_confirmed_in_time_but_not_again_and_again
     let mut fixture = Fixture::new(UpstreamMode::Poll);
     let config = Config { interval: INTERVAL, mode: UpstreamMode::Poll };
     fixture.state = EnvironmentState::new(&config, Some(&served), fixture.now);
-    let (documents, _) = fixture.state.begin_poll();
+    let (documents, _) = fixture.state.begin_poll(fixture.now);
     let received = document(&["a/older"]).with_revision(Some(6));
     documents.insert(&fixture.one, None, received, true, fixture.now);
     fixture.state.on_polled(Ok(()), fixture.in_use(), fixture.now, JITTER);
@@ -383,7 +383,7 @@ fn flags_of_an_earlier_run_are_checked_once_all_expected_tokens_are_available() 
     let config = Config { interval: INTERVAL, mode: UpstreamMode::Poll };
     fixture.state = EnvironmentState::new(&config, Some(&served), fixture.now);
     let in_use = fixture.in_use();
-    let (documents, _) = fixture.state.begin_poll();
+    let (documents, _) = fixture.state.begin_poll(fixture.now);
     for (credential, flags) in in_use.iter().zip([["a/x"], ["b/y"]]) {
         documents.insert(credential, None, document(&flags), true, fixture.now);
     }

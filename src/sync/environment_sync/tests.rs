@@ -99,6 +99,7 @@ impl Fixture {
             credentials,
             snapshots: snapshots.clone(),
             writer: BackgroundWriter::new(Arc::new(MemoryStore::default())),
+            event_log: EventLog::unavailable(),
         };
         let mut environment_sync = EnvironmentSync::new(environment, dependencies);
         environment_sync.state.removal_grace = removal_grace;
