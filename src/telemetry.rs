@@ -114,8 +114,10 @@ fn parse_directive(text: &str) -> Option<String> {
 }
 
 /// Targets that are off by default. rustls logs an error for each failed handshake, which the failed
-/// request logs as well, and only once; PostgreSQL sends notices about successful statements.
-const QUIET_TARGETS: &str = "rustls=off,rustls_platform_verifier=off,sqlx::postgres::notice=off";
+/// request logs as well, and only once; PostgreSQL sends notices about successful statements; sqlx warns
+/// of each pooled connection that has broken, which the failed operation logs.
+const QUIET_TARGETS: &str =
+    "rustls=off,rustls_platform_verifier=off,sqlx::postgres::notice=off,sqlx_core::pool=off";
 
 /// The filter of `config`, which can override [`QUIET_TARGETS`].
 fn filter(config: &Config) -> Option<EnvFilter> {

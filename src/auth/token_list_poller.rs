@@ -131,8 +131,12 @@ impl TokenListPoller {
             }
             let served = validator.credentials.environments();
             let changes = cache.apply_token_list(&list, &served, start);
-            schedule =
-                Schedule::AfterList { started, expiry: next_expiry(&list, started, start.wall) };
+            // A token that was never listed is not known to be revoked when it is missing: until upstream
+            // itself rejects it, each list has it validated again.
+            if changes.marked_stale == 0 {
+                let expiry = next_expiry(&list, started, start.wall);
+                schedule = Schedule::AfterList { started, expiry };
+            }
             unserved.extend(list.tokens.into_iter().map(|it| it.environment));
             unserved.retain(|it| !served.contains(it));
             if changes.learned + changes.revoked > 0 {

@@ -366,6 +366,8 @@ const EDGE: &[ExpectedLine] = &[
     expected_line("INFO", "sync::", &["environment"], ALL_FAULTS),
     // The stream opens, and ends. It may be opened again while upstream still fails.
     expected_line("INFO", "sync::", &["environment", "transport", "error?"], ALL_FAULTS * 3),
+    // The event log is followed, missing or failing.
+    expected_line("INFO", "event_log", &["interval?", "error?"], ALL_FAULTS * 2),
     // Listing the environments fails.
     expected_line("WARN", "sync::", &["error"], ALL_FAULTS),
     // The token list and the validation of tokens fail, and work again.
