@@ -162,11 +162,12 @@ async fn reencrypt_credentials(admin: &AdminToken, credentials: &EnvironmentToke
     }
 }
 
-/// Logs a reminder for as long as upstream rejects the token.
+/// Logs reminders while upstream rejects the token, but none soon after the first rejection, which is logged
+/// by itself.
 async fn log_reminders(admin: &AdminToken) {
     loop {
         sleep(REMINDER_INTERVAL).await;
-        if let Some(duration) = admin.refused_for() {
+        if let Some(duration) = admin.refused_for().filter(|it| *it >= REMINDER_INTERVAL) {
             let minutes = duration.as_secs() / 60;
             warn!(
                 minutes,
