@@ -153,6 +153,8 @@ impl EnvironmentState {
             Ok(()) => PollOutcome::Complete {
                 is_confirmed: documents
                     .is_confirmed_in_round(streams.tokens_in_use(), &streams.synced_tokens()),
+                // Another edge has its own revisions, and may be behind the log that it relays.
+                is_from_unleash: documents.common_revision().is_some(),
                 recheck: documents.next_recheck(),
             },
             Err(retry_after) => {

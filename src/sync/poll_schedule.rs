@@ -30,8 +30,8 @@ pub(super) struct PollSchedule {
     next: Instant,
     /// The start of the last poll.
     started: Instant,
-    /// Whether upstream confirmed the flags of every token in the last poll.
-    is_confirmed: bool,
+    /// Whether the event log shows when the flags of the last poll become outdated.
+    trusts_log: bool,
     /// What upstream's event log shows about the flags; `None` while it is not read.
     observed: Option<Observed>,
 }
@@ -43,6 +43,8 @@ pub(super) enum PollOutcome {
     Complete {
         /// Whether the flags of every token are now known to be current.
         is_confirmed: bool,
+        /// Whether they come from the server whose event log is read, and not from an edge before it.
+        is_from_unleash: bool,
         /// When to poll again because a response does not count yet.
         recheck: Option<Instant>,
     },
@@ -63,7 +65,7 @@ impl PollSchedule {
             backoff: Backoff::new(INITIAL_RETRY_DELAY, MAX_RETRY_DELAY.max(interval)),
             next: now,
             started: now,
-            is_confirmed: false,
+            trusts_log: false,
             observed: None,
         }
     }
@@ -100,12 +102,15 @@ impl PollSchedule {
 
     /// Records the end of a poll, and schedules the next one.
     pub(super) fn end(&mut self, outcome: PollOutcome, now: Instant, jitter: f64) {
-        self.is_confirmed = matches!(outcome, PollOutcome::Complete { is_confirmed: true, .. });
+        self.trusts_log = matches!(
+            outcome,
+            PollOutcome::Complete { is_confirmed: true, is_from_unleash: true, .. }
+        );
         self.next = match outcome {
             PollOutcome::Complete { recheck, .. } => {
                 self.backoff.reset();
                 let next = match self.observed {
-                    Some(observed) if self.is_confirmed => self
+                    Some(observed) if self.trusts_log => self
                         .missing_change(observed)
                         .unwrap_or_else(|| now + jittered(RECONCILE_INTERVAL, jitter)),
                     _ => now + jittered(self.interval, jitter),
@@ -125,7 +130,7 @@ impl PollSchedule {
     /// poll are current, if it does.
     pub(super) fn observe(&mut self, observed: Option<Observed>, now: Instant) -> Option<Instant> {
         let was_observed = std::mem::replace(&mut self.observed, observed).is_some();
-        if !self.is_confirmed {
+        if !self.trusts_log {
             return None;
         }
         match observed {
@@ -159,7 +164,8 @@ mod tests {
     /// Picks exactly the interval, and three quarters of a backoff's delay.
     const JITTER: f64 = 0.5;
 
-    const CONFIRMED: PollOutcome = PollOutcome::Complete { is_confirmed: true, recheck: None };
+    const CONFIRMED: PollOutcome =
+        PollOutcome::Complete { is_confirmed: true, is_from_unleash: true, recheck: None };
 
     struct Fixture {
         schedule: PollSchedule,
@@ -253,12 +259,14 @@ mod tests {
     }
 
     #[test]
-    fn log_neither_confirms_nor_hurries_after_an_unconfirmed_or_failed_poll() {
+    fn log_does_not_count_after_unconfirmed_and_failed_polls_and_for_flags_of_an_edge() {
         let mut fixture = Fixture::polled();
         fixture.observe(2, 2);
-        fixture.poll(5, PollOutcome::Complete { is_confirmed: false, recheck: None });
-        assert_eq!(fixture.next(), 6 + 15);
-        assert_eq!(fixture.observe(2, 10), None);
+        for (is_confirmed, is_from_unleash) in [(false, true), (true, false)] {
+            fixture.poll(5, PollOutcome::Complete { is_confirmed, is_from_unleash, recheck: None });
+            assert_eq!(fixture.next(), 6 + 15);
+            assert_eq!((fixture.observe(8, 10), fixture.next()), (None, 6 + 15));
+        }
         let failed = PollOutcome::Failed { retry_after: Some(SECOND * 90), is_partial: false };
         fixture.poll(21, failed);
         assert_eq!((fixture.observe(30, 30), fixture.next()), (None, 22 + 90));
@@ -268,7 +276,8 @@ mod tests {
     fn recheck_comes_before_the_interval_and_partial_failures_keep_to_it() {
         let mut fixture = Fixture::polled();
         let recheck = Some(fixture.at(8));
-        fixture.poll(5, PollOutcome::Complete { is_confirmed: true, recheck });
+        fixture
+            .poll(5, PollOutcome::Complete { is_confirmed: true, is_from_unleash: true, recheck });
         assert_eq!(fixture.next(), 8);
         for _ in 0..10 {
             fixture.poll(20, PollOutcome::Failed { retry_after: None, is_partial: true });

@@ -128,7 +128,7 @@ async fn without_the_event_log_flags_and_tokens_are_polled() {
     for status in [StatusCode::FORBIDDEN, StatusCode::BAD_GATEWAY] {
         proxy.set_fault(Fault::RespondToGet { path: EVENT_LOG, status, body: "" }).await;
         let parapet = edge(&proxy.url(), &unleash, "without").start().await;
-        parapet.wait_until_logged(LogEvent::info("event_log")).await;
+        parapet.wait_until_logged(LogEvent::info("event_log").with("error")).await;
         let name = format!("flag-{}", status.as_u16());
         unleash.create_enabled_flag(&name, "development", &[]).await;
         wait_until("the flag is served", TIMEOUT, async || {
