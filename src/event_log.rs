@@ -25,7 +25,7 @@ use crate::{
     protocol::event_log::{ChangedSubject, LoggedEvent},
     telemetry::error_chain,
     token::Environment,
-    upstream::{AdminToken, Error, Upstream},
+    upstream::{self, AdminToken, Upstream},
 };
 
 /// The interval at which everything is requested although the log shows no change.
@@ -143,12 +143,13 @@ impl Observations {
     }
 }
 
-/// Whether the log can be read.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum LogState {
-    Followed,
+/// Why the log cannot be read.
+#[derive(Debug, thiserror::Error)]
+enum ReadError {
+    #[error("upstream has no event log that the admin token can read")]
     Missing,
-    Failing,
+    #[error(transparent)]
+    Upstream(#[from] upstream::Error),
 }
 
 /// Reads the event log at an interval.
@@ -175,63 +176,55 @@ impl EventLogFollower {
     pub async fn run(&self) {
         let mut backoff = Backoff::new(self.interval, MAX_RETRY_DELAY.max(self.interval));
         let mut position = None;
-        let mut last_state = None;
+        let mut was_followed = None;
         loop {
             let read = self.read(&mut position).await;
-            let state = match &read {
-                Ok(true) => LogState::Followed,
-                Ok(false) => LogState::Missing,
-                Err(_) => LogState::Failing,
-            };
-            if state != LogState::Followed {
-                position = None;
-                self.latest.send_if_modified(|latest| latest.take().is_some());
-            }
-            if last_state.replace(state) != Some(state) {
-                self.log(&read);
-            }
-            sleep(match read {
-                Ok(true) => {
+            let is_changed = was_followed.replace(read.is_ok()) != Some(read.is_ok());
+            let pause = match read {
+                Ok(()) => {
+                    if is_changed {
+                        info!(
+                            interval = ?self.interval,
+                            "Following upstream's event log: flags, tokens and environments are requested when they change"
+                        );
+                    }
                     backoff.reset();
                     // Never later, because the interval limits how long a revoked token is accepted.
                     self.interval.mul_f64(1.0 - 0.05 * rand::random::<f64>())
                 }
-                Ok(false) => jittered(MISSING_RETRY_DELAY, rand::random()),
-                Err(error) => backoff.next_delay(error.retry().retry_after(), rand::random()),
-            })
-            .await;
+                Err(error) => {
+                    if is_changed {
+                        info!(
+                            error = error_chain(&error),
+                            "Upstream's event log cannot be read; flags, tokens and environments are polled at their intervals"
+                        );
+                    }
+                    position = None;
+                    self.latest.send_if_modified(|latest| latest.take().is_some());
+                    match error {
+                        ReadError::Missing => jittered(MISSING_RETRY_DELAY, rand::random()),
+                        ReadError::Upstream(error) => {
+                            backoff.next_delay(error.retry().retry_after(), rand::random())
+                        }
+                    }
+                }
+            };
+            sleep(pause).await;
         }
     }
 
-    fn log(&self, read: &Result<bool, Error>) {
-        match read {
-            Ok(true) => info!(
-                interval = ?self.interval,
-                "Following upstream's event log: flags, tokens and environments are requested when they change"
-            ),
-            Ok(false) => info!(
-                "Upstream has no event log that the admin token can read; flags, tokens and environments are polled at their intervals"
-            ),
-            Err(error) => info!(
-                error = error_chain(error),
-                "Reading upstream's event log failed; flags, tokens and environments are polled at their intervals"
-            ),
-        }
-    }
-
-    /// Reads the log once, and publishes what it shows. False if upstream has none.
-    async fn read(&self, position: &mut Option<Position>) -> Result<bool, Error> {
+    /// Reads the log once, and publishes what it shows.
+    async fn read(&self, position: &mut Option<Position>) -> Result<(), ReadError> {
         let started = Instant::now();
         let since = position.as_ref().and_then(Position::since);
-        let Some(mut page) = self.upstream.search_events(&self.admin, since, 1).await? else {
-            return Ok(false);
+        let search = async |limit| {
+            let page = self.upstream.search_events(&self.admin, since, limit).await?;
+            page.ok_or(ReadError::Missing)
         };
+        let mut page = search(1).await?;
         let mut difference = Difference::between(position.as_ref(), &page);
         if let Difference::Incomplete { limit } = difference {
-            let Some(longer) = self.upstream.search_events(&self.admin, since, limit).await? else {
-                return Ok(false);
-            };
-            page = longer;
+            page = search(limit).await?;
             difference = Difference::between(position.as_ref(), &page);
         }
         *position = Position::after(position.as_ref(), since, &page);
@@ -246,7 +239,7 @@ impl EventLogFollower {
             };
             *latest = Some(Arc::new(next));
         });
-        Ok(true)
+        Ok(())
     }
 }
 

@@ -57,12 +57,14 @@ impl Position {
                 total: Some(page.total),
             });
         };
-        let highest = page.events.iter().map(|event| event.id).max().unwrap_or(newest.id);
         // One day more than necessary, because upstream's days may begin in another time zone.
         let day = Offset::UTC.to_datetime(newest.created_at).date();
         let next_since = day.yesterday().and_then(Date::yesterday).ok();
         Some(Self {
-            newest_id: highest.max(known.map_or(0, |known| known.newest_id)),
+            newest_id: page
+                .events
+                .iter()
+                .fold(known.map_or(0, |known| known.newest_id), |id, event| id.max(event.id)),
             since: next_since,
             total: (next_since == since).then_some(page.total),
         })
