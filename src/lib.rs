@@ -24,7 +24,7 @@
 //! | surface | [`http`] | routes, handlers and responses, the only place that chooses status codes |
 //! | control plane and server | [`control_plane`], [`server`] | connections and TLS termination, which know no flags; accounts, tokens, sessions, the audit log and the usage of a standalone instance, in SQL |
 //! | services | [`sync`], [`auth`], [`event_log`], [`evaluation`], [`changes`] | background tasks with their state, and the functions that work on the state below |
-//! | state | [`snapshot`], [`served`], [`usage`], [`upstream`], [`store`], [`background_writer`], [`tls`] | the flags being served with what requests need from them, the usage to be sent, the client of the upstream server, persistent records and writing them in the background, the listeners' certificates |
+//! | state | [`snapshot`], [`served`], [`usage`], [`upstream`], [`redis_client`], [`store`], [`background_writer`], [`tls`] | the flags being served with what requests need from them, the usage to be sent, the clients of the upstream server and of Redis, persistent records and writing them in the background, the listeners' certificates |
 //! | pure core | [`engine`] | compiled flags and their evaluation; no IO, clock, randomness or logs |
 //! | foundations | [`token`], [`protocol`], [`telemetry`], [`secret_file`], [`rate_limit`], [`backoff`], [`cache`], [`shutdown_signal`] | tokens and grants, Unleash's JSON, logs and readiness, secrets in files, rate limits, delays between tries, bounded caches, the end of thousands of tasks |
 //!
@@ -122,6 +122,7 @@ pub mod http;
 pub mod probe;
 pub mod protocol;
 pub mod rate_limit;
+pub mod redis_client;
 pub mod secret_file;
 pub mod served;
 pub mod server;

@@ -31,6 +31,7 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
         ("snapshot", &[]),
         ("served", &["snapshot"]),
         ("usage", &["snapshot"]),
+        ("redis_client", &[]),
         ("store", &[]),
         ("background_writer", &["store"]),
         ("tls", &[]),

@@ -1,0 +1,60 @@
+//! Why a command failed, and whether it may have run.
+
+use std::{sync::Arc, time::Duration};
+
+use redis::RedisError;
+
+/// The settings cannot be used, for instance because a certificate is malformed.
+#[derive(Debug, thiserror::Error)]
+#[error("the settings of Redis cannot be used")]
+pub struct ConfigError(#[from] pub(super) RedisError);
+
+/// Why a command failed.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no connection: the last attempt failed, and the next one has to wait. The command was
+    /// not sent.
+    #[error("no connection to {location}")]
+    NotConnected {
+        /// The servers.
+        location: Arc<str>,
+        /// Why the last attempt to connect failed, or why the connection before it was closed.
+        source: Arc<RedisError>,
+    },
+    /// The connection was lost before the answer arrived. The command may have run.
+    #[error("the connection to {location} was lost")]
+    Disconnected {
+        /// The servers.
+        location: Arc<str>,
+        /// The cause.
+        source: Arc<RedisError>,
+    },
+    /// No answer arrived in time. The command may have run, or may still run.
+    #[error("{location} did not respond within {timeout:?}")]
+    Timeout {
+        /// The servers.
+        location: Arc<str>,
+        /// The timeout.
+        timeout: Duration,
+    },
+    /// The server rejected the command, or its answer has an unexpected type.
+    #[error("{location} rejected a command")]
+    Rejected {
+        /// The servers.
+        location: Arc<str>,
+        /// The cause.
+        source: Arc<RedisError>,
+    },
+}
+
+impl Error {
+    /// Whether the command may have run although it failed.
+    pub const fn is_outcome_unknown(&self) -> bool {
+        matches!(self, Self::Disconnected { .. } | Self::Timeout { .. })
+    }
+
+    /// Whether the server answered. If not, it is away, and other commands will probably fail too.
+    pub const fn is_rejection(&self) -> bool {
+        matches!(self, Self::Rejected { .. })
+    }
+}
