@@ -58,21 +58,27 @@ impl BackgroundWriter {
 
     /// Writes until `stop`, and then makes one last attempt; the store's timeout bounds that.
     pub async fn run(&self, stop: &CancellationToken) {
-        let mut is_failing = false;
+        let mut is_logged = false;
         loop {
             let is_last = stop.is_cancelled();
             let failure = self.save_pending().await;
             match &failure {
-                Some(error) if !is_failing => {
+                // The store logs that itself.
+                Some(error) if error.is_unavailable() => {}
+                Some(error) if !is_logged => {
+                    is_logged = true;
                     warn!(
                         error = error_chain(error),
                         "Saving flags or credentials failed; retrying every 5 s"
                     );
                 }
-                None if is_failing => info!("Saving flags and credentials works again"),
+                None if is_logged => {
+                    is_logged = false;
+                    info!("Saving flags and credentials works again");
+                }
                 Some(_) | None => {}
             }
-            is_failing = failure.is_some();
+            let is_failing = failure.is_some();
             if is_last {
                 return;
             }

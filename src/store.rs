@@ -1,15 +1,18 @@
 //! Persists state across restarts: bytes by key, saved atomically.
 //!
-//! [`Store`] is the interface, which a directory and memory implement. A record that is damaged, or written
-//! by a newer version, is set aside and reported; its owner continues without it. The owners define the
-//! contents and must not store plaintext tokens.
+//! [`Store`] is the interface, which a directory, Redis and memory implement. A record
+//! that is damaged, or written by a newer version, is set aside and reported; its owner continues without
+//! it. The owners define the contents and must not store plaintext tokens.
 
 pub mod edge_backup;
 mod file;
 mod key;
 mod lock;
 mod memory;
+mod outage_log;
 mod record;
+mod redis;
+mod save_metrics;
 mod store_trait;
 #[cfg(test)]
 mod tests;
@@ -18,5 +21,6 @@ pub use self::{
     file::{FileStore, OpenError},
     key::{ProcessSlot, RecordKey},
     memory::MemoryStore,
+    redis::{RedisStore, RedisStoreTimeouts},
     store_trait::{Error, RecordLock, Store},
 };

@@ -11,7 +11,7 @@ use tracing::{error, info, warn};
 use super::usage_files::{SaveError, UsageFiles};
 use crate::{
     auth::Authenticator,
-    store::{RecordKey, Store},
+    store::{self, RecordKey, RecordLock, Store},
     telemetry::error_chain,
     usage::{Revision, Usage},
 };
@@ -45,6 +45,7 @@ impl Persistence {
                 }
             },
             Ok(None) => {}
+            Err(error) if error.is_unavailable() => {}
             Err(error) => warn!(error = error_chain(&error), "Stored tokens cannot be used"),
         }
         let files = Arc::new(UsageFiles::open(Arc::clone(&store), &usage).await);
@@ -62,7 +63,16 @@ impl Persistence {
     /// a write continues without it and may complete after a later one.
     pub(super) async fn run(&self, stop: &CancellationToken) {
         // Separate, so that a disk that hangs with one record does not delay the other.
-        tokio::join!(self.run_token_cache(stop), self.run_usage(stop));
+        tokio::join!(self.run_token_cache(stop), self.run_usage(stop), self.run_renewals(stop));
+    }
+
+    async fn run_renewals(&self, stop: &CancellationToken) {
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = sleep(RecordLock::RENEWAL_INTERVAL) => self.usage_files.renew_locks().await,
+            }
+        }
     }
 
     async fn run_token_cache(&self, stop: &CancellationToken) {
@@ -108,6 +118,7 @@ impl Persistence {
         if let Err(error) = self.usage_files.save(unsent).await {
             error!(error = error_chain(&error), "Unsent usage cannot be stored and is lost");
         }
+        self.usage_files.release_locks().await;
     }
 
     /// Saves pending usage, unless its revision is `stored`.
@@ -120,7 +131,7 @@ impl Persistence {
             }
             // A warning was logged when no slot was left.
             Err(SaveError::NoSlot) => {}
-            Err(error) => log.record_failure(&error),
+            Err(SaveError::Store(error)) => log.record_failure(&error),
         }
     }
 
@@ -150,8 +161,9 @@ impl SaveLog {
         Self { subject, is_failing: false }
     }
 
-    pub(super) fn record_failure(&mut self, error: &dyn std::error::Error) {
-        if !std::mem::replace(&mut self.is_failing, true) {
+    /// An unavailable store is logged by the store itself.
+    pub(super) fn record_failure(&mut self, error: &store::Error) {
+        if !error.is_unavailable() && !std::mem::replace(&mut self.is_failing, true) {
             warn!(error = error_chain(error), "{} cannot be stored", self.subject);
         }
     }

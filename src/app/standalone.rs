@@ -96,7 +96,9 @@ fn prepare_flags_path(flags: FlagsPath) -> Result<PathBuf, Error> {
 async fn load_registry_copy(store: &dyn Store) -> Option<Vec<u8>> {
     let copy = store.load(&RecordKey::Registry).await;
     copy.unwrap_or_else(|error| {
-        warn!(error = error_chain(&error), "Cannot read the copy of the registry's tokens");
+        if !error.is_unavailable() {
+            warn!(error = error_chain(&error), "Cannot read the copy of the registry's tokens");
+        }
         None
     })
 }

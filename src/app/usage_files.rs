@@ -2,7 +2,9 @@
 //!
 //! Two processes sharing one record would lose each other's counts or send them twice. A process
 //! acquires the first record that is not locked, and recovers usage from all other unlocked records:
-//! their processes ended in a crash or while upstream was unavailable.
+//! their processes ended in a crash or while upstream was unavailable. In a remote store a lock is a
+//! lease; a process that cannot renew it for minutes may lose its record to another, which then sends
+//! what was stored there a second time.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -26,14 +28,14 @@ pub(super) enum SaveError {
     #[error(transparent)]
     Store(#[from] Error),
     /// This process has no slot.
-    #[error("other instances use this folder and no slot is left")]
+    #[error("no slot could be locked")]
     NoSlot,
 }
 
 /// The record of this process, and the records that it has recovered from others.
 #[derive(Debug)]
 pub(super) struct UsageFiles {
-    /// The store of the folder, which other processes may share.
+    /// The store, which other processes may share.
     store: Arc<dyn Store>,
     own_slot: Mutex<OwnSlot>,
     /// Records that were recovered, and must be emptied once their usage is stored again.
@@ -54,11 +56,12 @@ fn digest(bytes: &[u8]) -> RecordDigest {
 #[derive(Clone, Debug)]
 enum OwnSlot {
     /// A slot that is locked for this process.
-    Locked { slot: ProcessSlot, _lock: Arc<RecordLock> },
+    Locked { slot: ProcessSlot, lock: Arc<RecordLock> },
     /// The first slot of a folder where no slot can be locked and none is locked by others. Other
     /// processes may be using it, so their usage is not recovered.
     Unlocked,
-    /// None: other processes have locked slots, and no other slot can be locked.
+    /// None: other processes have locked slots, and no other slot can be locked. In a remote store, which
+    /// others must be expected to use, no slot is ever used without a lock.
     NoSlot,
 }
 
@@ -68,19 +71,20 @@ impl OwnSlot {
     /// A slot that cannot be locked may belong to another process. It is not used if any other slot
     /// shows that locks work in this folder.
     async fn acquire(store: &dyn Store) -> (Self, Option<Error>) {
-        let mut is_shared = false;
+        let mut is_shared = store.is_remote();
         let mut failure = None;
         let mut failures = 0;
         for slot in ProcessSlot::all() {
             match store.try_lock(&RecordKey::Usage(slot)).await {
                 Ok(Some(lock)) => {
-                    return (Self::Locked { slot, _lock: Arc::new(lock) }, failure);
+                    return (Self::Locked { slot, lock: Arc::new(lock) }, failure);
                 }
                 Ok(None) => is_shared = true,
                 Err(error) => {
+                    let is_unavailable = error.is_unavailable();
                     failure.get_or_insert(error);
                     failures += 1;
-                    if failures == MAX_LOCK_FAILURES {
+                    if failures == MAX_LOCK_FAILURES || is_unavailable {
                         break;
                     }
                 }
@@ -89,8 +93,13 @@ impl OwnSlot {
         (if is_shared { Self::NoSlot } else { Self::Unlocked }, failure)
     }
 
-    /// Logs a warning unless this process has the first slot to itself.
-    fn log_degradation(&self, failure: Option<&Error>) {
+    /// Logs a warning unless this process has the first slot to itself, or shares a remote store.
+    fn log_degradation(&self, store: &dyn Store, failure: Option<&Error>) {
+        let is_logged_by_store = failure.is_some_and(Error::is_unavailable);
+        let is_expected = store.is_remote() && matches!(self, Self::Locked { .. });
+        if is_logged_by_store || is_expected {
+            return;
+        }
         let error = failure.map(|error| error_chain(error));
         match self {
             Self::Locked { slot: ProcessSlot::FIRST, .. } => {}
@@ -104,7 +113,7 @@ impl OwnSlot {
             ),
             Self::NoSlot => warn!(
                 error,
-                "Other instances use this folder and no slot is left: usage still unsent at shutdown is lost"
+                "No slot can be locked for unsent usage: usage still unsent at shutdown is lost"
             ),
         }
     }
@@ -118,11 +127,41 @@ impl OwnSlot {
     }
 }
 
+/// Logs a failure, unless the store as a whole is unavailable, which it logs itself.
+fn log_failure(error: &Error, consequence: &'static str) {
+    if !error.is_unavailable() {
+        warn!(error = error_chain(error), "{consequence}");
+    }
+}
+
+/// Renews a lock; false if another process has it. A failure leaves time for further attempts.
+async fn is_still_locked(lock: &RecordLock) -> bool {
+    match lock.renew().await {
+        Ok(true) => true,
+        Ok(false) => {
+            warn!(
+                "Another instance has taken over a record of this one, whose lock could not be renewed in time: usage that was stored there may be sent twice"
+            );
+            false
+        }
+        Err(error) => {
+            log_failure(&error, "Cannot renew the lock of stored usage yet");
+            true
+        }
+    }
+}
+
+async fn release(lock: RecordLock) {
+    if let Err(error) = lock.release().await {
+        log_failure(&error, "Cannot release a lock; it expires");
+    }
+}
+
 impl UsageFiles {
     /// Acquires a slot and restores its usage.
     pub(super) async fn open(store: Arc<dyn Store>, usage: &Usage) -> Self {
         let (own, failure) = OwnSlot::acquire(&*store).await;
-        own.log_degradation(failure.as_ref());
+        own.log_degradation(&*store, failure.as_ref());
         let slot = own.slot();
         let files = Self {
             store,
@@ -144,10 +183,7 @@ impl UsageFiles {
         let mut any = self.retry_acquire(usage).await;
         let OwnSlot::Locked { slot: own, .. } = self.own_slot() else { return any };
         let keys = self.store.list().await.unwrap_or_else(|error| {
-            warn!(
-                error = error_chain(&error),
-                "Cannot list slots; usage of ended instances is not recovered"
-            );
+            log_failure(&error, "Cannot list slots; usage of ended instances is not recovered");
             Vec::new()
         });
         for key in keys {
@@ -160,15 +196,12 @@ impl UsageFiles {
                     if self.restore_slot(slot, usage).await {
                         self.lock_recovered().push((slot, lock));
                         any = true;
+                    } else {
+                        release(lock).await;
                     }
                 }
                 Ok(None) => {}
-                Err(error) => {
-                    warn!(
-                        error = error_chain(&error),
-                        "Cannot lock a slot; its usage is not recovered"
-                    );
-                }
+                Err(error) => log_failure(&error, "Cannot lock a slot; its usage is not recovered"),
             }
         }
         any
@@ -186,7 +219,7 @@ impl UsageFiles {
         if is_locked {
             info!("A slot could be locked; unsent usage is stored in it from now on");
         } else if own.slot() != before.slot() {
-            own.log_degradation(failure.as_ref());
+            own.log_degradation(&*self.store, failure.as_ref());
         }
         if let Some(slot) = own.slot().filter(|slot| is_locked || before.slot() != Some(*slot)) {
             self.restore_slot(slot, usage).await;
@@ -209,16 +242,51 @@ impl UsageFiles {
         }
         let recovered = std::mem::take(&mut *self.lock_recovered());
         for (slot, lock) in recovered {
-            if let Err(error) = self.store.save(&RecordKey::Usage(slot), Bytes::new()).await {
-                warn!(
-                    error = error_chain(&error),
-                    "Cannot empty the record of an ended instance yet"
-                );
-                // Kept locked, so that no other process sends it meanwhile.
-                self.lock_recovered().push((slot, lock));
+            match self.store.save(&RecordKey::Usage(slot), Bytes::new()).await {
+                Ok(()) => release(lock).await,
+                Err(error) => {
+                    log_failure(&error, "Cannot empty the record of an ended instance yet");
+                    // Kept locked, so that no other process sends it meanwhile.
+                    self.lock_recovered().push((slot, lock));
+                }
             }
         }
         Ok(())
+    }
+
+    /// Renews the locks, which expire in a remote store; call every [`RecordLock::RENEWAL_INTERVAL`].
+    ///
+    /// A slot that another process has locked meanwhile is given up; the next search for ended processes
+    /// acquires another one.
+    pub(super) async fn renew_locks(&self) {
+        if let OwnSlot::Locked { lock, .. } = self.own_slot()
+            && !is_still_locked(&lock).await
+        {
+            *self.own_slot.lock().unwrap_or_else(PoisonError::into_inner) = OwnSlot::NoSlot;
+        }
+        let recovered = std::mem::take(&mut *self.lock_recovered());
+        for (slot, lock) in recovered {
+            if is_still_locked(&lock).await {
+                self.lock_recovered().push((slot, lock));
+            }
+        }
+    }
+
+    /// Releases all slots, so that another process can recover what is stored in them.
+    pub(super) async fn release_locks(&self) {
+        let own = std::mem::replace(
+            &mut *self.own_slot.lock().unwrap_or_else(PoisonError::into_inner),
+            OwnSlot::NoSlot,
+        );
+        if let OwnSlot::Locked { lock, .. } = own
+            && let Some(lock) = Arc::into_inner(lock)
+        {
+            release(lock).await;
+        }
+        let recovered = std::mem::take(&mut *self.lock_recovered());
+        for (_, lock) in recovered {
+            release(lock).await;
+        }
     }
 
     /// Empties the first slot if it still contains what this process stored there before it had a locked
@@ -230,16 +298,23 @@ impl UsageFiles {
         let first = RecordKey::Usage(ProcessSlot::FIRST);
         // Kept until the end if available. If the slot cannot be locked, it is used without a lock once
         // more.
-        let _lock = match self.store.try_lock(&first).await {
+        let lock = match self.store.try_lock(&first).await {
             Ok(Some(lock)) => Some(lock),
             Ok(None) => return,
             Err(_) => None,
         };
-        let Ok(saved) = self.store.load(&first).await else { return };
+        self.empty_own_copy(&first).await;
+        if let Some(lock) = lock {
+            release(lock).await;
+        }
+    }
+
+    async fn empty_own_copy(&self, first: &RecordKey) {
+        let Ok(saved) = self.store.load(first).await else { return };
         let is_ours =
             saved.is_some_and(|saved| *self.lock_first_slot_digest() == Some(digest(&saved)));
-        if is_ours && let Err(error) = self.store.save(&first, Bytes::new()).await {
-            return warn!(error = error_chain(&error), "Cannot empty the former copy of usage yet");
+        if is_ours && let Err(error) = self.store.save(first, Bytes::new()).await {
+            return log_failure(&error, "Cannot empty the former copy of usage yet");
         }
         *self.lock_first_slot_digest() = None;
     }
@@ -271,7 +346,7 @@ impl UsageFiles {
             }
             Ok(_) => false,
             Err(error) => {
-                warn!(error = error_chain(&error), "Cannot read stored usage");
+                log_failure(&error, "Cannot read stored usage");
                 false
             }
         }

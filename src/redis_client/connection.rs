@@ -34,7 +34,7 @@ pub(super) struct Connector {
 
 #[derive(Clone)]
 enum Target {
-    Server(Client),
+    Server(Box<Client>),
     Cluster { client: Box<ClusterClient>, nodes: Vec<Client> },
     Sentinel(Box<SentinelTarget>),
 }
@@ -64,7 +64,7 @@ impl Connector {
             }
         };
         let target = match topology {
-            Topology::Single(server) => Target::Server(client(&server)?),
+            Topology::Single(server) => Target::Server(Box::new(client(&server)?)),
             Topology::Cluster(nodes) => {
                 let nodes: Vec<_> = nodes.iter().map(client).collect::<RedisResult<_>>()?;
                 let infos = nodes.iter().map(|node| node.get_connection_info().clone());

@@ -13,7 +13,6 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{FutureExt as _, future::BoxFuture};
-use metrics::{Unit, counter, describe_counter, describe_histogram, histogram};
 use tokio::{
     sync::{Mutex as AsyncMutex, Semaphore},
     task::spawn_blocking,
@@ -24,7 +23,7 @@ use ulid::Ulid;
 use super::{
     key::RecordKey,
     lock::try_lock_file,
-    record,
+    record, save_metrics,
     store_trait::{Error, RecordLock, Store},
 };
 
@@ -57,15 +56,6 @@ const READ_TIMEOUT: Duration = Duration::from_secs(10);
 /// Number of threads that may read concurrently.
 const MAX_READERS: usize = 8;
 
-const SAVE_SECONDS: &str = "parapet_store_save_seconds";
-const SAVE_FAILURES: &str = "parapet_store_save_failures_total";
-
-/// Registers the descriptions of the metrics.
-fn describe_metrics() {
-    describe_histogram!(SAVE_SECONDS, Unit::Seconds, "Duration of saves, by kind of record");
-    describe_counter!(SAVE_FAILURES, "Saves that failed or took too long, by kind of record");
-}
-
 /// Age at which a temporary file must be left from a crash: no save takes this long, but another process
 /// may be saving right now.
 const TEMPORARY_FILE_TTL: Duration = Duration::from_hours(1);
@@ -78,7 +68,7 @@ impl FileStore {
         let directory = directory.into();
         match prepare_directory(&directory) {
             Ok(()) => {
-                describe_metrics();
+                save_metrics::describe();
                 let read_permits = Arc::new(Semaphore::new(MAX_READERS));
                 Ok(Self { directory, write_locks: Mutex::default(), read_permits })
             }
@@ -155,8 +145,7 @@ impl Store for FileStore {
             let record = location(&file);
             let begun = Instant::now();
             let saved = self.write(key, move || replace_record(&file, &bytes)).await;
-            histogram!(SAVE_SECONDS, "record" => key.kind()).record(begun.elapsed());
-            counter!(SAVE_FAILURES, "record" => key.kind()).increment(saved.is_err().into());
+            save_metrics::record(key, begun.elapsed(), saved.is_ok());
             saved.map_err(|source| Error::Write { record, source })
         };
         save.boxed()
@@ -244,18 +233,13 @@ fn load_record(file: &Path) -> Result<Option<Vec<u8>>, Error> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(read_error(error)),
     };
-    let (extension, version) = match record::decode(record) {
+    let reason = match record::decode(record) {
         Ok(bytes) => return Ok(Some(bytes)),
-        Err(record::DecodeError::Damaged) => ("damaged", None),
-        Err(record::DecodeError::UnsupportedVersion(version)) => ("newer", Some(version)),
+        Err(reason) => reason,
     };
-    let aside = file.with_extension(extension);
+    let aside = file.with_extension(reason.extension());
     fs::rename(file, &aside).map_err(read_error)?;
-    let (record, aside) = (location(file), location(&aside));
-    Err(match version {
-        Some(version) => Error::UnsupportedVersion { record, version, aside },
-        None => Error::Damaged { record, aside },
-    })
+    Err(reason.into_error(location(file), location(&aside)))
 }
 
 /// Replaces `file` with the record of `bytes` atomically, for readers and in a crash.

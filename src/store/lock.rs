@@ -22,7 +22,7 @@ pub(super) fn try_lock_file(file: &Path) -> io::Result<Option<RecordLock>> {
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
     let file = options.open(file)?;
     match file.try_lock() {
-        Ok(()) => Ok(Some(RecordLock::new(file))),
+        Ok(()) => Ok(Some(RecordLock::local(file))),
         Err(TryLockError::WouldBlock) => Ok(None),
         Err(TryLockError::Error(error)) => Err(error),
     }

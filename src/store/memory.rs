@@ -47,7 +47,7 @@ impl Store for MemoryStore {
     ) -> BoxFuture<'a, Result<Option<RecordLock>, Error>> {
         let try_lock = async {
             let lock = Arc::clone(lock_map(&self.locks).entry(key.clone()).or_default());
-            Ok(lock.try_lock_owned().ok().map(RecordLock::new))
+            Ok(lock.try_lock_owned().ok().map(RecordLock::local))
         };
         try_lock.boxed()
     }

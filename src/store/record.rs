@@ -3,7 +3,18 @@
 //! The header is `parapet <version> <length> <checksum>`. The checksum is the XXH3-128 of the bytes in
 //! hexadecimal: it detects damage, not tampering.
 
+use std::io;
+
 use xxhash_rust::xxh3::xxh3_128;
+
+use super::store_trait::Error;
+
+/// The longest record that is loaded from a remote store, in bytes. The longest document that is
+/// fetched from upstream fits.
+pub(super) const MAX_RECORD_LEN: usize = 300 << 20;
+
+/// No header is longer, in bytes.
+pub(super) const MAX_HEADER_LEN: usize = 128;
 
 const MAGIC: &str = "parapet";
 const VERSION: u32 = 1;
@@ -17,6 +28,32 @@ pub(super) enum DecodeError {
     UnsupportedVersion(u32),
 }
 
+impl DecodeError {
+    /// The suffix of the name under which the record is set aside.
+    pub(super) const fn extension(&self) -> &'static str {
+        match self {
+            Self::Damaged => "damaged",
+            Self::UnsupportedVersion(_) => "newer",
+        }
+    }
+
+    /// The error for a record at `record`, which is now at `aside`.
+    pub(super) fn into_error(self, record: String, aside: String) -> Error {
+        match self {
+            Self::UnsupportedVersion(version) => {
+                Error::UnsupportedVersion { record, version, aside }
+            }
+            Self::Damaged => Error::Damaged { record, aside },
+        }
+    }
+}
+
+/// The error for a record that is too long to be loaded.
+pub(super) fn too_large_error(len: u64) -> io::Error {
+    let text = format!("it has {len} bytes, and at most {MAX_RECORD_LEN} are supported");
+    io::Error::new(io::ErrorKind::InvalidData, text)
+}
+
 /// The bytes of `record`; reuses its memory.
 pub(super) fn decode(mut record: Vec<u8>) -> Result<Vec<u8>, DecodeError> {
     let end = record.iter().position(|&byte| byte == b'\n').ok_or(DecodeError::Damaged)?;
@@ -28,6 +65,11 @@ pub(super) fn decode(mut record: Vec<u8>) -> Result<Vec<u8>, DecodeError> {
     }
     record.drain(..=end);
     Ok(record)
+}
+
+/// The record of `bytes`.
+pub(super) fn encode(bytes: &[u8]) -> Vec<u8> {
+    [header(bytes).as_bytes(), bytes].concat()
 }
 
 /// The header for `bytes`; followed by them it forms their record.
@@ -47,10 +89,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    fn encode(bytes: &[u8]) -> Vec<u8> {
-        [header(bytes).as_bytes(), bytes].concat()
-    }
 
     #[test]
     fn version_1_record_is_decoded() {

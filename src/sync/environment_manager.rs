@@ -88,6 +88,8 @@ impl EnvironmentManager {
         }
         let stored = match self.store.list().await {
             Ok(stored) => stored,
+            // The store logs that itself.
+            Err(error) if error.is_unavailable() => return,
             Err(error) => {
                 return warn!(
                     error = error_chain(&error),
@@ -106,6 +108,7 @@ impl EnvironmentManager {
                     self.serve_stored(scope, &bytes).await;
                 }
                 Ok(None) => {}
+                Err(error) if error.is_unavailable() => return,
                 Err(error) => {
                     warn!(
                         error = error_chain(&error),

@@ -32,7 +32,7 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
         ("served", &["snapshot"]),
         ("usage", &["snapshot"]),
         ("redis_client", &[]),
-        ("store", &[]),
+        ("store", &["redis_client"]),
         ("background_writer", &["store"]),
         ("tls", &[]),
         ("upstream", &["background_writer", "store", "tls", "usage"]),

@@ -75,6 +75,8 @@ mod rig;
 mod secret_leaks;
 /// A standalone server.
 mod standalone;
+/// Stores on real servers.
+mod store;
 /// TLS on the listeners and towards upstream.
 mod tls;
 /// 100,000 made-up tokens.

@@ -6,6 +6,7 @@
 //! process, even if that is killed. The rig does not use Parapet's internals. `tests/run` installs what
 //! it needs.
 
+pub(crate) mod certificate_authority;
 pub(crate) mod chaos;
 mod clock;
 mod event_stream;
@@ -21,6 +22,7 @@ mod postgres;
 mod postgres_proxy;
 mod real_sdk;
 mod real_unleash;
+mod redis;
 mod scripted_upstream;
 pub(crate) mod secret_leak_check;
 mod self_signed_certificate;
@@ -42,6 +44,7 @@ pub(crate) use postgres::Postgres;
 pub(crate) use postgres_proxy::{PostgresProxy, SilencePoint};
 pub(crate) use real_sdk::{Evaluation, Sdk};
 pub(crate) use real_unleash::{HourlyUsage, STORE_TIMEOUT, TokenKind, Unleash, UnleashVersion};
+pub(crate) use redis::{RedisCluster, RedisSentinels, RedisServer};
 pub(crate) use scripted_upstream::{EntityTags, STREAM, ScriptedUpstream, event, feature};
 pub(crate) use self_signed_certificate::SelfSignedCertificate;
 pub(crate) use shell::{parapet_command, run_parapet, temp_file_with};

@@ -2,7 +2,6 @@
 //!
 //! `connections` covers HTTP connections and how they end.
 
-mod certificate_authority;
 mod certificate_rotation;
 mod client_certificates;
 mod external_clients;
@@ -24,8 +23,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use self::certificate_authority::{CertificateFiles, TestAuthority};
 use crate::in_process_parapet::CLIENT;
+use crate::rig::certificate_authority::{self, CertificateFiles, TestAuthority};
 use crate::rig::{FEATURES, LogEvent, Parapet, Setup, http, parapet_command, wait_until};
 
 const FLAGS: &str =

@@ -18,28 +18,28 @@ use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 
 /// Signs certificates. Its directory is for any files of the tests.
-pub(super) struct TestAuthority {
+pub(crate) struct TestAuthority {
     issuer: CertifiedIssuer<'static, KeyPair>,
     folder: TempDir,
 }
 
 /// A certificate and its key, both PEM.
-pub(super) struct IssuedCertificate {
-    pub(super) certificate: String,
-    pub(super) key: String,
+pub(crate) struct IssuedCertificate {
+    pub(crate) certificate: String,
+    pub(crate) key: String,
     der: CertificateDer<'static>,
     /// The SHA-256 of its public key, in base64.
-    pub(super) public_key_hash: String,
+    pub(crate) public_key_hash: String,
 }
 
 /// The paths of a certificate and its key.
-pub(super) struct CertificateFiles {
-    pub(super) certificate: PathBuf,
-    pub(super) key: PathBuf,
+pub(crate) struct CertificateFiles {
+    pub(crate) certificate: PathBuf,
+    pub(crate) key: PathBuf,
 }
 
 impl TestAuthority {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         // Fails if a provider is installed already, which is the same one.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let mut params = CertificateParams::default();
@@ -54,17 +54,17 @@ impl TestAuthority {
     }
 
     /// The path of the authority's certificate, in PEM.
-    pub(super) fn file(&self) -> PathBuf {
+    pub(crate) fn file(&self) -> PathBuf {
         self.path("ca.crt")
     }
 
     /// A path in its directory.
-    pub(super) fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
     /// Writes a file into its directory, in place.
-    pub(super) fn write(&self, name: &str, contents: impl AsRef<[u8]>) -> PathBuf {
+    pub(crate) fn write(&self, name: &str, contents: impl AsRef<[u8]>) -> PathBuf {
         let path = self.path(name);
         std::fs::write(&path, contents).unwrap();
         path
@@ -87,12 +87,12 @@ impl TestAuthority {
     }
 
     /// A server's certificate.
-    pub(super) fn server(&self, names: &[&str]) -> IssuedCertificate {
+    pub(crate) fn server(&self, names: &[&str]) -> IssuedCertificate {
         self.issue(names, |_| {})
     }
 
     /// A server's certificate that expires in this number of days, which may be negative.
-    pub(super) fn server_for_days(&self, names: &[&str], days: i64) -> IssuedCertificate {
+    pub(crate) fn server_for_days(&self, names: &[&str], days: i64) -> IssuedCertificate {
         let until = Timestamp::now() + SignedDuration::from_hours(24 * days);
         let seconds = until.as_second().try_into().unwrap();
         self.issue(names, |params| {
@@ -102,7 +102,7 @@ impl TestAuthority {
     }
 
     /// A client's certificate with this serial number.
-    pub(super) fn client(&self, serial: u64) -> IssuedCertificate {
+    pub(crate) fn client(&self, serial: u64) -> IssuedCertificate {
         self.issue(&[], |params| {
             params.serial_number = Some(SerialNumber::from(serial));
             params.distinguished_name.push(DnType::CommonName, "checkout");
@@ -113,7 +113,7 @@ impl TestAuthority {
     }
 
     /// Its certificate revocation list with these serial numbers.
-    pub(super) fn crl(&self, revoked: &[u64]) -> String {
+    pub(crate) fn crl(&self, revoked: &[u64]) -> String {
         let revoked = revoked.iter().map(|&serial| RevokedCertParams {
             serial_number: SerialNumber::from(serial),
             revocation_time: date_time_ymd(2024, 1, 1),
@@ -132,25 +132,25 @@ impl TestAuthority {
     }
 
     /// A certificate for this machine, in the files `<name>.crt` and `<name>.key`.
-    pub(super) fn loopback_files(&self, name: &str) -> CertificateFiles {
+    pub(crate) fn loopback_files(&self, name: &str) -> CertificateFiles {
         self.server(&["localhost", "127.0.0.1"]).write_files(self, name)
     }
 
     /// A client that trusts only this authority. Like the rig's client, it keeps no idle connections.
-    pub(super) fn http_client(&self) -> reqwest::ClientBuilder {
+    pub(crate) fn http_client(&self) -> reqwest::ClientBuilder {
         let root = reqwest::Certificate::from_der(self.issuer.der()).unwrap();
         let client = reqwest::Client::builder().tls_certs_only([root]).no_proxy();
         client.pool_max_idle_per_host(0).timeout(Duration::from_secs(30))
     }
 
     /// A client with a client certificate.
-    pub(super) fn http_client_with(&self, client: &IssuedCertificate) -> reqwest::ClientBuilder {
+    pub(crate) fn http_client_with(&self, client: &IssuedCertificate) -> reqwest::ClientBuilder {
         let identity = client.certificate.clone() + &client.key;
         self.http_client().identity(reqwest::Identity::from_pem(identity.as_bytes()).unwrap())
     }
 
     /// A TLS client configuration that trusts only this authority.
-    pub(super) fn client_config(&self) -> ClientConfig {
+    pub(crate) fn client_config(&self) -> ClientConfig {
         let mut roots = RootCertStore::empty();
         roots.add(self.issuer.der().clone()).unwrap();
         ClientConfig::builder().with_root_certificates(roots).with_no_client_auth()
@@ -159,7 +159,7 @@ impl TestAuthority {
 
 impl IssuedCertificate {
     /// Writes it to `<name>.crt` and `<name>.key` in the authority's directory.
-    pub(super) fn write_files(&self, authority: &TestAuthority, name: &str) -> CertificateFiles {
+    pub(crate) fn write_files(&self, authority: &TestAuthority, name: &str) -> CertificateFiles {
         CertificateFiles {
             certificate: authority.write(&format!("{name}.crt"), &self.certificate),
             key: authority.write(&format!("{name}.key"), &self.key),
@@ -167,14 +167,14 @@ impl IssuedCertificate {
     }
 
     /// The certificate as it is sent.
-    pub(super) fn der(&self) -> &CertificateDer<'static> {
+    pub(crate) fn der(&self) -> &CertificateDer<'static> {
         &self.der
     }
 }
 
 impl CertificateFiles {
     /// The paths of certificate and key.
-    pub(super) fn paths(&self) -> [&Path; 2] {
+    pub(crate) fn paths(&self) -> [&Path; 2] {
         [&self.certificate, &self.key]
     }
 }
