@@ -16,6 +16,7 @@ mod persistence;
 mod reload;
 mod sockets;
 mod standalone;
+mod store;
 mod supervisor;
 mod usage_files;
 
@@ -28,12 +29,12 @@ use tokio::{net::TcpListener, task::JoinSet, time::sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-pub use self::mode::Error;
 use self::{
     admin_token_watcher::AdminTokenWatcher, file_descriptors::RequestedConnections,
     first_start_announcement::ListenerAddress, mode::ModeParts, persistence::Persistence,
     reload::Reloader, sockets::Sockets, supervisor::Supervisor,
 };
+pub use self::{mode::Error, store::StoreError};
 use crate::{
     auth::{self, Authenticator},
     changes::ChangeFeed,
@@ -134,7 +135,7 @@ impl App {
                         data_dir,
                     );
                 };
-                standalone::build(standalone, data_dir, &snapshots, ready_when, announce).await?
+                standalone::build(*standalone, &snapshots, ready_when, announce).await?
             }
         };
         let identity = InstanceIdentity {

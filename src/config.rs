@@ -18,6 +18,7 @@ mod options;
 mod probe;
 mod raw;
 mod settings_digests;
+mod store;
 mod tls;
 mod values;
 
@@ -33,7 +34,8 @@ pub use self::{
     model::{
         AdminListenerConfig, BackupAction, BackupFolder, BackupOptions, Config, Credentials,
         DataListenerConfig, EdgeConfig, ExplainOptions, FlagsPath, InstanceInfo, ManageOptions,
-        Mode, OfflineConfig, ProbeOptions, ProbeTrust, ShutdownConfig, StandaloneConfig, Target,
+        Mode, OfflineConfig, ProbeOptions, ProbeTrust, RedisStoreConfig, ShutdownConfig,
+        StandaloneConfig, StoreConfig, Target,
     },
     settings_digests::SettingsDigests,
 };

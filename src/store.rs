@@ -1,6 +1,6 @@
 //! Persists state across restarts: bytes by key, saved atomically.
 //!
-//! [`Store`] is the interface, which a directory, Redis and memory implement. A record
+//! [`Store`] is the interface, which a directory, Redis, object storage and memory implement. A record
 //! that is damaged, or written by a newer version, is set aside and reported; its owner continues without
 //! it. The owners define the contents and must not store plaintext tokens.
 
@@ -9,6 +9,9 @@ mod file;
 mod key;
 mod lock;
 mod memory;
+mod object;
+mod object_lease;
+mod object_storage;
 mod outage_log;
 mod record;
 mod redis;
@@ -18,9 +21,12 @@ mod store_trait;
 mod tests;
 
 pub use self::{
+    edge_backup::EdgeBackup,
     file::{FileStore, OpenError},
     key::{ProcessSlot, RecordKey},
     memory::MemoryStore,
+    object::BucketStore,
+    object_storage::{Bucket, BucketError, Cloud},
     redis::{RedisStore, RedisStoreTimeouts},
     store_trait::{Error, RecordLock, Store},
 };

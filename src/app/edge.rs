@@ -1,6 +1,6 @@
 //! Edge mode: flags, token validation and usage through upstream.
 
-use std::{collections::BTreeSet, path::Path, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc};
 
 use tokio::sync::{Notify, watch};
 use tracing::{info, warn};
@@ -10,14 +10,15 @@ use super::{
     edge_sync::EdgeSync,
     mode::{AdminTokenParts, Error, FlagSource, ModeParts},
     reload::{EdgeTokens, Reloadable},
+    store::{self, OpenedStore},
 };
 use crate::{
     auth::{self, UpstreamValidator, Validator},
     background_writer::BackgroundWriter,
-    config::{self, BackupFolder, Credentials as Given},
+    config::{self, Credentials as Given},
     event_log::{EventLog, EventLogFollower},
     served::Snapshots,
-    store::{FileStore, MemoryStore, OpenError, RecordKey, Store, edge_backup},
+    store::{EdgeBackup, RecordKey, edge_backup},
     sync::{
         UpstreamMode,
         environment_manager::{EnvironmentManager, EnvironmentSelection},
@@ -28,14 +29,14 @@ use crate::{
 };
 
 /// Connects the components of an edge and serves the flags that an earlier run, of Parapet or of Unleash
-/// Edge, has left in the backup folder.
+/// Edge, has left in the store.
 pub(super) async fn build(
     edge: config::EdgeConfig,
     auth: &auth::Config,
     snapshots: &Snapshots,
     ready_when: ReadinessCondition,
 ) -> Result<ModeParts, Error> {
-    let store = open_store(&edge.backup_folder)?;
+    let OpenedStore { store, edge_backup } = store::open(&edge.store)?;
     let writer = BackgroundWriter::new(Arc::clone(&store));
     let upstream = Upstream::new(edge.upstream)?;
     let (credentials, selection, admin, tokens) = match edge.credentials {
@@ -83,11 +84,18 @@ pub(super) async fn build(
         event_log: event_log.clone(),
     };
     environments.restore().await;
-    let imported = import_edge_backup(edge.backup_folder.path(), &environments).await;
-    // Once Parapet has stored tokens itself, they also reflect later revocations. This only checks that
-    // the record exists; problems with it are reported when it is loaded.
-    let has_token_cache =
-        store.list().await.map_or(true, |keys| keys.contains(&RecordKey::TokenCache));
+    // These only check which records exist; problems with them are reported when they are loaded.
+    let stored = store.list().await;
+    // A remote store is asked for a backup only before Parapet has stored anything itself, and only if
+    // it responds.
+    let is_first_start = stored.as_ref().is_ok_and(Vec::is_empty);
+    let imported = if is_first_start || !store.is_remote() {
+        import_edge_backup(&edge_backup, &environments).await
+    } else {
+        Vec::new()
+    };
+    // Once Parapet has stored tokens itself, they also reflect later revocations.
+    let has_token_cache = stored.map_or(true, |keys| keys.contains(&RecordKey::TokenCache));
     let imported = if has_token_cache { Vec::new() } else { imported };
     let local_tokens =
         admin.iter().map(|token| admin_token_watcher::admin_grant(&token.current())).collect();
@@ -127,37 +135,21 @@ pub(super) async fn build(
     })
 }
 
-/// Opens the store in a folder. Falls back to memory if the folder is not writable and is only the
-/// default: Unleash Edge starts in a container without a writable folder, and so must its replacement.
-fn open_store(folder: &BackupFolder) -> Result<Arc<dyn Store>, OpenError> {
-    match (FileStore::open(folder.path()), folder) {
-        (Ok(store), _) => Ok(Arc::new(store)),
-        (Err(error), BackupFolder::Configured(_)) => Err(error),
-        (Err(error), BackupFolder::Default(_)) => {
-            warn!(
-                error = error_chain(&error),
-                "State cannot be stored: the next start needs upstream for flags and tokens, and usage still unsent at shutdown is lost. Name a writable folder with --backup-folder"
-            );
-            Ok(Arc::new(MemoryStore::default()))
-        }
-    }
-}
-
-/// Imports the backup of Unleash Edge in the folder; unreadable parts are skipped.
+/// Imports the backup of Unleash Edge; unreadable parts are skipped.
 ///
 /// The scope of an environment's flags is the union of the scopes of Edge's client tokens.
 async fn import_edge_backup(
-    folder: &Path,
+    backup: &EdgeBackup,
     environments: &EnvironmentManager,
 ) -> Vec<(Token, Grant)> {
-    let tokens = edge_backup::load_tokens(folder).await.unwrap_or_else(|error| {
+    let tokens = edge_backup::load_tokens(backup).await.unwrap_or_else(|error| {
         warn!(
             error = error_chain(&error),
             "Cannot read Unleash Edge's backup of tokens; it is ignored"
         );
         Vec::new()
     });
-    match edge_backup::load_features(folder).await {
+    match edge_backup::load_features(backup).await {
         Ok(backups) => {
             for (environment, text) in backups {
                 let grants = tokens.iter().map(|(_, grant)| grant).filter(|grant| {
@@ -179,22 +171,4 @@ async fn import_edge_backup(
         }
     }
     tokens
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn only_a_configured_folder_must_be_writable() {
-        let file = tempfile::NamedTempFile::new().expect("file");
-        let nowhere = file.path().join("backup");
-        open_store(&BackupFolder::Configured(nowhere.clone())).expect_err("a file is in the way");
-        let store = open_store(&BackupFolder::Default(nowhere)).expect("memory");
-        store.save(&RecordKey::TokenCache, "x".into()).await.expect("save");
-
-        let folder = tempfile::tempdir().expect("folder");
-        open_store(&BackupFolder::Default(folder.path().join("backup"))).expect("store");
-        assert!(folder.path().join("backup").is_dir());
-    }
 }

@@ -4,13 +4,13 @@ use std::{io, path::PathBuf, sync::Arc};
 
 use tokio::sync::Notify;
 
-use super::{edge_sync::EdgeSync, reload::Reloadable, supervisor::Supervisor};
+use super::{edge_sync::EdgeSync, reload::Reloadable, store::StoreError, supervisor::Supervisor};
 use crate::{
     auth::{Authenticator, Validator},
     background_writer::BackgroundWriter,
     config::ConfigErrors,
     control_plane::{self, ControlPlane},
-    store::{self, Store},
+    store::Store,
     sync::file_source::{self, FileSource},
     telemetry::ReadinessCondition,
     tls,
@@ -33,7 +33,7 @@ pub enum Error {
     ListenerStopped,
     /// The store cannot be opened.
     #[error("cannot open the store")]
-    Store(#[from] store::OpenError),
+    Store(#[from] StoreError),
     /// The registry of accounts and tokens cannot be opened.
     #[error("cannot open the registry of accounts and tokens")]
     Registry(#[from] control_plane::Error),

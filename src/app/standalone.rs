@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io::Write as _,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
@@ -16,13 +16,14 @@ use super::{
     mode::{Error, ModeParts},
     persistence::SaveLog,
     reload::Reloadable,
+    store,
 };
 use crate::{
     config::{FlagsPath, StandaloneConfig},
     control_plane::{BootstrapReport, ControlPlane, DatabaseLocation, InitialSetting},
     secret_file::parent_dir,
     served::Snapshots,
-    store::{FileStore, RecordKey, Store},
+    store::{RecordKey, Store},
     sync::file_source::FileSource,
     telemetry::{ReadinessCondition, error_chain},
 };
@@ -31,12 +32,11 @@ use crate::{
 /// accounts and tokens.
 pub(super) async fn build(
     standalone: StandaloneConfig,
-    data_dir: &Path,
     snapshots: &Snapshots,
     ready_when: ReadinessCondition,
     announce: impl FnOnce(&BootstrapReport),
 ) -> Result<ModeParts, Error> {
-    let store = Arc::new(FileStore::open(data_dir)?);
+    let store = store::open(&standalone.store)?.store;
     // Comes before the database is created, so that a start that fails here is not the first one.
     let flags = prepare_flags_path(standalone.flags)?;
     // A SQLite database is a local file, so a copy would not be more available than the file.

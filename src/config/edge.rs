@@ -11,6 +11,7 @@ use super::{
     model::{BackupFolder, Credentials, EdgeConfig, InstanceInfo},
     options,
     raw::RawSettings,
+    store::edge_store,
     tls::{EXPECTED_PEM_PATH, parse_file_path},
     values::{
         EXPECTED_FILE, EXPECTED_HTTP_URL, existing_file, parse_http_url, required, token_headers,
@@ -38,13 +39,14 @@ pub(super) fn edge(
             sync::UpstreamMode::parse,
         ),
     };
-    let backup_folder = backup_folder(s, data_dir);
+    let folder = backup_folder(s, data_dir);
+    let store = edge_store(s, folder);
     let admin_relay = s.switch(&options::ADMIN_RELAY);
     Some(EdgeConfig {
         upstream: upstream?,
         credentials: credentials?,
         sync,
-        backup_folder,
+        store: store?,
         admin_relay,
     })
 }
@@ -217,14 +219,18 @@ fn parse_header(text: &str) -> Option<(HeaderName, HeaderValue)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::StoreConfig;
     use crate::config::tests::{
         ADMIN, Certificates, EDGE, TOKEN, certificates, config, config_file, edge, errors, printed,
     };
 
     #[test]
     fn backup_folder_is_set_by_either_option_unless_empty() {
-        let of =
-            |line: &str, env: &[(&str, &str)]| edge(&format!("{EDGE} {line}"), env).backup_folder;
+        let of = |line: &str, env: &[(&str, &str)]| match edge(&format!("{EDGE} {line}"), env).store
+        {
+            StoreConfig::Folder(folder) => folder,
+            other => panic!("{other:?}"),
+        };
         let default = BackupFolder::Default("data/backup".into());
         assert_eq!(of("", &[("BACKUP_FOLDER", "")]), default);
         assert_eq!(of("--backup-folder=", &[]), default);

@@ -17,11 +17,12 @@ use super::{
     listeners,
     manage::{ManageCommand, RemoteServer},
     model::{
-        BackupOptions, Config, FlagsPath, InstanceInfo, ManageOptions, Mode, OfflineConfig,
-        ShutdownConfig, StandaloneConfig, Target,
+        BackupFolder, BackupOptions, Config, FlagsPath, InstanceInfo, ManageOptions, Mode,
+        OfflineConfig, ShutdownConfig, StandaloneConfig, StoreConfig, Target,
     },
     options,
     raw::RawSettings,
+    store::store_url,
     values::{EXPECTED_FILE, existing_file, path, required},
 };
 use crate::{
@@ -43,7 +44,7 @@ pub(super) fn config(s: &mut RawSettings, role: ServeMode) -> Result<Config, Con
     let mode = match role {
         ServeMode::Edge => edge::edge(s, &identity, &data_dir).map(Box::new).map(Mode::Edge),
         ServeMode::Offline => offline(s).map(Mode::Offline),
-        ServeMode::Standalone => standalone(s, &data_dir).map(Mode::Standalone),
+        ServeMode::Standalone => standalone(s, &data_dir).map(Box::new).map(Mode::Standalone),
     };
     let (data, admin) = listeners::listeners(s);
     let auth = auth::Config {
@@ -160,7 +161,13 @@ fn standalone(s: &mut RawSettings, data_dir: &Path) -> Option<StandaloneConfig> 
         event_retention: (!event_retention.is_zero()).then_some(event_retention),
         usage_retention: s.interval(&options::USAGE_RETENTION_SECONDS),
     };
-    Some(StandaloneConfig { flags, environments: environments.into_iter().collect(), control })
+    let store = if s.is_set(&options::STORE) {
+        store_url(s)?
+    } else {
+        StoreConfig::Folder(BackupFolder::Configured(data_dir.to_owned()))
+    };
+    let environments = environments.into_iter().collect();
+    Some(StandaloneConfig { flags, environments, store, control })
 }
 
 /// The path of the flags. On a first start without configuration it is a path for an example. With an

@@ -22,7 +22,9 @@ use ipnet::IpNet;
 use crate::{
     auth, control_plane,
     http::{client_address, cors, ofrep::StreamTicketKey, routes::OptionalEndpoint, streaming},
+    redis_client,
     server::ConnectionLimits,
+    store::{Bucket, RedisStoreTimeouts},
     sync, telemetry, tls,
     token::{Environment, Token},
     upstream, usage,
@@ -63,7 +65,7 @@ pub enum Mode {
     /// Flags from a file and a fixed list of tokens; usage is not reported.
     Offline(OfflineConfig),
     /// A server without upstream: flags from files, accounts and tokens in a database.
-    Standalone(StandaloneConfig),
+    Standalone(Box<StandaloneConfig>),
 }
 
 /// The configuration of edge mode, in front of an Unleash server.
@@ -75,10 +77,32 @@ pub struct EdgeConfig {
     pub credentials: Credentials,
     /// Polling and streaming of flags.
     pub sync: sync::Config,
-    /// The directory for flags and token digests, which allow a start without upstream.
-    pub backup_folder: BackupFolder,
+    /// Where flags and token digests are stored, which allow a start without upstream.
+    pub store: StoreConfig,
     /// Whether upstream's admin API is relayed.
     pub admin_relay: bool,
+}
+
+/// Where state is stored between runs.
+#[derive(Clone, Debug)]
+pub enum StoreConfig {
+    /// In a directory.
+    Folder(BackupFolder),
+    /// In Redis or Valkey.
+    Redis(Box<RedisStoreConfig>),
+    /// In object storage.
+    Bucket(Bucket),
+}
+
+/// A store in Redis or Valkey.
+#[derive(Clone, Debug)]
+pub struct RedisStoreConfig {
+    /// The servers.
+    pub client: redis_client::Config,
+    /// The start of all keys.
+    pub prefix: String,
+    /// How long loads and saves may take.
+    pub timeouts: RedisStoreTimeouts,
 }
 
 /// The directory in which an edge stores its backup.
@@ -141,6 +165,8 @@ pub struct StandaloneConfig {
     /// The environments that a single file of flags serves, in addition to those of the tokens that exist
     /// at the start.
     pub environments: BTreeSet<Environment>,
+    /// Where state is stored beside the database.
+    pub store: StoreConfig,
     /// Accounts and tokens.
     pub control: control_plane::Config,
 }

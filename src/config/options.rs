@@ -215,6 +215,46 @@ keys! {
         /// The timeout at shutdown for requests in progress and for the last usage, in seconds.
         SHUTDOWN_TIMEOUT_SECONDS = one("shutdown-timeout-seconds").default("10");
     }
+    WithUsage, "Store": {
+        /// Where state is kept between runs: file:<folder>, redis://, rediss:// (TLS),
+        /// redis+cluster://, redis+sentinel://, s3://<bucket>/<path>, gs:// or az://. Credentials of a
+        /// cloud are read from its own environment variables. Default: the backup folder of an edge, the
+        /// data dir of a standalone.
+        STORE = one("store").env("PARAPET_STORE").secret();
+        /// The certificate authorities (PEM) to trust for a Redis with TLS, instead of those of the
+        /// platform.
+        STORE_CA_FILE = one("store-ca-file");
+    }
+    Edge, "Store of Unleash Edge": {
+        /// The same as --store, as Unleash Edge names it: redis://user:password@host:port/database. With
+        /// --redis-mode cluster, the URLs of some nodes.
+        REDIS_URL = list("redis-url").secret();
+        /// Whether Redis is one server (single) or a Cluster (cluster).
+        REDIS_MODE = one("redis-mode").default("single");
+        /// The host of Redis, instead of --redis-url.
+        REDIS_HOST = one("redis-host");
+        /// The port of Redis; replaces that of --redis-url.
+        REDIS_PORT = one("redis-port");
+        /// The ACL user of Redis; replaces that of --redis-url.
+        REDIS_USERNAME = one("redis-username");
+        /// The password of Redis; replaces that of --redis-url.
+        REDIS_PASSWORD = one("redis-password").secret();
+        /// Connect to Redis over TLS.
+        REDIS_SECURE = switch("redis-secure");
+        /// With --redis-host: redis or tcp; rediss or tls for TLS.
+        REDIS_SCHEME = one("redis-scheme").default("redis");
+        /// The bucket in S3 in which state is kept. Endpoint, region and credentials are read from AWS_*
+        /// variables.
+        S3_BUCKET_NAME = one("s3-bucket-name");
+    }
+    WithUsage, "Timeouts of Redis": {
+        /// The timeout for loading from Redis, in milliseconds.
+        REDIS_READ_CONNECTION_TIMEOUT_MILLISECONDS =
+            one("redis-read-connection-timeout-milliseconds").default("2000");
+        /// The timeout for saving in Redis, in milliseconds.
+        REDIS_WRITE_CONNECTION_TIMEOUT_MILLISECONDS =
+            one("redis-write-connection-timeout-milliseconds").default("2000");
+    }
     WithUsage, "Usage": {
         /// The interval at which usage is sent to upstream, or stored in standalone mode, in seconds.
         METRICS_INTERVAL_SECONDS = one("metrics-interval-seconds").short('m').default("60");
@@ -376,30 +416,6 @@ keys! {
         PROMETHEUS_USER_ID = ignored("prometheus-user-id", One);
     }
     Edge, "Not supported": {
-        /// use --backup-folder on a volume that outlives the instance.
-        REDIS_URL = rejected("redis-url", List);
-        /// use --backup-folder on a volume that outlives the instance.
-        REDIS_HOST = rejected("redis-host", One);
-        /// Redis is not used.
-        REDIS_MODE = ignored("redis-mode", One);
-        /// Redis is not used.
-        REDIS_PORT = ignored("redis-port", One);
-        /// Redis is not used.
-        REDIS_USERNAME = ignored("redis-username", One);
-        /// Redis is not used.
-        REDIS_PASSWORD = ignored("redis-password", One);
-        /// Redis is not used.
-        REDIS_SECURE = ignored("redis-secure", Switch);
-        /// Redis is not used.
-        REDIS_SCHEME = ignored("redis-scheme", One);
-        /// Redis is not used.
-        REDIS_READ_CONNECTION_TIMEOUT_MILLISECONDS =
-            ignored("redis-read-connection-timeout-milliseconds", One);
-        /// Redis is not used.
-        REDIS_WRITE_CONNECTION_TIMEOUT_MILLISECONDS =
-            ignored("redis-write-connection-timeout-milliseconds", One);
-        /// use --backup-folder on a volume that outlives the instance.
-        S3_BUCKET_NAME = rejected("s3-bucket-name", One);
         /// let Prometheus scrape /internal-backstage/metrics.
         PROMETHEUS_REMOTE_WRITE_URL = rejected("prometheus-remote-write-url", One);
         /// create the tokens in upstream, or run `offline` with --frontend-tokens.

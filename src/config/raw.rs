@@ -284,6 +284,11 @@ impl RawSettings {
         }
     }
 
+    /// The raw values of a list, without default.
+    pub(super) fn texts(&self, key: &OptionSpec) -> Vec<String> {
+        self.values.get(key.name).map(|given| given.texts.clone()).unwrap_or_default()
+    }
+
     /// Records an error of `key`.
     pub(super) fn report_error(&mut self, key: &OptionSpec, reason: impl Into<String>) {
         let location = match self.values.get(key.name) {

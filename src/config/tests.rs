@@ -117,7 +117,8 @@ fn defaults_match_unleash_edge() {
     assert_eq!(edge.sync.interval, Duration::from_secs(15));
     assert_eq!(edge.sync.mode, sync::UpstreamMode::Auto);
     assert_eq!(edge.upstream.request_timeout, Duration::from_secs(5));
-    assert_eq!(edge.backup_folder, BackupFolder::Default("data/backup".into()));
+    let folder = BackupFolder::Default("data/backup".into());
+    assert!(matches!(edge.store, StoreConfig::Folder(it) if it == folder));
     assert!(matches!(edge.credentials, Credentials::BackendTokens(tokens) if tokens.is_empty()));
 }
 
@@ -154,7 +155,14 @@ fn common_options_are_accepted_before_and_after_subcommand() {
 fn all_errors_are_reported_at_once() {
     let (_folder, path) = config_file("max_connections = 0\nprot = 1\nbase_path = false\n");
     let line = format!("--config {path} edge --allow-list 10.0.0.0/40 --admin-port 99999");
-    let messages = errors(&line, &[("PORT", "x"), ("TOKENS", "a:b,c"), ("REDIS_URL", "redis://r")]);
+    let env = [
+        ("PORT", "x"),
+        ("TOKENS", "a:b,c"),
+        ("REDIS_HOST", "r"),
+        ("REDIS_PORT", "x"),
+        ("PRETRUSTED_TOKENS", "a@dev"),
+    ];
+    let messages = errors(&line, &env);
     for part in [
         "--upstream-url (UPSTREAM_URL): is required",
         "--allow-list: expected networks or addresses, as in `10.0.0.0/8`, not `10.0.0.0/40`",
@@ -162,14 +170,15 @@ fn all_errors_are_reported_at_once() {
         "PORT: expected a port, 0 to 65535, not `x`",
         "TOKENS: expected tokens; token 1: ",
         "TOKENS: expected tokens; token 2: ",
-        "REDIS_URL: is not supported by Parapet; use --backup-folder",
+        "REDIS_PORT: expected a port, 1 to 65535, not `x`",
+        "PRETRUSTED_TOKENS: is not supported by Parapet; create the tokens in upstream",
         ":1: max_connections: expected a whole number above 0, not `0`",
         ":2: unknown key `prot`",
         ":3: `base_path`: expected a string or a number",
     ] {
         assert!(messages.iter().any(|mistake| mistake.contains(part)), "{part}\n{messages:#?}");
     }
-    assert_eq!(messages.len(), 10, "{messages:#?}");
+    assert_eq!(messages.len(), 11, "{messages:#?}");
 }
 
 #[test]
@@ -222,6 +231,10 @@ fn secrets_are_never_printed() {
         format!("offline -b config/flags.json --init-admin-api-tokens {ADMIN}"),
         format!("--init-admin-api-tokens {ADMIN} --init-client-api-tokens {TOKEN}"),
         format!("{EDGE} --redis-url redis://u:{SECRET}@h --sentry-dsn https://{SECRET}@s"),
+        format!("{EDGE} --redis-url redis://u:{SECRET}@h --check-config"),
+        format!("{EDGE} --redis-host h --redis-password {SECRET}"),
+        format!("{EDGE} --store redis+sentinel://u:{SECRET}@h/m?sentinel_password={SECRET}"),
+        format!("{EDGE} --store redis://u:{SECRET}@h/x"),
     ];
     for line in lines {
         let text = match parse(&line, &[]) {

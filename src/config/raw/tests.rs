@@ -22,7 +22,8 @@ fn command_line_overrides_environment_overrides_file() {
 
 #[test]
 fn variable_of_another_command_warns() {
-    let messages = config("", &[("UPSTREAM_URL", "http://u"), ("REDIS_URL", "redis://r")]).warnings;
+    let messages =
+        config("", &[("UPSTREAM_URL", "http://u"), ("UNLEASH_CLIENT_SECRET", "r")]).warnings;
     assert_eq!(messages, ["UPSTREAM_URL does not apply to `standalone`"]);
 }
 
@@ -41,6 +42,7 @@ fn value_of(secret: &OptionSpec) -> &'static str {
     match secret.name {
         "upstream-admin-token" => ADMIN,
         "custom-client-headers" => "X-Key: 0123456789abcdef",
+        "store" | "redis-url" => "redis://user:456789abcdef@host",
         "database-url" => "postgres://user:456789abcdef@host/db",
         name if name.contains("tokens") => TOKEN,
         _ => "0123456789abcdef0123456789abcdef",
@@ -151,8 +153,9 @@ fn file_variable_of_non_secret_option_is_an_error() {
             "UPSTREAM_URL_FILE: UPSTREAM_URL cannot be read from a file"
         ]
     );
-    let messages = errors(EDGE, &[("REDIS_URL_FILE", "/run/redis")]);
-    assert!(messages[0].starts_with("REDIS_URL_FILE: is not supported by Parapet"), "{messages:?}");
+    let messages = errors(EDGE, &[("PRETRUSTED_TOKENS_FILE", "/run/tokens")]);
+    let expected = "PRETRUSTED_TOKENS_FILE: is not supported by Parapet";
+    assert!(messages[0].starts_with(expected), "{messages:?}");
     let messages = config(EDGE, &[("SENTRY_DSN_FILE", "/run/dsn")]).warnings;
     assert!(messages[0].starts_with("SENTRY_DSN_FILE has no effect"), "{messages:?}");
     // Variables of other programs, of another command, and options whose names end in `_FILE`.

@@ -1,6 +1,6 @@
 //! The contract of a store, as a test that every implementation passes.
 //!
-//! The integration tests include this file too, for the stores that need servers.
+//! Unit tests include this file too, for the stores that need no servers.
 
 use std::sync::Arc;
 
