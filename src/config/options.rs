@@ -216,10 +216,10 @@ keys! {
         SHUTDOWN_TIMEOUT_SECONDS = one("shutdown-timeout-seconds").default("10");
     }
     WithUsage, "Store": {
-        /// Where state is kept between runs: file:<folder>, redis://, rediss:// (TLS),
-        /// redis+cluster://, redis+sentinel://, s3://<bucket>/<path>, gs:// or az://. Credentials of a
-        /// cloud are read from its own environment variables. Default: the backup folder of an edge, the
-        /// data dir of a standalone.
+        /// Where state is kept between runs, as a URL: a folder (file:), Redis (redis:, or rediss: with
+        /// TLS, redis+cluster:, redis+sentinel:), or a bucket with a path in it (s3:, gs:, az:), whose
+        /// credentials are read from the variables of its cloud. Default: the backup folder of an edge,
+        /// the data dir of a standalone.
         STORE = one("store").env("PARAPET_STORE").secret();
         /// The certificate authorities (PEM) to trust for a Redis with TLS, instead of those of the
         /// platform.

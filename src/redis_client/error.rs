@@ -52,9 +52,4 @@ impl Error {
     pub const fn is_outcome_unknown(&self) -> bool {
         matches!(self, Self::Disconnected { .. } | Self::Timeout { .. })
     }
-
-    /// Whether the server answered. If not, it is away, and other commands will probably fail too.
-    pub const fn is_rejection(&self) -> bool {
-        matches!(self, Self::Rejected { .. })
-    }
 }

@@ -2,7 +2,7 @@
 //! deployment share.
 //!
 //! Each record is an object `<prefix>/<name>.parapet`. A lock is an object `<prefix>/<name>.lock`
-//! ([`object_lease`](super::object_lease)). A damaged record is copied to `<name>.damaged` before it is
+//! ([`object_lease`]). A damaged record is copied to `<name>.damaged` before it is
 //! deleted; a save by another instance between the two is lost.
 
 use std::{
@@ -20,6 +20,7 @@ use super::{
     key::RecordKey,
     object_lease::{self, Attempt, Observation},
     object_storage::{Bucket, BucketError, ObjectStorage},
+    outage_log::Access,
     record, save_metrics,
     store_trait::{Error, RecordLock, Store},
 };
@@ -114,7 +115,7 @@ impl BucketStore {
 
 impl Store for BucketStore {
     fn load<'a>(&'a self, key: &'a RecordKey) -> BoxFuture<'a, Result<Option<Vec<u8>>, Error>> {
-        async { self.storage.log(self.load_record(&key.name()).await) }.boxed()
+        async { self.storage.log(Access::Read, self.load_record(&key.name()).await) }.boxed()
     }
 
     fn save<'a>(&'a self, key: &'a RecordKey, bytes: Bytes) -> BoxFuture<'a, Result<(), Error>> {
@@ -122,20 +123,20 @@ impl Store for BucketStore {
             let begun = Instant::now();
             let saved = self.save_record(&key.name(), bytes).await;
             save_metrics::record(key, begun.elapsed(), saved.is_ok());
-            self.storage.log(saved)
+            self.storage.log(Access::Write, saved)
         };
         save.boxed()
     }
 
     fn list(&self) -> BoxFuture<'_, Result<Vec<RecordKey>, Error>> {
-        async { self.storage.log(self.list_records().await) }.boxed()
+        async { self.storage.log(Access::Read, self.list_records().await) }.boxed()
     }
 
     fn try_lock<'a>(
         &'a self,
         key: &'a RecordKey,
     ) -> BoxFuture<'a, Result<Option<RecordLock>, Error>> {
-        async { self.storage.log(self.lock_record(&key.name()).await) }.boxed()
+        async { self.storage.log(Access::Write, self.lock_record(&key.name()).await) }.boxed()
     }
 
     fn is_remote(&self) -> bool {

@@ -14,14 +14,14 @@ use object_store::{
     ClientOptions, ObjectMeta, ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, PutPayload,
     RetryConfig, UpdateVersion,
     aws::{AmazonS3Builder, AmazonS3ConfigKey},
-    azure::MicrosoftAzureBuilder,
-    gcp::GoogleCloudStorageBuilder,
+    azure::{AzureConfigKey, MicrosoftAzureBuilder},
+    gcp::{GoogleCloudStorageBuilder, GoogleConfigKey},
     path::Path,
 };
 use tokio::time::{Instant, timeout};
 
 use super::{
-    outage_log::OutageLog,
+    outage_log::{Access, OutageLog},
     record::{MAX_RECORD_LEN, too_large_error},
     store_trait::Error,
 };
@@ -97,19 +97,19 @@ const MAX_PAUSE: Duration = Duration::from_secs(10);
 /// Why an operation failed.
 #[derive(Debug)]
 pub(super) enum Failure {
-    /// The storage cannot be reached.
+    /// The storage cannot be used: it is away, denies access, or does not have the bucket.
     Unavailable(io::Error),
     /// A condition is not met: the object exists, or has been replaced.
     Conflict,
-    /// The storage rejected the operation.
-    Rejected(io::Error),
+    /// The object is too large for a record.
+    TooLarge(io::Error),
 }
 
 impl Failure {
     /// Why, without the class of the failure.
     pub(super) fn into_cause(self) -> io::Error {
         match self {
-            Self::Unavailable(source) | Self::Rejected(source) => source,
+            Self::Unavailable(source) | Self::TooLarge(source) => source,
             Self::Conflict => io::Error::other("another instance has replaced it"),
         }
     }
@@ -161,7 +161,7 @@ impl ObjectStorage {
                 Err(error) => return Err(classify(error)),
             };
             if found.meta.size > MAX_RECORD_LEN as u64 {
-                return Err(Failure::Rejected(too_large_error(found.meta.size)));
+                return Err(Failure::TooLarge(too_large_error(found.meta.size)));
             }
             let version = version(&found.meta);
             Ok(Some((found.bytes().await.map_err(classify)?, version)))
@@ -187,7 +187,14 @@ impl ObjectStorage {
     /// Renames an object: readers may see both or the old one for a moment.
     pub(super) async fn rename(&self, from: &str, to: &str) -> Result<(), Failure> {
         let (from, to) = (self.path(from), self.path(to));
-        self.run(async { self.client.rename(&from, &to).await.map_err(classify) }).await
+        let rename = async {
+            match self.client.rename(&from, &to).await {
+                // Another instance has renamed it.
+                Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+                Err(error) => Err(classify(error)),
+            }
+        };
+        self.run(rename).await
     }
 
     /// The names of all objects directly below the prefix.
@@ -211,13 +218,13 @@ impl ObjectStorage {
             Failure::Unavailable(source) => {
                 Error::Unavailable { store: self.location.clone(), source }
             }
-            Failure::Rejected(_) | Failure::Conflict => rejected(failure.into_cause()),
+            Failure::TooLarge(_) | Failure::Conflict => rejected(failure.into_cause()),
         }
     }
 
     /// Logs the beginning or the end of an outage, and returns the result.
-    pub(super) fn log<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
-        self.log.record(&self.location, result)
+    pub(super) fn log<T>(&self, access: Access, result: Result<T, Error>) -> Result<T, Error> {
+        self.log.record(&self.location, access, result)
     }
 
     async fn run<T>(
@@ -260,7 +267,6 @@ fn client(
     name: &str,
     settings: &[(&str, String)],
 ) -> object_store::Result<Arc<dyn ObjectStore>> {
-    let options = ClientOptions::new().with_timeout(TIMEOUT).with_connect_timeout(CONNECT_TIMEOUT);
     let retry = RetryConfig { max_retries: 2, retry_timeout: TIMEOUT, ..RetryConfig::default() };
     Ok(match bucket.cloud {
         Cloud::S3 => {
@@ -269,9 +275,7 @@ fn client(
                 builder = builder.with_config(key.parse()?, value);
             }
             let endpoint = builder.get_config_value(&AmazonS3ConfigKey::Endpoint);
-            // An operator who names an endpoint without TLS wants it.
-            let is_http = endpoint.is_some_and(|url| url.starts_with("http://"));
-            Arc::new(builder.with_client_options(options.with_allow_http(is_http)).build()?)
+            Arc::new(builder.with_client_options(client_options(endpoint)).build()?)
         }
         Cloud::Gcs => {
             let mut builder =
@@ -279,7 +283,8 @@ fn client(
             for (key, value) in settings {
                 builder = builder.with_config(key.parse()?, value);
             }
-            Arc::new(builder.with_client_options(options).build()?)
+            let endpoint = builder.get_config_value(&GoogleConfigKey::BaseUrl);
+            Arc::new(builder.with_client_options(client_options(endpoint)).build()?)
         }
         Cloud::Azure => {
             let mut builder =
@@ -287,9 +292,17 @@ fn client(
             for (key, value) in settings {
                 builder = builder.with_config(key.parse()?, value);
             }
-            Arc::new(builder.with_client_options(options).build()?)
+            let endpoint = builder.get_config_value(&AzureConfigKey::Endpoint);
+            Arc::new(builder.with_client_options(client_options(endpoint)).build()?)
         }
     })
+}
+
+/// The options for an endpoint, if one is named. An operator who names one without TLS wants that.
+fn client_options(endpoint: Option<String>) -> ClientOptions {
+    let is_http = endpoint.is_some_and(|url| url.starts_with("http://"));
+    let options = ClientOptions::new().with_timeout(TIMEOUT).with_connect_timeout(CONNECT_TIMEOUT);
+    options.with_allow_http(is_http)
 }
 
 fn version(meta: &ObjectMeta) -> UpdateVersion {
@@ -300,13 +313,6 @@ fn classify(error: object_store::Error) -> Failure {
     use object_store::Error as E;
     match error {
         E::AlreadyExists { .. } | E::Precondition { .. } => Failure::Conflict,
-        E::NotFound { .. }
-        | E::InvalidPath { .. }
-        | E::NotSupported { .. }
-        | E::NotImplemented { .. }
-        | E::PermissionDenied { .. }
-        | E::Unauthenticated { .. }
-        | E::UnknownConfigurationKey { .. } => Failure::Rejected(io::Error::other(error)),
         error => Failure::Unavailable(io::Error::other(error)),
     }
 }

@@ -21,13 +21,13 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{FutureExt as _, future::BoxFuture};
-use redis::{FromRedisValue, Script, cmd};
+use redis::{Script, cmd};
 use tokio::time::{Instant, timeout};
 use ulid::Ulid;
 
 use super::{
     key::RecordKey,
-    outage_log::OutageLog,
+    outage_log::{Access, OutageLog},
     record::{self, MAX_RECORD_LEN},
     save_metrics,
     store_trait::{Error, LEASE_DURATION, Lease, RecordLock, Store},
@@ -123,17 +123,15 @@ impl RedisStore {
     }
 
     async fn load_record(&self, name: &str) -> Result<Option<Vec<u8>>, Error> {
-        let place = || self.place(&self.keys.records, name);
-        let read_error = |source| Error::Read { record: place(), source };
-        let to_error = |failure: Failure| failure.into_error(self.client.location(), read_error);
         let (mut hstrlen, mut hget) = (cmd("HSTRLEN"), cmd("HGET"));
         let length = self.client.run(hstrlen.arg(&self.keys.records).arg(name));
-        let length: usize = within(self.timeouts.load, length).await.map_err(to_error)?;
+        let length: usize = self.within(self.timeouts.load, length).await?;
+        let record = self.place(&self.keys.records, name);
         if length > MAX_RECORD_LEN {
-            return Err(read_error(record::too_large_error(length as u64)));
+            return Err(Error::Read { record, source: record::too_large_error(length as u64) });
         }
         let found = self.client.run(hget.arg(&self.keys.records).arg(name));
-        let found: Option<Vec<u8>> = within(self.timeouts.load, found).await.map_err(to_error)?;
+        let found: Option<Vec<u8>> = self.within(self.timeouts.load, found).await?;
         let Some(found) = found else { return Ok(None) };
         let length = found.len();
         let start = found[..length.min(record::MAX_HEADER_LEN)].to_vec();
@@ -143,8 +141,8 @@ impl RedisStore {
         };
         let keys = [&*self.keys.records, &*self.keys.set_aside];
         let moved = self.client.run_script::<()>(&SET_ASIDE, &keys, (name, length, start));
-        within(self.timeouts.load, moved).await.map_err(to_error)?;
-        Err(reason.into_error(place(), self.place(&self.keys.set_aside, name)))
+        self.within(self.timeouts.load, moved).await?;
+        Err(reason.into_error(record, self.place(&self.keys.set_aside, name)))
     }
 
     async fn save_record(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
@@ -153,19 +151,13 @@ impl RedisStore {
         let keys = [&*self.keys.records, &*self.keys.writes];
         let arguments = (name, number, millis(WRITES_TTL), record);
         let saved = self.client.run_script::<()>(&SAVE, &keys, arguments);
-        within(self.timeouts.save, saved).await.map_err(|failure| {
-            let record = self.place(&self.keys.records, name);
-            failure.into_error(self.client.location(), |source| Error::Write { record, source })
-        })
+        self.within(self.timeouts.save, saved).await
     }
 
     async fn list_records(&self) -> Result<Vec<RecordKey>, Error> {
         let mut hkeys = cmd("HKEYS");
         let names = self.client.run::<Vec<String>>(hkeys.arg(&self.keys.records));
-        let names = within(self.timeouts.load, names).await.map_err(|failure| {
-            let record = format!("{} {}", self.client.location(), self.keys.records);
-            failure.into_error(self.client.location(), |source| Error::Read { record, source })
-        })?;
+        let names = self.within(self.timeouts.load, names).await?;
         let mut keys: Vec<_> = names.iter().filter_map(|name| RecordKey::from_name(name)).collect();
         keys.sort_unstable();
         Ok(keys)
@@ -180,8 +172,16 @@ impl RedisStore {
         };
         let mut set = cmd("SET");
         set.arg(&lease.key).arg(&lease.owner).arg("NX").arg("PX").arg(millis(LEASE_DURATION));
-        let taken: bool = lease.run(self.client.run(&set)).await?;
+        let taken: bool = self.within(self.timeouts.save, self.client.run(&set)).await?;
         Ok(taken.then(|| RecordLock::lease(lease)))
+    }
+
+    async fn within<T>(
+        &self,
+        deadline: Duration,
+        command: impl Future<Output = Result<T, redis_client::Error>>,
+    ) -> Result<T, Error> {
+        within(&self.client, deadline, command).await
     }
 
     /// Where a record is, as errors name it.
@@ -194,7 +194,7 @@ impl Store for RedisStore {
     fn load<'a>(&'a self, key: &'a RecordKey) -> BoxFuture<'a, Result<Option<Vec<u8>>, Error>> {
         let load = async {
             let loaded = self.load_record(&key.name()).await;
-            self.outage.record(self.client.location(), loaded)
+            self.outage.record(self.client.location(), Access::Read, loaded)
         };
         load.boxed()
     }
@@ -204,7 +204,7 @@ impl Store for RedisStore {
             let begun = Instant::now();
             let saved = self.save_record(&key.name(), &bytes).await;
             save_metrics::record(key, begun.elapsed(), saved.is_ok());
-            self.outage.record(self.client.location(), saved)
+            self.outage.record(self.client.location(), Access::Write, saved)
         };
         save.boxed()
     }
@@ -212,7 +212,7 @@ impl Store for RedisStore {
     fn list(&self) -> BoxFuture<'_, Result<Vec<RecordKey>, Error>> {
         let list = async {
             let listed = self.list_records().await;
-            self.outage.record(self.client.location(), listed)
+            self.outage.record(self.client.location(), Access::Read, listed)
         };
         list.boxed()
     }
@@ -223,7 +223,7 @@ impl Store for RedisStore {
     ) -> BoxFuture<'a, Result<Option<RecordLock>, Error>> {
         let lock = async {
             let locked = self.lock_record(&key.name()).await;
-            self.outage.record(self.client.location(), locked)
+            self.outage.record(self.client.location(), Access::Write, locked)
         };
         lock.boxed()
     }
@@ -248,61 +248,43 @@ struct RedisLease {
     timeout: Duration,
 }
 
-impl RedisLease {
-    async fn run<T: FromRedisValue>(
-        &self,
-        command: impl Future<Output = Result<T, redis_client::Error>>,
-    ) -> Result<T, Error> {
-        within(self.timeout, command).await.map_err(|failure| {
-            let record = format!("{} {}", self.client.location(), self.key);
-            failure.into_error(self.client.location(), |source| Error::Lock { record, source })
-        })
-    }
-}
-
 impl Lease for RedisLease {
     fn renew(&self) -> BoxFuture<'_, Result<bool, Error>> {
         let arguments = (&self.owner, millis(LEASE_DURATION));
         let keys = [self.key.as_str()];
-        async move { self.run(self.client.run_script(&RENEW, &keys, arguments)).await }.boxed()
+        let renew = async move {
+            let renewed = self.client.run_script(&RENEW, &keys, arguments);
+            within(&self.client, self.timeout, renewed).await
+        };
+        renew.boxed()
     }
 
     fn release(&self) -> BoxFuture<'_, Result<(), Error>> {
         let keys = [self.key.as_str()];
-        async move { self.run(self.client.run_script(&RELEASE, &keys, &self.owner)).await }.boxed()
+        let release = async move {
+            let released = self.client.run_script(&RELEASE, &keys, &self.owner);
+            within(&self.client, self.timeout, released).await
+        };
+        release.boxed()
     }
 }
 
-/// Why a command failed.
-enum Failure {
-    Client(redis_client::Error),
-    Timeout(Duration),
-}
-
-impl Failure {
-    /// The error of the store: that it is unavailable, or `rejected` with the cause.
-    fn into_error(self, location: &str, rejected: impl FnOnce(io::Error) -> Error) -> Error {
-        let store = location.to_owned();
-        match self {
-            Self::Client(error) if error.is_rejection() => rejected(io::Error::other(error)),
-            Self::Client(error) => Error::Unavailable { store, source: io::Error::other(error) },
-            Self::Timeout(deadline) => {
-                let text = format!("it did not respond within {deadline:?}");
-                let source = io::Error::new(io::ErrorKind::TimedOut, text);
-                Error::Unavailable { store, source }
-            }
-        }
-    }
-}
-
+/// The result of a command. Every failure concerns all records: the server is away, full, still loading
+/// its data, or does not permit the command.
 async fn within<T>(
+    client: &RedisClient,
     deadline: Duration,
     command: impl Future<Output = Result<T, redis_client::Error>>,
-) -> Result<T, Failure> {
-    match timeout(deadline, command).await {
-        Ok(result) => result.map_err(Failure::Client),
-        Err(_) => Err(Failure::Timeout(deadline)),
-    }
+) -> Result<T, Error> {
+    let source = match timeout(deadline, command).await {
+        Ok(Ok(value)) => return Ok(value),
+        Ok(Err(error)) => io::Error::other(error),
+        Err(_) => {
+            let text = format!("it did not respond within {deadline:?}");
+            io::Error::new(io::ErrorKind::TimedOut, text)
+        }
+    };
+    Err(Error::Unavailable { store: client.location().to_owned(), source })
 }
 
 fn millis(duration: Duration) -> u64 {

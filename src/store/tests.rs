@@ -1,6 +1,6 @@
 //! The contract of a store, for those that need no server.
 
-#[path = "../../tests/it/store_contract.rs"]
+#[path = "../../tests/it/store/contract.rs"]
 mod contract;
 
 use std::{fs, sync::Arc};

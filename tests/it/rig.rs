@@ -6,6 +6,7 @@
 //! process, even if that is killed. The rig does not use Parapet's internals. `tests/run` installs what
 //! it needs.
 
+mod azure;
 pub(crate) mod certificate_authority;
 pub(crate) mod chaos;
 mod clock;
@@ -30,6 +31,7 @@ mod self_signed_certificate;
 mod shell;
 mod stalled_client;
 
+pub(crate) use azure::AzureServer;
 pub(crate) use chaos::{ChaosProxy, Fault};
 pub(crate) use clock::FakeWallClock;
 pub(crate) use event_stream::EventStream;

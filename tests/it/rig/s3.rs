@@ -47,13 +47,6 @@ impl S3Server {
         assert!(response.status().is_success(), "{response:?}");
     }
 
-    /// The contents of an object.
-    pub(crate) async fn get(&self, bucket: &str, name: &str) -> String {
-        let response = http().get(format!("{}/{bucket}/{name}", self.url)).send().await.unwrap();
-        assert!(response.status().is_success(), "{response:?}");
-        response.text().await.unwrap()
-    }
-
     /// The list of the objects, as XML.
     pub(crate) async fn list(&self, bucket: &str) -> String {
         let response = http().get(format!("{}/{bucket}", self.url)).send().await.unwrap();

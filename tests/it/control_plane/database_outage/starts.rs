@@ -8,7 +8,8 @@ use sqlx::{Connection as _, Executor as _, PgConnection};
 use super::super::{Installation, OWNER, PASSWORD, sign_in};
 use super::{create_token, delete, installation_behind};
 use crate::rig::{
-    LogEvent, Parapet, Postgres, PostgresProxy, SilencePoint, secret_leak_check, wait_until,
+    LogEvent, Parapet, Postgres, PostgresProxy, RedisServer, SilencePoint, secret_leak_check,
+    wait_until,
 };
 
 /// The local copy of the tokens serves SDKs only.
@@ -62,6 +63,30 @@ async fn start_without_database_accepts_cached_tokens() {
         wait_until("the start fails", Duration::from_secs(30), async || parapet.exit_status())
             .await;
     assert!(!ended.success());
+}
+
+/// A new instance, which has no copy of its own, finds that of another one in Redis.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs PostgreSQL and Redis"]
+async fn new_instance_without_database_accepts_tokens_cached_in_redis() {
+    let (postgres, redis) = (Postgres::shared().await, RedisServer::start().await);
+    let name = postgres.create_database().await;
+    let proxy = PostgresProxy::start(postgres.port()).await;
+    let place = installation_behind(&proxy, &name);
+    let store = format!("--store={}", redis.url());
+    let first = place.start_with(&[&store]).await;
+    let owner = sign_in(&first, OWNER, PASSWORD).await.unwrap();
+    let token = create_token(&owner, "in Redis").await;
+    wait_until("the token is stored", Duration::from_secs(15), async || {
+        let records = redis.cli(&["hvals", "{parapet}:records"]).await;
+        assert!(!records.contains(&token), "stored a token in plain text");
+        records.contains("in Redis").then_some(())
+    })
+    .await;
+
+    proxy.refuse().await;
+    let second = place.start_with(&[&store]).await;
+    assert_eq!(second.features_status(&token).await, StatusCode::OK);
 }
 
 /// An instance on the database behind `proxy` whose first start generates a password. It may fail before
