@@ -20,7 +20,7 @@ use std::{
 
 use tokio::{sync::watch, task::spawn_blocking};
 
-use self::history::History;
+use self::history::StateHistory;
 pub use self::{
     history::StateId,
     subscription_key::SubscriptionKey,
@@ -39,7 +39,7 @@ pub struct ChangeFeed(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     snapshots: Snapshots,
-    histories: Mutex<HashMap<Environment, Arc<History>>>,
+    histories: Mutex<HashMap<Environment, Arc<StateHistory>>>,
     updates: BoundedCache<UpdateKey, Arc<Update>>,
 }
 
@@ -114,13 +114,13 @@ impl ChangeFeed {
     }
 
     /// The history of an environment, which includes its current state.
-    fn history(&self, environment: &Environment) -> Option<Arc<History>> {
+    fn history(&self, environment: &Environment) -> Option<Arc<StateHistory>> {
         let history = {
             let mut histories = self.lock_histories();
             if let Some(history) = histories.get(environment) {
                 Arc::clone(history)
             } else {
-                let history = Arc::new(History::new(&*self.0.snapshots.load(environment)?));
+                let history = Arc::new(StateHistory::new(&*self.0.snapshots.load(environment)?));
                 histories.insert(environment.clone(), Arc::clone(&history));
                 history
             }
@@ -130,7 +130,7 @@ impl ChangeFeed {
     }
 
     /// Ignores poisoning: a panic under this lock leaves a consistent map.
-    fn lock_histories(&self) -> MutexGuard<'_, HashMap<Environment, Arc<History>>> {
+    fn lock_histories(&self) -> MutexGuard<'_, HashMap<Environment, Arc<StateHistory>>> {
         self.0.histories.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -5,7 +5,7 @@
 //! database, and an unreachable database does not affect what is served. This module contains no HTTP.
 
 mod account_changes;
-mod accounts;
+mod account_queries;
 mod audit;
 mod authorization;
 pub mod backup;
@@ -36,10 +36,10 @@ use tracing::warn;
 
 pub use self::{
     account_changes::{AccountChange, NewAccount, PermissionChange},
-    accounts::Account,
+    account_queries::Account,
     audit::{AuditEvent, EventKind, EventPage, EventQuery},
     bootstrap::{
-        BootstrapReport, CreatedAccount, GeneratedTokens, InitialAccount, RegistryBootstrap,
+        BootstrapReport, CreatedAccount, GeneratedTokens, InitialAccount, TokenBootstrapOutcome,
         grant_from_token,
     },
     cookie_token::CookieToken,
@@ -149,7 +149,7 @@ impl ControlPlane {
                 let registry = TokenRegistry::new(database.clone(), config.token_limit, tokens);
                 let report = BootstrapReport {
                     account: None,
-                    tokens: RegistryBootstrap::Existing,
+                    tokens: TokenBootstrapOutcome::Existing,
                     ignored_settings: Vec::new(),
                 };
                 (registry, report)
@@ -312,7 +312,7 @@ impl ControlPlane {
         limit: u32,
     ) -> Result<Vec<Account>, Error> {
         operator.require_admin()?;
-        accounts::page(&self.0.database, after, limit).await
+        account_queries::page(&self.0.database, after, limit).await
     }
 
     /// One account. For admins and for the account itself.
@@ -321,7 +321,7 @@ impl ControlPlane {
             self.require_admin(actor, &account_operation("see", id)).await?;
         }
         let mut connection = self.0.database.connection().await?;
-        accounts::find(&mut connection, id).await
+        account_queries::find(&mut connection, id).await
     }
 
     /// Creates an account. For admins only.

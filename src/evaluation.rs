@@ -17,13 +17,13 @@
 //! from the cache. This module has no state: all caches belong to the
 //! [`ServedSnapshot`](crate::served::ServedSnapshot).
 
-mod evaluate;
+mod cached_evaluation;
 pub mod explain;
 mod prewarm;
 pub mod session_id;
 pub mod subscription;
 
 pub use self::{
-    evaluate::{EvaluatedFlags, evaluate_flag, ofrep_hash},
+    cached_evaluation::{EvaluatedFlags, evaluate_flag, ofrep_hash},
     prewarm::prewarm,
 };

@@ -9,7 +9,7 @@
 
 mod atomic;
 mod evaluation_cache;
-mod hot_contexts;
+mod prewarm_candidates;
 mod recent_hashes;
 mod result_cache;
 mod scope_cache;
@@ -18,7 +18,7 @@ mod snapshots;
 
 pub use self::{
     evaluation_cache::{CacheKey, EvaluationCache},
-    hot_contexts::HotContext,
+    prewarm_candidates::HotContext,
     served_snapshot::ServedSnapshot,
     snapshots::{EnvironmentFilter, Snapshots},
 };

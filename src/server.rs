@@ -2,7 +2,7 @@
 //!
 //! Each connection acquires a permit (`connection_limiter`). `http_server` then reads the PROXY protocol
 //! header, performs the TLS handshake and detects the HTTP version, and hyper serves the requests
-//! through its public interfaces. One policy (`connection_policy`) decides when a connection closes. It
+//! through its public interfaces. One policy (`close_policy`) decides when a connection closes. It
 //! reads counters (`connection_activity`) that are updated where bytes and requests pass (`tracked_io`). The
 //! listening socket and the shutdown signals ([`Drain`]) are arguments, so that a test starts the real
 //! server on port 0.
@@ -10,13 +10,13 @@
 //! The server knows no routes, no flags and no format of errors: the [`HttpService`] handles requests and
 //! limits their duration.
 
+mod close_policy;
 mod config;
 mod connection;
 mod connection_activity;
 mod connection_info;
 mod connection_limiter;
 mod connection_limits;
-mod connection_policy;
 mod drain;
 mod http_server;
 mod http_version;

@@ -12,7 +12,7 @@ use std::{
 use tracing::{error, info, warn};
 
 use crate::{
-    control_plane::{BootstrapReport, GeneratedTokens, RegistryBootstrap},
+    control_plane::{BootstrapReport, GeneratedTokens, TokenBootstrapOutcome},
     secret_file,
     telemetry::{LogFormat, error_chain},
 };
@@ -46,7 +46,7 @@ pub(super) fn announce_initial_credentials(
         info!(username, console, "First start: created an admin account");
     }
     let has_password = opened.account.as_ref().is_some_and(|it| it.generated_password.is_some());
-    if !has_password && !matches!(opened.tokens, RegistryBootstrap::Generated(_)) {
+    if !has_password && !matches!(opened.tokens, TokenBootstrapOutcome::Generated(_)) {
         return;
     }
     let file = data_dir.join(SECRETS_FILE);
@@ -102,7 +102,7 @@ This is the first start. Open the console at {console} and sign in as
         );
         text.push_str(&account_text);
     }
-    if let RegistryBootstrap::Generated(generated) = &opened.tokens {
+    if let TokenBootstrapOutcome::Generated(generated) = &opened.tokens {
         text.push_str(&tokens_text(generated, (data, admin), base_path, once));
     }
     text

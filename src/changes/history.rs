@@ -38,7 +38,7 @@ pub(super) struct State {
 
 /// The latest states of one environment, at least the current one.
 #[derive(Debug)]
-pub(super) struct History {
+pub(super) struct StateHistory {
     states: Mutex<States>,
     current: watch::Sender<StateId>,
 }
@@ -52,7 +52,7 @@ struct States {
     current: State,
 }
 
-impl History {
+impl StateHistory {
     /// Starts with this state. Its id is random, so that it is unlikely to repeat an id that an earlier
     /// process sent.
     pub(super) fn new(snapshot: &ServedSnapshot) -> Self {
@@ -155,7 +155,7 @@ mod tests {
 
     #[test]
     fn history_is_limited_in_number_and_in_bytes() {
-        let history = History::new(&snapshot(r#"{"features":[]}"#));
+        let history = StateHistory::new(&snapshot(r#"{"features":[]}"#));
         let StateId(first) = *history.subscribe().borrow();
         for n in 1..=300 {
             history

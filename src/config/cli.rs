@@ -12,7 +12,7 @@ use clap::{
 use super::{
     backup::{self, BackupCommand},
     error::{ConfigError, ConfigErrors},
-    manage::{self, ManageCommand},
+    manage::{self, ManageArgs},
     model::{BackupAction, ExplainOptions},
     option_spec::{Arity, CommandScope, Compatibility, OptionSpec},
     options::{CONFIG, DATA_DIR, DATABASE_URL, OPTIONS},
@@ -35,7 +35,7 @@ pub(super) enum Invocation {
     /// Explain a flag; needs no settings.
     Explain(ExplainOptions),
     /// A task of the control plane.
-    Manage { command: ManageCommand, values: CliValues },
+    Manage { command: ManageArgs, values: CliValues },
     /// Back up the control plane, or restore it.
     Backup { command: BackupCommand, values: CliValues },
     /// Serve, probe, or print the configuration; needs the settings.

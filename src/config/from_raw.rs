@@ -15,7 +15,7 @@ use super::{
     edge,
     error::ConfigErrors,
     listeners,
-    manage::{ManageCommand, RemoteServer},
+    manage::{ManageArgs, RemoteServer},
     model::{
         BackupFolder, BackupOptions, Config, FlagsPath, InstanceInfo, ManageOptions, Mode,
         OfflineConfig, ShutdownConfig, StandaloneConfig, StoreConfig, Target,
@@ -219,9 +219,9 @@ fn database(mut settings: RawSettings) -> Result<DatabaseLocation, ConfigErrors>
 /// Validates the settings of `token` and `account`.
 pub(super) fn manage(
     settings: RawSettings,
-    errand: ManageCommand,
+    args: ManageArgs,
 ) -> Result<ManageOptions, ConfigErrors> {
-    let ManageCommand { task, json, server } = errand;
+    let ManageArgs { task, json, server } = args;
     if let Some(server) = server {
         // Other settings of a shared environment or file are for the server, not for this command.
         let server = RemoteServer { no_proxy: settings.no_proxy, ..server };

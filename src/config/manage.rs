@@ -75,7 +75,7 @@ pub enum ManageTask {
 
 /// A parsed command line: the task, the server if there is one, and the output format.
 #[derive(Clone, Debug)]
-pub(super) struct ManageCommand {
+pub(super) struct ManageArgs {
     pub(super) task: ManageTask,
     pub(super) json: bool,
     /// `None` is the database of a standalone instance.
@@ -227,7 +227,7 @@ const TOKEN_FILE: &str = "token-file";
 const JSON: &str = "json";
 
 /// Parses the arguments of `token` or `account`.
-pub(super) fn parse(command: &str, below: &ArgMatches) -> Result<ManageCommand, ConfigError> {
+pub(super) fn parse(command: &str, below: &ArgMatches) -> Result<ManageArgs, ConfigError> {
     let task = parse_task(command, below)?;
     let (_, args) = below.subcommand().expect("clap requires one");
     let mistake = |place: &str, reason: &str| {
@@ -255,7 +255,7 @@ pub(super) fn parse(command: &str, below: &ArgMatches) -> Result<ManageCommand, 
     if reads_input && server.as_ref().is_some_and(|server| server.token_file == "-") {
         return mistake(TOKEN_FILE, "the standard input cannot be read twice");
     }
-    Ok(ManageCommand { task, json: args.get_flag(JSON), server })
+    Ok(ManageArgs { task, json: args.get_flag(JSON), server })
 }
 
 fn parse_task(command: &str, below: &ArgMatches) -> Result<ManageTask, ConfigError> {

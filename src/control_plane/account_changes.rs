@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::{
-    accounts::{Account, count, find, username_key},
+    account_queries::{Account, count, find, username_key},
     audit::{self, EventKind, NewEvent},
     authorization,
     database::{Connection, Database, WriteLock, now},

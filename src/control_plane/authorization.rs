@@ -5,7 +5,7 @@
 //! both again in its own transaction. Each change states itself which permission it requires.
 
 use super::{
-    accounts,
+    account_queries,
     database::{Connection, now},
     error::Error,
     operator::{Actor, Operator},
@@ -39,8 +39,9 @@ pub(super) async fn current_operator(
     match operator {
         Operator::Account { account_id, session, .. } => {
             session.require_open(transaction, *account_id).await?;
-            let account =
-                accounts::find(transaction, *account_id).await?.ok_or(Error::SessionEnded)?;
+            let account = account_queries::find(transaction, *account_id)
+                .await?
+                .ok_or(Error::SessionEnded)?;
             Ok(account.operator(session.clone()))
         }
         Operator::Token { digest, .. } => {

@@ -30,7 +30,7 @@ use self::file_format::{
     TableHeader,
 };
 use super::{
-    accounts,
+    account_queries,
     database::{
         Connection, Database, DatabaseLocation, WriteLock,
         migrations::{self, Dialect},
@@ -93,7 +93,7 @@ pub async fn save(
     let database = Database::new(location).await?;
     let mut transaction = database.begin_read_unmigrated().await?;
     let schema = migrations::readable_version(&mut transaction, database.dialect()).await?;
-    if accounts::count(&mut transaction).await? == 0 {
+    if account_queries::count(&mut transaction).await? == 0 {
         return Err(Error::NotInitialized.into());
     }
     raise_timeouts(&mut transaction, database.dialect()).await?;

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use super::{
     account_changes::{self, NewAccount},
-    accounts,
+    account_queries,
     database::{Connection, Database, WriteLock},
     error::Error,
     initial_settings::{self, InitialSetting, InitialTokens},
@@ -32,7 +32,7 @@ pub struct BootstrapReport {
     /// The created account, if this was the first start.
     pub account: Option<CreatedAccount>,
     /// The state of the token registry.
-    pub tokens: RegistryBootstrap,
+    pub tokens: TokenBootstrapOutcome,
     /// Settings that differ from those of the first start and therefore have no effect.
     pub ignored_settings: Vec<InitialSetting>,
 }
@@ -48,7 +48,7 @@ pub struct CreatedAccount {
 
 /// The state of the token registry at the start.
 #[derive(Debug)]
-pub enum RegistryBootstrap {
+pub enum TokenBootstrapOutcome {
     /// It had tokens, in which case initial tokens are ignored, or all were deleted since the first
     /// start.
     Existing,
@@ -96,7 +96,7 @@ pub(super) async fn initialize(
     let (is_first, stored) = {
         let mut connection = database.connection().await?;
         // The last account cannot be deleted, so only the first start finds none.
-        let is_first = accounts::count(&mut connection).await? == 0;
+        let is_first = account_queries::count(&mut connection).await? == 0;
         (is_first, initial_settings::find(&mut connection, InitialSetting::Password).await?)
     };
     // In a database of an earlier version without a stored hash, the first given password counts as
@@ -115,7 +115,7 @@ pub(super) async fn initialize(
     let mut account = None;
     if let Some(hash) = &hash
         && is_first
-        && accounts::count(&mut transaction).await? == 0
+        && account_queries::count(&mut transaction).await? == 0
     {
         let username = first.username.clone();
         let role = RootRole::Admin;
@@ -124,10 +124,10 @@ pub(super) async fn initialize(
         account = Some(CreatedAccount { username: made.username, generated_password });
     }
     let (seeds, tokens) = if !token_registry::is_empty(&mut transaction).await? {
-        (Vec::new(), RegistryBootstrap::Existing)
+        (Vec::new(), TokenBootstrapOutcome::Existing)
     } else if !seed.is_empty() {
         let seeds = seed.iter().map(|(kind, token)| ("init", kind, token.clone()));
-        (seeds.collect(), RegistryBootstrap::Seeded)
+        (seeds.collect(), TokenBootstrapOutcome::Seeded)
     } else if account.is_some() {
         let generated = GeneratedTokens::new();
         let seeds = vec![
@@ -135,10 +135,10 @@ pub(super) async fn initialize(
             ("first client", TokenKind::Client, generated.client.clone()),
             ("first frontend", TokenKind::Frontend, generated.frontend.clone()),
         ];
-        (seeds, RegistryBootstrap::Generated(Box::new(generated)))
+        (seeds, TokenBootstrapOutcome::Generated(Box::new(generated)))
     } else {
         // All tokens were deleted on purpose; no new ones are generated.
-        (Vec::new(), RegistryBootstrap::Existing)
+        (Vec::new(), TokenBootstrapOutcome::Existing)
     };
     // A token that is given twice has the kind of its first occurrence.
     let mut seen = HashSet::new();
@@ -156,7 +156,7 @@ pub(super) async fn initialize(
     if let Some(hash) = hash.filter(|_| stores_given || account.is_some()) {
         initial_settings::store(&mut transaction, InitialSetting::Password, &hash).await?;
     }
-    if !seed.is_empty() && !check_initial_tokens(&mut transaction, seed, &tokens).await? {
+    if !seed.is_empty() && !initial_tokens_match(&mut transaction, seed, &tokens).await? {
         ignored_settings.push(InitialSetting::Tokens);
     }
     let opened = BootstrapReport { account, tokens, ignored_settings };
@@ -170,19 +170,19 @@ pub(super) async fn initialize(
 ///
 /// In a database of an earlier version without a stored digest, they count as equal if the registry
 /// contains all of them.
-async fn check_initial_tokens(
+async fn initial_tokens_match(
     transaction: &mut Connection,
     seed: &InitialTokens,
-    found: &RegistryBootstrap,
+    found: &TokenBootstrapOutcome,
 ) -> Result<bool, Error> {
     let digest = initial_settings::tokens_digest(seed);
     let is_unchanged =
         match (found, initial_settings::find(transaction, InitialSetting::Tokens).await?) {
-            (RegistryBootstrap::Existing, Some(stored)) => return Ok(stored == digest),
-            (RegistryBootstrap::Existing, None) => {
+            (TokenBootstrapOutcome::Existing, Some(stored)) => return Ok(stored == digest),
+            (TokenBootstrapOutcome::Existing, None) => {
                 token_registry::has_all(transaction, seed.iter()).await?
             }
-            (RegistryBootstrap::Seeded | RegistryBootstrap::Generated(_), _) => true,
+            (TokenBootstrapOutcome::Seeded | TokenBootstrapOutcome::Generated(_), _) => true,
         };
     if is_unchanged {
         initial_settings::store(transaction, InitialSetting::Tokens, &digest).await?;

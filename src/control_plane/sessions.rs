@@ -16,7 +16,7 @@ use tracing::warn;
 
 use super::{
     account_changes,
-    accounts::{self, Account},
+    account_queries::{self, Account},
     audit::{self, EventKind, NewEvent},
     cookie_token::{CookieToken, CookieTokenHash},
     database::{Database, WriteLock, now, timestamp_from_millis},
@@ -188,7 +188,7 @@ impl Sessions {
         &self,
         attempt: SignInAttempt<'a>,
     ) -> Result<SignInOutcome<'a>, Error> {
-        let found = accounts::credentials(&self.database, attempt.username).await?;
+        let found = account_queries::credentials(&self.database, attempt.username).await?;
         let hash = found.as_ref().map(|(_, hash)| hash.as_str());
         let matches = self.hasher.verify(attempt.password, hash).await?;
         if let Some((id, hash)) = found.as_ref().filter(|_| matches)
@@ -210,7 +210,7 @@ impl Sessions {
             return Ok(AcquiredPermits::KnownDevice { selector });
         }
         let from = client_network(attempt.address);
-        let name = self.username_hasher.hash_one(accounts::username_key(attempt.username));
+        let name = self.username_hasher.hash_one(account_queries::username_key(attempt.username));
         self.by_address.acquire(&from)?;
         let pair = (from, name);
         self.by_address_and_account
@@ -250,7 +250,9 @@ impl Sessions {
         if update.rows_affected() == 0 {
             return Ok(None);
         }
-        let Some(account) = accounts::find(&mut transaction, id).await? else { return Ok(None) };
+        let Some(account) = account_queries::find(&mut transaction, id).await? else {
+            return Ok(None);
+        };
         let kept = session.hash();
         sqlx::query(
             "INSERT INTO sessions (selector, digest, account_id, created_at, seen_at) \
@@ -331,7 +333,7 @@ impl Sessions {
                 warn!(error = error_chain(&error), "The last use of a session could not be stored");
             }
         }
-        let account = accounts::find(&mut connection, row.try_get("account_id")?).await?;
+        let account = account_queries::find(&mut connection, row.try_get("account_id")?).await?;
         let reference = SessionRef { selector: kept.selector, limits };
         Ok(account.map(|account| Session { account, reference }))
     }
@@ -403,7 +405,7 @@ impl Sessions {
 
     /// The password hash of account `id`. Fails unless it matches `password`.
     async fn verify_own_password(&self, id: i64, password: &Password) -> Result<String, Error> {
-        let hash = accounts::password_hash(&self.database, id).await?;
+        let hash = account_queries::password_hash(&self.database, id).await?;
         let matches = self.hasher.verify(password, hash.as_deref()).await?;
         hash.filter(|_| matches).ok_or(Error::WrongPassword)
     }
@@ -419,7 +421,7 @@ impl Sessions {
              WHERE selector = $1 AND username_key = $2",
         )
         .bind(&kept.selector)
-        .bind(accounts::username_key(attempt.username))
+        .bind(account_queries::username_key(attempt.username))
         .fetch_optional(&mut *self.database.connection().await?)
         .await?;
         Ok(digest.is_some_and(|digest| kept.matches(&digest)).then_some(kept))

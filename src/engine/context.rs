@@ -240,7 +240,7 @@ impl<'a> ContextValues<'a> {
     }
 
     /// Whether the field is missing or empty.
-    pub(super) fn is_missing(&self, field: FieldId) -> bool {
+    pub(super) fn is_missing_or_empty(&self, field: FieldId) -> bool {
         self.text(field).is_none_or(str::is_empty)
     }
 

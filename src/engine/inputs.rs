@@ -93,17 +93,18 @@ impl EvaluationInputs {
     /// random, or because they read a generated `sessionId`.
     pub fn is_random_for(&self, values: &ContextValues<'_>) -> bool {
         let session = FieldId::SESSION_ID;
-        let depends_on_session =
-            || self.relevance(session, |field| values.is_missing(field)) == Relevance::Text;
+        let depends_on_session = || {
+            self.relevance(session, |field| values.is_missing_or_empty(field)) == Relevance::Text
+        };
         self.random_sources
             .iter()
-            .any(|fields| fields.iter().all(|&field| values.is_missing(field)))
+            .any(|fields| fields.iter().all(|&field| values.is_missing_or_empty(field)))
             || (values.is_generated(session) && depends_on_session())
     }
 
     /// The first time after `after` at which an outcome may change without a change of flags.
     pub fn next_change(&self, after: Timestamp) -> Option<Timestamp> {
-        self.time_boundaries.get(self.time_window(after)).copied()
+        self.time_boundaries.get(self.time_window_index(after)).copied()
     }
 
     /// Whether the outcomes are the same for every context at any time.
@@ -122,7 +123,7 @@ impl EvaluationInputs {
     }
 
     /// The number of time boundaries up to `now`, which identifies the interval between two of them.
-    fn time_window(&self, now: Timestamp) -> usize {
+    fn time_window_index(&self, now: Timestamp) -> usize {
         self.time_boundaries.partition_point(|&change| change <= now)
     }
 
@@ -139,7 +140,7 @@ impl EvaluationInputs {
     ) {
         for it in &self.field_uses {
             let value = values.text(it.field);
-            let in_full = it.needs_full_text(|field| values.is_missing(field));
+            let in_full = it.needs_full_text(|field| values.is_missing_or_empty(field));
             // The key has no tag for the form that follows. It is determined by the `others`, which come
             // earlier in every list of identifiers and are written in full.
             if in_full {
@@ -148,7 +149,7 @@ impl EvaluationInputs {
                 continue;
             }
             if it.presence {
-                key.push(u8::from(!values.is_missing(it.field)));
+                key.push(u8::from(!values.is_missing_or_empty(it.field)));
             }
             if it.membership {
                 push_varint(
@@ -160,7 +161,7 @@ impl EvaluationInputs {
         if self.is_time_dependent() {
             push_varint(
                 key,
-                values.evaluation_time().map_or(0, |clock| self.time_window(clock) + 1),
+                values.evaluation_time().map_or(0, |clock| self.time_window_index(clock) + 1),
             );
         }
     }

@@ -6,14 +6,14 @@ use std::thread;
 
 use jiff::Timestamp;
 
-use super::evaluate::EvaluatedFlags;
+use super::cached_evaluation::EvaluatedFlags;
 use crate::served::ServedSnapshot;
 
 /// Evaluates the hot contexts of the previous snapshot on the next one: 64 evaluations at most.
 ///
 /// Reuses bodies whose content did not change, with all their content codings.
 pub fn prewarm(next: &ServedSnapshot, previous: &ServedSnapshot, now: Timestamp) {
-    for hot in previous.evaluation_cache().hot_contexts() {
+    for hot in previous.evaluation_cache().prewarm_candidates() {
         // Lets waiting requests run first.
         thread::yield_now();
         let view = next.frontend_view(&hot.projects);

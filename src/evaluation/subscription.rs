@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::evaluate::{EvaluatedFlags, for_each_flag};
+use super::cached_evaluation::{EvaluatedFlags, for_each_flag};
 use crate::{
     engine::Context,
     protocol::sse,

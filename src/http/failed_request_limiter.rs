@@ -29,7 +29,7 @@ impl FailedRequestLimiter {
     /// # Errors
     /// [`HttpError::RateLimited`] after too many failures; and those of `attempt`, which count as
     /// failures even if validation is unavailable.
-    pub async fn limit<T>(
+    pub async fn run_limited<T>(
         &self,
         client: IpAddr,
         attempt: impl Future<Output = Result<Attempt<T>, HttpError>>,
@@ -60,7 +60,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn invalid_attempts_are_limited_and_valid_ones_are_not() {
         let (guesses, client) = (FailedRequestLimiter::default(), IpAddr::from([192, 0, 2, 7]));
-        let attempt = async |client, outcome| guesses.limit(client, async { outcome }).await;
+        let attempt = async |client, outcome| guesses.run_limited(client, async { outcome }).await;
         for _ in 0..2 * RATE.burst {
             attempt(client, Ok(Attempt::Valid(()))).await.unwrap();
         }

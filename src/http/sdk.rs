@@ -257,7 +257,7 @@ impl SdkService {
             Endpoint::Usage(endpoint) => self.record_usage(endpoint, request, body).await,
             Endpoint::Client(endpoint) => {
                 let read = self.authorizer.authorize(request).await?;
-                self.read_client_api(endpoint, request, read).await
+                self.handle_client_api(endpoint, request, read).await
             }
             Endpoint::Frontend(endpoint) => {
                 let read = self.authorizer.authorize(request).await?;
@@ -266,14 +266,14 @@ impl SdkService {
                     Some(body) => FrontendContext::from_json(body)?,
                     None => FrontendContext::from_query(request.query)?,
                 };
-                self.read_frontend_api(endpoint, request, read, context).await
+                self.handle_frontend_api(endpoint, request, read, context).await
             }
             Endpoint::OfrepEvents => self.ofrep_events(request),
             Endpoint::Ofrep(endpoint) => {
                 let read = self.authorizer.authorize(request).await?;
                 let body = self.read_context_body(request, body).await?.unwrap_or_default();
                 let context = protocol::ofrep::parse_context(&body)?;
-                self.read_ofrep(endpoint, request, &read, &context).await
+                self.handle_ofrep(endpoint, request, &read, &context).await
             }
         }
     }
@@ -289,7 +289,7 @@ impl SdkService {
             let body = body.read(request.headers, limit).await?;
             token_validation::validate(&self.authorizer.auth, &body).await
         };
-        self.failed_attempts.limit(request.client.verified, attempt).await
+        self.failed_attempts.run_limited(request.client.verified, attempt).await
     }
 
     /// Records the report of an SDK or another edge.
@@ -334,7 +334,7 @@ impl SdkService {
         }
     }
 
-    async fn read_client_api(
+    async fn handle_client_api(
         &self,
         endpoint: ClientEndpoint,
         request: &RoutedRequest<'_>,
@@ -402,7 +402,7 @@ impl SdkService {
         }
     }
 
-    async fn read_frontend_api(
+    async fn handle_frontend_api(
         &self,
         endpoint: FrontendEndpoint,
         request: &RoutedRequest<'_>,
@@ -433,7 +433,7 @@ impl SdkService {
         }
     }
 
-    async fn read_ofrep(
+    async fn handle_ofrep(
         &self,
         endpoint: OfrepEndpoint,
         request: &RoutedRequest<'_>,

@@ -174,7 +174,7 @@ mod tests {
     struct SingleEvent(bool);
 
     impl EventSource for SingleEvent {
-        fn next_event(&mut self) -> Option<SseChunk> {
+        fn try_next_event(&mut self) -> Option<SseChunk> {
             let first = !std::mem::replace(&mut self.0, true);
             first.then(|| SseChunk { bytes: Bytes::from_static(b"x"), kind: ChunkKind::Hydration })
         }

@@ -11,7 +11,7 @@ use metrics::Counter;
 use siphasher::sip128::{Hasher128 as _, SipHasher13};
 
 use super::{
-    hot_contexts::{HotContext, HotContexts},
+    prewarm_candidates::{HotContext, PrewarmCandidates},
     recent_hashes::RecentHashes,
     result_cache::ResultCache,
 };
@@ -51,7 +51,7 @@ pub struct EvaluationCache {
     /// Hits are not counted: nearly every request of a frontend is one.
     result_misses: Counter,
     key_hasher: SipHasher13,
-    hot_contexts: HotContexts,
+    prewarm_candidates: PrewarmCandidates,
     /// By the hash of the evaluated flags. A hit saves writing 20 kB, 9,000 instructions, evaluating the
     /// flags for it, and compressing it.
     bodies: BoundedCache<u128, Arc<PreparedBody>>,
@@ -76,7 +76,7 @@ impl EvaluationCache {
             results: previous.map_or_else(Arc::default, |it| Arc::clone(&it.results)),
             result_misses: cache::miss_counter("results"),
             key_hasher: SipHasher13::new_with_key(&rand::random()),
-            hot_contexts: HotContexts::new(previous.map(|it| &it.hot_contexts)),
+            prewarm_candidates: PrewarmCandidates::new(previous.map(|it| &it.prewarm_candidates)),
             bodies: BoundedCache::new("bodies", MAX_BODY_BYTES, |body| body.max_memory_size()),
             recently_requested: RecentHashes::default(),
             deterministic_outcomes: BoundedCache::new(
@@ -117,12 +117,12 @@ impl EvaluationCache {
         is_cached: bool,
         hash: u128,
     ) {
-        self.hot_contexts.record(request, is_cached, hash);
+        self.prewarm_candidates.record(request, is_cached, hash);
     }
 
     /// Some of the contexts that were requested more than once, from this snapshot or an earlier one.
-    pub fn hot_contexts(&self) -> impl Iterator<Item = &HotContext> {
-        self.hot_contexts.iter()
+    pub fn prewarm_candidates(&self) -> impl Iterator<Item = &HotContext> {
+        self.prewarm_candidates.iter()
     }
 
     /// The cached body of the evaluated flags with this hash.

@@ -20,9 +20,9 @@ use tokio::{
 use tracing::debug;
 
 use super::{
+    close_policy::{ConnectionPolicy, PolicyAction},
     connection_activity::{ConnectionActivity, ConnectionState, wait_for_eviction},
     connection_limits::{ConnectionLimits, FIRST_REQUEST_TIMEOUT, SHUTDOWN_TIMEOUT},
-    connection_policy::{ConnectionPolicy, PolicyAction},
     drain::Drain,
     http_version::{self, HttpVersion},
 };

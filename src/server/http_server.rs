@@ -1,6 +1,6 @@
 //! Sets up each connection (PROXY protocol, TLS, HTTP version) and serves HTTP on it through hyper.
 //!
-//! The [`HttpService`] handles the requests, and `connection_policy` decides when a connection closes.
+//! The [`HttpService`] handles the requests, and `close_policy` decides when a connection closes.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -20,12 +20,12 @@ use tokio::{
 use tracing::debug;
 
 use super::{
+    close_policy::ConnectionPolicy,
     config::Config,
     connection::{self, CloseAnnouncement, serve_until_closed},
     connection_info::ConnectionInfo,
     connection_limiter::{ConnectionLimiter, ConnectionPermit},
     connection_limits,
-    connection_policy::ConnectionPolicy,
     drain::Drain,
     http_version::HttpVersion,
     proxy_protocol,

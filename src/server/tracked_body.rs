@@ -3,7 +3,7 @@
 //! An HTTP/2 client decides how much of each response it reads, and when. A body is therefore sent in
 //! chunks, the remaining bytes are counted, and a response that the client does not read for 30 s is
 //! aborted ([`StallTimer::run_until_stalled`]), which resets its HTTP/2 stream. An HTTP/1 client that
-//! reads nothing blocks its whole connection; `connection_policy` closes that.
+//! reads nothing blocks its whole connection; `close_policy` closes that.
 
 use std::{
     convert::Infallible,

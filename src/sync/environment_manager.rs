@@ -153,11 +153,14 @@ impl EnvironmentManager {
     pub async fn run(self, ready_when: &ReadinessCondition) {
         stream_pool::describe_metrics();
         let (sender, initial) = oneshot::channel();
-        tokio::join!(self.sync_all(sender), self.await_initial_flags(initial, ready_when));
+        tokio::join!(
+            self.sync_all(sender),
+            self.mark_ready_after_initial_flags(initial, ready_when)
+        );
     }
 
     /// Meets the condition once each initial environment has had flags or is no longer served.
-    async fn await_initial_flags(
+    async fn mark_ready_after_initial_flags(
         &self,
         initial: oneshot::Receiver<BTreeSet<Environment>>,
         ready_when: &ReadinessCondition,

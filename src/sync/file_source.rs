@@ -165,7 +165,7 @@ impl FileSource {
     pub async fn start(self, ready_when: ReadinessCondition) -> Result<FlagFileWatcher, Error> {
         let served_environments = self.environments.load_full();
         let mut file_states = FileStates::new();
-        self.publish_changes(&mut file_states, true).await?;
+        self.publish_changed_files(&mut file_states, true).await?;
         let mut failures: Vec<_> =
             file_states.values_mut().filter_map(|it| it.failure.take()).collect();
         match (failures.len(), failures.pop()) {
@@ -195,7 +195,11 @@ impl FileSource {
     ///
     /// # Errors
     /// Only if the folder itself cannot be read.
-    async fn publish_changes(&self, state: &mut FileStates, reread: bool) -> Result<(), Error> {
+    async fn publish_changed_files(
+        &self,
+        state: &mut FileStates,
+        reread: bool,
+    ) -> Result<(), Error> {
         let (path, known) = (self.path.clone(), state.clone());
         let found = spawn_blocking(move || scan(&path, &known, reread)).await;
         let (mut found, documents) = found.map_err(|source| Error::Panic { source })??;
@@ -304,7 +308,7 @@ impl FlagFileWatcher {
 
     /// Checks the files; returns the errors by path.
     async fn check_and_collect_failures(&mut self, reread: bool) -> BTreeMap<PathBuf, String> {
-        if let Err(error) = self.source.publish_changes(&mut self.file_states, reread).await {
+        if let Err(error) = self.source.publish_changed_files(&mut self.file_states, reread).await {
             return BTreeMap::from([(self.source.path.clone(), error_chain(&error))]);
         }
         let failures = self.file_states.iter().filter_map(|(path, file)| {

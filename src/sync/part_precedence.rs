@@ -220,7 +220,7 @@ impl PartPrecedence {
     }
 
     /// The views of tokens in use that differ from the leader's.
-    fn diverging_views<'a>(
+    fn views_differing_from_leader<'a>(
         &'a self,
         tokens: &'a HashMap<TokenDigest, TrackedToken>,
     ) -> impl Iterator<Item = (&'a TokenDigest, &'a TrackedToken, &'a PartView)> {
@@ -246,7 +246,7 @@ impl PartPrecedence {
         &self,
         tokens: &HashMap<TokenDigest, TrackedToken>,
     ) -> Option<Instant> {
-        let views = self.diverging_views(tokens).filter(|(token, _, view)| {
+        let views = self.views_differing_from_leader(tokens).filter(|(token, _, view)| {
             self.can_overtake(view) && !has_newer_revision(&self.leader, token, tokens)
         });
         views.map(|(.., view)| view.changed_at + ORDER_TIMEOUT).min()
@@ -258,7 +258,7 @@ impl PartPrecedence {
         tokens: &HashMap<TokenDigest, TrackedToken>,
     ) -> Option<Instant> {
         let leader = tokens.get(&self.leader).filter(|it| it.status != TokenStatus::InUse)?;
-        let others = self.diverging_views(tokens);
+        let others = self.views_differing_from_leader(tokens);
         others.map(|(token, ..)| leader.confirmed + self.max_lag(leader, token, tokens)).min()
     }
 
@@ -287,7 +287,7 @@ impl PartPrecedence {
         let Some(newest) = self.newest_position() else { return false };
         let leader = tokens.get(&self.leader);
         let mut last = None::<(Instant, TokenDigest, StateHash)>;
-        for (token, tracked, view) in self.diverging_views(tokens) {
+        for (token, tracked, view) in self.views_differing_from_leader(tokens) {
             let is_leader_silent = leader.is_none_or(|leader| {
                 let lag = self.max_lag(leader, token, tokens);
                 tracked.confirmed.saturating_duration_since(leader.confirmed) >= lag

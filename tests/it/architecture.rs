@@ -77,7 +77,7 @@ const HTTP_LAYERS: [&[&str]; 10] = [
 
 /// The files below `http`, but outside `server` and `upstream`, that use hyper: entity tags are prepared
 /// as header values.
-const ENTITY_TAGS: [&str; 2] = ["evaluation/evaluate.rs", "snapshot/prepared_body.rs"];
+const ENTITY_TAGS: [&str; 2] = ["evaluation/cached_evaluation.rs", "snapshot/prepared_body.rs"];
 
 /// A source file. `code` is its text without comments and unit tests.
 struct Source {

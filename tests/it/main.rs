@@ -64,8 +64,6 @@ mod ofrep;
 mod openapi;
 /// Settings, probes, metrics and the admin listener.
 mod operator_settings;
-/// The behaviour of real Unleash servers that Parapet relies on.
-mod real_unleash_behaviour;
 /// Secrets and settings that change at run time.
 mod reload;
 /// Real servers, real SDKs and proxies that inject faults.
@@ -74,7 +72,7 @@ mod rig;
 /// Tokens never appear in errors, logs, files or pages.
 mod secret_leaks;
 /// A standalone server.
-mod standalone;
+mod standalone_lifecycle;
 /// Stores on real servers.
 mod store;
 /// TLS on the listeners and towards upstream.
@@ -83,6 +81,8 @@ mod tls;
 mod token_flood;
 /// Tokens that are created and revoked at run time.
 mod token_list_and_revocation;
+/// The behaviour of real Unleash servers that Parapet relies on.
+mod unleash_assumptions;
 /// Connections to upstream through an HTTP proxy.
 mod upstream_http_proxy;
 /// Redirects, certificates and other obstacles between an edge and its upstream.

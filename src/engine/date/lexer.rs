@@ -83,7 +83,7 @@ impl<'t> Lexer<'t> {
         let single = match first {
             b'0'..=b'9' => return self.number(),
             b'A'..=0x7f => return self.keyword(),
-            0x80.. if self.space().is_none() => return self.keyword(),
+            0x80.. if self.non_ascii_space_len().is_none() => return self.keyword(),
             b'(' => {
                 self.skip_parentheses();
                 return Token::Other;
@@ -94,7 +94,7 @@ impl<'t> Lexer<'t> {
                 return Token::End;
             }
             0x80.. => {
-                self.rest = &self.rest[self.space().unwrap_or(1)..];
+                self.rest = &self.rest[self.non_ascii_space_len().unwrap_or(1)..];
                 return Token::Space;
             }
             b'+' => Token::Sign(1),
@@ -128,7 +128,7 @@ impl<'t> Lexer<'t> {
         let (mut prefix, mut length) = ([0; 3], 0);
         while let Some(&byte) = self.rest.first()
             && byte >= b'A'
-            && (byte < 0x80 || self.space().is_none())
+            && (byte < 0x80 || self.non_ascii_space_len().is_none())
         {
             if let Some(place) = prefix.get_mut(length) {
                 *place = byte.to_ascii_lowercase();
@@ -140,7 +140,7 @@ impl<'t> Lexer<'t> {
     }
 
     /// The length in bytes of the next character, if it is white space beyond ASCII.
-    fn space(&self) -> Option<usize> {
+    fn non_ascii_space_len(&self) -> Option<usize> {
         match self.rest {
             [0xc2, 0xa0, ..] => Some(2),
             [0xe1, 0x9a, 0x80, ..]

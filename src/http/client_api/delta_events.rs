@@ -51,7 +51,7 @@ impl DeltaEvents {
 }
 
 impl EventSource for DeltaEvents {
-    fn next_event(&mut self) -> Option<SseChunk> {
+    fn try_next_event(&mut self) -> Option<SseChunk> {
         if let Stage::SendingFetchMode(mode) = self.stage {
             self.stage = Stage::Streaming;
             if mode == FetchMode::Polling {
@@ -112,7 +112,7 @@ mod tests {
     /// Applies all pending chunks to `has`, and returns the kind of the last one.
     fn read(changes: &mut DeltaEvents, has: &mut Document) -> Option<ChunkKind> {
         let mut last = None;
-        while let Some(chunk) = changes.next_event() {
+        while let Some(chunk) = changes.try_next_event() {
             let mut decoder = Decoder::new(1 << 20);
             let take = |event: sse::DecodedEvent| {
                 let events = delta::parse(event.data.as_bytes()).unwrap();

@@ -53,7 +53,9 @@ impl EvaluationRequest<'_> {
         let random_session;
         let (session_id, session_is_generated) = match sent.session_id.as_deref() {
             Some(id) if !id.is_empty() => (Some(id), false),
-            _ => match reads.relevance(FieldId::SESSION_ID, |field| is_missing(sent, field)) {
+            _ => match reads
+                .relevance(FieldId::SESSION_ID, |field| is_missing_or_empty(sent, field))
+            {
                 Relevance::None => (None, false),
                 Relevance::Membership => (Some(session_id::PLACEHOLDER), false),
                 Relevance::Text => {
@@ -63,7 +65,8 @@ impl EvaluationRequest<'_> {
             },
         };
         let lacks_identifier = |field| {
-            is_missing(sent, field) && (field != FieldId::SESSION_ID || session_id.is_none())
+            is_missing_or_empty(sent, field)
+                && (field != FieldId::SESSION_ID || session_id.is_none())
         };
         let mut address = [0; MAX_ADDRESS_LEN];
         let remote_address = match sent.remote_address.as_deref().filter(|it| !it.is_empty()) {
@@ -95,7 +98,7 @@ impl EvaluationRequest<'_> {
 }
 
 /// Whether an identifying field is missing or empty. Any other field counts as missing.
-fn is_missing(sent: &FrontendContext<'_>, field: FieldId) -> bool {
+fn is_missing_or_empty(sent: &FrontendContext<'_>, field: FieldId) -> bool {
     let value = match field {
         FieldId::USER_ID => &sent.user_id,
         FieldId::SESSION_ID => &sent.session_id,

@@ -33,7 +33,7 @@ impl FlagEvents {
 }
 
 impl EventSource for FlagEvents {
-    fn next_event(&mut self) -> Option<SseChunk> {
+    fn try_next_event(&mut self) -> Option<SseChunk> {
         let Self { snapshots, subscriber, subscription, date_trigger, needs_reconnect } = self;
         let snapshot = snapshots.load_for_scope(subscriber.scope())?;
         let view = snapshot.frontend_view(&subscriber.scope().projects);

@@ -35,7 +35,7 @@ impl RefetchEvents {
 }
 
 impl EventSource for RefetchEvents {
-    fn next_event(&mut self) -> Option<SseChunk> {
+    fn try_next_event(&mut self) -> Option<SseChunk> {
         let Self {
             snapshots,
             subscriber,
@@ -167,13 +167,13 @@ mod tests {
                 let (old, outcome) = evaluated(&snapshots);
                 let subscriber = subscriber(&snapshots.load_for_scope(&scope()).unwrap());
                 let mut events = RefetchEvents::new(snapshots.clone(), subscriber, outcome);
-                let kind = events.next_event().map(|chunk| chunk.kind);
+                let kind = events.try_next_event().map(|chunk| chunk.kind);
                 assert_eq!(kind, Some(ChunkKind::Replay));
                 swap(&snapshots, after);
                 let (new, now) = evaluated(&snapshots);
-                let is_sent = events.next_event().is_some();
+                let is_sent = events.try_next_event().is_some();
                 assert_eq!(is_sent, old != new, "{before} became {after}: {old}, {new}");
-                assert!(events.next_event().is_none());
+                assert!(events.try_next_event().is_none());
                 assert_eq!(now == outcome, old == new);
                 if is_sent { changes += 1 } else { others += 1 }
             }

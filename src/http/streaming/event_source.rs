@@ -5,11 +5,11 @@ use tokio::time::Instant;
 
 /// Supplies the events of one stream.
 ///
-/// The stream calls [`next_event`](Self::next_event) when it begins, when the flags of its environment
+/// The stream calls [`try_next_event`](Self::try_next_event) when it begins, when the flags of its environment
 /// change and at [`next_reevaluation_at`](Self::next_reevaluation_at), each time until it returns `None`.
 pub trait EventSource: Send + 'static {
     /// The next chunk to send now, if there is one.
-    fn next_event(&mut self) -> Option<SseChunk>;
+    fn try_next_event(&mut self) -> Option<SseChunk>;
 
     /// Whether the stream has to close, so that the client reconnects, after all chunks have been sent.
     fn is_finished(&self) -> bool {

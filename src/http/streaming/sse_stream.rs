@@ -104,7 +104,7 @@ impl<T: EventSource> Stream for SseStream<T> {
         loop {
             match this.phase {
                 Phase::New | Phase::Sending => {
-                    if let Some(chunk) = this.source.next_event() {
+                    if let Some(chunk) = this.source.try_next_event() {
                         metrics.record(chunk.kind);
                         metrics.bytes.increment(chunk.bytes.len() as u64);
                         return Poll::Ready(Some(chunk.bytes));

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use parapet::control_plane::{
     Actor, AuditEvent, Config, ControlPlane, EventKind, EventQuery, NewAccount, NewToken, Operator,
-    RegistryBootstrap, RootRole, SignInAttempt,
+    RootRole, SignInAttempt, TokenBootstrapOutcome,
 };
 use parapet::protocol::features::Document;
 use parapet::served::{ServedSnapshot, Snapshots};
@@ -351,7 +351,7 @@ async fn long_lived_applications_outlast_made_up_ones(db: TestDatabase) {
 
 async fn no_secret_is_stored(db: TestDatabase) {
     let (control, opened) = db.open_with(db.config()).await;
-    let RegistryBootstrap::Generated(generated) = opened.tokens else { panic!("{opened:?}") };
+    let TokenBootstrapOutcome::Generated(generated) = opened.tokens else { panic!("{opened:?}") };
     let mut secrets = vec![crate::control_plane_in_process::fixture::PASSWORD.to_owned()];
     let tokens = [&generated.admin, &generated.client, &generated.frontend];
     secrets.extend(tokens.map(|token| token.expose().to_owned()));

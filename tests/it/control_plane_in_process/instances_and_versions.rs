@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use parapet::control_plane::{
-    ControlPlane, Error, NewToken, RegistryBootstrap,
+    ControlPlane, Error, NewToken, TokenBootstrapOutcome,
     backup::{self, BackupError},
 };
 use parapet::token::{Environment, Projects, Token, TokenKind};
@@ -59,7 +59,10 @@ async fn instances_that_start_concurrently_create_one_account_and_one_token_set(
     let generated = |it: &&&_| {
         matches!(
             it,
-            parapet::control_plane::BootstrapReport { tokens: RegistryBootstrap::Generated(_), .. }
+            parapet::control_plane::BootstrapReport {
+                tokens: TokenBootstrapOutcome::Generated(_),
+                ..
+            }
         )
     };
     assert_eq!(opened.iter().filter(generated).count(), 1, "{opened:?}");
@@ -105,7 +108,7 @@ async fn create_version_1(db: &TestDatabase) {
 /// Opens a database that was created by the first version, and checks all of its contents.
 async fn open_version_1(db: &TestDatabase) {
     let (control, opened) = db.open_with(db.config()).await;
-    assert!(opened.account.is_none() && matches!(opened.tokens, RegistryBootstrap::Existing));
+    assert!(opened.account.is_none() && matches!(opened.tokens, TokenBootstrapOutcome::Existing));
     let tokens = control.tokens(&SHELL.operator);
     assert_eq!(tokens.len(), 1);
     assert_eq!((tokens[0].name.as_str(), &*tokens[0].masked), ("billing", "web:dev.AbCd****"));

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use jiff::{SignedDuration, Timestamp};
 use parapet::control_plane::{
     AccountChange, Actor, ControlPlane, Error, InitialTokens, NewAccount, NewToken, Operator,
-    PermissionChange, RegistryBootstrap, RootRole, TokenMetadata, TokenPermission,
+    PermissionChange, RootRole, TokenBootstrapOutcome, TokenMetadata, TokenPermission,
 };
 use parapet::token::{Environment, Projects, Token, TokenKind};
 
@@ -274,7 +274,7 @@ async fn initial_tokens_fill_empty_registry_once(db: TestDatabase) {
     };
     let (control, opened) =
         db.open_with(parapet::control_plane::Config { initial_tokens, ..db.config() }).await;
-    assert!(matches!(opened.tokens, RegistryBootstrap::Seeded), "{opened:?}");
+    assert!(matches!(opened.tokens, TokenBootstrapOutcome::Seeded), "{opened:?}");
     let tokens = control.tokens(&SHELL.operator);
     assert_eq!(tokens.len(), 3);
     let web = tokens.iter().find(|token| token.environment.as_str() == "production").unwrap();
@@ -286,18 +286,18 @@ async fn initial_tokens_fill_empty_registry_once(db: TestDatabase) {
         InitialTokens { client: vec![token("*:staging.later")], ..InitialTokens::default() };
     let (control, opened) =
         db.open_with(parapet::control_plane::Config { initial_tokens, ..db.config() }).await;
-    assert!(matches!(opened.tokens, RegistryBootstrap::Existing), "{opened:?}");
+    assert!(matches!(opened.tokens, TokenBootstrapOutcome::Existing), "{opened:?}");
     assert_eq!(control.tokens(&SHELL.operator), tokens);
 }
 
 async fn empty_registry_without_initial_tokens_gets_one_token_of_each_kind(db: TestDatabase) {
     let (control, opened) = db.open_with(db.config()).await;
-    let RegistryBootstrap::Generated(generated) = opened.tokens else { panic!("{opened:?}") };
+    let TokenBootstrapOutcome::Generated(generated) = opened.tokens else { panic!("{opened:?}") };
     let instance = RunningInstance::start(&control);
     for token in [&generated.admin, &generated.client, &generated.frontend] {
         instance.wait_until(token, true).await;
     }
     let (_, opened) = db.open_with(db.config()).await;
-    assert!(matches!(opened.tokens, RegistryBootstrap::Existing));
+    assert!(matches!(opened.tokens, TokenBootstrapOutcome::Existing));
     assert!(opened.account.is_none());
 }

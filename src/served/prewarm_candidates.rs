@@ -43,7 +43,7 @@ pub struct HotContext {
 /// The first request that uses a slot keeps it for the lifetime of the snapshot. It is likely to be a
 /// frequent one, and a slot that is never overwritten costs readers nothing.
 #[derive(Debug)]
-pub(super) struct HotContexts {
+pub(super) struct PrewarmCandidates {
     /// Each with the hash of its request.
     slots: Box<[OnceLock<(u64, HotContext)>]>,
     recent: Arc<RecentRequests>,
@@ -56,7 +56,7 @@ struct RecentRequests {
     hasher: RandomState,
 }
 
-impl HotContexts {
+impl PrewarmCandidates {
     /// The empty set of a new snapshot, which shares the recent requests with the previous one.
     pub(super) fn new(previous: Option<&Self>) -> Self {
         let recent = previous.map_or_else(Arc::default, |it| Arc::clone(&it.recent));
