@@ -23,7 +23,7 @@
 //! | assembly | [`app`], [`config`], [`commands`], [`probe`] | the parts of each mode, the configuration, subcommands of the command line, the container health check |
 //! | surface | [`http`] | routes, handlers and responses, the only place that chooses status codes |
 //! | control plane and server | [`control_plane`], [`server`] | connections and TLS termination, which know no flags; accounts, tokens, sessions, the audit log and the usage of a standalone instance, in SQL |
-//! | services | [`sync`], [`auth`], [`event_log`], [`evaluation`], [`changes`] | background tasks with their state, and the functions that work on the state below |
+//! | services | [`sync`], [`auth`], [`event_log`], [`evaluation`], [`changes`], [`fleet`] | background tasks with their state, and the functions that work on the state below |
 //! | state | [`snapshot`], [`served`], [`usage`], [`upstream`], [`redis_client`], [`store`], [`background_writer`], [`tls`] | the flags being served with what requests need from them, the usage to be sent, the clients of the upstream server and of Redis, persistent records and writing them in the background, the listeners' certificates |
 //! | pure core | [`engine`] | compiled flags and their evaluation; no IO, clock, randomness or logs |
 //! | foundations | [`token`], [`protocol`], [`telemetry`], [`secret_file`], [`rate_limit`], [`backoff`], [`cache`], [`shutdown_signal`] | tokens and grants, Unleash's JSON, logs and readiness, secrets in files, rate limits, delays between tries, bounded caches, the end of thousands of tasks |
@@ -61,6 +61,12 @@
 //! If upstream offers a stream of changes, they are applied to the current document instead, and Parapet
 //! does not poll while the stream works. Otherwise, with an admin token, [`event_log`] asks upstream at
 //! each interval whether anything was changed, and only what was changed is requested.
+//!
+//! **A refresh in a fleet.** For each environment one instance leads; [`fleet`] keeps its lease in Redis. The
+//! leader refreshes as above, and shares the document with a fencing number, so that a leader of the past
+//! cannot overwrite it. A notice tells the other instances, which fetch the document from Redis, compile
+//! it and swap it in; they request nothing from upstream. An instance without a leader, or without Redis,
+//! synchronises with upstream by itself after a while.
 //!
 //! **A change.** [`changes`] assigns an id to each new state and wakes the streams of its environment.
 //! When its connection can send, each stream requests the changes since the state that it sent last.
@@ -118,6 +124,7 @@ pub mod control_plane;
 pub mod engine;
 pub mod evaluation;
 pub mod event_log;
+pub mod fleet;
 pub mod http;
 pub mod probe;
 pub mod protocol;

@@ -37,14 +37,15 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
         ("tls", &[]),
         ("upstream", &["background_writer", "store", "tls", "usage"]),
     ],
-    // `sync` prewarms the evaluation cache of a snapshot before it is served. `auth` and `sync` learn from
-    // upstream's event log what has changed.
+    // `sync` prewarms the evaluation cache of a snapshot before it is served, and in a fleet takes flags from
+    // the leader. `auth` and `sync` learn from upstream's event log what has changed.
     &[
         ("evaluation", &[]),
         ("event_log", &[]),
+        ("fleet", &[]),
         ("auth", &["event_log"]),
         ("changes", &[]),
-        ("sync", &["evaluation", "event_log"]),
+        ("sync", &["evaluation", "event_log", "fleet"]),
     ],
     &[("control_plane", &[]), ("server", &[])],
     &[("http", &[])],

@@ -39,6 +39,8 @@ mod event_log;
 mod features_meta;
 /// Flags that are read from files.
 mod flag_files;
+/// Instances that share a Redis: leases and shared documents.
+mod fleet;
 /// An edge with overlapping tokens, stale replicas, a hanging disk, or no flags yet.
 mod freshness;
 /// The API of frontend SDKs.

@@ -1,0 +1,321 @@
+//! Coordinates one topic: keeps or acquires the lease, writes the leader's documents, and fetches those of
+//! other leaders.
+//!
+//! It makes one request at a time, each with the timeouts of the Redis client. [`Lease`] and the
+//! comparison of documents decide; nobody waits for this task.
+
+use std::{sync::Arc, time::Duration};
+
+use metrics::{counter, gauge};
+use tokio::{
+    task::spawn_blocking,
+    time::{Instant, sleep_until},
+};
+use tracing::{info, warn};
+
+use super::{
+    hub::Hub,
+    lease::{Holder, Lease, patience},
+    member::{Adoption, Exchange},
+    role::{Fence, Role},
+    scripts::{TopicRedis, TopicState},
+    shared_document::{DocumentHead, EncodedDocument, SharedDocument, Version},
+    timing::Timing,
+    topic::Topic,
+};
+use crate::{redis_client::Error, telemetry::error_chain};
+
+/// How long a leader that has let others lead does not acquire the lease again, unless it is asked to
+/// for the whole time.
+const YIELD_DURATION: Duration = Duration::from_secs(15);
+
+/// Coordinates one topic of one instance. Its [`Member`](super::Member) is for the user of the topic.
+#[derive(Debug)]
+pub struct Coordinator {
+    topic: Topic,
+    timing: Timing,
+    hub: Arc<Hub>,
+    exchange: Arc<Exchange>,
+    redis: Arc<TopicRedis>,
+    lease: Lease,
+    /// The document in Redis, as of the last reply.
+    stored: Option<DocumentHead>,
+    /// The last document that this instance has written.
+    written: Option<Written>,
+    /// The number of a document that cannot be written.
+    unwritable: Option<u64>,
+    heartbeat_at: Instant,
+    /// Whether Redis has a newer document that could not be fetched.
+    is_behind: bool,
+    /// When the lease may be acquired again after others were let lead.
+    yields_until: Option<Instant>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Written {
+    version: Version,
+    /// The number of the [`Outgoing`](super::member::Outgoing) document.
+    number: u64,
+}
+
+impl Coordinator {
+    pub(super) fn new(
+        topic: Topic,
+        timing: Timing,
+        hub: Arc<Hub>,
+        exchange: Arc<Exchange>,
+        redis: Arc<TopicRedis>,
+    ) -> Self {
+        let now = Instant::now();
+        Self {
+            lease: Lease::new(timing.lease, now + timing.start_patience),
+            topic,
+            timing,
+            hub,
+            exchange,
+            redis,
+            stored: None,
+            written: None,
+            unwritable: None,
+            heartbeat_at: now,
+            is_behind: false,
+            yields_until: None,
+        }
+    }
+
+    /// Coordinates the topic until dropped.
+    ///
+    /// Dropping the future is safe: the lease ends by itself, or earlier by
+    /// [`Fleet::leave`](super::Fleet::leave).
+    pub async fn run(mut self) {
+        loop {
+            if self.exchange.lock().take_yields() {
+                self.yield_lease().await;
+            }
+            let is_noticed = self.exchange.lock().take_noticed();
+            if self.heartbeat_at <= Instant::now() || (is_noticed && self.lease.fence().is_none()) {
+                self.heartbeat().await;
+            }
+            self.adopt().await;
+            self.announce_role();
+            self.write().await;
+            self.announce_role();
+            let deadline = self.lease.next_deadline().map_or(self.heartbeat_at, |deadline| {
+                // A deadline in the past has been applied above.
+                if deadline <= Instant::now() {
+                    self.heartbeat_at
+                } else {
+                    deadline.min(self.heartbeat_at)
+                }
+            });
+            tokio::select! {
+                () = sleep_until(deadline) => {}
+                () = self.exchange.notified() => {}
+            }
+        }
+    }
+
+    /// Renews the lease, or tries to acquire it, and learns the state of the topic.
+    async fn heartbeat(&mut self) {
+        let sent_at = Instant::now();
+        self.heartbeat_at = sent_at + self.timing.next_heartbeat(rand::random());
+        let state = self.hub.observe(self.renew_or_acquire().await);
+        if let Some(state) = state {
+            self.apply(state, sent_at);
+        }
+    }
+
+    async fn renew_or_acquire(&self) -> Result<TopicState, Error> {
+        let (duration, highest) = (self.timing.lease, self.lease.highest_fence());
+        if let Some(fence) = self.lease.fence() {
+            let confirmed_at = self.exchange.lock().served.confirmed_at();
+            let state = self.redis.renew(fence, duration, confirmed_at).await?;
+            // Redis has lost the lease. If nobody else has acquired it, this instance goes on.
+            let is_other = matches!(state.holder, Holder::Other(other) if other >= highest);
+            if is_other || state.holder == Holder::Own(fence) {
+                return Ok(state);
+            }
+        }
+        match self.yields_until {
+            Some(until) if Instant::now() < until => self.redis.look().await,
+            Some(_) | None => self.redis.acquire(highest, duration).await,
+        }
+    }
+
+    fn apply(&mut self, state: TopicState, sent_at: Instant) {
+        let TopicState { holder, holder_name, document } = state;
+        let patience = patience(self.timing.patience, self.hub.instances(), rand::random());
+        let has_flags = document.is_some() || self.exchange.lock().has_document();
+        self.lease.on_reply(holder, (sent_at, Instant::now()), patience, has_flags);
+        self.stored = document;
+        self.exchange.lock().leader = holder_name;
+    }
+
+    /// Fetches the document in Redis if it is newer than the one being served.
+    async fn adopt(&mut self) {
+        self.is_behind = false;
+        let Some(head) = self.stored else { return };
+        if self.lease.fence() == Some(head.version.fence)
+            || self.exchange.consider(&head) != Adoption::Fetch
+        {
+            return;
+        }
+        self.is_behind = true;
+        let Some(read) = self.hub.observe(self.redis.read().await) else { return };
+        self.is_behind = false;
+        let Some((head, encoded)) = read else {
+            self.stored = None;
+            return;
+        };
+        self.stored = Some(head);
+        if self.exchange.consider(&head) != Adoption::Fetch {
+            return;
+        }
+        let decoded = spawn_blocking(move || encoded.decode());
+        match decoded.await {
+            Ok(Ok(body)) => {
+                counter!("parapet_fleet_documents_total").increment(1);
+                let confirmed_at = head.confirmed_at;
+                self.exchange.offer(SharedDocument { body, confirmed_at, head });
+            }
+            Ok(Err(error)) => {
+                self.exchange.on_damaged(&head);
+                warn!(
+                    topic = %self.topic,
+                    error = error_chain(&error),
+                    "The fleet's document in Redis is damaged; the known one stays until the next is \
+                     written"
+                );
+            }
+            Err(error) => {
+                self.exchange.on_damaged(&head);
+                warn!(topic = %self.topic, error = error_chain(&error), "Reading a document panicked");
+            }
+        }
+    }
+
+    /// Tells the member its role. A leader first serves the newest document of its predecessor.
+    fn announce_role(&mut self) {
+        self.lease.advance(Instant::now());
+        self.exchange.lock().fence = self.lease.fence();
+        let role = self.lease.role();
+        if role == Role::Leader && (self.is_behind || self.exchange.lock().is_member_busy()) {
+            return;
+        }
+        let previous = self.exchange.set_role(role);
+        if previous == role {
+            return;
+        }
+        let (topic, leader) = (&self.topic, self.exchange.lock().leader.clone());
+        if role == Role::Follower {
+            self.exchange.lock().clear_outgoing();
+        }
+        gauge!("parapet_fleet_leader", "topic" => topic.name()).set(if role == Role::Leader {
+            1.0
+        } else {
+            0.0
+        });
+        match role {
+            Role::Leader => info!(
+                %topic,
+                role = role.as_str(),
+                fence = self.lease.fence().map(Fence::get),
+                "This instance leads the fleet: it fetches {topic} from upstream and shares them"
+            ),
+            Role::Follower => info!(
+                %topic,
+                role = role.as_str(),
+                leader,
+                "Another instance leads the fleet: {topic} come from it"
+            ),
+            Role::Alone => warn!(
+                %topic,
+                role = role.as_str(),
+                "The fleet has no leader within reach: this instance fetches {topic} from upstream itself"
+            ),
+        }
+    }
+
+    /// Writes the document to share, unless Redis has it.
+    async fn write(&mut self) {
+        let Some(fence) = self.lease.fence() else { return };
+        let (outgoing, confirmed_at) = {
+            let state = self.exchange.lock();
+            if state.role != Role::Leader || state.is_member_busy() || self.is_behind {
+                return;
+            }
+            let Some(outgoing) = state.outgoing() else { return };
+            (outgoing, state.served.confirmed_at())
+        };
+        let is_stored = |written: Written| {
+            written.number == outgoing.number
+                && written.version.fence == fence
+                && self.stored.is_some_and(|stored| stored.version == written.version)
+        };
+        if self.written.is_some_and(is_stored) || self.unwritable == Some(outgoing.number) {
+            return;
+        }
+        let body = outgoing.body;
+        let encoded = match spawn_blocking(move || EncodedDocument::encode(&body)).await {
+            Ok(Ok(encoded)) => encoded,
+            Ok(Err(error)) => {
+                self.unwritable = Some(outgoing.number);
+                warn!(topic = %self.topic, error = error_chain(&error), "A document cannot be shared");
+                return;
+            }
+            Err(error) => {
+                self.unwritable = Some(outgoing.number);
+                warn!(topic = %self.topic, error = error_chain(&error), "Compressing panicked");
+                return;
+            }
+        };
+        let previous = self.written.map(|written| written.version).filter(|it| it.fence == fence);
+        let sequence = previous.map_or(1, |version| version.sequence + 1);
+        let version = Version { fence, sequence };
+        let digest = encoded.digest;
+        let result = self.hub.observe(self.redis.write(version, &encoded, confirmed_at).await);
+        let outcome = match result {
+            Some(true) => {
+                self.written = Some(Written { version, number: outgoing.number });
+                self.stored = Some(DocumentHead { version, digest, confirmed_at });
+                "written"
+            }
+            Some(false) => {
+                self.lease.on_lost();
+                self.heartbeat_at = Instant::now();
+                warn!(
+                    topic = %self.topic,
+                    fence = fence.get(),
+                    "Another instance has led the fleet meanwhile; this one's document was refused"
+                );
+                "refused"
+            }
+            // The next heartbeat retries. The write may have succeeded: the number is not used again.
+            None => {
+                self.written = Some(Written { version, number: 0 });
+                "failed"
+            }
+        };
+        counter!("parapet_fleet_writes_total", "result" => outcome).increment(1);
+    }
+
+    /// Lets another instance lead.
+    async fn yield_lease(&mut self) {
+        let Some(fence) = self.lease.fence() else { return };
+        // Without others there is nobody to lead better.
+        if self.hub.instances() < 2 {
+            return;
+        }
+        self.yields_until =
+            Some(Instant::now() + YIELD_DURATION.mul_f64(1.0 + rand::random::<f64>()));
+        if self.hub.observe(self.redis.release(fence).await).is_some() {
+            self.lease.on_lost();
+        }
+    }
+}
+
+impl Drop for Coordinator {
+    fn drop(&mut self) {
+        self.hub.remove(&self.topic.name(), &self.exchange);
+    }
+}

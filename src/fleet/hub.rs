@@ -1,0 +1,169 @@
+//! The state that all topics of an instance share: who coordinates which topic, whether Redis responds,
+//! and how many instances there are.
+
+use std::{
+    collections::BTreeMap,
+    mem,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use futures_util::future::join_all;
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use super::{
+    member::Exchange,
+    notice::Notice,
+    scripts::TopicRedis,
+    status::{FleetStatus, TopicStatus},
+};
+use crate::{redis_client::Error, telemetry::error_chain};
+
+/// The shared state of the topics. Its locks are held only to copy values.
+#[derive(Debug)]
+pub(super) struct Hub {
+    fleet: String,
+    /// The URL of Redis without credentials.
+    location: String,
+    topics: Mutex<BTreeMap<String, Entry>>,
+    /// Topics that are not coordinated any more, whose leases may not have ended.
+    unreleased: Mutex<BTreeMap<String, Entry>>,
+    /// Whether the last request to Redis failed.
+    is_failing: AtomicBool,
+    instances: Mutex<Instances>,
+    last_notice: Mutex<Option<Instant>>,
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    exchange: Arc<Exchange>,
+    redis: Arc<TopicRedis>,
+}
+
+/// The instances of the fleet, as of the last reply of Redis.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Instances {
+    pub(super) count: u32,
+    /// The names of some.
+    pub(super) names: Vec<String>,
+}
+
+impl Hub {
+    pub(super) fn new(fleet: String, location: String) -> Self {
+        Self {
+            fleet,
+            location,
+            topics: Mutex::default(),
+            unreleased: Mutex::default(),
+            is_failing: AtomicBool::new(false),
+            instances: Mutex::default(),
+            last_notice: Mutex::default(),
+        }
+    }
+
+    /// Adds the coordination of a topic; replaces an earlier one of the same topic.
+    pub(super) fn add(&self, topic: String, exchange: Arc<Exchange>, redis: Arc<TopicRedis>) {
+        lock(&self.topics).insert(topic, Entry { exchange, redis });
+    }
+
+    /// Removes the coordination of a topic, unless another has replaced it.
+    pub(super) fn remove(&self, topic: &str, exchange: &Arc<Exchange>) {
+        let mut topics = lock(&self.topics);
+        if topics.get(topic).is_some_and(|entry| Arc::ptr_eq(&entry.exchange, exchange))
+            && let Some((topic, entry)) = topics.remove_entry(topic)
+        {
+            lock(&self.unreleased).insert(topic, entry);
+        }
+    }
+
+    /// Gives back the leases that this instance holds, so that others lead at once.
+    pub(super) async fn release_leases(&self) {
+        let mut entries: Vec<_> = lock(&self.topics).values().cloned().collect();
+        entries.extend(mem::take(&mut *lock(&self.unreleased)).into_values());
+        let releases = entries.iter().filter_map(|Entry { exchange, redis }| {
+            let fence = exchange.lock().fence.take()?;
+            Some(async move { self.observe(redis.release(fence).await) })
+        });
+        join_all(releases).await;
+    }
+
+    /// Passes a notice on to its topic.
+    pub(super) fn on_notice(&self, payload: &[u8]) {
+        let Some(notice) = Notice::decode(payload) else { return };
+        *lock(&self.last_notice) = Some(Instant::now());
+        if let Some(entry) = lock(&self.topics).get(notice.topic) {
+            entry.exchange.notice();
+        }
+    }
+
+    /// Lets all topics look at Redis: notices may have been lost.
+    pub(super) fn on_notices_missed(&self) {
+        for entry in lock(&self.topics).values() {
+            entry.exchange.notice();
+        }
+    }
+
+    /// The value of a successful request to Redis. Logs the first failure and the next success.
+    pub(super) fn observe<T>(&self, result: Result<T, Error>) -> Option<T> {
+        match result {
+            Ok(value) => {
+                if self.is_failing.swap(false, Ordering::Relaxed) {
+                    info!(redis = self.location, "Redis responds to the fleet again");
+                }
+                Some(value)
+            }
+            Err(error) => {
+                if !self.is_failing.swap(true, Ordering::Relaxed) {
+                    warn!(
+                        redis = self.location,
+                        error = error_chain(&error),
+                        "The fleet cannot use Redis; this instance serves on, and fetches from upstream \
+                         itself unless Redis responds soon"
+                    );
+                }
+                None
+            }
+        }
+    }
+
+    /// The number of instances of the fleet, with this one, as last seen.
+    pub(super) fn instances(&self) -> u32 {
+        lock(&self.instances).count.max(1)
+    }
+
+    pub(super) fn set_instances(&self, instances: Instances) {
+        *lock(&self.instances) = instances;
+    }
+
+    pub(super) fn status(&self) -> FleetStatus {
+        let Instances { count, names } = lock(&self.instances).clone();
+        let topics = lock(&self.topics);
+        let topics = topics.iter().map(|(topic, Entry { exchange, .. })| {
+            let state = exchange.lock();
+            TopicStatus {
+                topic: topic.clone(),
+                role: state.role,
+                leader: state.leader.clone(),
+                fence: state.fence,
+                version: state.served.version(),
+            }
+        });
+        FleetStatus {
+            name: self.fleet.clone(),
+            redis: self.location.clone(),
+            is_redis_available: !self.is_failing.load(Ordering::Relaxed),
+            instance_count: count.max(1),
+            instances: names,
+            last_notice_age: lock(&self.last_notice).map(|at| at.elapsed()),
+            topics: topics.collect(),
+        }
+    }
+}
+
+/// Ignores poisoning: each change under these locks is complete.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
