@@ -11,6 +11,7 @@ mod environment_sync;
 mod environment_tracker;
 mod fetched_documents;
 pub mod file_source;
+mod fleet_sync;
 mod merge;
 mod part_precedence;
 mod poll_once;

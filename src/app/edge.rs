@@ -82,6 +82,7 @@ pub(super) async fn build(
         store: Arc::clone(&store),
         writer,
         event_log: event_log.clone(),
+        fleet: None,
     };
     environments.restore().await;
     // These only check which records exist; problems with them are reported when they are loaded.

@@ -44,7 +44,7 @@ pub struct Document {
 }
 
 /// Information about the run that served and stored a document.
-#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PreviousRun {
     /// The upstream revision of the document, if upstream's revisions can be compared.

@@ -24,6 +24,7 @@ use crate::{
     background_writer::BackgroundWriter,
     backoff::Backoff,
     event_log::{EventLog, next_list_at},
+    fleet::Fleet,
     protocol::features::{Document, parse_query_projects},
     served::{EnvironmentFilter, Snapshots},
     store::{RecordKey, Store},
@@ -77,6 +78,8 @@ pub struct EnvironmentManager {
     pub writer: BackgroundWriter,
     /// Tells when to fetch flags and to list environments.
     pub event_log: EventLog,
+    /// The fleet that synchronises as one, if this instance is in one.
+    pub fleet: Option<Fleet>,
 }
 
 impl EnvironmentManager {
@@ -295,10 +298,11 @@ impl EnvironmentManager {
     }
 
     fn environment_sync(&self, environment: Environment) -> EnvironmentSync {
-        let Self { config, upstream, credentials, snapshots, writer, event_log, .. } = self.clone();
+        let Self { config, upstream, credentials, snapshots, writer, event_log, fleet, .. } =
+            self.clone();
         EnvironmentSync::new(
             environment,
-            Dependencies { config, upstream, credentials, snapshots, writer, event_log },
+            Dependencies { config, upstream, credentials, snapshots, writer, event_log, fleet },
         )
     }
 }

@@ -1,20 +1,26 @@
 //! Synchronises one environment with upstream: by polling, and by event streams between polls.
 //!
 //! It performs the actions that [`EnvironmentState`] decides on, and reports results and events to it.
+//!
+//! In a fleet it does so only while this instance leads or is alone; otherwise it publishes the documents
+//! that the leader shares ([`FleetSync`]). Each time it takes over from a leader it begins as after a
+//! restart: with the served flags, and with a poll.
 
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use futures_util::future::pending;
 use tokio::{
     sync::watch,
     task::{JoinError, spawn_blocking},
-    time::{Instant, interval_at, sleep_until},
+    time::{Instant, interval_at, sleep, sleep_until},
 };
 use tracing::{debug, info, warn};
 
 use self::transport_log::TransportLog;
 use super::{
     environment_state::{Action, Config, EnvironmentState, Publication},
+    fleet_sync::{FleetSync, SharedFlags},
     merge::merge,
     poll_once::{Poll, PollError, PollResult},
     publish::publish,
@@ -24,7 +30,9 @@ use super::{
 };
 use crate::{
     background_writer::BackgroundWriter,
+    backoff::Backoff,
     event_log::EventLog,
+    fleet::{Coordinator, Fleet, Role, Topic, Update},
     protocol::{
         features::{Document, PreviousRun},
         sse::DecodedEvent,
@@ -42,6 +50,10 @@ mod transport_log;
 /// The interval of checks for a changed set of tokens.
 const TOKEN_CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
+/// The delays before a follower obtains its token: the first, and the longest.
+const FOLLOWER_TOKEN_DELAY: Duration = Duration::from_secs(2);
+const TOKEN_RETRY_DELAY: Duration = Duration::from_mins(1);
+
 /// The services that [`EnvironmentSync`] uses.
 #[derive(Clone, Debug)]
 pub(super) struct Dependencies {
@@ -51,6 +63,8 @@ pub(super) struct Dependencies {
     pub(super) snapshots: Snapshots,
     pub(super) writer: BackgroundWriter,
     pub(super) event_log: EventLog,
+    /// The fleet that synchronises as one, if this instance is in one.
+    pub(super) fleet: Option<Fleet>,
 }
 
 /// The synchronisation of one environment.
@@ -61,6 +75,7 @@ pub(super) struct EnvironmentSync {
     state: EnvironmentState,
     streams: StreamPool,
     transport_log: TransportLog,
+    fleet: FleetSync,
 }
 
 impl EnvironmentSync {
@@ -71,6 +86,7 @@ impl EnvironmentSync {
             state: EnvironmentState::new(config, served.as_deref(), Instant::now()),
             streams: StreamPool::new(upstream.clone()),
             transport_log: TransportLog::new(environment.clone(), config.mode),
+            fleet: FleetSync::Single,
             environment,
             dependencies,
         }
@@ -78,12 +94,32 @@ impl EnvironmentSync {
 
     /// Synchronises the environment until it is no longer served. A change of `poll_requested` triggers a
     /// poll.
-    pub(super) async fn run(mut self, mut poll_requested: watch::Receiver<()>) {
+    pub(super) async fn run(mut self, poll_requested: watch::Receiver<()>) {
+        let (environment, fleet) = (self.environment.clone(), self.dependencies.fleet.clone());
+        let Some(fleet) = fleet else { return self.synchronise(poll_requested).await };
+        let (member, coordinator) = fleet.join(Topic::Flags(environment.clone()));
+        let served = self.dependencies.snapshots.load(&environment);
+        self.fleet = FleetSync::member(member, served.as_deref());
+        let tokens = obtain_token_of_follower(self.dependencies.clone(), environment);
+        tokio::select! {
+            () = self.synchronise(poll_requested) => {}
+            // Neither of these ends.
+            () = Coordinator::run(coordinator) => {}
+            () = tokens => {}
+        }
+    }
+
+    async fn synchronise(&mut self, mut poll_requested: watch::Receiver<()>) {
         let check_interval = TOKEN_CHECK_INTERVAL.min(self.dependencies.config.interval);
         let mut checks = interval_at(Instant::now() + check_interval, check_interval);
         let mut event_log = self.dependencies.event_log.clone();
         while self.dependencies.snapshots.is_environment_allowed(&self.environment) {
-            match self.state.next_action(Instant::now()) {
+            let action = if self.fleet.uses_upstream() {
+                self.state.next_action(Instant::now())
+            } else {
+                Action::Wait(None)
+            };
+            match action {
                 Action::Poll => {
                     self.poll().await;
                     checks.reset();
@@ -99,7 +135,7 @@ impl EnvironmentSync {
                     () = sleep_until(until.unwrap_or_else(Instant::now)), if until.is_some() => {}
                     // The sender outlives this task.
                     Ok(()) = poll_requested.changed() => self.state.request_poll(),
-                    () = event_log.updated() => {
+                    () = event_log.updated(), if self.fleet.uses_upstream() => {
                         let observed = event_log.flags(&self.environment);
                         self.state.on_event_log_updated(observed, Instant::now());
                         // Nothing is merged: this confirms the served flags.
@@ -113,11 +149,50 @@ impl EnvironmentSync {
                         self.state.check_tokens(&credentials.tokens(&self.environment), has_all_tokens);
                     }
                     (token, event) = self.streams.next_event() => self.on_stream_event(&token, event).await,
+                    update = self.fleet.next_update() => self.on_fleet_update(update).await,
                 },
             }
         }
         let environment = &self.environment;
         info!(%environment, "Environment was removed or disabled upstream; it is no longer served");
+    }
+
+    async fn on_fleet_update(&mut self, update: Update) {
+        let Dependencies { snapshots, .. } = &self.dependencies;
+        let served = snapshots.load(&self.environment);
+        match update {
+            Update::Document(document) => {
+                let shared = SharedFlags { snapshots, environment: &self.environment, document };
+                if self.fleet.publish(shared, served.as_deref()).await && self.fleet.uses_upstream()
+                {
+                    self.begin();
+                }
+            }
+            Update::Confirmed(at) => {
+                if let Some(served) = served {
+                    served.confirm(at);
+                }
+            }
+            Update::Role(role) => {
+                let began = self.fleet.set_role(role);
+                if began {
+                    self.begin();
+                }
+                if let (Role::Leader, Some(served)) = (role, served) {
+                    self.fleet.share(|run| serialize_for_store(&served, run));
+                }
+            }
+        }
+    }
+
+    /// Begins, or ends, to synchronise with upstream: from the served flags, with a poll and without
+    /// streams.
+    fn begin(&mut self) {
+        let Dependencies { config, upstream, snapshots, .. } = &self.dependencies;
+        let served = snapshots.load(&self.environment);
+        self.state = EnvironmentState::new(config, served.as_deref(), Instant::now());
+        self.streams = StreamPool::new(upstream.clone());
+        self.transport_log = TransportLog::new(self.environment.clone(), config.mode);
     }
 
     /// Polls once, and schedules the next poll.
@@ -139,6 +214,7 @@ impl EnvironmentSync {
         let polled = polled.map_err(|error| error.retry_after());
         let in_use = self.dependencies.credentials.tokens(environment);
         self.state.on_polled(polled, in_use, Instant::now(), rand::random());
+        self.fleet.on_polled(self.state.poll_failures());
         self.streams.retain(|token| self.state.is_connected(token));
     }
 
@@ -169,6 +245,7 @@ impl EnvironmentSync {
             Publication::Confirm(at) => {
                 if let Some(served) = served {
                     served.confirm(at);
+                    self.fleet.on_fetched(at);
                 }
             }
             Publication::Replace { input, projects, confirmed_at, run, replaced } => {
@@ -179,7 +256,12 @@ impl EnvironmentSync {
                 let scope = Scope { environment: environment.clone(), projects };
                 let published = publish(snapshots, scope, confirmed_at, make).await?;
                 self.state.on_published();
+                if let Some(at) = confirmed_at {
+                    self.fleet.on_fetched(at);
+                }
+                self.fleet.set_previous_run(run);
                 if let Some(snapshot) = published {
+                    self.fleet.share(|run| serialize_for_store(&snapshot, run));
                     let key = RecordKey::Flags(environment.clone());
                     writer.save(key, move || serialize_for_store(&snapshot, run));
                 }
@@ -238,6 +320,22 @@ impl EnvironmentSync {
         let reason = self.state.on_stream_closed(token, reason, Instant::now(), rand::random());
         self.streams.close(token, reason);
         self.transport_log.on_closed(reason, error);
+    }
+}
+
+/// Obtains the environment's token for a follower, which does not fetch flags, but sends usage and accepts
+/// the listed tokens of the environments for which it has one.
+///
+/// It does so only once there are flags: the leader has then obtained the token, and stored it for all.
+async fn obtain_token_of_follower(dependencies: Dependencies, environment: Environment) {
+    let Dependencies { credentials, snapshots, .. } = dependencies;
+    snapshots.wait_for_environment(&environment).await;
+    let mut backoff = Backoff::new(FOLLOWER_TOKEN_DELAY, TOKEN_RETRY_DELAY);
+    loop {
+        sleep(backoff.next_delay(None, rand::random())).await;
+        if credentials.obtain(&environment).await.is_ok() {
+            return pending().await;
+        }
     }
 }
 

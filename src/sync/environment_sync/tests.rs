@@ -100,6 +100,7 @@ impl Fixture {
             snapshots: snapshots.clone(),
             writer: BackgroundWriter::new(Arc::new(MemoryStore::default())),
             event_log: EventLog::unavailable(),
+            fleet: None,
         };
         let mut environment_sync = EnvironmentSync::new(environment, dependencies);
         environment_sync.state.removal_grace = removal_grace;

@@ -51,6 +51,8 @@ pub(crate) struct UpstreamRequest {
     token: Option<String>,
     pub(crate) last_event_id: Option<String>,
     pub(crate) if_none_match: Option<String>,
+    /// The name of the edge that sent it.
+    instance_id: Option<String>,
 }
 
 /// The responses of the upstream, which tests change at any time.
@@ -169,6 +171,11 @@ impl ScriptedUpstream {
         polls.iter().filter(|it| it.token.as_deref() == Some(token)).count()
     }
 
+    /// The names of the edges that have sent requests.
+    pub(crate) fn instance_ids(&self) -> BTreeSet<String> {
+        self.state().requests.iter().filter_map(|it| it.instance_id.clone()).collect()
+    }
+
     /// Waits for two more requests for flags with each token: then the first response has been applied.
     pub(crate) async fn wait_until_polled(&self, tokens: &[&str]) {
         let enough: Vec<_> = tokens.iter().map(|token| self.poll_count(token) + 2).collect();
@@ -219,6 +226,7 @@ impl UpstreamState {
             token: header("authorization"),
             last_event_id: header("last-event-id"),
             if_none_match: header("if-none-match"),
+            instance_id: header("unleash-instanceid"),
         };
         self.requests.push(request.clone());
         let token = request.token.as_deref().unwrap_or_default();
