@@ -18,6 +18,7 @@ mod poll_once;
 mod poll_schedule;
 mod publish;
 mod reconnect;
+mod shared_environments;
 mod stream_events;
 mod stream_pool;
 mod token_precedence;

@@ -18,13 +18,14 @@ use super::{
     environment_sync::{Dependencies, EnvironmentSync},
     environment_tracker::EnvironmentTracker,
     publish::publish,
+    shared_environments::{EnvironmentList, SharedEnvironments},
     stream_pool,
 };
 use crate::{
     background_writer::BackgroundWriter,
     backoff::Backoff,
     event_log::{EventLog, next_list_at},
-    fleet::Fleet,
+    fleet::{Coordinator, Fleet, Topic},
     protocol::features::{Document, parse_query_projects},
     served::{EnvironmentFilter, Snapshots},
     store::{RecordKey, Store},
@@ -156,9 +157,22 @@ impl EnvironmentManager {
     pub async fn run(self, ready_when: &ReadinessCondition) {
         stream_pool::describe_metrics();
         let (sender, initial) = oneshot::channel();
+        let (shared, coordinator) = match (&self.fleet, &self.selection) {
+            (Some(fleet), EnvironmentSelection::Enabled(_)) => {
+                let (member, coordinator) = fleet.join(Topic::Environments);
+                (SharedEnvironments::member(member), Some(coordinator))
+            }
+            (Some(_) | None, _) => (SharedEnvironments::Single, None),
+        };
+        let coordination = async {
+            if let Some(coordinator) = coordinator {
+                Coordinator::run(coordinator).await;
+            }
+        };
         tokio::join!(
-            self.sync_all(sender),
-            self.mark_ready_after_initial_flags(initial, ready_when)
+            self.sync_all(sender, shared),
+            self.mark_ready_after_initial_flags(initial, ready_when),
+            coordination
         );
     }
 
@@ -185,7 +199,11 @@ impl EnvironmentManager {
         ready_when.mark_met();
     }
 
-    async fn sync_all(&self, sender: oneshot::Sender<BTreeSet<Environment>>) {
+    async fn sync_all(
+        &self,
+        sender: oneshot::Sender<BTreeSet<Environment>>,
+        mut shared: SharedEnvironments,
+    ) {
         let mut sender = Some(sender);
         let mut loops = JoinSet::new();
         let mut running: BTreeMap<Environment, Id> = BTreeMap::new();
@@ -195,12 +213,23 @@ impl EnvironmentManager {
         let mut event_log = self.event_log.clone();
         loop {
             let (started, jitter) = (Instant::now(), rand::random());
-            let (found, retry) = self.list_environments(&mut backoff, &mut environment_list).await;
+            let (found, retry) = if shared.uses_upstream() {
+                let listed = self.list_environments(&mut backoff, &mut environment_list).await;
+                if let (Some(enabled), None) = &listed {
+                    let removed = environment_list.removed();
+                    shared.on_listed(EnvironmentList { enabled: enabled.clone(), removed });
+                }
+                listed
+            } else {
+                (shared.followed_list().map(|list| list.enabled.clone()), None)
+            };
             let retry_at = retry.map(|delay| Instant::now() + delay);
+            let removed = match shared.followed_list() {
+                Some(list) => list.removed.clone(),
+                None => environment_list.removed(),
+            };
             if matches!(self.selection, EnvironmentSelection::Enabled(_))
-                && self
-                    .snapshots
-                    .set_environments(&EnvironmentFilter::Except(environment_list.removed()))
+                && self.snapshots.set_environments(&EnvironmentFilter::Except(removed))
             {
                 // The syncs of removed environments notice and end.
                 poll_request.send_replace(());
@@ -230,6 +259,7 @@ impl EnvironmentManager {
                     () = sleep_until(next) => break,
                     // The next list may be due sooner or later now.
                     () = event_log.updated() => {}
+                    () = shared.changed() => break,
                     () = self.token_added.notified() => {
                         poll_request.send_replace(());
                         break;
