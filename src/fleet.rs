@@ -30,6 +30,7 @@ mod instances;
 mod lease;
 mod member;
 mod notice;
+mod redis_health;
 mod role;
 mod scripts;
 mod shared_document;
@@ -58,6 +59,7 @@ use self::{
     instances::Registry,
     member::Exchange,
     scripts::{Instance, Scripts, TopicRedis},
+    topic::Namespace,
 };
 use crate::{backoff::Backoff, redis_client::RedisClient};
 
@@ -71,8 +73,13 @@ const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
 /// The settings of a fleet.
 #[derive(Clone, Debug)]
 pub struct Config {
+    /// The start of all keys in Redis.
+    pub prefix: String,
     /// The name that all instances of the fleet share.
     pub name: String,
+    /// The URL of upstream without credentials. Instances of different upstreams never share anything, not
+    /// even by mistake.
+    pub upstream: String,
     /// The name of this instance, for operators.
     pub instance_name: String,
     /// The intervals.
@@ -86,7 +93,7 @@ pub struct Fleet(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     client: RedisClient,
-    name: String,
+    keys: Namespace,
     timing: Timing,
     instance: Instance,
     channel: String,
@@ -99,15 +106,17 @@ impl Fleet {
     /// A member of the fleet `config.name` in this Redis. Sends nothing yet.
     pub fn new(client: RedisClient, config: Config) -> Self {
         describe_metrics();
-        let Config { name, instance_name, timing } = config;
+        let keys = Namespace::new(&config.prefix, &config.name, &config.upstream);
+        let Config { name, instance_name, timing, .. } = config;
         let instance = Instance { id: Ulid::generate().to_string(), name: instance_name };
-        let hub = Arc::new(Hub::new(name.clone(), client.location().to_owned()));
+        let location = client.location().to_owned();
+        let hub = Arc::new(Hub::new(name, location, timing.request_timeout()));
         Self(Arc::new(Inner {
-            registry: Registry::new(client.clone(), &name, &instance),
-            channel: topic::notice_channel(&name),
+            registry: Registry::new(client.clone(), keys.instances(), &instance),
+            channel: keys.notice_channel(),
             scripts: Arc::new(Scripts::new()),
             client,
-            name,
+            keys,
             timing,
             instance,
             hub,
@@ -122,7 +131,8 @@ impl Fleet {
         let redis = Arc::new(TopicRedis::new(
             inner.client.clone(),
             Arc::clone(&inner.scripts),
-            (&inner.name, name.clone()),
+            inner.keys.topic(&name),
+            name.clone(),
             inner.channel.clone(),
             inner.instance.clone(),
         ));
@@ -157,7 +167,7 @@ impl Fleet {
         let Inner { client, hub, channel, .. } = &*self.0;
         let mut backoff = Backoff::new(INITIAL_RESUBSCRIBE_DELAY, MAX_RESUBSCRIBE_DELAY);
         loop {
-            if let Some(mut notices) = hub.observe(client.subscribe(channel).await) {
+            if let Some(mut notices) = hub.request(Box::pin(client.subscribe(channel))).await {
                 hub.on_notices_missed();
                 while let Some(payload) = notices.next().await {
                     backoff.reset();

@@ -119,7 +119,7 @@ impl Coordinator {
     async fn heartbeat(&mut self) {
         let sent_at = Instant::now();
         self.heartbeat_at = sent_at + self.timing.next_heartbeat(rand::random());
-        let state = self.hub.observe(self.renew_or_acquire().await);
+        let state = self.hub.request(self.renew_or_acquire()).await;
         if let Some(state) = state {
             self.apply(state, sent_at);
         }
@@ -143,12 +143,14 @@ impl Coordinator {
     }
 
     fn apply(&mut self, state: TopicState, sent_at: Instant) {
-        let TopicState { holder, holder_name, document } = state;
+        let TopicState { holder, holder_name, held_for, document } = state;
         let patience = patience(self.timing.patience, self.hub.instances(), rand::random());
         let has_flags = document.is_some() || self.exchange.lock().has_document();
         self.lease.on_reply(holder, (sent_at, Instant::now()), patience, has_flags);
         self.stored = document;
-        self.exchange.lock().leader = holder_name;
+        let mut exchange = self.exchange.lock();
+        exchange.leader = holder_name;
+        exchange.leader_since = held_for.and_then(|held_for| sent_at.checked_sub(held_for));
     }
 
     /// Fetches the document in Redis if it is newer than the one being served.
@@ -161,7 +163,7 @@ impl Coordinator {
             return;
         }
         self.is_behind = true;
-        let Some(read) = self.hub.observe(self.redis.read().await) else { return };
+        let Some(read) = self.hub.request(self.redis.read()).await else { return };
         self.is_behind = false;
         let Some((head, encoded)) = read else {
             self.stored = None;
@@ -207,8 +209,10 @@ impl Coordinator {
             return;
         }
         let (topic, leader) = (&self.topic, self.exchange.lock().leader.clone());
-        if role == Role::Follower {
-            self.exchange.lock().clear_outgoing();
+        match role {
+            Role::Leader => {}
+            Role::Follower => self.exchange.lock().clear_outgoing(),
+            Role::Alone => self.exchange.lock().leader = None,
         }
         gauge!("parapet_fleet_leader", "topic" => topic.name()).set(if role == Role::Leader {
             1.0
@@ -273,7 +277,7 @@ impl Coordinator {
         let sequence = previous.map_or(1, |version| version.sequence + 1);
         let version = Version { fence, sequence };
         let digest = encoded.digest;
-        let result = self.hub.observe(self.redis.write(version, &encoded, confirmed_at).await);
+        let result = self.hub.request(self.redis.write(version, &encoded, confirmed_at)).await;
         let outcome = match result {
             Some(true) => {
                 self.written = Some(Written { version, number: outgoing.number });
@@ -308,7 +312,7 @@ impl Coordinator {
         }
         self.yields_until =
             Some(Instant::now() + YIELD_DURATION.mul_f64(1.0 + rand::random::<f64>()));
-        if self.hub.observe(self.redis.release(fence).await).is_some() {
+        if self.hub.request(self.redis.release(fence)).await.is_some() {
             self.lease.on_lost();
         }
     }

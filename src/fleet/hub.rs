@@ -4,19 +4,18 @@
 use std::{
     collections::BTreeMap,
     mem,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use futures_util::future::join_all;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 
 use super::{
     member::Exchange,
     notice::Notice,
+    redis_health::{RECOVERY_TIME, RedisHealth},
     scripts::TopicRedis,
     status::{FleetStatus, TopicStatus},
 };
@@ -31,8 +30,8 @@ pub(super) struct Hub {
     topics: Mutex<BTreeMap<String, Entry>>,
     /// Topics that are not coordinated any more, whose leases may not have ended.
     unreleased: Mutex<BTreeMap<String, Entry>>,
-    /// Whether the last request to Redis failed.
-    is_failing: AtomicBool,
+    request_timeout: Duration,
+    health: Mutex<RedisHealth>,
     instances: Mutex<Instances>,
     last_notice: Mutex<Option<Instant>>,
 }
@@ -52,13 +51,14 @@ pub(super) struct Instances {
 }
 
 impl Hub {
-    pub(super) fn new(fleet: String, location: String) -> Self {
+    pub(super) fn new(fleet: String, location: String, request_timeout: Duration) -> Self {
         Self {
             fleet,
             location,
             topics: Mutex::default(),
             unreleased: Mutex::default(),
-            is_failing: AtomicBool::new(false),
+            request_timeout,
+            health: Mutex::default(),
             instances: Mutex::default(),
             last_notice: Mutex::default(),
         }
@@ -85,7 +85,7 @@ impl Hub {
         entries.extend(mem::take(&mut *lock(&self.unreleased)).into_values());
         let releases = entries.iter().filter_map(|Entry { exchange, redis }| {
             let fence = exchange.lock().fence.take()?;
-            Some(async move { self.observe(redis.release(fence).await) })
+            Some(async move { self.request(redis.release(fence)).await })
         });
         join_all(releases).await;
     }
@@ -106,20 +106,32 @@ impl Hub {
         }
     }
 
-    /// The value of a successful request to Redis. Logs the first failure and the next success.
-    pub(super) fn observe<T>(&self, result: Result<T, Error>) -> Option<T> {
+    /// The value of a successful request to Redis. Logs the beginning and the end of an outage.
+    pub(super) async fn request<T>(
+        &self,
+        request: impl Future<Output = Result<T, Error>>,
+    ) -> Option<T> {
+        let result = timeout(self.request_timeout, request).await.unwrap_or_else(|_| {
+            let location = self.location.as_str().into();
+            Err(Error::Timeout { location, timeout: self.request_timeout })
+        });
+        let now = Instant::now();
         match result {
             Ok(value) => {
-                if self.is_failing.swap(false, Ordering::Relaxed) {
-                    info!(redis = self.location, "Redis responds to the fleet again");
+                if lock(&self.health).on_success(now) {
+                    info!(
+                        redis = self.location,
+                        "The fleet can use Redis again: no request has failed for {RECOVERY_TIME:?}"
+                    );
                 }
                 Some(value)
             }
             Err(error) => {
-                if !self.is_failing.swap(true, Ordering::Relaxed) {
+                let error = error_chain(&error);
+                if lock(&self.health).on_failure(error.clone(), now) {
                     warn!(
                         redis = self.location,
-                        error = error_chain(&error),
+                        error,
                         "The fleet cannot use Redis; this instance serves on, and fetches from upstream \
                          itself unless Redis responds soon"
                     );
@@ -147,6 +159,7 @@ impl Hub {
                 topic: topic.clone(),
                 role: state.role,
                 leader: state.leader.clone(),
+                leader_since: state.leader_since,
                 fence: state.fence,
                 version: state.served.version(),
             }
@@ -154,7 +167,7 @@ impl Hub {
         FleetStatus {
             name: self.fleet.clone(),
             redis: self.location.clone(),
-            is_redis_available: !self.is_failing.load(Ordering::Relaxed),
+            redis_error: lock(&self.health).error().map(str::to_owned),
             instance_count: count.max(1),
             instances: names,
             last_notice_age: lock(&self.last_notice).map(|at| at.elapsed()),

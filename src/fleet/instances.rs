@@ -11,7 +11,6 @@ use tokio::time::sleep;
 use super::{
     hub::{Hub, Instances},
     scripts::Instance,
-    topic::instances_key,
 };
 use crate::redis_client::{Error, RedisClient};
 
@@ -46,15 +45,15 @@ pub(super) struct Registry {
 }
 
 impl Registry {
-    pub(super) fn new(client: RedisClient, fleet: &str, Instance { id, name }: &Instance) -> Self {
+    pub(super) fn new(client: RedisClient, key: String, Instance { id, name }: &Instance) -> Self {
         let script = Script::new(REGISTER);
-        Self { client, script, key: instances_key(fleet), entry: format!("{id} {name}") }
+        Self { client, script, key, entry: format!("{id} {name}") }
     }
 
     /// Keeps this instance in the list, until dropped.
     pub(super) async fn run(&self, hub: &Hub) {
         loop {
-            if let Some(instances) = hub.observe(self.register().await) {
+            if let Some(instances) = hub.request(self.register()).await {
                 metrics::gauge!("parapet_fleet_instances").set(f64::from(instances.count));
                 hub.set_instances(instances);
             }

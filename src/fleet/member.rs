@@ -138,6 +138,8 @@ pub(super) struct ExchangeState {
     pub(super) role: Role,
     /// The name of the instance that leads, according to the last reply of Redis.
     pub(super) leader: Option<String>,
+    /// Since when it leads.
+    pub(super) leader_since: Option<Instant>,
     /// The fence of the lease, if this instance holds it.
     pub(super) fence: Option<Fence>,
     pub(super) served: ServedDocument,

@@ -39,13 +39,15 @@ local function text(number)
   return string.format('%.0f', number)
 end
 local function look()
-  local lease = redis.call('HMGET', KEYS[1], 'fence', 'holder', 'name')
+  local lease = redis.call('HMGET', KEYS[1], 'fence', 'holder', 'name', 'since')
+  local held = false
+  if lease[4] then held = text(math.max(0, now() - lease[4])) end
   local document = redis.call('HMGET', KEYS[3], 'fence', 'sequence', 'digest', 'confirmed')
   local age = false
   if document[4] then age = text(math.max(0, now() - document[4])) end
   local own = 0
   if lease[2] == ARGV[1] then own = 1 end
-  return {lease[1], own, lease[3], document[1], document[2], document[3], age}
+  return {{lease[1], own, lease[3], held}, {document[1], document[2], document[3], age}}
 end
 ";
 
@@ -61,7 +63,7 @@ elseif not lease[1] or tonumber(lease[1]) < seen then
   local fence = text(math.max(last, stored, seen, now()) + 1)
   redis.call('SET', KEYS[2], fence, 'PX', ARGV[5])
   redis.call('DEL', KEYS[1])
-  redis.call('HSET', KEYS[1], 'fence', fence, 'holder', ARGV[1], 'name', ARGV[2])
+  redis.call('HSET', KEYS[1], 'fence', fence, 'holder', ARGV[1], 'name', ARGV[2], 'since', text(now()))
   redis.call('PEXPIRE', KEYS[1], ARGV[3])
 end
 return look()
@@ -121,8 +123,7 @@ return 1
 
 /// `ARGV`: instance. Returns the document with its description.
 const READ: &str = r"
-local found = look()
-return {found[4], found[5], found[6], found[7], redis.call('HGET', KEYS[3], 'document')}
+return {look()[2], redis.call('HGET', KEYS[3], 'document')}
 ";
 
 /// The scripts, with their hashes.
@@ -165,40 +166,42 @@ pub(super) struct TopicState {
     pub(super) holder: Holder,
     /// The name of the instance that holds the lease.
     pub(super) holder_name: Option<String>,
+    /// How long it has held the lease.
+    pub(super) held_for: Option<Duration>,
     pub(super) document: Option<DocumentHead>,
 }
 
-/// The reply of `look()`: fence, whether this instance holds the lease, name of its holder; fence,
-/// sequence and digest of the document, and the age of its confirmation in ms.
-type LookReply =
-    (Option<u64>, bool, Option<String>, Option<u64>, Option<u64>, Option<Vec<u8>>, Option<u64>);
+/// The reply of `look()`.
+type LookReply = (LeaseReply, DocumentReply);
 
-/// The reply of [`READ`]: fence, sequence and digest, age of the confirmation in ms, document.
-type ReadReply = (Option<u64>, Option<u64>, Option<Vec<u8>>, Option<u64>, Option<Vec<u8>>);
+/// The lease: fence, whether this instance holds it, name of its holder, and how long it has been held in
+/// ms.
+type LeaseReply = (Option<u64>, bool, Option<String>, Option<u64>);
+
+/// The document: fence, sequence, digest, and the age of its confirmation in ms.
+type DocumentReply = (Option<u64>, Option<u64>, Option<Vec<u8>>, Option<u64>);
+
+/// The reply of [`READ`]: the description of the document, and the document.
+type ReadReply = (DocumentReply, Option<Vec<u8>>);
 
 impl TopicState {
     fn from_reply(reply: LookReply, sent_at: Instant) -> Self {
-        let (fence, is_own, holder_name, document_fence, sequence, digest, age) = reply;
+        let ((fence, is_own, holder_name, held_for), document) = reply;
         let holder = match fence.map(Fence::new) {
             None => Holder::Nobody,
             Some(fence) if is_own => Holder::Own(fence),
             Some(fence) => Holder::Other(fence),
         };
-        let document = document_head(document_fence, sequence, digest.as_deref(), age, sent_at);
-        Self { holder, holder_name, document }
+        let held_for = held_for.map(Duration::from_millis);
+        Self { holder, holder_name, held_for, document: document_head(document, sent_at) }
     }
 }
 
 /// `None` if there is no document, or its description is damaged.
-fn document_head(
-    fence: Option<u64>,
-    sequence: Option<u64>,
-    digest: Option<&[u8]>,
-    age: Option<u64>,
-    sent_at: Instant,
-) -> Option<DocumentHead> {
+fn document_head(reply: DocumentReply, sent_at: Instant) -> Option<DocumentHead> {
+    let (fence, sequence, digest, age) = reply;
     let version = Version { fence: Fence::new(fence?), sequence: sequence? };
-    let digest = DocumentDigest::from_bytes(digest?)?;
+    let digest = DocumentDigest::from_bytes(&digest?)?;
     let age = age.map(Duration::from_millis);
     let confirmed_at = age.and_then(|age| confirmed_at(sent_at, age));
     Some(DocumentHead { version, digest, confirmed_at })
@@ -219,11 +222,11 @@ impl TopicRedis {
     pub(super) fn new(
         client: RedisClient,
         scripts: std::sync::Arc<Scripts>,
-        (fleet, topic): (&str, String),
+        keys: TopicKeys,
+        topic: String,
         channel: String,
         instance: Instance,
     ) -> Self {
-        let keys = TopicKeys::new(fleet, &topic);
         Self { client, scripts, keys, topic, channel, instance }
     }
 
@@ -300,8 +303,8 @@ impl TopicRedis {
         let arguments = &self.instance.id;
         let reply: ReadReply =
             self.client.run_script(&self.scripts.read, &self.keys(), arguments).await?;
-        let (fence, sequence, digest, age, compressed) = reply;
-        let head = document_head(fence, sequence, digest.as_deref(), age, sent_at);
+        let (description, compressed) = reply;
+        let head = document_head(description, sent_at);
         let document = head.zip(compressed).map(|(head, compressed)| {
             let digest = head.digest;
             (head, EncodedDocument { digest, compressed })

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use super::{role::Fence, role::Role, shared_document::Version};
 
 /// The state of a fleet as this instance sees it.
@@ -11,8 +13,8 @@ pub struct FleetStatus {
     pub name: String,
     /// The URL of Redis without credentials.
     pub redis: String,
-    /// Whether the last request to Redis succeeded.
-    pub is_redis_available: bool,
+    /// The last error of Redis; `None` if no request has failed for ten seconds.
+    pub redis_error: Option<String>,
     /// The number of instances, with this one, as last seen.
     pub instance_count: u32,
     /// The names of at most a hundred of them.
@@ -32,6 +34,8 @@ pub struct TopicStatus {
     pub role: Role,
     /// The name of the leader, as last seen.
     pub leader: Option<String>,
+    /// Since when it leads.
+    pub leader_since: Option<Instant>,
     /// The fence of this instance's lease, if it leads.
     pub fence: Option<Fence>,
     /// The version of the shared document being served, if it is one.

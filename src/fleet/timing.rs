@@ -31,6 +31,12 @@ impl Default for Timing {
 }
 
 impl Timing {
+    /// The longest that a request to Redis takes. A leader must notice the end of its lease although a
+    /// request hangs.
+    pub(super) fn request_timeout(&self) -> Duration {
+        self.lease / 2
+    }
+
     /// The time until the next heartbeat: 0.9 to 1 of the interval, by `jitter` (0 to 1).
     pub(super) fn next_heartbeat(&self, jitter: f64) -> Duration {
         self.heartbeat.mul_f64(0.9 + 0.1 * jitter.clamp(0.0, 1.0))

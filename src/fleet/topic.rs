@@ -3,6 +3,7 @@
 use std::fmt;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use sha2::{Digest as _, Sha256};
 
 use crate::token::Environment;
 
@@ -38,6 +39,16 @@ impl fmt::Display for Topic {
     }
 }
 
+/// The start of a fleet's keys.
+///
+/// It contains a digest of upstream's URL: two deployments that share a Redis by mistake, and have the
+/// default name, must not serve each other's flags.
+#[derive(Debug)]
+pub(super) struct Namespace {
+    prefix: String,
+    fleet: String,
+}
+
 /// The keys of one topic. They share a hash tag, so that a Cluster stores them on one node and a script
 /// can use them together.
 #[derive(Debug)]
@@ -50,21 +61,28 @@ pub(super) struct TopicKeys {
     pub(super) document: String,
 }
 
-impl TopicKeys {
-    pub(super) fn new(fleet: &str, topic: &str) -> Self {
-        let key = |part: &str| format!("parapet:fleet:{{{}:{topic}}}:{part}", escape(fleet));
-        Self { lease: key("lease"), fence: key("fence"), document: key("document") }
+impl Namespace {
+    pub(super) fn new(prefix: &str, fleet: &str, upstream: &str) -> Self {
+        let digest = Sha256::digest(upstream);
+        let upstream = u64::from_be_bytes(*digest.first_chunk().expect("32 bytes"));
+        Self { prefix: prefix.to_owned(), fleet: format!("{}@{upstream:016x}", escape(fleet)) }
     }
-}
 
-/// The channel of a fleet's notices.
-pub(super) fn notice_channel(fleet: &str) -> String {
-    format!("parapet:fleet:{{{}}}:notices", escape(fleet))
-}
+    /// The keys of the topic with this name.
+    pub(super) fn topic(&self, topic: &str) -> TopicKeys {
+        let key = |part: &str| format!("{}:fleet:{{{}:{topic}}}:{part}", self.prefix, self.fleet);
+        TopicKeys { lease: key("lease"), fence: key("fence"), document: key("document") }
+    }
 
-/// The key of the sorted set of a fleet's instances.
-pub(super) fn instances_key(fleet: &str) -> String {
-    format!("parapet:fleet:{{{}}}:instances", escape(fleet))
+    /// The channel of the notices.
+    pub(super) fn notice_channel(&self) -> String {
+        format!("{}:fleet:{{{}}}:notices", self.prefix, self.fleet)
+    }
+
+    /// The key of the sorted set of the instances.
+    pub(super) fn instances(&self) -> String {
+        format!("{}:fleet:{{{}}}:instances", self.prefix, self.fleet)
+    }
 }
 
 fn escape(text: &str) -> impl fmt::Display {
@@ -78,10 +96,20 @@ mod tests {
     #[test]
     fn keys_of_a_topic_share_one_hash_tag_for_any_name() {
         let topic = Topic::Flags(Environment::new("a} b:c")).name();
-        let TopicKeys { lease, fence, document } = TopicKeys::new("eu {1}", &topic);
-        let tag = "{eu%20%7B1%7D:flags:a%7D%20b%3Ac}";
-        assert_eq!(lease, format!("parapet:fleet:{tag}:lease"));
-        assert_eq!(fence, format!("parapet:fleet:{tag}:fence"));
-        assert_eq!(document, format!("parapet:fleet:{tag}:document"));
+        let keys = Namespace::new("p", "eu {1}", "https://unleash.example");
+        let TopicKeys { lease, fence, document } = keys.topic(&topic);
+        let tag = "{eu%20%7B1%7D@4910400c12bcc617:flags:a%7D%20b%3Ac}";
+        assert_eq!(lease, format!("p:fleet:{tag}:lease"));
+        assert_eq!(fence, format!("p:fleet:{tag}:fence"));
+        assert_eq!(document, format!("p:fleet:{tag}:document"));
+        assert_eq!(keys.instances(), "p:fleet:{eu%20%7B1%7D@4910400c12bcc617}:instances");
+    }
+
+    #[test]
+    fn fleets_of_different_upstreams_have_different_keys() {
+        let [production, staging] = ["https://unleash.example", "https://staging.example"]
+            .map(|upstream| Namespace::new("p", "default", upstream));
+        assert_ne!(production.notice_channel(), staging.notice_channel());
+        assert_ne!(production.topic("environments").lease, staging.topic("environments").lease);
     }
 }

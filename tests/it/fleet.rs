@@ -36,6 +36,9 @@ pub(crate) const STABLE: Timing = Timing {
 
 pub(crate) const ENVIRONMENT: &str = "dev";
 
+/// The start of the topic's keys: they contain a digest of upstream's URL.
+const TOPIC_KEY: &str = "test:fleet:{eu@3e48579bfb7fcc6e:flags:dev}";
+
 fn client(redis: &RedisServer) -> RedisClient {
     let server = Server { host: "127.0.0.1".to_owned(), port: redis.port() };
     let timeouts = Timeouts { connect: Duration::from_secs(2), command: Duration::from_secs(2) };
@@ -51,7 +54,13 @@ fn client(redis: &RedisServer) -> RedisClient {
 
 /// The part of an instance in the fleet `test`.
 pub(crate) fn fleet(redis: &RedisServer, instance: &str, timing: Timing) -> Fleet {
-    let config = Config { name: "test".to_owned(), instance_name: instance.to_owned(), timing };
+    let config = Config {
+        prefix: "test".to_owned(),
+        name: "eu".to_owned(),
+        upstream: "http://unleash".to_owned(),
+        instance_name: instance.to_owned(),
+        timing,
+    };
     Fleet::new(client(redis), config)
 }
 
@@ -166,11 +175,11 @@ async fn hash_field(client: &RedisClient, key: &str, field: &str) -> Option<Stri
 }
 
 async fn wait_until_stored(redis: &RedisServer, fence: Fence, sequence: u64) {
-    let (client, key) = (client(redis), "parapet:fleet:{test:flags:dev}:document");
+    let (client, key) = (client(redis), format!("{TOPIC_KEY}:document"));
     wait_until("the document is stored", TIMEOUT, async || {
-        let stored = hash_field(&client, key, "fence").await;
+        let stored = hash_field(&client, &key, "fence").await;
         let is_fence = stored == Some(fence.get().to_string());
-        let number = hash_field(&client, key, "sequence").await;
+        let number = hash_field(&client, &key, "sequence").await;
         (is_fence && number == Some(sequence.to_string())).then_some(())
     })
     .await;
@@ -287,7 +296,7 @@ async fn document_of_a_leader_that_does_not_know_its_successor_is_refused() {
     let mut new = Participant::start(&redis, "new", STABLE);
     new.wait_for_document("one").await;
     let mut expire = redis::cmd("DEL");
-    let expire = expire.arg("parapet:fleet:{test:flags:dev}:lease");
+    let expire = expire.arg(format!("{TOPIC_KEY}:lease"));
     client(&redis).run::<()>(expire).await.unwrap();
 
     new.wait_for_role(Role::Leader).await;
@@ -337,7 +346,7 @@ async fn lease_with_a_fence_of_the_past_is_taken_over() {
     instance.fetch_and_share("one");
     wait_until_stored(&redis, instance.fence().unwrap(), 1).await;
     // As from a Redis that has lost its data, and whose clock was set back.
-    let (client, key) = (client(&redis), "parapet:fleet:{test:flags:dev}");
+    let (client, key) = (client(&redis), TOPIC_KEY);
     let mut lost = redis::cmd("DEL");
     lost.arg(
         [format!("{key}:lease"), format!("{key}:fence"), format!("{key}:document")].as_slice(),
