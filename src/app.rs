@@ -359,6 +359,11 @@ impl App {
             workers.spawn("admin token", watcher, run);
         }
 
+        let fleet = mode.fleet;
+        if let Some(fleet) = fleet.clone() {
+            workers.spawn("fleet", fleet, |fleet| async move { fleet.run().await });
+        }
+
         if let Some(control) = mode.control_plane {
             if mode.saves_registry_copies {
                 let parts = (control.clone(), Arc::clone(&mode.store));
@@ -431,7 +436,12 @@ impl App {
             listeners.shutdown().await;
             workers.abort_all().await;
             stop_working.cancel();
-            flushers.join_all().await;
+            let leave = async {
+                if let Some(fleet) = fleet {
+                    fleet.leave().await;
+                }
+            };
+            tokio::join!(flushers.join_all(), leave);
             persistence.save_final().await;
         });
         loop {

@@ -17,6 +17,7 @@ use crate::{
     background_writer::BackgroundWriter,
     config::{self, Credentials as Given},
     event_log::{EventLog, EventLogFollower},
+    fleet::Fleet,
     served::Snapshots,
     store::{EdgeBackup, RecordKey, edge_backup},
     sync::{
@@ -36,19 +37,19 @@ pub(super) async fn build(
     snapshots: &Snapshots,
     ready_when: ReadinessCondition,
 ) -> Result<ModeParts, Error> {
-    let OpenedStore { store, edge_backup } = store::open(&edge.store)?;
+    let OpenedStore { store, edge_backup, redis } = store::open(&edge.store)?;
     let writer = BackgroundWriter::new(Arc::clone(&store));
     let upstream = Upstream::new(edge.upstream)?;
     let (credentials, selection, admin, tokens) = match edge.credentials {
-        Given::Admin { token, file, fleet, environments } => {
+        Given::Admin { token, file, fleet: name, environments } => {
             let token = AdminToken::new(token, file);
             let credentials = EnvironmentTokens::with_admin(
                 token.clone(),
-                &fleet,
+                &name,
                 upstream.clone(),
                 writer.clone(),
             );
-            info!(fleet, list_interval = ?auth.list_interval, "Exchanging the admin token for one token per environment");
+            info!(fleet = name, list_interval = ?auth.list_interval, "Exchanging the admin token for one token per environment");
             let selection = environments.map_or_else(
                 || EnvironmentSelection::Enabled(token.clone()),
                 EnvironmentSelection::Named,
@@ -64,6 +65,15 @@ pub(super) async fn build(
             (EnvironmentTokens::without_admin(), EnvironmentSelection::FromTokens, None, tokens)
         }
     };
+    let fleet = edge.fleet.zip(redis).map(|(config, redis)| {
+        info!(
+            fleet = config.name,
+            instance = config.instance_name,
+            redis = redis.location(),
+            "Acting towards upstream as one with the other instances of the fleet"
+        );
+        Fleet::new(redis, config)
+    });
     let token_added = Arc::new(Notify::new());
     let follower = admin.clone().filter(|_| edge.sync.mode != UpstreamMode::Poll).map(|admin| {
         // As fresh as polling flags and tokens.
@@ -82,7 +92,7 @@ pub(super) async fn build(
         store: Arc::clone(&store),
         writer,
         event_log: event_log.clone(),
-        fleet: None,
+        fleet: fleet.clone(),
     };
     environments.restore().await;
     // These only check which records exist; problems with them are reported when they are loaded.
@@ -131,6 +141,7 @@ pub(super) async fn build(
         local_tokens,
         usage_sink: Some(Arc::new(UpstreamUsageSink::new(upstream.clone(), credentials))),
         upstream: Some(upstream),
+        fleet,
         relays_admin_api: edge.admin_relay,
         store,
     })

@@ -10,6 +10,7 @@ use crate::{
     background_writer::BackgroundWriter,
     config::ConfigErrors,
     control_plane::{self, ControlPlane},
+    fleet::Fleet,
     store::Store,
     sync::file_source::{self, FileSource},
     telemetry::ReadinessCondition,
@@ -63,6 +64,8 @@ pub(super) struct ModeParts {
     /// The destination of usage; without one, usage is counted and dropped.
     pub(super) usage_sink: Option<Arc<dyn UsageSink>>,
     pub(super) upstream: Option<Upstream>,
+    /// The fleet, if this instance is in one.
+    pub(super) fleet: Option<Fleet>,
     /// The admin token for upstream, with everything that depends on it.
     pub(super) admin_token: Option<AdminTokenParts>,
     /// The parts that can be reconfigured at run time.
@@ -106,6 +109,7 @@ impl ModeParts {
             local_tokens: tokens,
             usage_sink: None,
             upstream: None,
+            fleet: None,
             admin_token: None,
             reloadable: Some(reloadable),
             relays_admin_api: false,

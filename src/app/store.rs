@@ -32,25 +32,34 @@ pub enum StoreError {
 pub(super) struct OpenedStore {
     pub(super) store: Arc<dyn Store>,
     pub(super) edge_backup: EdgeBackup,
+    /// The Redis that the store is in, for a fleet.
+    pub(super) redis: Option<RedisClient>,
 }
 
 /// Opens a store. Falls back to memory if a folder is not writable and is only the default: Unleash Edge
 /// starts in a container without a writable folder, and so must its replacement.
 pub(super) fn open(config: &StoreConfig) -> Result<OpenedStore, StoreError> {
-    let (store, edge_backup): (Arc<dyn Store>, _) = match config {
-        StoreConfig::Folder(folder) => {
-            (open_folder(folder)?, EdgeBackup::Folder(folder.path().to_owned()))
-        }
+    let opened = match config {
+        StoreConfig::Folder(folder) => OpenedStore {
+            store: open_folder(folder)?,
+            edge_backup: EdgeBackup::Folder(folder.path().to_owned()),
+            redis: None,
+        },
         StoreConfig::Redis(redis) => {
             let client = RedisClient::new(redis.client.clone())?;
-            let store = RedisStore::new(client.clone(), &redis.prefix, redis.timeouts);
-            (Arc::new(store), EdgeBackup::Redis(client))
+            OpenedStore {
+                store: Arc::new(RedisStore::new(client.clone(), &redis.prefix, redis.timeouts)),
+                edge_backup: EdgeBackup::Redis(client.clone()),
+                redis: Some(client),
+            }
         }
-        StoreConfig::Bucket(bucket) => {
-            (Arc::new(BucketStore::new(bucket)?), EdgeBackup::Bucket(bucket.clone()))
-        }
+        StoreConfig::Bucket(bucket) => OpenedStore {
+            store: Arc::new(BucketStore::new(bucket)?),
+            edge_backup: EdgeBackup::Bucket(bucket.clone()),
+            redis: None,
+        },
     };
-    Ok(OpenedStore { store, edge_backup })
+    Ok(opened)
 }
 
 fn open_folder(folder: &BackupFolder) -> Result<Arc<dyn Store>, OpenError> {

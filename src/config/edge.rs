@@ -8,7 +8,7 @@ use reqwest::{
 };
 
 use super::{
-    model::{BackupFolder, Credentials, EdgeConfig, InstanceInfo},
+    model::{BackupFolder, Credentials, EdgeConfig, InstanceInfo, StoreConfig},
     options,
     raw::RawSettings,
     store::edge_store,
@@ -18,7 +18,7 @@ use super::{
     },
 };
 use crate::{
-    sync,
+    fleet, sync,
     telemetry::error_chain,
     token::{Environment, Token},
     upstream::{self, AdminToken, ClientCertificateError, Passphrase},
@@ -42,12 +42,48 @@ pub(super) fn edge(
     let folder = backup_folder(s, data_dir);
     let store = edge_store(s, folder);
     let admin_relay = s.switch(&options::ADMIN_RELAY);
-    Some(EdgeConfig {
-        upstream: upstream?,
-        credentials: credentials?,
-        sync,
-        store: store?,
-        admin_relay,
+    let is_fleet = s.parse_optional(&options::FLEET, "on or off", |text| match text {
+        "on" => Some(true),
+        "off" => Some(false),
+        _ => None,
+    });
+    let (upstream, credentials, store) = (upstream?, credentials?, store?);
+    let fleet = match is_fleet {
+        Some(false) => None,
+        Some(true) | None => fleet(&upstream, &credentials, &store),
+    };
+    match (is_fleet, &fleet, &store) {
+        (Some(true), None, StoreConfig::Redis(_)) => s.report_error(
+            &options::FLEET,
+            "needs an admin token (--upstream-admin-token): backend tokens of several instances may be \
+             for different projects, so their flags cannot be shared",
+        ),
+        (Some(true), None, StoreConfig::Folder(_) | StoreConfig::Bucket(_)) => s.report_error(
+            &options::FLEET,
+            "needs a Redis that the instances share (--store redis://…)",
+        ),
+        (Some(_) | None, _, _) => {}
+    }
+    Some(EdgeConfig { upstream, credentials, sync, store, fleet, admin_relay })
+}
+
+/// The fleet, if the store and the credentials allow one.
+///
+/// Without an admin token each instance fetches the flags that its own tokens may read. Those of one
+/// instance would not be sufficient for the tokens of another.
+fn fleet(
+    upstream: &upstream::Config,
+    credentials: &Credentials,
+    store: &StoreConfig,
+) -> Option<fleet::Config> {
+    let StoreConfig::Redis(redis) = store else { return None };
+    let Credentials::Admin { fleet, .. } = credentials else { return None };
+    Some(fleet::Config {
+        prefix: redis.prefix.clone(),
+        name: fleet.clone(),
+        upstream: format!("{}{}", upstream.url.origin().ascii_serialization(), upstream.url.path()),
+        instance_name: upstream.instance_id.clone(),
+        timing: fleet::Timing::default(),
     })
 }
 
@@ -67,12 +103,15 @@ fn credentials(s: &mut RawSettings) -> Option<Credentials> {
     let environments = s.parse_list(&options::ENVIRONMENTS, "names of environments", |text| {
         (!text.is_empty()).then(|| Environment::new(text))
     });
-    let fleet =
-        s.parse_or_default(&options::FLEET_NAME, "letters, digits, `-`, `_` or `.`", |text| {
+    let fleet = s.parse_or_default(
+        &options::FLEET_NAME,
+        "at most 64 letters, digits, `-`, `_` or `.`",
+        |text| {
             let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
             (!text.is_empty() && text.len() <= 64 && text.chars().all(fits))
                 .then(|| text.to_owned())
-        });
+        },
+    );
     if !s.is_set(&options::UPSTREAM_ADMIN_TOKEN) {
         for key in [&options::ENVIRONMENTS, &options::FLEET_NAME] {
             if s.is_set(key) {
@@ -219,7 +258,6 @@ fn parse_header(text: &str) -> Option<(HeaderName, HeaderValue)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::StoreConfig;
     use crate::config::tests::{
         ADMIN, Certificates, EDGE, TOKEN, certificates, config, config_file, edge, errors, printed,
     };
@@ -324,6 +362,40 @@ mod tests {
         }
         let both = [("UPSTREAM_ADMIN_TOKEN", ADMIN), ("UPSTREAM_ADMIN_TOKEN_FILE", &*path)];
         assert!(errors(EDGE, &both)[0].contains("cannot be combined with --upstream-admin-token"));
+    }
+
+    #[test]
+    fn fleet_is_on_with_a_shared_redis_and_an_admin_token() {
+        let fleet = |line: &str, env: &[(&str, &str)]| edge(&format!("{EDGE} {line}"), env).fleet;
+        let admin = ("UPSTREAM_ADMIN_TOKEN", ADMIN);
+        let redis = ("REDIS_URL", "redis://h/0");
+        let found = fleet("--fleet-name eu --instance-id a", &[admin, redis]).expect("a fleet");
+        assert_eq!((&*found.name, &*found.instance_name), ("eu", "a"));
+        assert_eq!((&*found.prefix, &*found.upstream), ("parapet", "http://unleash:4242/"));
+        assert!(fleet("--fleet on --store redis://h?prefix=p", &[admin]).is_some());
+        for env in [&[admin][..], &[redis], &[admin, redis, ("PARAPET_FLEET", "off")]] {
+            assert!(fleet("", env).is_none(), "{env:?}");
+        }
+    }
+
+    #[test]
+    fn fleet_needs_a_shared_redis_and_an_admin_token() {
+        let messages = |env: &[(&str, &str)]| errors(&format!("{EDGE} --fleet on"), env);
+        let found = messages(&[("UPSTREAM_ADMIN_TOKEN", ADMIN)]);
+        assert!(
+            found[0].starts_with("--fleet: needs a Redis that the instances share"),
+            "{found:?}"
+        );
+        let found = messages(&[("REDIS_URL", "redis://h/0")]);
+        assert!(found[0].starts_with("--fleet: needs an admin token"), "{found:?}");
+        let expected = "--fleet: expected on or off, not `maybe`";
+        assert_eq!(errors(&format!("{EDGE} --fleet maybe"), &[]), [expected]);
+        let expected =
+            "--fleet-name: expected at most 64 letters, digits, `-`, `_` or `.`, not `a b`";
+        let env = [("UPSTREAM_ADMIN_TOKEN", ADMIN)];
+        let args = format!("{EDGE} --fleet-name=a{{}}b");
+        assert_eq!(errors(&args, &env), [expected.replace("a b", "a{}b")]);
+        errors(&format!("{EDGE} --fleet-name={}", "a".repeat(65)), &env);
     }
 
     #[test]

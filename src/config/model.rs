@@ -20,7 +20,7 @@ use super::{
 use ipnet::IpNet;
 
 use crate::{
-    auth, control_plane,
+    auth, control_plane, fleet,
     http::{client_address, cors, ofrep::StreamTicketKey, routes::OptionalEndpoint, streaming},
     redis_client,
     server::ConnectionLimits,
@@ -79,6 +79,8 @@ pub struct EdgeConfig {
     pub sync: sync::Config,
     /// Where flags and token digests are stored, which allow a start without upstream.
     pub store: StoreConfig,
+    /// The fleet that this instance is part of; only with an admin token and a Redis as the store.
+    pub fleet: Option<fleet::Config>,
     /// Whether upstream's admin API is relayed.
     pub admin_relay: bool,
 }

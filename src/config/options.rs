@@ -267,8 +267,12 @@ keys! {
         UPSTREAM_ADMIN_TOKEN = one("upstream-admin-token").secret();
         /// With an admin token: the environments to serve. Empty serves all that upstream has enabled.
         ENVIRONMENTS = list("environments");
-        /// With an admin token: the name of a group of instances, which share their backend tokens.
+        /// With an admin token: the name of a group of instances, which share their backend tokens and,
+        /// with --fleet on, what they fetch from upstream. At most 64 letters, digits, `-`, `_` or `.`.
         FLEET_NAME = one("fleet-name").default("default");
+        /// Whether the instances with the same --fleet-name act towards upstream as one: on or off. That
+        /// needs a Redis as the store, and an admin token. Default: on if there are both.
+        FLEET = one("fleet").env("PARAPET_FLEET");
         /// Without an admin token: backend tokens to fetch flags with from the start.
         TOKENS = list("tokens").short('t').secret();
         /// How flags are fetched from upstream: `auto` (by streaming if upstream supports it, else when

@@ -41,6 +41,8 @@ mod features_meta;
 mod flag_files;
 /// Instances that share a Redis: leases and shared documents.
 mod fleet;
+/// The processes of a fleet during faults.
+mod fleet_processes;
 /// Edges that share a Redis: their flags, and their polls.
 mod fleet_sync;
 /// An edge with overlapping tokens, stale replicas, a hanging disk, or no flags yet.

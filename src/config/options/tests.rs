@@ -188,11 +188,11 @@ fn sample(comment: &str) -> String {
         "# The configuration of Parapet: every key with its default value.\n\
          #\n\
          # Each key is also a command line option (`--upstream-url`) and an environment variable\n\
-         # (`UPSTREAM_URL`). The variables of log, flags, store and hosting are `RUST_LOG`,\n\
-         # `PARAPET_FLAGS`, `PARAPET_STORE` and `EDGE_HOSTING`. The command line overrides the\n\
-         # environment, and the environment overrides this file. An empty string counts as not set.\n\
-         # Times are in seconds, whole or decimal. `parapet --check-config` prints the effective\n\
-         # configuration.\n",
+         # (`UPSTREAM_URL`). The variables of log, flags, store, fleet and hosting are\n\
+         # `RUST_LOG`, `PARAPET_FLAGS`, `PARAPET_STORE`, `PARAPET_FLEET` and `EDGE_HOSTING`. The\n\
+         # command line overrides the environment, and the environment overrides this file. An empty\n\
+         # string counts as not set. Times are in seconds, whole or decimal. `parapet --check-config`\n\
+         # prints the effective configuration.\n",
     );
     let mut heading = "";
     for key in OPTIONS.iter().filter(|key| is_in_file(key)) {

@@ -52,7 +52,7 @@ pub(crate) struct UpstreamRequest {
     pub(crate) last_event_id: Option<String>,
     pub(crate) if_none_match: Option<String>,
     /// The name of the edge that sent it.
-    instance_id: Option<String>,
+    pub(crate) instance_id: Option<String>,
 }
 
 /// The responses of the upstream, which tests change at any time.
