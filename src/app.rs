@@ -246,6 +246,7 @@ impl App {
             snapshots,
             usage,
             upstream,
+            fleet: mode.fleet.clone(),
             admin_token,
             ops,
             tls,

@@ -182,6 +182,15 @@ impl Fleet {
 
 fn describe_metrics() {
     describe_gauge!("parapet_fleet_leader", "Whether this instance leads the fleet, by topic");
+    describe_gauge!(
+        "parapet_fleet_alone",
+        "Whether this instance synchronises with upstream for itself because no leader is within reach, \
+         by topic"
+    );
+    describe_gauge!(
+        "parapet_fleet_redis_failing",
+        "Whether a request to Redis has failed within 10 s"
+    );
     describe_gauge!("parapet_fleet_instances", "Instances of the fleet, with this one");
     describe_counter!("parapet_fleet_notices_total", "Notices received from other instances");
     describe_counter!("parapet_fleet_documents_total", "Documents read from Redis");

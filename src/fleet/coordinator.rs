@@ -214,11 +214,7 @@ impl Coordinator {
             Role::Follower => self.exchange.lock().clear_outgoing(),
             Role::Alone => self.exchange.lock().leader = None,
         }
-        gauge!("parapet_fleet_leader", "topic" => topic.name()).set(if role == Role::Leader {
-            1.0
-        } else {
-            0.0
-        });
+        record_role(topic, role);
         match role {
             Role::Leader => info!(
                 %topic,
@@ -318,8 +314,18 @@ impl Coordinator {
     }
 }
 
+/// Records the role in the metrics.
+fn record_role(topic: &Topic, role: Role) {
+    let set = |gauge: &'static str, is_set: bool| {
+        gauge!(gauge, "topic" => topic.name()).set(if is_set { 1.0 } else { 0.0 });
+    };
+    set("parapet_fleet_leader", role == Role::Leader);
+    set("parapet_fleet_alone", role == Role::Alone);
+}
+
 impl Drop for Coordinator {
     fn drop(&mut self) {
+        record_role(&self.topic, Role::Follower);
         self.hub.remove(&self.topic.name(), &self.exchange);
     }
 }

@@ -9,6 +9,7 @@ use std::{
 };
 
 use futures_util::future::join_all;
+use metrics::gauge;
 use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 
@@ -20,6 +21,8 @@ use super::{
     status::{FleetStatus, TopicStatus},
 };
 use crate::{redis_client::Error, telemetry::error_chain};
+
+const REDIS_FAILING: &str = "parapet_fleet_redis_failing";
 
 /// The shared state of the topics. Its locks are held only to copy values.
 #[derive(Debug)]
@@ -52,6 +55,7 @@ pub(super) struct Instances {
 
 impl Hub {
     pub(super) fn new(fleet: String, location: String, request_timeout: Duration) -> Self {
+        gauge!(REDIS_FAILING).set(0.0);
         Self {
             fleet,
             location,
@@ -119,6 +123,7 @@ impl Hub {
         match result {
             Ok(value) => {
                 if lock(&self.health).on_success(now) {
+                    gauge!(REDIS_FAILING).set(0.0);
                     info!(
                         redis = self.location,
                         "The fleet can use Redis again: no request has failed for {RECOVERY_TIME:?}"
@@ -129,6 +134,7 @@ impl Hub {
             Err(error) => {
                 let error = error_chain(&error);
                 if lock(&self.health).on_failure(error.clone(), now) {
+                    gauge!(REDIS_FAILING).set(1.0);
                     warn!(
                         redis = self.location,
                         error,

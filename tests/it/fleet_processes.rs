@@ -5,6 +5,8 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use serde_json::{Value, json};
+
 use crate::rig::{FEATURES, LogEvent, Parapet, RedisServer, ScriptedUpstream, Setup, wait_until};
 
 /// Several times the duration of a lease.
@@ -52,6 +54,11 @@ async fn wait_for_leader(edges: &[Parapet]) -> usize {
     .await
 }
 
+/// The fleet in `/status`.
+async fn fleet_status(edge: &Parapet) -> Value {
+    edge.admin_get_as("/status", ADMIN).await.1["fleet"].take()
+}
+
 /// The names of the instances that poll upstream for flags, over a number of polls.
 async fn polling_instances(upstream: &ScriptedUpstream) -> BTreeSet<String> {
     let before = upstream.requests(FEATURES).len();
@@ -74,6 +81,19 @@ async fn edges_poll_upstream_as_one_and_the_leader_hands_over_when_it_ends() {
             (count().await == Some(3.0)).then_some(())
         })
         .await;
+        let fleet = fleet_status(edge).await;
+        assert_eq!(
+            (&fleet["name"], &fleet["redis"]["lastError"]),
+            (&json!("default"), &Value::Null)
+        );
+        let mut listed: Vec<_> = fleet["instances"]["names"].as_array().unwrap().clone();
+        listed.sort_by_key(Value::to_string);
+        assert_eq!((json!(listed), &fleet["instances"]["count"]), (json!(names), &json!(3)));
+        let topics = fleet["topics"].as_array().unwrap();
+        let flags = topics.iter().find(|it| it["topic"] == "flags:development").unwrap();
+        assert_eq!(flags["leader"], names[leader]);
+        let since: jiff::Timestamp = flags["leaderSince"].as_str().unwrap().parse().unwrap();
+        assert!(since <= jiff::Timestamp::now(), "{flags}");
     }
 
     let ending = edges.swap_remove(leader);
@@ -87,6 +107,8 @@ async fn edges_poll_upstream_as_one_and_the_leader_hands_over_when_it_ends() {
     upstream.set_flags("*", &["p/two"]);
     for edge in &edges {
         edge.wait_until_served(TOKEN, &["two"]).await;
+        let fleet = fleet_status(edge).await;
+        assert!(fleet["lastNoticeSeconds"].is_u64(), "{fleet}");
     }
 }
 

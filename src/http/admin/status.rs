@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use crate::{
     auth::Authenticator,
     control_plane::{ConnectionCount, DatabaseStatus},
+    fleet::{Fence, Fleet, FleetStatus, TopicStatus},
     http::health::HealthEndpoints,
     served::{ServedSnapshot, Snapshots},
     snapshot::{Filter, SegmentFormat, prepared_body::ContentCoding},
@@ -74,6 +75,8 @@ pub struct InstanceStatus {
     pub usage: Usage,
     /// The upstream server, if any.
     pub upstream: Option<Upstream>,
+    /// The fleet, if the instance is in one.
+    pub fleet: Option<Fleet>,
     /// The admin token for upstream, if any.
     pub admin_token: Option<AdminToken>,
     /// Health checks and metrics.
@@ -83,7 +86,7 @@ pub struct InstanceStatus {
 }
 
 impl InstanceStatus {
-    /// The overview for operators: environments, upstream, tokens and certificates.
+    /// The overview for operators: environments, upstream, fleet, tokens and certificates.
     pub fn status(&self) -> Value {
         let snapshots = self.snapshots.all();
         let mut environments: Vec<_> = snapshots.values().collect();
@@ -101,6 +104,7 @@ impl InstanceStatus {
             "dataTls": self.data_endpoint.is_tls,
             "environments": environments.iter().map(|it| environment_status(it)).collect::<Vec<_>>(),
             "upstream": self.upstream.as_ref().map(|it| upstream_status(it, self.admin_token.as_ref())),
+            "fleet": self.fleet.as_ref().map(|it| fleet_status(&it.status())),
             "tokens": {
                 "valid": valid_token_count(&self.auth),
                 "refused": self.auth.rejected_count(),
@@ -267,6 +271,31 @@ fn upstream_status(upstream: &Upstream, admin_token: Option<&AdminToken>) -> Val
         json.insert("adminToken".to_owned(), shown);
     }
     Value::Object(json)
+}
+
+/// The fleet as this instance sees it.
+fn fleet_status(status: &FleetStatus) -> Value {
+    json!({
+        "name": status.name,
+        "redis": {"url": status.redis, "lastError": status.redis_error},
+        "instances": {"count": status.instance_count, "names": status.instances},
+        "lastNoticeSeconds": status.last_notice_age.map(|age| age.as_secs()),
+        "topics": status.topics.iter().map(topic_status).collect::<Vec<_>>(),
+    })
+}
+
+fn topic_status(topic: &TopicStatus) -> Value {
+    // Wall-clock time is for display only.
+    let since = topic.leader_since.filter(|_| topic.leader.is_some());
+    let since = since.and_then(|at| Timestamp::now().checked_sub(at.elapsed()).ok());
+    json!({
+        "topic": topic.topic,
+        "role": topic.role.as_str(),
+        "leader": topic.leader,
+        "leaderSince": since.map(|at| at.to_string()),
+        "fence": topic.fence.map(Fence::get),
+        "document": topic.version.map(|it| json!({"fence": it.fence.get(), "sequence": it.sequence})),
+    })
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use reqwest::StatusCode;
 use serde_json::{Value, json};
 
 use super::browser::{Console, OWNER, PAGES, PASSWORD, VIEWER_PASSWORD, standalone, text_of};
-use crate::rig::{Parapet, Unleash, UnleashVersion, run_parapet, secret_leak_check};
+use crate::rig::{Parapet, RedisServer, Unleash, UnleashVersion, run_parapet, secret_leak_check};
 
 #[tokio::test]
 async fn console_of_an_edge_manages_accounts_and_tokens_of_unleash() {
@@ -108,5 +108,30 @@ async fn console_of_an_edge_shows_its_standalone_upstream() {
         "Signed in",
     ];
     assert_eq!(displayed, expect);
+    console.close().await;
+}
+
+#[tokio::test]
+#[ignore = "needs redis-server, a browser and the npm packages, see tests/run"]
+async fn overview_shows_the_fleet_of_an_edge_and_that_its_redis_fails() {
+    let (standalone, mut redis) = (standalone().await, RedisServer::start().await);
+    let data_dir = standalone.data_dir();
+    let create = ["token", "create", "--name", "edge", "--type", "admin", "--data-dir"];
+    let token = run_parapet(&[&create[..], &[data_dir.to_str().unwrap()]].concat(), "").unwrap();
+    let edge =
+        Parapet::edge(&standalone.admin_url()).admin_token(token.trim()).arg("--admin-relay");
+    let edge = edge.flag("--instance-id", "edge-1").flag("--fleet-name", "north");
+    let edge = edge.env("PARAPET_STORE", redis.url()).start().await;
+    let mut console = Console::open(&edge.admin_url()).await;
+    console.sign_in(OWNER, PASSWORD).await;
+    for text in ["north", "1 instance: edge-1", "Redis responds", "flags of development", "Leads"] {
+        console.call("says", json!({ "text": text })).await;
+    }
+    console.assert_accessible("Overview").await;
+    console.assert_no_overflow("Overview").await;
+    console.screenshot("fleet").await;
+    redis.kill();
+    console.call("says", json!({ "text": "Redis fails" })).await;
+    console.call("says", json!({ "text": "Fetches for itself" })).await;
     console.close().await;
 }

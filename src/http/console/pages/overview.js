@@ -8,7 +8,7 @@ import { rate, samples, sums } from '../prometheus.js';
 import { address } from '../router.js';
 import { loadStatus } from '../status.js';
 import { table } from '../table.js';
-import { ago, at, lasting, number } from '../time.js';
+import { ago, at, counted, lasting, number } from '../time.js';
 
 /** The polling interval in milliseconds, and the number of samples in the charts. */
 const INTERVAL = 2_000;
@@ -17,6 +17,9 @@ const MOMENTS = 61;
 const OWN_ROUTES = ['/metrics', '/status'];
 /** The number of routes shown at first. */
 const ROUTES_SHOWN = 8;
+/** The number of topics of a fleet, and of the names of its instances, shown at first. */
+const TOPICS_SHOWN = 6;
+const NAMES_SHOWN = 10;
 
 const REQUESTS = 'http_server_requests_total';
 const SECONDS = ['http_server_request_duration_seconds_sum', 'http_server_request_duration_seconds_count'];
@@ -42,7 +45,13 @@ export async function overviewPage({ status, signal }) {
     const requests = lineChart({ title: 'Requests', unit: 'per second', series: BY_STATUS, moments: MOMENTS, span: '2 minutes ago' });
     const verdicts = lineChart({ title: 'Tokens presented', unit: 'per second', series: BY_VERDICT, moments: MOMENTS, span: '2 minutes ago' });
     const routes = table({ caption: 'Requests by route', columns: ROUTE_COLUMNS, order: '-Since the start', page: ROUTES_SHOWN });
-    const grids = { environments: table({ caption: 'Environments', columns: ENVIRONMENT_COLUMNS }) };
+    const grids = {
+        environments: table({ caption: 'Environments', columns: ENVIRONMENT_COLUMNS }),
+        topics: table({ caption: 'Fleet', columns: TOPIC_COLUMNS, page: TOPICS_SHOWN }),
+    };
+    const facts = h('div');
+    const redis = h('span');
+    const fleet = h('section.card', { 'aria-labelledby': 'fleet', hidden: true }, h('h2', { id: 'fleet' }, 'Fleet', redis), facts, grids.topics);
     environments.append(grids.environments);
 
     const showStatus = (now) => {
@@ -51,6 +60,10 @@ export async function overviewPage({ status, signal }) {
             ? empty('No environments yet', 'The instance has nothing to serve so far.')
             : empty('Not available to this account', 'Only accounts and admin tokens of this instance can see its state.'));
         fill(upstream, now.upstream && upstreamCard(now.upstream));
+        grids.topics.show(now.fleet?.topics ?? [], empty('Nothing is shared yet', 'The fleet shares flags once an environment is in use.'));
+        fill(redis, now.fleet?.redis.lastError ? h('span.badge.bad', 'Redis fails') : h('span.badge.good', 'Redis responds'));
+        fill(facts, now.fleet && fleetFacts(now.fleet));
+        fleet.hidden = !now.fleet;
     };
     const stop = watch({ signal, showStatus, requests, verdicts, routes });
     signal.addEventListener('abort', stop);
@@ -58,6 +71,7 @@ export async function overviewPage({ status, signal }) {
     return [
         h('div.page-head', h('div', h('h1', 'Overview'), head)),
         upstream,
+        fleet,
         h('section.card.flush', { 'aria-labelledby': 'environments' }, h('h2', { id: 'environments' }, 'Environments'), environments),
         h('div.pair', requests, verdicts),
         applicationsCard(response),
@@ -165,6 +179,35 @@ function upstreamCard({ url, streams = 0, lastSuccess, lastError, consecutiveFai
             h('dt', 'Last response'), h('dd', ago(lastSuccess, 'None yet')),
             adminToken && [h('dt', 'Admin token'), h('dd', adminTokenState(adminToken))],
             lastError && [h('dt', 'Last error'), h('dd', lastError.error, ' (', at(lastError.at), ')')]));
+}
+
+/** The edges that act towards upstream as one, as this instance sees them. */
+function fleetFacts({ name, redis, instances, lastNoticeSeconds: notice }) {
+    const others = instances.count - Math.min(instances.names.length, NAMES_SHOWN);
+    const names = [...instances.names.slice(0, NAMES_SHOWN), ...(others > 0 ? [`${number(others)} more`] : [])];
+    return h('dl.facts',
+        h('dt', 'Name'), h('dd', name),
+        h('dt', 'Instances'), h('dd', counted(instances.count, 'instance'), names.length > 0 && `: ${names.join(', ')}`),
+        h('dt', 'Redis'), h('dd', h('code', redis.url)),
+        h('dt', 'Last notice'), h('dd', notice === null ? h('span.muted', 'None yet') : notice < 3 ? 'just now' : `${lasting(notice)} ago`),
+        redis.lastError && [h('dt', 'Last error'), h('dd', redis.lastError)]);
+}
+
+const ROLES = {
+    leader: () => h('span.badge.good', 'Leads'),
+    follower: () => 'Follows',
+    alone: () => h('span.badge.warn', 'Fetches for itself'),
+};
+const TOPIC_COLUMNS = [
+    { label: 'Shared', cell: (it) => topicName(it.topic) },
+    { label: 'This instance', cell: (it) => ROLES[it.role]?.() ?? it.role },
+    { label: 'Leader', cell: (it) => it.leader ?? h('span.muted', 'None') },
+    { label: 'Leads since', cell: (it) => ago(it.leaderSince, '–') },
+];
+
+function topicName(topic) {
+    const [kind, environment] = topic.split(':');
+    return environment === undefined ? kind : `${kind} of ${decodeURIComponent(environment)}`;
 }
 
 /** Whether upstream accepts the edge's admin token, and how to replace one that it rejects. */
