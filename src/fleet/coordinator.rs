@@ -44,6 +44,8 @@ pub struct Coordinator {
     written: Option<Written>,
     /// The number of a document that cannot be written.
     unwritable: Option<u64>,
+    /// Since when this leader cannot write documents, or when upstream confirmed them.
+    failing_since: Option<Instant>,
     heartbeat_at: Instant,
     /// Whether Redis has a newer document that could not be fetched.
     is_behind: bool,
@@ -67,6 +69,7 @@ impl Coordinator {
         redis: Arc<TopicRedis>,
     ) -> Self {
         let now = Instant::now();
+        record_role(&topic, Role::Follower);
         Self {
             lease: Lease::new(timing.lease, now + timing.start_patience),
             topic,
@@ -77,6 +80,7 @@ impl Coordinator {
             stored: None,
             written: None,
             unwritable: None,
+            failing_since: None,
             heartbeat_at: now,
             is_behind: false,
             yields_until: None,
@@ -99,6 +103,7 @@ impl Coordinator {
             self.adopt().await;
             self.announce_role();
             self.write().await;
+            self.give_up_if_failing().await;
             self.announce_role();
             let deadline = self.lease.next_deadline().map_or(self.heartbeat_at, |deadline| {
                 // A deadline in the past has been applied above.
@@ -145,9 +150,13 @@ impl Coordinator {
     fn apply(&mut self, state: TopicState, sent_at: Instant) {
         let TopicState { holder, holder_name, held_for, document } = state;
         let patience = patience(self.timing.patience, self.hub.instances(), rand::random());
-        let has_flags = document.is_some() || self.exchange.lock().has_document();
-        self.lease.on_reply(holder, (sent_at, Instant::now()), patience, has_flags);
+        let has_shared = match holder {
+            Holder::Other(fence) => document.is_some_and(|head| head.version.fence == fence),
+            Holder::Own(_) | Holder::Nobody => true,
+        };
+        self.lease.on_reply(holder, (sent_at, Instant::now()), patience, has_shared);
         self.stored = document;
+        self.check_confirmation();
         let mut exchange = self.exchange.lock();
         exchange.leader = holder_name;
         exchange.leader_since = held_for.and_then(|held_for| sent_at.checked_sub(held_for));
@@ -255,16 +264,19 @@ impl Coordinator {
         if self.written.is_some_and(is_stored) || self.unwritable == Some(outgoing.number) {
             return;
         }
+        let now = Instant::now();
         let body = outgoing.body;
         let encoded = match spawn_blocking(move || EncodedDocument::encode(&body)).await {
             Ok(Ok(encoded)) => encoded,
             Ok(Err(error)) => {
                 self.unwritable = Some(outgoing.number);
+                self.failing_since.get_or_insert(now);
                 warn!(topic = %self.topic, error = error_chain(&error), "A document cannot be shared");
                 return;
             }
             Err(error) => {
                 self.unwritable = Some(outgoing.number);
+                self.failing_since.get_or_insert(now);
                 warn!(topic = %self.topic, error = error_chain(&error), "Compressing panicked");
                 return;
             }
@@ -277,6 +289,7 @@ impl Coordinator {
         let outcome = match result {
             Some(true) => {
                 self.written = Some(Written { version, number: outgoing.number });
+                self.failing_since = None;
                 self.stored = Some(DocumentHead { version, digest, confirmed_at });
                 "written"
             }
@@ -293,10 +306,52 @@ impl Coordinator {
             // The next heartbeat retries. The write may have succeeded: the number is not used again.
             None => {
                 self.written = Some(Written { version, number: 0 });
+                self.failing_since.get_or_insert(now);
                 "failed"
             }
         };
         counter!("parapet_fleet_writes_total", "result" => outcome).increment(1);
+    }
+
+    /// Notices that Redis has accepted the lease, and not the confirmation of the document.
+    fn check_confirmation(&mut self) {
+        let Some(fence) = self.lease.fence() else {
+            self.failing_since = None;
+            return;
+        };
+        let Some(stored) = self.stored.filter(|stored| stored.version.fence == fence) else {
+            return;
+        };
+        let (outgoing, confirmed_at) = {
+            let state = self.exchange.lock();
+            (state.outgoing().map(|it| it.number), state.served.confirmed_at())
+        };
+        let is_outdated = |confirmed_at| {
+            stored.confirmed_at.is_none_or(|at| at + self.timing.lease < confirmed_at)
+        };
+        if confirmed_at.is_some_and(is_outdated) {
+            self.failing_since.get_or_insert_with(Instant::now);
+        } else if self.written.map(|written| written.number) == outgoing {
+            self.failing_since = None;
+        }
+    }
+
+    /// Lets another instance lead if this one cannot write: its followers would serve old flags as long as
+    /// they see a leader.
+    async fn give_up_if_failing(&mut self) {
+        let (Some(since), Some(fence)) = (self.failing_since, self.lease.fence()) else { return };
+        if since.elapsed() < self.timing.patience || self.hub.instances() < 2 {
+            return;
+        }
+        warn!(
+            topic = %self.topic,
+            "This instance leads the fleet but cannot write {} to Redis: it lets another lead",
+            self.topic
+        );
+        self.failing_since = None;
+        self.yields_until = Some(yield_until());
+        self.lease.on_given_up();
+        self.hub.request(self.redis.release(fence)).await;
     }
 
     /// Lets another instance lead.
@@ -306,12 +361,16 @@ impl Coordinator {
         if self.hub.instances() < 2 {
             return;
         }
-        self.yields_until =
-            Some(Instant::now() + YIELD_DURATION.mul_f64(1.0 + rand::random::<f64>()));
+        self.yields_until = Some(yield_until());
         if self.hub.request(self.redis.release(fence)).await.is_some() {
             self.lease.on_lost();
         }
     }
+}
+
+/// Until when an instance that lets others lead does not acquire the lease.
+fn yield_until() -> Instant {
+    Instant::now() + YIELD_DURATION.mul_f64(1.0 + rand::random::<f64>())
 }
 
 /// Records the role in the metrics.

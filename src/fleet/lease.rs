@@ -46,7 +46,7 @@ pub(super) struct Lease {
     is_alone: bool,
     /// When to synchronise alone, unless a leader is seen before.
     alone_at: Instant,
-    /// Whether `alone_at` takes into account that there is a leader, but no document yet.
+    /// Whether `alone_at` takes into account that there is a leader, which has shared nothing yet.
     is_document_expected: bool,
 }
 
@@ -71,14 +71,14 @@ impl Lease {
 
     /// Applies a reply to a request that was sent at `sent_at`.
     ///
-    /// `has_flags` is whether this instance serves something or Redis has a document. Without, a leader
-    /// is waited for only once.
+    /// `has_shared` is whether the leader has shared a document. One that has not is waited for only once,
+    /// even if others replace it: perhaps none of them can.
     pub(super) fn on_reply(
         &mut self,
         holder: Holder,
         (sent_at, now): (Instant, Instant),
         patience: Duration,
-        has_flags: bool,
+        has_shared: bool,
     ) {
         self.held = None;
         match holder {
@@ -91,13 +91,13 @@ impl Lease {
             }
             Holder::Other(fence) => {
                 self.highest_fence = self.highest_fence.max(fence);
-                if has_flags {
+                if has_shared {
                     self.is_alone = false;
                     self.alone_at = now + patience;
                 } else if !self.is_document_expected {
                     self.alone_at = self.alone_at.max(now + patience);
                 }
-                self.is_document_expected = !has_flags;
+                self.is_document_expected = !has_shared;
             }
         }
         self.advance(now);
@@ -106,6 +106,12 @@ impl Lease {
     /// Another instance has been granted the lease, or this one has given it back.
     pub(super) fn on_lost(&mut self) {
         self.held = None;
+    }
+
+    /// The instance gives the lease back, and synchronises alone until another leads.
+    pub(super) fn on_given_up(&mut self) {
+        self.held = None;
+        self.is_alone = true;
     }
 
     /// Applies the time.

@@ -251,11 +251,6 @@ impl Exchange {
 }
 
 impl ExchangeState {
-    /// Whether anything is served.
-    pub(super) fn has_document(&self) -> bool {
-        !matches!(self.served, ServedDocument::Nothing)
-    }
-
     /// Whether the member has a document to decide on.
     pub(super) fn is_member_busy(&self) -> bool {
         !matches!(self.incoming, Incoming::None)

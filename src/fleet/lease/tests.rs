@@ -69,6 +69,36 @@ fn leader_without_document_is_waited_for_once() {
 }
 
 #[test]
+fn leaders_that_cannot_share_do_not_keep_others_waiting() {
+    let now = Instant::now();
+    let mut lease = lease(now);
+    lease.on_reply(Holder::Other(Fence::new(1)), (now, now), PATIENCE, true);
+    for (passed, fence) in [(9, 2), (12, 2), (15, 3), (18, 4)] {
+        let now = now + seconds(passed);
+        lease.on_reply(Holder::Other(Fence::new(fence)), (now, now), PATIENCE, false);
+        assert_eq!(lease.role(), Role::Follower, "after {passed} s");
+    }
+    let now = now + seconds(9) + PATIENCE;
+    lease.on_reply(Holder::Other(Fence::new(5)), (now, now), PATIENCE, false);
+    assert_eq!(lease.role(), Role::Alone);
+    lease.on_reply(Holder::Other(Fence::new(6)), (now, now), PATIENCE, true);
+    assert_eq!(lease.role(), Role::Follower);
+}
+
+#[test]
+fn leader_that_gives_up_synchronises_alone_until_another_has_shared() {
+    let now = Instant::now();
+    let mut lease = lease(now);
+    lease.on_reply(Holder::Own(Fence::new(1)), (now, now), PATIENCE, true);
+    lease.on_given_up();
+    assert_eq!((lease.role(), lease.fence()), (Role::Alone, None));
+    lease.on_reply(Holder::Other(Fence::new(2)), (now, now), PATIENCE, false);
+    assert_eq!(lease.role(), Role::Alone);
+    lease.on_reply(Holder::Other(Fence::new(2)), (now, now), PATIENCE, true);
+    assert_eq!(lease.role(), Role::Follower);
+}
+
+#[test]
 fn leader_that_lost_its_lease_to_another_follows_it() {
     let now = Instant::now();
     let mut lease = lease(now);
