@@ -3,11 +3,18 @@
 //! `fleet` and `fleet_sync` cover the same in this process, with shorter intervals.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
+use reqwest::StatusCode;
 use serde_json::{Value, json};
+use tokio::task::JoinHandle;
 
-use crate::rig::{FEATURES, LogEvent, Parapet, RedisServer, ScriptedUpstream, Setup, wait_until};
+use crate::rig::{
+    BUSY_MACHINE_FACTOR, FEATURES, LogEvent, Parapet, RedisServer, ScriptedUpstream, Setup,
+    TcpProxy, http, wait_until,
+};
 
 /// Several times the duration of a lease.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -16,6 +23,7 @@ const ADMIN: &str = "*:*.fleet-admin-0123456789abcdef0123456789abcdef";
 const TOKEN: &str = "*:development.fleet-0123456789abcdef0123456789";
 
 const LEADS: &str = r#"parapet_fleet_leader{topic="flags:development"}"#;
+const ALONE: &str = r#"parapet_fleet_alone{topic="flags:development"}"#;
 
 /// An edge whose name in the fleet is `name`.
 fn edge(upstream: &ScriptedUpstream, redis_url: &str, name: &str) -> Setup {
@@ -124,4 +132,252 @@ async fn edges_without_an_admin_token_or_with_the_fleet_off_stand_alone() {
         assert!(edge.logged(LogEvent::info("app::edge").with("instance")).is_empty());
     }
     assert_eq!(redis.cli(&["--scan", "--pattern", "parapet:fleet:*"]).await, "");
+}
+
+/// Requests flags from edges all the time, as SDKs do.
+struct Load {
+    task: JoinHandle<()>,
+    failures: Arc<Mutex<Vec<String>>>,
+    count: Arc<AtomicUsize>,
+}
+
+impl Load {
+    fn start<'a>(edges: impl IntoIterator<Item = &'a Parapet>) -> Self {
+        let urls: Vec<_> = edges.into_iter().map(|edge| edge.url() + FEATURES).collect();
+        let (failures, count) = (Arc::<Mutex<Vec<_>>>::default(), Arc::<AtomicUsize>::default());
+        let (failed, sent) = (Arc::clone(&failures), Arc::clone(&count));
+        let task = tokio::spawn(async move {
+            loop {
+                for url in &urls {
+                    let response = http().get(url).header("authorization", TOKEN).send().await;
+                    if response.as_ref().map(reqwest::Response::status).ok() != Some(StatusCode::OK)
+                    {
+                        failed.lock().unwrap().push(format!("{response:?}"));
+                    }
+                    sent.fetch_add(1, Ordering::Relaxed);
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        });
+        Self { task, failures, count }
+    }
+
+    /// Ends it. Panics if any request has failed.
+    fn assert_all_answered(self) {
+        self.task.abort();
+        let failures = self.failures.lock().unwrap();
+        assert!(failures.is_empty(), "{failures:?}");
+        assert!(self.count.load(Ordering::Relaxed) > 10);
+    }
+}
+
+/// Waits until each edge fetches flags for itself.
+async fn wait_until_alone<'a>(edges: impl IntoIterator<Item = &'a Parapet>) {
+    for edge in edges {
+        wait_until("the edge fetches for itself", TIMEOUT, async || {
+            (edge.metric(ALONE).await == Some(1.0)).then_some(())
+        })
+        .await;
+    }
+}
+
+/// Waits until one edge leads and the others follow.
+async fn wait_for_one_leader(edges: &[Parapet]) -> usize {
+    wait_until("one edge leads, and the others follow", TIMEOUT, async || {
+        let mut leaders = Vec::new();
+        for (n, edge) in edges.iter().enumerate() {
+            if edge.metric(ALONE).await != Some(0.0) {
+                return None;
+            }
+            if edge.metric(LEADS).await == Some(1.0) {
+                leaders.push(n);
+            }
+        }
+        <[usize; 1]>::try_from(leaders).ok().map(|[leader]| leader)
+    })
+    .await
+}
+
+/// Changes the flags, and waits until each edge serves the new ones.
+async fn change_flags(upstream: &ScriptedUpstream, edges: &[Parapet], flag: &str) {
+    upstream.set_flags("*", &[&format!("p/{flag}")]);
+    for edge in edges {
+        edge.wait_until_served(TOKEN, &[flag]).await;
+    }
+}
+
+/// Waits until Redis has the flags that this leader has shared.
+async fn wait_until_shared(redis: &RedisServer, leader: &Parapet) {
+    wait_until("Redis has the flags of the leader", TIMEOUT, async || {
+        let fleet = fleet_status(leader).await;
+        let topics = fleet["topics"].as_array()?;
+        let flags = topics.iter().find(|it| it["topic"] == "flags:development")?;
+        let fence = flags["fence"].as_u64()?.to_string();
+        let keys =
+            redis.cli(&["--scan", "--pattern", "parapet:fleet:*flags:development*:document"]);
+        let stored = redis.cli(&["hget", keys.await.trim(), "fence"]).await;
+        (stored.trim() == fence).then_some(())
+    })
+    .await;
+}
+
+/// The number of times that an edge has logged the beginning and the end of an outage of Redis.
+fn logged_outages(edge: &Parapet) -> (usize, usize) {
+    let (began, ended) = (LogEvent::warn("fleet::hub"), LogEvent::info("fleet::hub"));
+    (edge.logged(began).len(), edge.logged(ended).len())
+}
+
+/// Waits until each edge has logged one outage of Redis and its end.
+async fn wait_for_end_of_outage(edges: &[Parapet]) {
+    for edge in edges {
+        edge.wait_until_logged(LogEvent::info("fleet::hub")).await;
+        assert_eq!(logged_outages(edge), (1, 1), "{}", edge.log());
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs redis-server, see tests/run"]
+async fn killed_leader_is_replaced_and_every_request_is_answered() {
+    let (redis, upstream) = (RedisServer::start().await, upstream_with_flags(&["p/one"]).await);
+    let setups = ["a", "b", "c"].map(|name| edge(&upstream, &redis.url(), name));
+    let mut edges = start_edges(setups, &["one"]).await;
+    let leader = edges.swap_remove(wait_for_one_leader(&edges).await);
+    wait_until_shared(&redis, &leader).await;
+    let load = Load::start(&edges);
+    leader.kill();
+    let killed_at = Instant::now();
+    let next = wait_for_leader(&edges).await;
+    let limit = Duration::from_secs(10) * BUSY_MACHINE_FACTOR;
+    assert!(killed_at.elapsed() < limit, "{:?}", killed_at.elapsed());
+    change_flags(&upstream, &edges, "two").await;
+    wait_until_shared(&redis, &edges[next]).await;
+    load.assert_all_answered();
+    assert_eq!(edges.iter().map(logged_outages).collect::<Vec<_>>(), [(0, 0); 2]);
+}
+
+#[tokio::test]
+#[ignore = "needs redis-server, see tests/run"]
+async fn leader_that_was_suspended_beyond_its_lease_follows_and_never_goes_back() {
+    let (redis, upstream) = (RedisServer::start().await, upstream_with_flags(&["p/one"]).await);
+    let setups = ["a", "b", "c"].map(|name| edge(&upstream, &redis.url(), name));
+    let mut edges = start_edges(setups, &["one"]).await;
+    let suspended = edges.swap_remove(wait_for_one_leader(&edges).await);
+    wait_until_shared(&redis, &suspended).await;
+    let load = Load::start(&edges);
+    suspended.send_signal("STOP");
+    let next = wait_for_leader(&edges).await;
+    change_flags(&upstream, &edges, "two").await;
+    wait_until_shared(&redis, &edges[next]).await;
+    suspended.send_signal("CONT");
+    suspended.wait_until_served(TOKEN, &["two"]).await;
+    wait_until("it follows", TIMEOUT, async || {
+        (suspended.metric(LEADS).await == Some(0.0)).then_some(())
+    })
+    .await;
+    for _ in 0..20 {
+        assert_eq!(suspended.served_flags(TOKEN).await, Ok(vec!["two".to_owned()]));
+    }
+    // It has not overwritten the flags of its successor.
+    wait_until_shared(&redis, &edges[next]).await;
+    let fresh = edge(&upstream, &redis.url(), "d").start().await;
+    assert_eq!(fresh.served_flags(TOKEN).await, Ok(vec!["two".to_owned()]));
+    load.assert_all_answered();
+}
+
+#[tokio::test]
+#[ignore = "needs redis-server, see tests/run"]
+async fn edges_serve_on_while_redis_is_dead_and_fill_it_again() {
+    let (mut redis, upstream) = (RedisServer::start().await, upstream_with_flags(&["p/one"]).await);
+    let setups = ["a", "b", "c"].map(|name| edge(&upstream, &redis.url(), name));
+    let mut edges = start_edges(setups, &["one"]).await;
+    wait_for_one_leader(&edges).await;
+    let load = Load::start(&edges);
+    redis.kill();
+    wait_until_alone(&edges).await;
+    change_flags(&upstream, &edges, "two").await;
+    let late = edge(&upstream, &redis.url(), "late").start().await;
+    late.wait_until_served(TOKEN, &["two"]).await;
+    edges.push(late);
+
+    redis.restart().await;
+    let leader = wait_for_one_leader(&edges).await;
+    wait_until_shared(&redis, &edges[leader]).await;
+    change_flags(&upstream, &edges, "three").await;
+    wait_for_end_of_outage(&edges).await;
+    load.assert_all_answered();
+}
+
+#[tokio::test]
+#[ignore = "needs redis-server, see tests/run"]
+async fn edges_serve_current_flags_while_redis_has_no_memory() {
+    let (redis, upstream) = (RedisServer::start().await, upstream_with_flags(&["p/one"]).await);
+    let setups = ["a", "b", "c"].map(|name| edge(&upstream, &redis.url(), name));
+    let edges = start_edges(setups, &["one"]).await;
+    let leader = wait_for_one_leader(&edges).await;
+    wait_until_shared(&redis, &edges[leader]).await;
+    for edge in &edges {
+        wait_until("all instances are known", TIMEOUT, async || {
+            (edge.metric("parapet_fleet_instances").await == Some(3.0)).then_some(())
+        })
+        .await;
+    }
+    let load = Load::start(&edges);
+    assert_eq!(redis.cli(&["config", "set", "maxmemory", "1"]).await.trim(), "OK");
+    // Its lease can still be renewed. The followers would see a leader, and never another document.
+    change_flags(&upstream, &edges, "two").await;
+    wait_until_alone(&edges).await;
+    change_flags(&upstream, &edges, "three").await;
+
+    assert_eq!(redis.cli(&["config", "set", "maxmemory", "0"]).await.trim(), "OK");
+    let leader = wait_for_one_leader(&edges).await;
+    wait_until_shared(&redis, &edges[leader]).await;
+    change_flags(&upstream, &edges, "four").await;
+    wait_for_end_of_outage(&edges).await;
+    load.assert_all_answered();
+}
+
+#[tokio::test]
+#[ignore = "needs redis-server, see tests/run"]
+async fn edges_serve_on_while_redis_does_not_respond() {
+    let (redis, upstream) = (RedisServer::start().await, upstream_with_flags(&["p/one"]).await);
+    let setups = ["a", "b", "c"].map(|name| edge(&upstream, &redis.url(), name));
+    let edges = start_edges(setups, &["one"]).await;
+    wait_for_one_leader(&edges).await;
+    let load = Load::start(&edges);
+    redis.send_signal("STOP");
+    wait_until_alone(&edges).await;
+    change_flags(&upstream, &edges, "two").await;
+    redis.send_signal("CONT");
+    let leader = wait_for_one_leader(&edges).await;
+    wait_until_shared(&redis, &edges[leader]).await;
+    change_flags(&upstream, &edges, "three").await;
+    wait_for_end_of_outage(&edges).await;
+    load.assert_all_answered();
+}
+
+#[tokio::test]
+#[ignore = "needs redis-server, see tests/run"]
+async fn edge_that_alone_cannot_reach_redis_fetches_for_itself_and_overwrites_nothing() {
+    let (redis, upstream) = (RedisServer::start().await, upstream_with_flags(&["p/one"]).await);
+    let proxy = TcpProxy::start(redis.port()).await;
+    // The first instance becomes the leader.
+    let proxied = format!("redis://127.0.0.1:{}", proxy.port());
+    let mut edges = start_edges([edge(&upstream, &proxied, "cut-off")], &["one"]).await;
+    wait_for_one_leader(&edges).await;
+    let setups = ["b", "c"].map(|name| edge(&upstream, &redis.url(), name));
+    edges.extend(start_edges(setups, &["one"]).await);
+    let load = Load::start(&edges);
+    proxy.close().await;
+    wait_until_alone(&edges[..1]).await;
+    let leader = wait_for_leader(&edges).await;
+    assert_ne!(leader, 0);
+    change_flags(&upstream, &edges, "two").await;
+    wait_until_shared(&redis, &edges[leader]).await;
+    proxy.open().await;
+    assert_eq!(wait_for_one_leader(&edges).await, leader);
+    wait_until_shared(&redis, &edges[leader]).await;
+    change_flags(&upstream, &edges, "three").await;
+    wait_for_end_of_outage(&edges[..1]).await;
+    assert_eq!(edges[1..].iter().map(logged_outages).collect::<Vec<_>>(), [(0, 0); 2]);
+    load.assert_all_answered();
 }

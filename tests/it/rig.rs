@@ -30,6 +30,7 @@ pub(crate) mod secret_leak_check;
 mod self_signed_certificate;
 mod shell;
 mod stalled_client;
+mod tcp_proxy;
 
 pub(crate) use azure::AzureServer;
 pub(crate) use chaos::{ChaosProxy, Fault};
@@ -39,7 +40,9 @@ pub(crate) use guarded_process::{node, tests_dir};
 pub(crate) use hanging_disk::build_hanging_disk_library;
 pub(crate) use json_lines_driver::Driver;
 pub(crate) use log_event::{LogEvent, is_within};
-pub(crate) use net::{free_port, http, send_json, session_cookies, wait_until};
+pub(crate) use net::{
+    BUSY_MACHINE_FACTOR, free_port, http, send_json, session_cookies, wait_until,
+};
 pub(crate) use nginx_load_balancer::Nginx;
 pub(crate) use parapet::{FEATURES, Parapet, Setup};
 pub(crate) use persistent_connection::{PersistentConnection, Protocol, SendOutcome};
@@ -53,3 +56,4 @@ pub(crate) use scripted_upstream::{EntityTags, STREAM, ScriptedUpstream, event, 
 pub(crate) use self_signed_certificate::SelfSignedCertificate;
 pub(crate) use shell::{parapet_command, run_parapet, temp_file_with};
 pub(crate) use stalled_client::{StallMode, StalledClient};
+pub(crate) use tcp_proxy::TcpProxy;

@@ -140,8 +140,13 @@ impl GuardedProcess {
 
     /// Sends SIGHUP.
     pub(crate) fn send_sighup(&self) {
+        self.send_signal("HUP");
+    }
+
+    /// Sends it the signal of this name, for instance `STOP`.
+    pub(crate) fn send_signal(&self, name: &str) {
         let pid = self.child.id().to_string();
-        let sent = Command::new("kill").args(["-HUP", &pid]).status().unwrap();
+        let sent = Command::new("kill").args(["-s", name, &pid]).status().unwrap();
         assert!(sent.success(), "cannot signal {}", self.name);
     }
 

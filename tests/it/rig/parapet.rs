@@ -450,6 +450,12 @@ impl Parapet {
         process.as_ref().expect("it is running").send_sighup();
     }
 
+    /// Sends it the signal of this name, for instance `STOP`.
+    pub(crate) fn send_signal(&self, name: &str) {
+        let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        process.as_ref().expect("it is running").send_signal(name);
+    }
+
     /// Starts it again after [`kill`](Self::kill) or [`terminate`](Self::terminate), with the same ports
     /// and data directory. Does not wait.
     pub(crate) fn restart(&self) {

@@ -55,6 +55,11 @@ impl RedisServer {
         drop(self.process.take());
     }
 
+    /// Sends it the signal of this name, for instance `STOP`.
+    pub(crate) fn send_signal(&self, name: &str) {
+        self.process.as_ref().expect("it is running").send_signal(name);
+    }
+
     /// Its loopback port.
     pub(crate) fn port(&self) -> u16 {
         self.port
