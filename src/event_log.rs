@@ -172,6 +172,19 @@ impl EventLogFollower {
         EventLog(self.latest.subscribe())
     }
 
+    /// Reads the log while `is_wanted`, until dropped. Meanwhile it shows nothing.
+    pub async fn run_while(&self, mut is_wanted: watch::Receiver<bool>) {
+        while is_wanted.wait_for(|it| *it).await.is_ok() {
+            tokio::select! {
+                () = self.run() => {}
+                _ = is_wanted.wait_for(|it| !it) => {}
+            }
+            self.latest.send_if_modified(|latest| latest.take().is_some());
+        }
+        // Nobody can want it again.
+        std::future::pending::<()>().await;
+    }
+
     /// Reads the log until dropped.
     pub async fn run(&self) {
         let mut backoff = Backoff::new(self.interval, MAX_RETRY_DELAY.max(self.interval));

@@ -42,7 +42,10 @@ use std::{sync::Arc, time::Duration};
 
 use futures_util::StreamExt as _;
 use metrics::{counter, describe_counter, describe_gauge};
-use tokio::time::{sleep, timeout};
+use tokio::{
+    sync::watch,
+    time::{sleep, timeout},
+};
 use ulid::Ulid;
 
 pub use self::{
@@ -155,6 +158,11 @@ impl Fleet {
         let leave = async { tokio::join!(hub.release_leases(), registry.leave()) };
         // The leases end by themselves if Redis does not respond.
         let _ = timeout(LEAVE_TIMEOUT, leave).await;
+    }
+
+    /// Whether this instance requests any topic from upstream.
+    pub fn upstream_use(&self) -> watch::Receiver<bool> {
+        self.0.hub.upstream_use()
     }
 
     /// The state of the fleet, as far as this instance knows it. Does not ask Redis.

@@ -61,8 +61,10 @@ impl EdgeSync {
         let tokens =
             validate_configured_tokens(configured_tokens.clone(), auth, environments, validated);
         let follow = async {
-            if let Some(follower) = event_log {
-                follower.run().await;
+            match (event_log, &environments.fleet) {
+                (Some(follower), Some(fleet)) => follower.run_while(fleet.upstream_use()).await,
+                (Some(follower), None) => follower.run().await,
+                (None, _) => {}
             }
         };
         tokio::join!(environments.clone().run(loaded), tokens, follow);

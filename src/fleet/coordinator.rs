@@ -217,6 +217,7 @@ impl Coordinator {
         if previous == role {
             return;
         }
+        self.hub.on_role_changed();
         let (topic, leader) = (&self.topic, self.exchange.lock().leader.clone());
         match role {
             Role::Leader => {}

@@ -10,7 +10,10 @@ use std::{
 
 use futures_util::future::join_all;
 use metrics::gauge;
-use tokio::time::{Instant, timeout};
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout},
+};
 use tracing::{info, warn};
 
 use super::{
@@ -31,6 +34,8 @@ pub(super) struct Hub {
     /// The URL of Redis without credentials.
     location: String,
     topics: Mutex<BTreeMap<String, Entry>>,
+    /// Whether this instance requests any topic from upstream.
+    uses_upstream: watch::Sender<bool>,
     /// Topics that are not coordinated any more, whose leases may not have ended.
     unreleased: Mutex<BTreeMap<String, Entry>>,
     request_timeout: Duration,
@@ -60,6 +65,7 @@ impl Hub {
             fleet,
             location,
             topics: Mutex::default(),
+            uses_upstream: watch::Sender::new(false),
             unreleased: Mutex::default(),
             request_timeout,
             health: Mutex::default(),
@@ -81,6 +87,20 @@ impl Hub {
         {
             lock(&self.unreleased).insert(topic, entry);
         }
+        drop(topics);
+        self.on_role_changed();
+    }
+
+    /// The role of this instance in a topic has changed.
+    pub(super) fn on_role_changed(&self) {
+        let topics = lock(&self.topics);
+        let uses_upstream = topics.values().any(|it| it.exchange.lock().role.uses_upstream());
+        self.uses_upstream
+            .send_if_modified(|uses| mem::replace(uses, uses_upstream) != uses_upstream);
+    }
+
+    pub(super) fn upstream_use(&self) -> watch::Receiver<bool> {
+        self.uses_upstream.subscribe()
     }
 
     /// Gives back the leases that this instance holds, so that others lead at once.

@@ -78,11 +78,19 @@ async fn polling_instances(upstream: &ScriptedUpstream) -> BTreeSet<String> {
 #[ignore = "needs redis-server, see tests/run"]
 async fn edges_poll_upstream_as_one_and_the_leader_hands_over_when_it_ends() {
     let (redis, upstream) = (RedisServer::start().await, upstream_with_flags(&["p/one"]).await);
-    let setups = ["a", "b", "c"].map(|name| edge(&upstream, &redis.url(), name));
-    let mut edges = start_edges(setups, &["one"]).await;
-    let leader = wait_for_leader(&edges).await;
     let names = ["a", "b", "c"];
+    let [first, second, third] = names.map(|name| edge(&upstream, &redis.url(), name));
+    let mut edges = start_edges([first], &["one"]).await;
+    wait_for_leader(&edges).await;
+    edges.extend(start_edges([second, third], &["one"]).await);
+    let leader = wait_for_leader(&edges).await;
+    assert_eq!(leader, 0);
     assert_eq!(polling_instances(&upstream).await, BTreeSet::from([names[leader].to_owned()]));
+    for path in ["/api/admin/environments", "/api/admin/search/events"] {
+        let requests = upstream.requests(path);
+        let by: BTreeSet<_> = requests.into_iter().filter_map(|it| it.instance_id).collect();
+        assert_eq!(by, BTreeSet::from([names[leader].to_owned()]), "{path}");
+    }
     for edge in &edges {
         let count = || async { edge.metric("parapet_fleet_instances").await };
         wait_until("all instances are counted", TIMEOUT, async || {
