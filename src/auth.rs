@@ -13,6 +13,7 @@
 //! | `token_cache` | the valid, rejected and revoked tokens by digest |
 //! | `pending_validations` | the queue of first-seen tokens, and the requests that wait for them |
 //! | `first_validation`, `revalidation`, `token_list_poller` | the background work: each changes the cache by upstream's responses |
+//! | `shared_token_list` | the token list in a fleet, which one instance reads for all |
 //! | `upstream_validator` | validates a batch of tokens at upstream |
 
 mod authenticator;
@@ -21,6 +22,7 @@ mod first_validation;
 mod local_tokens;
 mod pending_validations;
 mod revalidation;
+mod shared_token_list;
 #[cfg(test)]
 mod tests;
 mod token_cache;

@@ -131,6 +131,7 @@ pub(super) async fn build(
             credentials.clone(),
             Arc::clone(&token_added),
             event_log,
+            fleet.clone(),
         ))),
         admin_token: admin.map(|token| AdminTokenParts {
             token,

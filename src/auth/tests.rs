@@ -68,6 +68,7 @@ impl Fixture {
                 credentials,
                 Arc::default(),
                 EventLog::unavailable(),
+                None,
             ),
         }
     }

@@ -12,6 +12,7 @@ mod saved_cache;
 #[cfg(test)]
 mod tests;
 mod token_id;
+mod token_listing;
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -28,11 +29,12 @@ use moka::{policy::EvictionPolicy, sync::Cache};
 use tokio::time::Instant;
 
 pub(super) use self::cached_token::RequestStart;
+pub(super) use self::token_listing::TokenListing;
 pub use self::{cached_token::CachedToken, saved_cache::RestoreError};
-use self::{saved_cache::SavedCache, token_id::TokenId};
+use self::{saved_cache::SavedCache, token_id::TokenId, token_listing::WholeToken};
 use super::error::AuthError;
 use crate::{
-    protocol::tokens::{ListedSecret, ListedToken, TokenList},
+    protocol::tokens::ListedSecret,
     token::{Environment, Grant, Token, TokenDigest, TokenKind},
 };
 
@@ -96,6 +98,7 @@ pub(super) struct TokenCache {
     unsaved: AtomicBool,
     /// Locked during each change.
     writer: Mutex<WriterState>,
+    created: Instant,
     max_listed: usize,
 }
 
@@ -109,9 +112,10 @@ struct WriterState {
 }
 
 impl WriterState {
-    /// The sequence number of the current event.
-    fn next_sequence(&mut self) -> u64 {
-        self.last_sequence += 1;
+    /// The sequence number of an event that happens at `time`, which is now, by
+    /// [`TokenCache::sequence_at`].
+    fn next_sequence(&mut self, time: u64) -> u64 {
+        self.last_sequence = time.max(self.last_sequence + 1);
         self.last_sequence
     }
 }
@@ -136,17 +140,32 @@ impl TokenCache {
                 .build_with_hasher(hasher()),
             unsaved: AtomicBool::new(false),
             writer: Mutex::default(),
+            created: Instant::now(),
             max_listed: usize::try_from(max_listed).unwrap_or(usize::MAX),
         }
     }
 
     /// Starts a request to upstream.
     pub(super) fn start_request(&self) -> RequestStart {
+        let now = Instant::now();
         RequestStart {
-            sequence: self.lock().next_sequence(),
-            at: Some(Instant::now()),
+            sequence: self.lock().next_sequence(self.sequence_at(now)),
+            at: Some(now),
             wall: Timestamp::now(),
         }
+    }
+
+    /// The start of a request that another instance has sent at this time.
+    pub(super) fn request_started_at(&self, at: Instant) -> RequestStart {
+        let wall = Timestamp::now().checked_sub(at.elapsed()).unwrap_or(Timestamp::UNIX_EPOCH);
+        RequestStart { sequence: self.sequence_at(at), at: Some(at), wall }
+    }
+
+    /// The sequence number of an event at this time: the nanoseconds since this cache was created, so that
+    /// requests of other instances take their place in the order.
+    fn sequence_at(&self, time: Instant) -> u64 {
+        let since = time.checked_duration_since(self.created).unwrap_or_default();
+        u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
     }
 
     /// The valid token with this digest.
@@ -200,13 +219,19 @@ impl TokenCache {
         start: RequestStart,
     ) -> InsertOutcome {
         let _writer = self.lock();
-        self.insert_valid(token, grant, start)
+        self.insert_valid(&WholeToken::of(token), &TokenId::of(token), grant, start)
     }
 
-    fn insert_valid(&self, token: &Token, grant: Grant, start: RequestStart) -> InsertOutcome {
-        let digest = token.digest();
+    fn insert_valid(
+        &self,
+        token: &WholeToken,
+        id: &TokenId,
+        grant: Grant,
+        start: RequestStart,
+    ) -> InsertOutcome {
+        let digest = token.digest;
         // An earlier release saved v2 tokens by their digests too.
-        if self.revoked.contains_key(&TokenId::Digest(digest)) || self.is_selector_revoked(token) {
+        if self.revoked.contains_key(&TokenId::Digest(digest)) || self.revoked.contains_key(id) {
             return InsertOutcome::Revoked;
         }
         if self.rejected.get(&digest).is_some_and(|it| it.sequence > start.sequence) {
@@ -214,8 +239,10 @@ impl TokenCache {
         }
         self.rejected.invalidate(&digest);
         let cached = if let Some(known) = self.valid.get(&digest) {
-            if known.is_missing_plaintext() {
-                known.set_plaintext(token.clone());
+            if let Some(plaintext) = &token.plaintext
+                && known.is_missing_plaintext()
+            {
+                known.set_plaintext(plaintext.clone());
             }
             if known.is_confirmed_after(start) || **known.grant() == grant {
                 known.confirm(start);
@@ -223,8 +250,7 @@ impl TokenCache {
             }
             known.with_grant(grant, start)
         } else {
-            let id = TokenId::new(digest, token.selector());
-            CachedToken::confirmed(token, id, grant, start)
+            CachedToken::confirmed(token, id.clone(), grant, start)
         };
         self.valid.insert(digest, Arc::new(cached));
         self.mark_unsaved();
@@ -255,7 +281,7 @@ impl TokenCache {
     pub(super) fn record_forbidden(&self, token: &Token, grant: Grant, start: RequestStart) {
         let _writer = self.lock();
         if self.valid.contains_key(&token.digest()) {
-            self.insert_valid(token, grant, start);
+            self.insert_valid(&WholeToken::of(token), &TokenId::of(token), grant, start);
         } else {
             self.insert_rejected(token, Some(Arc::new(grant)), start);
         }
@@ -301,11 +327,11 @@ impl TokenCache {
     /// so these are validated when they are presented.
     pub(super) fn apply_token_list(
         &self,
-        list: &TokenList,
+        list: &TokenListing,
         served: &BTreeSet<Environment>,
         start: RequestStart,
     ) -> ListChanges {
-        let unreadable = list.unreadable_tokens();
+        let unreadable = &list.unreadable;
         let may_be_unreadable = |id: &TokenId| match id {
             TokenId::Selector(selector) => unreadable.may_include_selector(selector),
             TokenId::Digest(digest) => unreadable.may_include(digest, None),
@@ -313,19 +339,18 @@ impl TokenCache {
         let mut writer = self.lock();
         let mut changes = ListChanges::default();
         let mut listed = HashMap::new();
-        for entry in list.tokens.iter().filter(|entry| !entry.is_expired(start.wall)) {
-            let id = TokenId::of_listed(&entry.secret);
-            self.clear_revocation(&id, start);
-            if let ListedSecret::Full(token) = &entry.secret {
-                let digest = token.digest();
-                if self.is_admitted_by_list(&digest, entry, served) {
-                    let accepted = self.insert_valid(token, entry.grant(), start);
+        for entry in &list.tokens {
+            let (id, grant) = (&entry.id, &entry.grant);
+            self.clear_revocation(id, start);
+            if let Some(token) = &entry.whole {
+                if self.is_admitted_by_list(&token.digest, grant, served) {
+                    let accepted = self.insert_valid(token, id, grant.clone(), start);
                     changes.learned += usize::from(accepted == InsertOutcome::New);
                 } else {
-                    self.clear_rejection(&digest, entry, start);
+                    self.clear_rejection(&token.digest, grant, start);
                 }
             }
-            listed.insert(id, entry);
+            listed.insert(id.clone(), entry);
         }
         let now_listed = listed.keys().take(self.max_listed).cloned().collect();
         let mut gone = std::mem::replace(&mut writer.listed, now_listed);
@@ -346,8 +371,8 @@ impl TokenCache {
                     self.mark_unsaved();
                 }
                 // The grants of tokens that are listed in full were applied above.
-                if matches!(entry.secret, ListedSecret::Selector(_)) {
-                    let is_new = self.update_grant(*digest, &cached, entry.grant(), start);
+                if entry.whole.is_none() {
+                    let is_new = self.update_grant(*digest, &cached, entry.grant.clone(), start);
                     changes.learned += usize::from(is_new);
                 }
             } else if gone.contains(id)
@@ -368,19 +393,19 @@ impl TokenCache {
     fn is_admitted_by_list(
         &self,
         digest: &TokenDigest,
-        entry: &ListedToken,
+        grant: &Grant,
         served: &BTreeSet<Environment>,
     ) -> bool {
-        let is_served = entry.kind == TokenKind::Admin || served.contains(&entry.environment);
+        let is_served = grant.kind == TokenKind::Admin || served.contains(&grant.scope.environment);
         self.valid.contains_key(digest)
-            || (is_served && self.forbidden_grant(digest).is_none_or(|it| *it != entry.grant()))
+            || (is_served && self.forbidden_grant(digest).is_none_or(|it| *it != *grant))
     }
 
     /// Makes a listed token eligible for validation again, unless its use is known to be forbidden.
-    fn clear_rejection(&self, digest: &TokenDigest, entry: &ListedToken, start: RequestStart) {
+    fn clear_rejection(&self, digest: &TokenDigest, grant: &Grant, start: RequestStart) {
         let is_taken_back = |rejected: &RejectedToken| {
             rejected.sequence < start.sequence
-                && rejected.forbidden_grant.as_deref().is_none_or(|it| *it != entry.grant())
+                && rejected.forbidden_grant.as_deref().is_none_or(|it| it != grant)
         };
         if self.rejected.get(digest).is_some_and(|it| is_taken_back(&it)) {
             self.rejected.invalidate(digest);
@@ -416,7 +441,7 @@ impl TokenCache {
     /// digests of the affected tokens.
     pub(super) fn revoke_token(&self, named: &ListedSecret) -> Vec<TokenDigest> {
         let mut writer = self.lock();
-        let order = writer.next_sequence();
+        let order = writer.next_sequence(self.sequence_at(Instant::now()));
         let id = TokenId::of_listed(named);
         let mut digests: Vec<_> = self.matching(&id).map(|(digest, _)| digest).collect();
         if let ListedSecret::Full(token) = named {
@@ -433,7 +458,7 @@ impl TokenCache {
     /// Makes a token due for revalidation at any age.
     pub(super) fn mark_stale(&self, named: &ListedSecret) {
         let mut writer = self.lock();
-        let order = writer.next_sequence();
+        let order = writer.next_sequence(self.sequence_at(Instant::now()));
         for (_, cached) in self.matching(&TokenId::of_listed(named)) {
             cached.mark_stale(order);
         }

@@ -20,6 +20,7 @@ use tracing::{info, warn};
 use super::token_cache::{RequestStart, TokenCache};
 use crate::{
     event_log::EventLog,
+    fleet::Fleet,
     protocol::tokens::ValidatedToken,
     telemetry::error_chain,
     token::{Grant, Token, TokenDigest, TokenKind},
@@ -43,6 +44,7 @@ pub struct UpstreamValidator {
     pub(super) credentials: EnvironmentTokens,
     credentials_changed: Arc<Notify>,
     pub(super) event_log: EventLog,
+    pub(super) fleet: Option<Fleet>,
     /// Whether the latest validation request failed.
     is_failing: AtomicBool,
     /// No validation request is sent before this time (`Retry-After` of upstream).
@@ -73,7 +75,7 @@ pub(super) enum ValidationResult {
 
 impl UpstreamValidator {
     /// A validator that uses upstream's token list if it has an `admin` token; `event_log` tells when that
-    /// list changed.
+    /// list changed. In a `fleet` one instance reads that list for all.
     ///
     /// Each valid client token is offered to `credentials`, to fetch flags with where the edge has no
     /// token configured; `credentials_changed` is notified when that extends the set of flags that can be
@@ -84,6 +86,7 @@ impl UpstreamValidator {
         credentials: EnvironmentTokens,
         credentials_changed: Arc<Notify>,
         event_log: EventLog,
+        fleet: Option<Fleet>,
     ) -> Self {
         Self {
             upstream,
@@ -91,6 +94,7 @@ impl UpstreamValidator {
             credentials,
             credentials_changed,
             event_log,
+            fleet,
             is_failing: AtomicBool::new(false),
             paused_until: Mutex::new(Instant::now()),
         }

@@ -12,6 +12,8 @@ use crate::token::Environment;
 pub enum Topic {
     /// The environments that upstream has.
     Environments,
+    /// The API tokens that upstream lists.
+    Tokens,
     /// The flags of an environment.
     Flags(Environment),
 }
@@ -24,6 +26,7 @@ impl Topic {
     pub(super) fn name(&self) -> String {
         match self {
             Self::Environments => "environments".to_owned(),
+            Self::Tokens => "tokens".to_owned(),
             Self::Flags(environment) => format!("flags:{}", escape(environment.as_str())),
         }
     }
@@ -34,6 +37,7 @@ impl fmt::Display for Topic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Environments => f.write_str("the environments"),
+            Self::Tokens => f.write_str("the tokens"),
             Self::Flags(environment) => write!(f, "the flags of {environment}"),
         }
     }

@@ -58,12 +58,14 @@ pub struct TokenList {
 }
 
 /// The tokens that the unreadable items of a list may be.
-#[derive(Debug, Default)]
-pub struct UnreadableTokens<'a> {
-    digests: HashSet<TokenDigest>,
-    selectors: HashSet<&'a str>,
+#[derive(Clone, Debug, Default)]
+pub struct UnreadableTokens {
+    /// The digests of whole tokens.
+    pub digests: HashSet<TokenDigest>,
+    /// The selectors of v2 tokens.
+    pub selectors: HashSet<String>,
     /// Whether an item has no usable secret, and so may be any token.
-    has_unidentified: bool,
+    pub has_unidentified: bool,
 }
 
 /// A token as the admin API lists it.
@@ -182,14 +184,14 @@ impl ListedToken {
 
 impl TokenList {
     /// The tokens that the unreadable items may be. Hashes each of them once.
-    pub fn unreadable_tokens(&self) -> UnreadableTokens<'_> {
+    pub fn unreadable_tokens(&self) -> UnreadableTokens {
         let mut names = UnreadableTokens::default();
         for item in &self.unreadable {
             let Some(secret) = item else {
                 names.has_unidentified = true;
                 continue;
             };
-            names.selectors.extend(secret.selector());
+            names.selectors.extend(secret.selector().map(str::to_owned));
             if let ListedSecret::Full(token) = secret {
                 names.digests.insert(token.digest());
             }
@@ -198,7 +200,7 @@ impl TokenList {
     }
 }
 
-impl UnreadableTokens<'_> {
+impl UnreadableTokens {
     /// Whether an unreadable item may be the token of this digest and selector.
     pub fn may_include(&self, digest: &TokenDigest, selector: Option<&str>) -> bool {
         self.has_unidentified

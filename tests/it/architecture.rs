@@ -38,12 +38,12 @@ const LAYERS: [&[(&str, &[&str])]; 8] = [
         ("upstream", &["background_writer", "store", "tls", "usage"]),
     ],
     // `sync` prewarms the evaluation cache of a snapshot before it is served, and in a fleet takes flags from
-    // the leader. `auth` and `sync` learn from upstream's event log what has changed.
+    // the leader, as `auth` does tokens. `auth` and `sync` learn from upstream's event log what has changed.
     &[
         ("evaluation", &[]),
         ("event_log", &[]),
         ("fleet", &[]),
-        ("auth", &["event_log"]),
+        ("auth", &["event_log", "fleet"]),
         ("changes", &[]),
         ("sync", &["evaluation", "event_log", "fleet"]),
     ],

@@ -13,7 +13,7 @@ use tokio::task::JoinHandle;
 
 use crate::rig::{
     BUSY_MACHINE_FACTOR, FEATURES, LogEvent, Parapet, RedisServer, ScriptedUpstream, Setup,
-    TcpProxy, http, wait_until,
+    TcpProxy, http, secret_leak_check, wait_until,
 };
 
 /// Several times the duration of a lease.
@@ -240,6 +240,59 @@ async fn wait_for_end_of_outage(edges: &[Parapet]) {
     for edge in edges {
         edge.wait_until_logged(LogEvent::info("fleet::hub")).await;
         assert_eq!(logged_outages(edge), (1, 1), "{}", edge.log());
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs redis-server, see tests/run"]
+async fn one_edge_reads_the_token_list_and_a_revocation_reaches_all() {
+    const OTHER: &str = "*:development.other-0123456789abcdef0123456789";
+    const THIRD: &str = "*:development.third-0123456789abcdef0123456789";
+    const LIST: &str = "/api/admin/api-tokens";
+    let (redis, upstream) = (RedisServer::start().await, upstream_with_flags(&["p/one"]).await);
+    for token in [OTHER, THIRD] {
+        secret_leak_check::register(token);
+    }
+    upstream.state().listed_tokens = [ADMIN, TOKEN, OTHER, THIRD].into();
+    let [first, second, third] = ["a", "b", "c"].map(|name| edge(&upstream, &redis.url(), name));
+    let mut edges = start_edges([first], &["one"]).await;
+    wait_for_leader(&edges).await;
+    edges.extend(start_edges([second, third], &["one"]).await);
+    for edge in &edges {
+        wait_until("the tokens are known", TIMEOUT, async || {
+            let (_, status) = edge.admin_get_as("/status", ADMIN).await;
+            (status["tokens"]["valid"] == 3).then_some(())
+        })
+        .await;
+        let validations = upstream.requests("/edge/validate").len();
+        for token in [OTHER, THIRD] {
+            assert_eq!(edge.features_status(token).await, StatusCode::OK);
+        }
+        // The list was sufficient, of which followers have only the digests.
+        assert_eq!(upstream.requests("/edge/validate").len(), validations);
+    }
+    let before = upstream.requests(LIST).len();
+    let lists = upstream.wait_for_requests(LIST, before + 5).await;
+    let by: BTreeSet<_> = lists.into_iter().skip(before).filter_map(|it| it.instance_id).collect();
+    assert_eq!(by, BTreeSet::from(["a".to_owned()]));
+    let key = redis.cli(&["--scan", "--pattern", "parapet:fleet:*:tokens}:document"]).await;
+    assert!(!key.trim().is_empty());
+
+    let wait_until_rejected = async |edges: &[Parapet], token| {
+        for edge in edges {
+            wait_until("the token is rejected", TIMEOUT, async || {
+                (edge.features_status(token).await == StatusCode::UNAUTHORIZED).then_some(())
+            })
+            .await;
+        }
+    };
+    upstream.state().revoked.insert(OTHER);
+    wait_until_rejected(&edges, OTHER).await;
+    edges.swap_remove(0).kill();
+    upstream.state().revoked.insert(THIRD);
+    wait_until_rejected(&edges, THIRD).await;
+    for edge in &edges {
+        assert_eq!(edge.features_status(TOKEN).await, StatusCode::OK);
     }
 }
 

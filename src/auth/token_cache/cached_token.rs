@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use jiff::Timestamp;
 use tokio::time::Instant;
 
-use super::token_id::TokenId;
+use super::{token_id::TokenId, token_listing::WholeToken};
 use crate::token::{Grant, Token};
 
 /// The start of a request to upstream. Its response counts as of this moment, whenever it arrives.
@@ -68,10 +68,17 @@ impl CachedToken {
     }
 
     /// A token that upstream calls valid.
-    pub(super) fn confirmed(token: &Token, id: TokenId, grant: Grant, start: RequestStart) -> Self {
-        let cached = Self::unconfirmed(Arc::new(grant), token.masked(), id, false);
+    pub(super) fn confirmed(
+        token: &WholeToken,
+        id: TokenId,
+        grant: Grant,
+        start: RequestStart,
+    ) -> Self {
+        let cached = Self::unconfirmed(Arc::new(grant), Arc::clone(&token.masked), id, false);
         cached.status().confirmed = start;
-        cached.set_plaintext(token.clone());
+        if let Some(plaintext) = &token.plaintext {
+            cached.set_plaintext(plaintext.clone());
+        }
         cached
     }
 

@@ -1,7 +1,10 @@
 //! Tests of single validation results, token lists and revocations.
 
 use super::*;
-use crate::token::{Projects, Scope};
+use crate::{
+    protocol::tokens::{ListedToken, TokenList},
+    token::{Projects, Scope},
+};
 
 const V2: &str = "*:dev.v2_AbCdEfGhIjKlMnOpQrStUv_0123456789_123456789-123456789_123456789ABC";
 
@@ -43,9 +46,14 @@ fn served() -> BTreeSet<Environment> {
     BTreeSet::from([Environment::new("dev")])
 }
 
+/// Applies a list of upstream.
+fn apply(cache: &TokenCache, list: &TokenList, start: RequestStart) -> ListChanges {
+    cache.apply_token_list(&TokenListing::new(list, start.wall), &served(), start)
+}
+
 /// Applies a list that was requested just now.
 fn apply_list(cache: &TokenCache, tokens: &[ListedToken]) -> ListChanges {
-    cache.apply_token_list(&list_of(tokens), &served(), cache.start_request())
+    apply(cache, &list_of(tokens), cache.start_request())
 }
 
 fn unconfirmed(cache: &TokenCache, age: Duration) -> Vec<Token> {
@@ -54,6 +62,46 @@ fn unconfirmed(cache: &TokenCache, age: Duration) -> Vec<Token> {
 
 fn refuses(cache: &TokenCache, token: &Token) -> bool {
     matches!(cache.lookup(token), Some(Err(_)))
+}
+
+/// The list as another instance shares it.
+fn shared(tokens: &[ListedToken], start: RequestStart) -> TokenListing {
+    let listing = TokenListing::new(&list_of(tokens), start.wall);
+    TokenListing::decode(&listing.encode()).unwrap()
+}
+
+#[test]
+fn shared_list_admits_and_revokes_tokens_by_their_digests() {
+    let cache = cache();
+    let [a, b] = ["*:dev.a", "*:dev.b"].map(token);
+    let start = cache.start_request();
+    let both = shared(&[whole(&a), whole(&b)], start);
+    let changes = cache.apply_token_list(&both, &served(), start);
+    assert_eq!((changes.learned, changes.revoked), (2, 0));
+    let cached = cache.valid(&a.digest()).expect("it is listed");
+    assert!(cached.is_missing_plaintext() && cached.masked() == &*a.masked());
+    let start = cache.start_request();
+    let changes = cache.apply_token_list(&shared(&[whole(&b)], start), &served(), start);
+    assert_eq!((changes.learned, changes.revoked), (0, 1));
+    assert!(refuses(&cache, &a) && cache.valid(&b.digest()).is_some());
+}
+
+#[test]
+fn shared_list_counts_as_of_the_request_of_the_other_instance() {
+    let cache = cache();
+    let a = token("*:dev.a");
+    let requested_at = Instant::now();
+    std::thread::sleep(Duration::from_millis(2));
+    // It was deleted by this instance meanwhile.
+    cache.revoke_token(&ListedSecret::Full(a.clone()));
+    let start = cache.request_started_at(requested_at);
+    cache.apply_token_list(&shared(&[whole(&a)], start), &served(), start);
+    assert!(refuses(&cache, &a));
+    let before = requested_at.checked_sub(Duration::from_mins(1)).unwrap();
+    assert_eq!(cache.request_started_at(before).sequence, 0, "before this process");
+    let start = cache.request_started_at(Instant::now());
+    cache.apply_token_list(&shared(&[whole(&a)], start), &served(), start);
+    assert!(!refuses(&cache, &a));
 }
 
 #[test]
@@ -200,7 +248,7 @@ fn a_list_requested_before_a_revocation_does_not_undo_it() {
     for named in [&list[0].secret, &list[1].secret] {
         cache.revoke_token(named);
     }
-    cache.apply_token_list(&list_of(&list), &served(), in_flight);
+    apply(&cache, &list_of(&list), in_flight);
     assert!(refuses(&cache, &plain) && refuses(&cache, &secure));
     apply_list(&cache, &list);
     assert!(cache.valid(&plain.digest()).is_some(), "upstream lists it again");
@@ -299,7 +347,7 @@ fn a_validation_requested_before_a_denial_does_not_overrule_it() {
     let in_flight = cache.start_request();
     cache.record_invalid(&a, cache.start_request());
     assert_eq!(cache.record_valid(&a, grant(), in_flight), InsertOutcome::Outdated);
-    cache.apply_token_list(&list_of(&[whole(&a)]), &served(), in_flight);
+    apply(&cache, &list_of(&[whole(&a)]), in_flight);
     assert!(refuses(&cache, &a));
 }
 
@@ -341,11 +389,11 @@ fn an_unreadable_list_item_revokes_no_token() {
     let named = [ListedSecret::Full(a.clone()), ListedSecret::Selector(text.to_owned())];
     let unreadable = named.map(Some).to_vec();
     let list = TokenList { tokens: vec![whole(&b)], unreadable };
-    let changes = cache.apply_token_list(&list, &served(), cache.start_request());
+    let changes = apply(&cache, &list, cache.start_request());
     assert_eq!(changes, ListChanges { learned: 0, revoked: 0, marked_stale: 2 });
     // An item without a name may stand for any token.
     let list = TokenList { tokens: vec![whole(&a)], unreadable: vec![None] };
-    let changes = cache.apply_token_list(&list, &served(), cache.start_request());
+    let changes = apply(&cache, &list, cache.start_request());
     assert_eq!(changes, ListChanges { learned: 0, revoked: 0, marked_stale: 2 });
     let due = unconfirmed(&cache, AN_HOUR);
     assert!(due.len() == 2 && due.contains(&b) && due.contains(&secure), "they are revalidated");
@@ -719,7 +767,7 @@ mod interleavings {
                     token.selector().is_none() || cache.valid(&token.digest()).is_some()
                 };
                 let has_project: Vec<_> = (0..TOKENS).map(has_project).collect();
-                cache.apply_token_list(&list_of(&entries), &served(), start);
+                apply(cache, &list_of(&entries), start);
                 for ((model, project), has_project) in
                     models.iter_mut().zip(tokens).zip(has_project)
                 {

@@ -70,6 +70,8 @@ pub(crate) struct UpstreamState {
     pub(crate) frontend_tokens: BTreeSet<&'static str>,
     /// Only tokens with this text are valid.
     pub(crate) valid_tokens_contain: &'static str,
+    /// The tokens that the admin API lists, unless they are revoked.
+    pub(crate) listed_tokens: BTreeSet<&'static str>,
     /// Tokens that have been revoked.
     pub(crate) revoked: BTreeSet<&'static str>,
     /// The status of requests with this path prefix and this token, or any token if it is empty.
@@ -102,6 +104,7 @@ impl ScriptedUpstream {
             projects: BTreeMap::new(),
             frontend_tokens: BTreeSet::new(),
             valid_tokens_contain: "",
+            listed_tokens: BTreeSet::new(),
             revoked: BTreeSet::new(),
             failures: BTreeMap::new(),
             stream_status: StatusCode::NOT_FOUND,
@@ -265,7 +268,18 @@ impl UpstreamState {
                 respond(StatusCode::CREATED, &json!({ "secret": secret }))
             }
             _ if path.starts_with("/api/admin/api-tokens") => {
-                respond(StatusCode::OK, &json!({"tokens": []}))
+                let listed = self.listed_tokens.difference(&self.revoked);
+                let listed = listed.map(|token| {
+                    let environment = token.split([':', '.']).nth(1);
+                    json!({
+                        "tokenName": "listed",
+                        "type": if environment == Some("*") { "admin" } else { "client" },
+                        "environment": environment,
+                        "projects": ["*"],
+                        "secret": token,
+                    })
+                });
+                respond(StatusCode::OK, &json!({"tokens": listed.collect::<Vec<_>>()}))
             }
             _ => respond(StatusCode::NOT_FOUND, &Value::Null),
         }
