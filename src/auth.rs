@@ -14,6 +14,7 @@
 //! | `pending_validations` | the queue of first-seen tokens, and the requests that wait for them |
 //! | `first_validation`, `revalidation`, `token_list_poller` | the background work: each changes the cache by upstream's responses |
 //! | `shared_token_list` | the token list in a fleet, which one instance reads for all |
+//! | `shared_verdicts` | the verdicts about first-seen tokens in a fleet |
 //! | `upstream_validator` | validates a batch of tokens at upstream |
 
 mod authenticator;
@@ -23,6 +24,7 @@ mod local_tokens;
 mod pending_validations;
 mod revalidation;
 mod shared_token_list;
+mod shared_verdicts;
 #[cfg(test)]
 mod tests;
 mod token_cache;

@@ -19,11 +19,14 @@
 //!
 //! # Structure
 //!
+//! Single questions to upstream, about first-seen tokens, need no leader: see [`SharedAnswers`].
+//!
 //! `lease` and `shared_document` decide and perform no IO. `scripts` has the atomic operations in Redis.
 //! A [`Coordinator`] per topic performs them, and a [`Member`] connects it to the user of the topic. `hub`
 //! has the state that all topics share. This module does not know the contents of documents, and makes no
 //! request to upstream; the users of the topics do.
 
+mod answers;
 mod coordinator;
 mod hub;
 mod instances;
@@ -49,6 +52,7 @@ use tokio::{
 use ulid::Ulid;
 
 pub use self::{
+    answers::{Answer, SharedAnswers},
     coordinator::Coordinator,
     member::{Member, Update},
     role::{Fence, Role},
@@ -158,6 +162,12 @@ impl Fleet {
         let leave = async { tokio::join!(hub.release_leases(), registry.leave()) };
         // The leases end by themselves if Redis does not respond.
         let _ = timeout(LEAVE_TIMEOUT, leave).await;
+    }
+
+    /// The answers of upstream to single questions, which all instances share.
+    pub fn answers(&self) -> SharedAnswers {
+        let Inner { client, hub, keys, instance, .. } = &*self.0;
+        SharedAnswers::new(client.clone(), Arc::clone(hub), &keys.answers(), &instance.id)
     }
 
     /// Whether this instance requests any topic from upstream.

@@ -66,7 +66,8 @@
 //! leader refreshes as above, and shares the document with a fencing number, so that a leader of the past
 //! cannot overwrite it. A notice tells the other instances, which fetch the document from Redis, compile
 //! it and swap it in; they request nothing from upstream. An instance without a leader, or without Redis,
-//! synchronises with upstream by itself after a while.
+//! synchronises with upstream by itself after a while. Upstream's lists of environments and tokens take the
+//! same way, and [`auth`] shares the verdicts about first-seen tokens.
 //!
 //! **A change.** [`changes`] assigns an id to each new state and wakes the streams of its environment.
 //! When its connection can send, each stream requests the changes since the state that it sent last.

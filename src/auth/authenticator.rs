@@ -248,7 +248,7 @@ impl Authenticator {
             return std::future::pending().await;
         };
         tokio::join!(
-            first_validation::run(pending, token_cache, validator),
+            first_validation::run(pending, token_cache, validator, config.deadline),
             revalidation::run(token_cache, validator, token_list, config.revalidate_after),
             token_list.run(token_cache, validator),
         );

@@ -197,7 +197,7 @@ async fn no_token_is_validated_before_retry_after_has_passed() {
         let answer = pending.enqueue(token("*:dev.new"), Priority::Presented).unwrap();
         tokio::select! {
             answer = answer => answer.unwrap().map(drop),
-            () = first_validation::run(&pending, &fixture.cache, &fixture.validator) => unreachable!(),
+            () = first_validation::run(&pending, &fixture.cache, &fixture.validator, Duration::from_secs(5)) => unreachable!(),
         }
     };
     for _ in 0..30 {

@@ -109,6 +109,8 @@ struct WriterState {
     /// The contents of the latest list. A token missing in the next list has been revoked, whether or
     /// not it is cached.
     listed: HashSet<TokenId>,
+    /// The sequence number of the request for the latest list; 0 before the first one.
+    listed_sequence: u64,
 }
 
 impl WriterState {
@@ -208,6 +210,13 @@ impl TokenCache {
     /// The grant of a token whose use upstream forbids.
     pub(super) fn forbidden_grant(&self, digest: &TokenDigest) -> Option<Arc<Grant>> {
         self.rejected.get(digest)?.forbidden_grant.clone()
+    }
+
+    /// Whether a list that was requested after `start` does not contain `token`: it may have been revoked
+    /// since another instance validated it.
+    pub(super) fn is_superseded_by_list(&self, token: &Token, start: RequestStart) -> bool {
+        let writer = self.lock();
+        writer.listed_sequence > start.sequence && !writer.listed.contains(&TokenId::of(token))
     }
 
     /// Records that upstream calls `token` valid, unless it was revoked recently: upstream's caches may
@@ -352,6 +361,7 @@ impl TokenCache {
             }
             listed.insert(id.clone(), entry);
         }
+        writer.listed_sequence = writer.listed_sequence.max(start.sequence);
         let now_listed = listed.keys().take(self.max_listed).cloned().collect();
         let mut gone = std::mem::replace(&mut writer.listed, now_listed);
         gone.retain(|id| !listed.contains_key(id) && !may_be_unreadable(id));

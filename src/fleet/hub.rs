@@ -167,6 +167,11 @@ impl Hub {
         }
     }
 
+    /// Whether no request to Redis has failed lately.
+    pub(super) fn is_redis_available(&self) -> bool {
+        lock(&self.health).error().is_none()
+    }
+
     /// The number of instances of the fleet, with this one, as last seen.
     pub(super) fn instances(&self) -> u32 {
         lock(&self.instances).count.max(1)

@@ -78,6 +78,11 @@ impl Namespace {
         TopicKeys { lease: key("lease"), fence: key("fence"), document: key("document") }
     }
 
+    /// The start of the keys of answers, with one hash tag.
+    pub(super) fn answers(&self) -> String {
+        format!("{}:fleet:{{{}:answers}}", self.prefix, self.fleet)
+    }
+
     /// The channel of the notices.
     pub(super) fn notice_channel(&self) -> String {
         format!("{}:fleet:{{{}}}:notices", self.prefix, self.fleet)

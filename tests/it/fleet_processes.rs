@@ -7,13 +7,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
 use crate::rig::{
     BUSY_MACHINE_FACTOR, FEATURES, LogEvent, Parapet, RedisServer, ScriptedUpstream, Setup,
-    TcpProxy, http, secret_leak_check, wait_until,
+    TcpProxy, TokenKind, Unleash, UnleashVersion, http, secret_leak_check, wait_until,
 };
 
 /// Several times the duration of a lease.
@@ -293,6 +294,105 @@ async fn one_edge_reads_the_token_list_and_a_revocation_reaches_all() {
     wait_until_rejected(&edges, THIRD).await;
     for edge in &edges {
         assert_eq!(edge.features_status(TOKEN).await, StatusCode::OK);
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs redis-server, see tests/run"]
+async fn first_seen_token_is_validated_by_one_edge_for_all() {
+    const VALIDATE: &str = "/edge/validate";
+    let (mut redis, upstream) = (RedisServer::start().await, upstream_with_flags(&["p/one"]).await);
+    upstream.state().listed_tokens = [ADMIN].into();
+    upstream.state().valid_tokens_contain = "fleet";
+    let setups = ["a", "b", "c"].map(|name| {
+        // Known tokens are validated again at long intervals only.
+        let edge = Parapet::edge(&upstream.url()).admin_token(ADMIN).flag("--instance-id", name);
+        let edge = edge.flag("--token-list-interval-seconds", "3600");
+        edge.flag("--upstream-mode", "poll").env("PARAPET_STORE", redis.url())
+    });
+    let edges = start_edges(setups, &["one"]).await;
+    let present = async |token: String| {
+        secret_leak_check::register(&token);
+        join_all(edges.iter().map(|edge| edge.features_status(&token))).await
+    };
+    let before = upstream.requests(VALIDATE).len();
+    for n in 0..20 {
+        let statuses = present(format!("*:development.fleet-first-seen-{n}-0123456789")).await;
+        assert_eq!(statuses, [StatusCode::OK; 3]);
+    }
+    // Each of the others would have asked as often. On a busy machine some do not wait for the verdict.
+    let validations = upstream.requests(VALIDATE).len() - before;
+    assert!((20..40).contains(&validations), "{validations}");
+    let statuses = present("*:development.invented-0123456789abcdef".to_owned()).await;
+    assert_eq!(statuses, [StatusCode::UNAUTHORIZED; 3]);
+    let keys = redis.cli(&["--scan", "--pattern", "parapet:fleet:*:answers}:*"]).await;
+    assert!(!keys.is_empty() && !keys.contains("first-seen"), "{keys}");
+
+    redis.kill();
+    let statuses = present("*:development.fleet-without-redis-0123456789".to_owned()).await;
+    assert_eq!(statuses, [StatusCode::OK; 3]);
+}
+
+/// The number of requests of an edge to upstream, without those of usage.
+async fn upstream_requests(edge: &Parapet) -> u64 {
+    let page = edge.metrics().await;
+    let samples = page.lines().filter(|it| it.starts_with("parapet_upstream_requests_total{"));
+    let samples = samples.filter(|it| !it.contains("purpose=\"usage\""));
+    samples.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum()
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL, redis-server and the npm packages, see tests/run"]
+async fn followers_request_nothing_from_unleash_whatever_changes_there() {
+    const READS: &str = "parapet_upstream_requests_total{purpose=\"event_log\",outcome=\"ok\"}";
+    for version in [UnleashVersion::V7, UnleashVersion::V8SecureTokens] {
+        let (redis, unleash) = (RedisServer::start().await, Unleash::start(version).await);
+        unleash.create_enabled_flag("first", "development", &[]).await;
+        let [used, revoked] = ["used", "revoked"];
+        let used = unleash.create_token(TokenKind::Backend, "development", &["*"], used).await;
+        let revoked =
+            unleash.create_token(TokenKind::Backend, "development", &["*"], revoked).await;
+        let [leader, a, b] = ["leader", "a", "b"].map(|name| {
+            let edge = Parapet::edge(&unleash.url()).admin_token(unleash.admin_token());
+            let edge = edge.with_short_intervals().flag("--instance-id", name);
+            edge.env("PARAPET_STORE", redis.url())
+        });
+        let leader = leader.start().await;
+        wait_for_leader(std::slice::from_ref(&leader)).await;
+        let followers = [a.start().await, b.start().await];
+        for edge in followers.iter().chain([&leader]) {
+            for token in [&used, &revoked] {
+                edge.wait_until_served(token, &["first"]).await;
+            }
+        }
+        // Each obtains its own token once, after some seconds.
+        let mut before = Vec::new();
+        for follower in &followers {
+            let count = wait_until("the follower is quiet", TIMEOUT, async || {
+                let (count, reads) =
+                    (upstream_requests(follower).await, leader.metric(READS).await);
+                let enough = reads.unwrap_or_default() + 10.0;
+                wait_until("the leader reads the event log", TIMEOUT, async || {
+                    (leader.metric(READS).await.unwrap_or_default() >= enough).then_some(())
+                })
+                .await;
+                (upstream_requests(follower).await == count).then_some(count)
+            })
+            .await;
+            before.push(count);
+        }
+        unleash.create_enabled_flag("second", "development", &[]).await;
+        unleash.delete_token(&revoked).await;
+        for edge in followers.iter().chain([&leader]) {
+            edge.wait_until_served(&used, &["first", "second"]).await;
+            wait_until("the token is rejected", TIMEOUT, async || {
+                (edge.features_status(&revoked).await == StatusCode::UNAUTHORIZED).then_some(())
+            })
+            .await;
+        }
+        for (follower, before) in followers.iter().zip(before) {
+            assert_eq!(upstream_requests(follower).await, before, "{}", follower.metrics().await);
+        }
     }
 }
 

@@ -26,6 +26,11 @@ impl RequestStart {
     /// Before every request of this process.
     pub(in crate::auth) const NEVER: Self =
         Self { sequence: 0, at: None, wall: Timestamp::UNIX_EPOCH };
+
+    /// When the request was sent; `None` for [`Self::NEVER`].
+    pub(in crate::auth) fn requested_at(self) -> Option<Instant> {
+        self.at
+    }
 }
 
 /// A valid token.

@@ -105,6 +105,18 @@ fn shared_list_counts_as_of_the_request_of_the_other_instance() {
 }
 
 #[test]
+fn verdict_of_another_instance_is_superseded_by_a_later_list_without_the_token() {
+    let cache = cache();
+    let [listed, other] = ["*:dev.listed", "*:dev.other"].map(token);
+    let before = cache.start_request();
+    assert!(!cache.is_superseded_by_list(&other, before));
+    apply_list(&cache, &[whole(&listed)]);
+    assert!(cache.is_superseded_by_list(&other, before));
+    assert!(!cache.is_superseded_by_list(&listed, before));
+    assert!(!cache.is_superseded_by_list(&other, cache.start_request()));
+}
+
+#[test]
 fn a_token_that_left_the_list_is_refused_even_if_it_would_validate() {
     let cache = cache();
     let (a, b) = (token("*:dev.aaaa"), token("*:dev.bbbb"));
