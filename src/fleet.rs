@@ -9,6 +9,8 @@
 //! * **The leader** holds a lease in Redis for 6 s and renews it every 2 s. Each grant has a fencing
 //!   number that is greater than all before ([`Fence`]). Redis accepts a document only from the last
 //!   grant, so a leader that was suspended beyond its lease cannot overwrite its successor's documents.
+//! * **One instance leads all topics, mostly**, so that upstream's event log is read once. The leader of the
+//!   tokens has the first chance to lead the others, and they are handed over to it.
 //! * **Nobody goes back.** `shared_document` orders documents of one leader by number, and all others
 //!   by the time at which upstream confirmed them.
 //! * **Redis coordinates, memory serves.** No request waits for Redis. Without Redis, or without a leader,
@@ -186,7 +188,7 @@ impl Fleet {
         let mut backoff = Backoff::new(INITIAL_RESUBSCRIBE_DELAY, MAX_RESUBSCRIBE_DELAY);
         loop {
             if let Some(mut notices) = hub.request(Box::pin(client.subscribe(channel))).await {
-                hub.on_notices_missed();
+                hub.notice_all();
                 while let Some(payload) = notices.next().await {
                     backoff.reset();
                     counter!("parapet_fleet_notices_total").increment(1);

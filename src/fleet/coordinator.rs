@@ -14,7 +14,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    hub::Hub,
+    hub::{Hub, PrimaryLeader},
     lease::{Holder, Lease, patience},
     member::{Adoption, Exchange},
     role::{Fence, Role},
@@ -28,6 +28,12 @@ use crate::{redis_client::Error, telemetry::error_chain};
 /// How long a leader that has let others lead does not acquire the lease again, unless it is asked to
 /// for the whole time.
 const YIELD_DURATION: Duration = Duration::from_secs(15);
+
+/// For how many heartbeats a topic without a leader is left to the leader of the primary topic.
+const DEFERENCE: u32 = 2;
+
+/// How long the primary topic has had its leader before other topics are handed over to it.
+const HANDOVER_DELAY: Duration = Duration::from_secs(30);
 
 /// Coordinates one topic of one instance. Its [`Member`](super::Member) is for the user of the topic.
 #[derive(Debug)]
@@ -51,6 +57,10 @@ pub struct Coordinator {
     is_behind: bool,
     /// When the lease may be acquired again after others were let lead.
     yields_until: Option<Instant>,
+    /// Since when the topic has no leader.
+    vacant_since: Option<Instant>,
+    /// The leader of the primary topic that has had the chance to lead this one.
+    handed_over_to: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -84,6 +94,8 @@ impl Coordinator {
             heartbeat_at: now,
             is_behind: false,
             yields_until: None,
+            vacant_since: None,
+            handed_over_to: None,
         }
     }
 
@@ -104,6 +116,7 @@ impl Coordinator {
             self.announce_role();
             self.write().await;
             self.give_up_if_failing().await;
+            self.hand_over_to_primary().await;
             self.announce_role();
             let deadline = self.lease.next_deadline().map_or(self.heartbeat_at, |deadline| {
                 // A deadline in the past has been applied above.
@@ -141,10 +154,20 @@ impl Coordinator {
                 return Ok(state);
             }
         }
-        match self.yields_until {
-            Some(until) if Instant::now() < until => self.redis.look().await,
-            Some(_) | None => self.redis.acquire(highest, duration).await,
+        let yields = self.yields_until.is_some_and(|until| Instant::now() < until);
+        if yields || self.is_left_to_primary() {
+            return self.redis.look().await;
         }
+        self.redis.acquire(highest, duration).await
+    }
+
+    /// Whether the leader of the primary topic has the first chance to lead this one.
+    fn is_left_to_primary(&self) -> bool {
+        let deference = self.timing.heartbeat * DEFERENCE;
+        self.lease.fence().is_none()
+            && self.topic != Topic::PRIMARY
+            && matches!(self.hub.primary_leader(), Some(PrimaryLeader::Other(_)))
+            && self.vacant_since.is_none_or(|since| since.elapsed() < deference)
     }
 
     fn apply(&mut self, state: TopicState, sent_at: Instant) {
@@ -154,6 +177,20 @@ impl Coordinator {
             Holder::Other(fence) => document.is_some_and(|head| head.version.fence == fence),
             Holder::Own(_) | Holder::Nobody => true,
         };
+        let is_vacant = match holder {
+            Holder::Nobody => true,
+            Holder::Own(_) => false,
+            Holder::Other(fence) => fence < self.lease.highest_fence(),
+        };
+        if is_vacant {
+            self.vacant_since.get_or_insert(sent_at);
+        } else if self.vacant_since.take().is_some()
+            && let Some(PrimaryLeader::Other(Some((name, since)))) = self.hub.primary_leader()
+            && since.elapsed() >= HANDOVER_DELAY
+        {
+            // It could have led this topic.
+            self.handed_over_to = Some(name);
+        }
         self.lease.on_reply(holder, (sent_at, Instant::now()), patience, has_shared);
         self.stored = document;
         self.check_confirmation();
@@ -218,6 +255,9 @@ impl Coordinator {
             return;
         }
         self.hub.on_role_changed();
+        if self.topic == Topic::PRIMARY && role == Role::Leader {
+            self.hub.notice_all();
+        }
         let (topic, leader) = (&self.topic, self.exchange.lock().leader.clone());
         match role {
             Role::Leader => {}
@@ -353,6 +393,24 @@ impl Coordinator {
         self.yields_until = Some(yield_until());
         self.lease.on_given_up();
         self.hub.request(self.redis.release(fence)).await;
+    }
+
+    /// Lets the leader of the primary topic lead this one, too.
+    async fn hand_over_to_primary(&mut self) {
+        let Some(fence) = self.lease.fence() else { return };
+        let Some(PrimaryLeader::Other(Some((name, since)))) = self.hub.primary_leader() else {
+            return;
+        };
+        if self.topic == Topic::PRIMARY
+            || since.elapsed() < HANDOVER_DELAY
+            || self.handed_over_to.as_ref() == Some(&name)
+        {
+            return;
+        }
+        self.handed_over_to = Some(name);
+        if self.hub.request(self.redis.release(fence)).await.is_some() {
+            self.lease.on_lost();
+        }
     }
 
     /// Lets another instance lead.

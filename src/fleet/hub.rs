@@ -22,6 +22,7 @@ use super::{
     redis_health::{RECOVERY_TIME, RedisHealth},
     scripts::TopicRedis,
     status::{FleetStatus, TopicStatus},
+    topic::Topic,
 };
 use crate::{redis_client::Error, telemetry::error_chain};
 
@@ -48,6 +49,15 @@ pub(super) struct Hub {
 struct Entry {
     exchange: Arc<Exchange>,
     redis: Arc<TopicRedis>,
+}
+
+/// The leader of the primary topic.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(super) enum PrimaryLeader {
+    /// This instance.
+    Own,
+    /// Another instance, with its name and since when it leads; or none.
+    Other(Option<(String, Instant)>),
 }
 
 /// The instances of the fleet, as of the last reply of Redis.
@@ -114,6 +124,16 @@ impl Hub {
         join_all(releases).await;
     }
 
+    /// The leader of the primary topic, as last seen; `None` if this instance does not take part in it.
+    pub(super) fn primary_leader(&self) -> Option<PrimaryLeader> {
+        let topics = lock(&self.topics);
+        let state = topics.get(&Topic::PRIMARY.name())?.exchange.lock();
+        Some(match state.fence {
+            Some(_) => PrimaryLeader::Own,
+            None => PrimaryLeader::Other(state.leader.clone().zip(state.leader_since)),
+        })
+    }
+
     /// Passes a notice on to its topic.
     pub(super) fn on_notice(&self, payload: &[u8]) {
         let Some(notice) = Notice::decode(payload) else { return };
@@ -123,8 +143,8 @@ impl Hub {
         }
     }
 
-    /// Lets all topics look at Redis: notices may have been lost.
-    pub(super) fn on_notices_missed(&self) {
+    /// Lets all topics look at Redis: notices may have been lost, or this instance is to lead them.
+    pub(super) fn notice_all(&self) {
         for entry in lock(&self.topics).values() {
             entry.exchange.notice();
         }

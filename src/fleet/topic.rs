@@ -22,6 +22,9 @@ pub enum Topic {
 const NAME_ESCAPES: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.');
 
 impl Topic {
+    /// The topic whose leader is to lead the others, too.
+    pub(super) const PRIMARY: Self = Self::Tokens;
+
     /// The name of the topic in keys, notices and metrics: letters, digits and `:-_.%`.
     pub(super) fn name(&self) -> String {
         match self {

@@ -74,6 +74,33 @@ async fn edges_poll_upstream_as_one_and_the_leader_hands_over_when_it_ends() {
 
 #[tokio::test]
 #[ignore = "needs redis-server, see tests/run"]
+async fn one_edge_leads_everything_although_all_start_at_once() {
+    let (redis, upstream) = (RedisServer::start().await, upstream_with_flags(&["p/one"]).await);
+    upstream.state().environments =
+        ["development", "production", "test"].map(|it| (it, true)).into();
+    let setups = ["a", "b", "c", "d"].map(|name| edge(&upstream, &redis.url(), name));
+    let edges = start_edges(setups, &["one"]).await;
+    wait_until("one edge leads every topic", TIMEOUT * 2, async || {
+        let mut leaders = BTreeSet::new();
+        for edge in &edges {
+            let fleet = fleet_status(edge).await;
+            let topics = fleet["topics"].as_array().unwrap();
+            leaders.extend(topics.iter().map(|topic| topic["leader"].to_string()));
+            if topics.len() < 5 {
+                return None;
+            }
+        }
+        (leaders.len() == 1 && !leaders.contains("null")).then_some(())
+    })
+    .await;
+    upstream.set_flags("*", &["p/two"]);
+    for edge in &edges {
+        edge.wait_until_served(TOKEN, &["two"]).await;
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs redis-server, see tests/run"]
 async fn edges_without_an_admin_token_or_with_the_fleet_off_stand_alone() {
     let (redis, upstream) = (RedisServer::start().await, upstream_with_flags(&["p/one"]).await);
     let without_admin = Parapet::edge(&upstream.url()).with_short_intervals();
