@@ -17,6 +17,9 @@ use crate::{
     telemetry::error_chain,
 };
 
+/// A leader lets another instance lead after so many failures in a row.
+const MAX_LEADER_FAILURES: u32 = 2;
+
 /// The part of this instance in reading the token list.
 #[derive(Debug)]
 pub(super) enum SharedTokenList {
@@ -66,6 +69,15 @@ impl SharedTokenList {
         *encoded = new;
         if *role == Role::Leader && is_changed {
             member.share(encoded.clone());
+        }
+    }
+
+    /// Lets another instance lead after several `failures` in a row to read the list.
+    pub(super) fn on_failed(&self, failures: u32) {
+        if let Self::Member { member, role: Role::Leader, .. } = self
+            && failures >= MAX_LEADER_FAILURES
+        {
+            member.yield_leadership();
         }
     }
 

@@ -161,7 +161,10 @@ impl TokenListPoller {
         list: &mut PolledList,
     ) {
         match event {
-            ListEvent::Begin => list.schedule = Schedule::At(Instant::now()),
+            ListEvent::Begin => {
+                list.failures = 0;
+                list.schedule = Schedule::At(Instant::now());
+            }
             ListEvent::End => {}
             ListEvent::Listing(listing, at) => {
                 // Upstream has not confirmed it since its leader started: it may be old.
@@ -220,6 +223,8 @@ impl TokenListPoller {
                     list.not_before = Instant::now() + retry_after;
                 }
                 self.report_unavailable(&error_chain(&error));
+                list.failures += 1;
+                shared.on_failed(list.failures);
                 // The client has already recorded a 401 as a rejection of the admin token.
                 let is_refusal = error.status().is_some_and(|it| it.as_u16() == 401);
                 if !is_refusal && list.admin_check.needs_recheck(&validator.upstream, admin).await {
@@ -237,6 +242,7 @@ impl TokenListPoller {
             return;
         }
         self.on_available();
+        list.failures = 0;
         list.applied = Some(started);
         let listing = TokenListing::new(&tokens, start.wall);
         list.record_unreadable(listing.unreadable_count());
@@ -274,6 +280,8 @@ impl TokenListPoller {
 #[derive(Debug)]
 struct PolledList {
     schedule: Schedule,
+    /// The number of polls in a row that failed.
+    failures: u32,
     /// No poll before this time (`Retry-After` of upstream).
     not_before: Instant,
     /// Environments of listed tokens that the edge does not serve yet.
@@ -293,6 +301,7 @@ impl PolledList {
         let now = Instant::now();
         Self {
             schedule: Schedule::At(now),
+            failures: 0,
             not_before: now,
             unserved: BTreeSet::new(),
             applied: None,

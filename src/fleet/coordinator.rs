@@ -23,11 +23,13 @@ use super::{
     timing::Timing,
     topic::Topic,
 };
-use crate::{redis_client::Error, telemetry::error_chain};
+use crate::{backoff::Backoff, redis_client::Error, telemetry::error_chain};
 
-/// How long a leader that has let others lead does not acquire the lease again, unless it is asked to
-/// for the whole time.
-const YIELD_DURATION: Duration = Duration::from_secs(15);
+/// How long a leader that has let others lead does not acquire the lease again: at first, and at most
+/// while it does so again and again, for instance because upstream is away for all. At random up to half as
+/// long.
+const INITIAL_YIELD: Duration = Duration::from_secs(30);
+const MAX_YIELD: Duration = Duration::from_mins(8);
 
 /// For how many heartbeats a topic without a leader is left to the leader of the primary topic.
 const DEFERENCE: u32 = 2;
@@ -55,12 +57,22 @@ pub struct Coordinator {
     heartbeat_at: Instant,
     /// Whether Redis has a newer document that could not be fetched.
     is_behind: bool,
-    /// When the lease may be acquired again after others were let lead.
-    yields_until: Option<Instant>,
+    /// Why and until when others are let lead.
+    yielding: Option<Yielding>,
+    yields: Backoff,
     /// Since when the topic has no leader.
     vacant_since: Option<Instant>,
     /// The leader of the primary topic that has had the chance to lead this one.
     handed_over_to: Option<String>,
+}
+
+/// A time in which others are let lead.
+#[derive(Clone, Copy, Debug)]
+struct Yielding {
+    since: Instant,
+    until: Instant,
+    /// Whether upstream's next confirmation ends it, because upstream had not responded.
+    ends_on_confirmation: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -93,7 +105,8 @@ impl Coordinator {
             failing_since: None,
             heartbeat_at: now,
             is_behind: false,
-            yields_until: None,
+            yielding: None,
+            yields: Backoff::new(INITIAL_YIELD, MAX_YIELD),
             vacant_since: None,
             handed_over_to: None,
         }
@@ -154,11 +167,19 @@ impl Coordinator {
                 return Ok(state);
             }
         }
-        let yields = self.yields_until.is_some_and(|until| Instant::now() < until);
-        if yields || self.is_left_to_primary() {
+        if self.is_yielding() || self.is_left_to_primary() {
             return self.redis.look().await;
         }
         self.redis.acquire(highest, duration).await
+    }
+
+    /// Whether others are let lead.
+    fn is_yielding(&self) -> bool {
+        let Some(Yielding { since, until, ends_on_confirmation }) = self.yielding else {
+            return false;
+        };
+        let is_confirmed = || self.exchange.lock().served.confirmed_at() > Some(since);
+        Instant::now() < until && !(ends_on_confirmation && is_confirmed())
     }
 
     /// Whether the leader of the primary topic has the first chance to lead this one.
@@ -390,9 +411,20 @@ impl Coordinator {
             self.topic
         );
         self.failing_since = None;
-        self.yields_until = Some(yield_until());
+        self.begin_yielding(false);
         self.lease.on_given_up();
         self.hub.request(self.redis.release(fence)).await;
+    }
+
+    /// Does not acquire the lease for a while, or until upstream confirms what this instance serves.
+    fn begin_yielding(&mut self, ends_on_confirmation: bool) {
+        let since = Instant::now();
+        let confirmed_at = self.exchange.lock().served.confirmed_at();
+        if self.yielding.is_none_or(|last| confirmed_at > Some(last.since)) {
+            self.yields.reset();
+        }
+        let duration = self.yields.next_delay(None, rand::random());
+        self.yielding = Some(Yielding { since, until: since + duration, ends_on_confirmation });
     }
 
     /// Lets the leader of the primary topic lead this one, too.
@@ -420,16 +452,11 @@ impl Coordinator {
         if self.hub.instances() < 2 {
             return;
         }
-        self.yields_until = Some(yield_until());
+        self.begin_yielding(true);
         if self.hub.request(self.redis.release(fence)).await.is_some() {
             self.lease.on_lost();
         }
     }
-}
-
-/// Until when an instance that lets others lead does not acquire the lease.
-fn yield_until() -> Instant {
-    Instant::now() + YIELD_DURATION.mul_f64(1.0 + rand::random::<f64>())
 }
 
 /// Records the role in the metrics.

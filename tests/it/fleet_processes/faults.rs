@@ -3,11 +3,13 @@
 use std::time::{Duration, Instant};
 
 use super::fixture::{
-    LEADS, Load, TIMEOUT, TOKEN, change_flags, edge, logged_outages, start_edges,
+    ADMIN, LEADS, Load, TIMEOUT, TOKEN, change_flags, edge, logged_outages, start_edges,
     upstream_with_flags, wait_for_end_of_outage, wait_for_leader, wait_for_one_leader,
     wait_until_alone, wait_until_shared,
 };
-use crate::rig::{BUSY_MACHINE_FACTOR, RedisServer, TcpProxy, wait_until};
+use crate::rig::{
+    BUSY_MACHINE_FACTOR, ChaosProxy, Fault, Parapet, RedisServer, TcpProxy, wait_until,
+};
 
 #[tokio::test]
 #[ignore = "needs redis-server, see tests/run"]
@@ -152,5 +154,37 @@ async fn edge_that_alone_cannot_reach_redis_fetches_for_itself_and_overwrites_no
     change_flags(&upstream, &edges, "three").await;
     wait_for_end_of_outage(&edges[..1]).await;
     assert_eq!(edges[1..].iter().map(logged_outages).collect::<Vec<_>>(), [(0, 0); 2]);
+    load.assert_all_answered();
+}
+
+#[tokio::test]
+#[ignore = "needs redis-server, see tests/run"]
+async fn leader_that_cannot_reach_upstream_lets_another_lead() {
+    let (redis, upstream) = (RedisServer::start().await, upstream_with_flags(&["p/one"]).await);
+    let proxy = ChaosProxy::start(&upstream.url()).await;
+    // The URL of upstream is the same for both: it is a part of the identity of a fleet.
+    let setups = ["a", "b"].map(|name| {
+        let edge = Parapet::edge("http://unleash.test").admin_token(ADMIN).with_short_intervals();
+        edge.flag("--instance-id", name).env("PARAPET_STORE", redis.url())
+    });
+    let [first, second] = setups;
+    let first = first.env("HTTP_PROXY", proxy.url());
+    let second = second.env("HTTP_PROXY", upstream.url());
+    let mut edges = start_edges([first], &["one"]).await;
+    wait_for_one_leader(&edges).await;
+    edges.extend(start_edges([second], &["one"]).await);
+    for edge in &edges {
+        wait_until("both are known", TIMEOUT, async || {
+            (edge.metric("parapet_fleet_instances").await == Some(2.0)).then_some(())
+        })
+        .await;
+    }
+    let load = Load::start(&edges);
+    proxy.set_fault(Fault::Disconnect).await;
+    wait_until("the other edge leads", TIMEOUT, async || {
+        (edges[1].metric(LEADS).await == Some(1.0)).then_some(())
+    })
+    .await;
+    change_flags(&upstream, &edges, "two").await;
     load.assert_all_answered();
 }
