@@ -29,6 +29,7 @@ mod impact_metrics;
 mod instances;
 mod pending_usage;
 mod quota_pool;
+mod received_batches;
 mod spool;
 mod usage_metrics;
 
@@ -43,6 +44,7 @@ use self::{
     counters::{Counter, CounterKey, Hour, NameStatus, storable_name, truncate_app_name},
     instances::{DownstreamEdges, InstanceKey},
     pending_usage::{PendingUsage, monotonic_now},
+    received_batches::ReceivedBatches,
     usage_metrics::{DropReason, ReportEndpoint},
 };
 pub use self::{
@@ -116,6 +118,7 @@ struct Shared {
     /// The entry for this instance in `connectVia`.
     connect_via: ConnectVia,
     downstream_edges: DownstreamEdges,
+    received_batches: ReceivedBatches,
 }
 
 impl Usage {
@@ -127,6 +130,7 @@ impl Usage {
             interval: config.interval,
             connect_via,
             downstream_edges: DownstreamEdges::new(),
+            received_batches: ReceivedBatches::new(),
         };
         Self { shared: Arc::new(shared) }
     }
@@ -194,14 +198,31 @@ impl Usage {
         Ok(())
     }
 
-    /// Counts the evaluations in another edge's report that belong to the token's environment.
+    /// Counts the evaluations in another edge's report that belong to the token's environment. A report
+    /// with the id of a batch that was counted already is accepted and not counted again.
     pub fn record_bulk(
+        &self,
+        reporter: &ReportingClient<'_>,
+        bulk: BulkReport,
+        id: Option<BatchId>,
+        now: Timestamp,
+    ) -> Result<(), QuotaExceeded> {
+        usage_metrics::count_report(ReportEndpoint::Bulk);
+        let Some(id) = id else { return self.count_bulk(reporter, bulk, now) };
+        let environment = &reporter.scope.environment;
+        let count = || self.count_bulk(reporter, bulk, now);
+        if !self.shared.received_batches.record_once(environment, id, count)? {
+            usage_metrics::count_repeated_batch();
+        }
+        Ok(())
+    }
+
+    fn count_bulk(
         &self,
         reporter: &ReportingClient<'_>,
         bulk: BulkReport,
         now: Timestamp,
     ) -> Result<(), QuotaExceeded> {
-        usage_metrics::count_report(ReportEndpoint::Bulk);
         let environment = &reporter.scope.environment;
         let ours = |name: &str| name == environment.as_str();
         let mut counts = ReportCounts::default();

@@ -9,9 +9,10 @@ use jiff::Timestamp;
 use super::{response::HttpError, routes::UsageEndpoint};
 use crate::{
     protocol::usage::{
-        BulkReport, ClientApplication, ClientMetrics, EdgeInstance, ParseError, SdkMetadata,
+        BATCH_ID_HEADER, BulkReport, ClientApplication, ClientMetrics, EdgeInstance, ParseError,
+        SdkMetadata,
     },
-    usage::{QuotaExceeded, ReportingClient, Usage},
+    usage::{BatchId, QuotaExceeded, ReportingClient, Usage},
 };
 
 /// The longest SDK header value that is recorded, in bytes.
@@ -37,13 +38,19 @@ pub fn record(
             usage.record_metrics(client, report, Timestamp::now())?;
         }
         UsageEndpoint::BulkMetrics => {
-            usage.record_bulk(client, BulkReport::parse(body)?, Timestamp::now())?;
+            let (report, id) = (BulkReport::parse(body)?, batch_id(headers));
+            usage.record_bulk(client, report, id, Timestamp::now())?;
         }
         UsageEndpoint::EdgeInstance => {
             usage.track_downstream_edge(client, &EdgeInstance::parse(body)?)?;
         }
     }
     Ok(())
+}
+
+/// The id of a bulk report. Only a Parapet sends one; the keys of others are not ids of batches.
+fn batch_id(headers: &HeaderMap) -> Option<BatchId> {
+    BatchId::parse(headers.get(BATCH_ID_HEADER)?.to_str().ok()?)
 }
 
 /// Completes the metadata from headers: frontend SDKs send it only there.

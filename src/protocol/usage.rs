@@ -371,6 +371,10 @@ impl Serialize for BulkMetric {
     }
 }
 
+/// The header with the id of a bulk report, which is the same in each attempt to send the report. Parapet
+/// sends it and recognises repeated reports by it; Unleash and Unleash Edge ignore it.
+pub const BATCH_ID_HEADER: &str = "idempotency-key";
+
 /// The report of another edge about the SDKs behind it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BulkReport {

@@ -32,8 +32,10 @@ use crate::{
             CreateTokenRequest, CreatedToken, EnvironmentList, ListedEnvironment, ListedSecret,
             ListedToken, TokenList, ValidateRequest, ValidateResponse, ValidatedToken,
         },
+        usage::BATCH_ID_HEADER,
     },
     token::{Environment, Token, TokenKind},
+    usage::BatchId,
 };
 
 /// A name that exists on no server, neither as a flag nor as a path.
@@ -222,16 +224,25 @@ impl Upstream {
         access
     }
 
-    /// Sends a batch of usage: a body of `/api/client/metrics/bulk`.
+    /// Sends a batch of usage: a body of `/api/client/metrics/bulk`, with the id that identifies it to
+    /// another Parapet.
     ///
     /// Upstream silently drops usage that does not belong to the environment of `token`.
-    pub(super) async fn send_usage(&self, token: &Token, body: Bytes) -> Result<(), Error> {
+    pub(super) async fn send_usage(
+        &self,
+        token: &Token,
+        id: BatchId,
+        body: Bytes,
+    ) -> Result<(), Error> {
         let path = &["api", "client", "metrics", "bulk"];
-        let request =
-            self.0.request(Method::POST, path, Some(token)).timeout(LONG_TIMEOUT).body(body);
-        self.0
-            .call(UpstreamOperation::Usage, request.header(CONTENT_TYPE, JSON), accept_any_body)
-            .await
+        let request = self
+            .0
+            .request(Method::POST, path, Some(token))
+            .timeout(LONG_TIMEOUT)
+            .header(CONTENT_TYPE, JSON)
+            .header(BATCH_ID_HEADER, id.to_string())
+            .body(body);
+        self.0.call(UpstreamOperation::Usage, request, accept_any_body).await
     }
 
     /// Lists upstream's environments.

@@ -97,12 +97,12 @@ impl UpstreamUsageSink {
     /// If only usage is rejected, for instance by a firewall, another token would not help: the batch
     /// waits.
     async fn deliver(&self, batch: OutgoingBatch) -> SendOutcome {
-        let OutgoingBatch { environment, body, .. } = batch;
+        let OutgoingBatch { id, environment, body } = batch;
         let Some(token) = self.token(&environment).await else {
             debug!(%environment, "No token for this environment yet; its usage waits");
             return SendOutcome::Unauthorized;
         };
-        let mut result = self.upstream.send_usage(&token, body.clone()).await;
+        let mut result = self.upstream.send_usage(&token, id, body.clone()).await;
         if result.as_ref().is_err_and(Error::is_token_refused) {
             let current = self.credentials.usage_token(&environment);
             let other = match current.filter(|current| *current != token) {
@@ -111,7 +111,7 @@ impl UpstreamUsageSink {
                 None => self.replace_token(&environment, &token).await,
             };
             if let Some(other) = other {
-                result = self.upstream.send_usage(&other, body).await;
+                result = self.upstream.send_usage(&other, id, body).await;
             }
         }
         let Err(error) = &result else {

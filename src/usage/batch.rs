@@ -81,9 +81,10 @@ impl BatchId {
         Self(rand::random())
     }
 
-    /// Parses the output of `Display`.
+    /// Parses the output of `Display`: 32 hexadecimal digits.
     pub fn parse(text: &str) -> Option<Self> {
-        u128::from_str_radix(text, 16).ok().map(Self)
+        let is_id = text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        if is_id { u128::from_str_radix(text, 16).ok().map(Self) } else { None }
     }
 }
 

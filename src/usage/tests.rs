@@ -56,7 +56,7 @@ impl<'a> Client<'a> {
 
     fn send_bulk(&self, body: &Value) {
         let bulk = BulkReport::parse(body.to_string().as_bytes()).unwrap();
-        self.usage.record_bulk(&self.reporter(), bulk, at(0)).unwrap();
+        self.usage.record_bulk(&self.reporter(), bulk, None, at(0)).unwrap();
     }
 
     fn register(&self, application: ClientApplication) -> Result<(), QuotaExceeded> {

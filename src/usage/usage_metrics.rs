@@ -6,6 +6,7 @@ use metrics::{Unit, counter, describe_counter, describe_gauge, gauge};
 
 const REPORTS: &str = "parapet_usage_reports_total";
 const REFUSED: &str = "parapet_usage_reports_refused_total";
+const REPEATED: &str = "parapet_usage_batches_repeated_total";
 const RECEIVED: &str = "parapet_usage_counts_received_total";
 const SENT: &str = "parapet_usage_counts_sent_total";
 const DROPPED: &str = "parapet_usage_dropped_total";
@@ -68,6 +69,7 @@ impl DropReason {
 pub(super) fn describe_metrics() {
     describe_counter!(REPORTS, "Usage reports, by endpoint.");
     describe_counter!(REFUSED, "Usage reports rejected (429) over quota, by endpoint.");
+    describe_counter!(REPEATED, "Batches of other edges that had been counted already.");
     describe_counter!(RECEIVED, "Flag evaluations that were reported.");
     describe_counter!(SENT, "Flag evaluations that upstream accepted.");
     describe_counter!(DROPPED, "Flag evaluations that were dropped, by reason.");
@@ -87,6 +89,10 @@ pub(super) fn count_report(endpoint: ReportEndpoint) {
 
 pub(super) fn count_refused_report(endpoint: ReportEndpoint) {
     counter!(REFUSED, "endpoint" => endpoint.as_str()).increment(1);
+}
+
+pub(super) fn count_repeated_batch() {
+    counter!(REPEATED).increment(1);
 }
 
 pub(super) fn count_received(count: u64) {

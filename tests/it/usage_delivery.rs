@@ -299,6 +299,57 @@ async fn batch_without_commit_reply_is_counted_once() {
     assert_eq!(stored, [100]);
 }
 
+/// An edge with a backend token, whose requests to `upstream` pass through a proxy.
+async fn edge_behind_proxy(upstream: &Parapet, token: &str) -> (ChaosProxy, Parapet) {
+    let proxy = ChaosProxy::start(&upstream.url()).await;
+    let edge = Parapet::edge(&proxy.url()).env("TOKENS", token).with_short_intervals();
+    (proxy, edge.start().await)
+}
+
+#[tokio::test]
+async fn batch_without_response_is_counted_once_by_edges_and_a_standalone() {
+    let (admin, client) = ("*:*.counts-repeat-admin", "*:development.counts-repeat-client");
+    for token in [admin, client] {
+        secret_leak_check::register(token);
+    }
+    let flags = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(flags.path(), r#"{"features":[{"name":"f","enabled":true}]}"#).unwrap();
+    let standalone = Parapet::mode("standalone")
+        .flag("--flags", flags.path())
+        .flag("--metrics-interval-seconds", "0.5")
+        .env("INIT_ADMIN_API_TOKENS", admin)
+        .env("INIT_CLIENT_API_TOKENS", client)
+        .start()
+        .await;
+    let (to_standalone, first) = edge_behind_proxy(&standalone, client).await;
+    let (to_first, second) = edge_behind_proxy(&first, client).await;
+    for proxy in [&to_standalone, &to_first] {
+        proxy.set_fault(Fault::DropResponses).await;
+    }
+    let report = metrics_report_now("counts-repeat", "f", 100);
+    post_until_accepted(&second.url(), METRICS, client, &report).await;
+    for (proxy, sender, receiver) in
+        [(&to_first, &second, &first), (&to_standalone, &first, &standalone)]
+    {
+        let sent = async || sender.metric("parapet_usage_counts_sent_total").await;
+        let repeated = async || receiver.metric("parapet_usage_batches_repeated_total").await;
+        wait_until("a batch is sent again", TIMEOUT, async || repeated().await).await;
+        assert!(sent().await.is_none_or(|sent| sent < 1.0));
+        proxy.restore().await;
+        wait_until("the batch is accepted", TIMEOUT, async || {
+            sent().await.filter(|sent| *sent >= 100.0)
+        })
+        .await;
+    }
+    let stored = wait_until("the counts are stored", TIMEOUT, async || {
+        let (_, body) = standalone.admin_get("/api/admin/client-metrics/features/f/raw").await;
+        let stored: Vec<_> = body["data"].as_array()?.iter().map(|it| it["yes"].as_u64()).collect();
+        (!stored.is_empty()).then_some(stored)
+    })
+    .await;
+    assert_eq!(stored, [Some(100)]);
+}
+
 #[tokio::test]
 #[ignore = "needs PostgreSQL and the npm packages, see tests/run"]
 async fn usage_rejected_by_firewall_arrives_later_with_the_same_token() {

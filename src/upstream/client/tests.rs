@@ -40,7 +40,10 @@ async fn requests_carry_token_app_names_and_configured_headers() {
         (name("unleash-instanceid"), HeaderValue::from_static("mine")),
     ];
     let upstream = Upstream::new(config).expect("client");
-    upstream.send_usage(&token(), Bytes::from_static(b"{}")).await.expect("202");
+    upstream
+        .send_usage(&token(), BatchId::default(), Bytes::from_static(b"{}"))
+        .await
+        .expect("202");
     let seen = server.received_requests();
     let [request] = seen.as_slice() else { panic!("{seen:?}") };
     assert_eq!(request.line, "POST /base/api/client/metrics/bulk");
@@ -52,6 +55,7 @@ async fn requests_carry_token_app_names_and_configured_headers() {
         ("unleash-appname", "parapet"),
         ("unleash-client-spec", "6.1.0"),
         ("content-type", "application/json"),
+        ("idempotency-key", "00000000000000000000000000000000"),
         ("user-agent", concat!("parapet/", env!("CARGO_PKG_VERSION"))),
     ] {
         assert_eq!(request.headers[name], value, "{name}");
@@ -216,7 +220,10 @@ async fn redirect_within_origin_is_followed_with_token_and_body() {
     .await;
     let upstream = Upstream::new(server.config()).expect("client");
     upstream.fetch_features(&token(), None).await.expect("301 is followed");
-    upstream.send_usage(&token(), Bytes::from_static(b"[7]")).await.expect("308 is followed");
+    upstream
+        .send_usage(&token(), BatchId::default(), Bytes::from_static(b"[7]"))
+        .await
+        .expect("308 is followed");
     let seen = server.received_requests();
     assert_eq!(seen[1].headers["authorization"], SECRET);
     let moved = "POST /moved/api/client/metrics/bulk";
