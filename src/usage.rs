@@ -23,6 +23,7 @@
 
 mod aggregator;
 mod batch;
+mod bulk_merge;
 mod counters;
 mod delivery_queue;
 mod impact_metrics;
@@ -49,6 +50,7 @@ use self::{
 };
 pub use self::{
     batch::{BatchId, OutgoingBatch, SendOutcome, UsageSink},
+    bulk_merge::{MergedBatch, QueuedBatch, merge_batches},
     delivery_queue::{DeliveryTotals, Revision},
     pending_usage::{Backlog, Shutdown},
     spool::RestoreError,

@@ -10,6 +10,7 @@ use futures_util::future::BoxFuture;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::value::{RawValue, to_raw_value};
+use xxhash_rust::xxh3::xxh3_128;
 
 use crate::token::Environment;
 
@@ -67,13 +68,19 @@ impl SendOutcome {
 }
 
 /// Identifies a batch across attempts, restarts and instances.
-#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct BatchId(u128);
 
 impl BatchId {
     /// The `n`-th batch of an instance with this random number.
     pub(super) fn new(instance: u64, n: u64) -> Self {
         Self(u128::from(instance) << 64 | u128::from(n))
+    }
+
+    /// For a batch that was merged from several others. It depends on them and their order only.
+    pub(super) fn merged(batches: &[Self]) -> Self {
+        let ids: Vec<_> = batches.iter().map(|batch| batch.0.to_be_bytes()).collect();
+        Self(xxh3_128(ids.as_flattened()))
     }
 
     /// For a batch that was stored without an ID and therefore was never sent with one.

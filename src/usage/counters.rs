@@ -33,9 +33,9 @@ pub(super) const MERGED_NAME: &str = "parapet-merged";
 /// Bytes of names and metadata that add 1 to a counter's weight.
 const BYTES_PER_WEIGHT: usize = 256;
 /// The largest `yes` or `no`, which is the largest integer that upstream's JSON parser accepts.
-const MAX_COUNT: u64 = MAX_INTEGER;
+pub(super) const MAX_COUNT: u64 = MAX_INTEGER;
 /// The largest count of a variant: upstream's column is a 32-bit integer.
-const MAX_VARIANT_COUNT: u64 = (1 << 31) - 1;
+pub(super) const MAX_VARIANT_COUNT: u64 = (1 << 31) - 1;
 
 /// The oldest accepted hour, relative to the present one. A downstream edge may have been disconnected
 /// this long.

@@ -232,6 +232,17 @@ impl ImpactSeries {
         Some(item)
     }
 
+    /// The number of observations in all histograms and their buckets.
+    pub(super) fn observations(&self) -> u128 {
+        let histogram = |series: &Series| match &series.sample {
+            Sample::Counter(_) | Sample::Gauge(_) => 0,
+            Sample::Histogram { count, buckets, .. } => {
+                buckets.values().chain([count]).map(|count| u128::from(*count)).sum()
+            }
+        };
+        self.series.values().map(histogram).sum()
+    }
+
     /// Removes some samples of one metric, regardless of applications, as items of a batch.
     pub(super) fn pop_items(&mut self) -> Vec<Item> {
         let popped = self.pop_matching(SAMPLES_PER_ITEM, |_, _| true);
