@@ -495,7 +495,7 @@ mod tests {
 
     fn batch(body: &'static str) -> OutgoingBatch {
         let (id, environment) = (BatchId::default(), Environment::new("dev"));
-        OutgoingBatch { id, environment, body: body.into() }
+        OutgoingBatch { id, environment, body: body.into(), may_be_parked: false }
     }
 
     #[tokio::test]

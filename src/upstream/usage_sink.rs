@@ -97,7 +97,7 @@ impl UpstreamUsageSink {
     /// If only usage is rejected, for instance by a firewall, another token would not help: the batch
     /// waits.
     async fn deliver(&self, batch: OutgoingBatch) -> SendOutcome {
-        let OutgoingBatch { id, environment, body } = batch;
+        let OutgoingBatch { id, environment, body, may_be_parked: _ } = batch;
         let Some(token) = self.token(&environment).await else {
             debug!(%environment, "No token for this environment yet; its usage waits");
             return SendOutcome::Unauthorized;
@@ -242,6 +242,7 @@ mod tests {
                 id: BatchId::default(),
                 environment: Environment::new("dev"),
                 body: Bytes::from_static(b"{}"),
+                may_be_parked: false,
             };
             let credentials = credentials(tokens);
             let before = credentials.usage_token(&Environment::new("dev"));

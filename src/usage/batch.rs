@@ -37,6 +37,8 @@ pub struct OutgoingBatch {
     pub environment: Environment,
     /// The body in the format of `/api/client/metrics/bulk`.
     pub body: Bytes,
+    /// Whether the destination may hold it already: it was parked, or sent by an earlier run.
+    pub may_be_parked: bool,
 }
 
 /// The result of sending a batch.
@@ -53,6 +55,9 @@ pub enum SendOutcome {
     Unauthorized,
     /// The destination was unavailable or busy; it may have requested a delay.
     Retry(Option<Duration>),
+    /// The destination holds the batch, or may hold it, and has not passed it on yet. The batch is kept,
+    /// others are sent meanwhile, and it is sent again after this time to learn its outcome.
+    Parked(Duration),
 }
 
 impl SendOutcome {
@@ -63,6 +68,7 @@ impl SendOutcome {
             Self::TooLarge => "too_large",
             Self::Unauthorized => "unauthorized",
             Self::Retry(_) => "later",
+            Self::Parked(_) => "parked",
         }
     }
 }

@@ -11,6 +11,12 @@
 //! If it is unknown whether upstream accepted it (the connection broke after it was sent), its
 //! evaluations may be counted twice, unless the destination recognizes the ID. In all other cases they
 //! are counted exactly once.
+//!
+//! A destination that does not know the outcome yet *parks* the batch: the queue keeps it, sends others,
+//! and asks for its outcome from time to time.
+
+mod issued_batch;
+mod parked_batches;
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -19,6 +25,8 @@ use std::{
 
 use tracing::warn;
 
+pub(super) use self::issued_batch::IssuedBatch;
+use self::parked_batches::ParkedBatches;
 use super::{
     aggregator::Drained,
     batch::{
@@ -122,23 +130,27 @@ impl DeliveryQueue {
                 continue;
             }
             if queue.in_flight.is_none() {
-                queue.in_flight = queue.restored_batches.pop_front();
+                queue.in_flight = queue.parked.take_due(now).or_else(|| queue.pop_restored());
             }
-            if queue.in_flight.is_none() {
-                self.change_count += u64::from(!queue.is_empty());
+            if queue.in_flight.is_none() && !queue.parked.is_full() {
+                self.change_count += u64::from(queue.has_unsent());
                 let (batch, oversized) = queue.next_batch(environment);
                 usage_metrics::count_dropped(DropReason::Size, oversized);
                 self.totals.dropped = self.totals.dropped.saturating_add(oversized);
+                let id = BatchId::new(self.instance_id, self.batch_count);
+                let waiting_since = queue.waiting_since;
                 queue.in_flight =
-                    batch.map(|batch| (BatchId::new(self.instance_id, self.batch_count), batch));
+                    batch.map(|batch| IssuedBatch { waiting_since, ..IssuedBatch::new(id, batch) });
                 self.batch_count += 1;
             }
             match &queue.in_flight {
-                Some((id, batch)) => {
+                Some(IssuedBatch { id, batch, may_be_parked, .. }) => {
                     queue.is_sending = true;
-                    let environment = environment.clone();
-                    return Some(OutgoingBatch { id: *id, environment, body: batch.body() });
+                    let (environment, body) = (environment.clone(), batch.body());
+                    let (id, may_be_parked) = (*id, *may_be_parked);
+                    return Some(OutgoingBatch { id, environment, body, may_be_parked });
                 }
+                None if queue.has_unsent() => {}
                 None => queue.waiting_since = None,
             }
         }
@@ -155,27 +167,34 @@ impl DeliveryQueue {
         draw: f64,
     ) {
         let is_batch = |(_, queue): &(&Environment, &mut EnvironmentQueue)| {
-            queue.in_flight.as_ref().is_some_and(|(batch, _)| *batch == id)
+            queue.in_flight.as_ref().is_some_and(|in_flight| in_flight.id == id)
         };
         let Some((environment, queue)) = self.queues.iter_mut().find(is_batch) else { return };
-        usage_metrics::count_batch(outcome.as_str());
         queue.is_sending = false;
+        let is_check = queue.in_flight.as_ref().is_some_and(|in_flight| in_flight.may_be_parked);
+        if !(is_check && matches!(outcome, SendOutcome::Parked(_))) {
+            usage_metrics::count_batch(outcome.as_str());
+        }
         self.change_count += match outcome {
-            SendOutcome::Unauthorized | SendOutcome::Retry(_) => 0,
+            SendOutcome::Unauthorized | SendOutcome::Retry(_) | SendOutcome::Parked(_) => 0,
             SendOutcome::Sent | SendOutcome::Rejected | SendOutcome::TooLarge => 1,
         };
         match outcome {
             SendOutcome::Unauthorized => queue.schedule_retry(now, None, draw),
             SendOutcome::Retry(delay) => queue.schedule_retry(now, delay, draw),
+            SendOutcome::Parked(recheck_after) => queue.park_in_flight(now + recheck_after),
             SendOutcome::Sent => {
                 let count = queue.complete_in_flight();
                 usage_metrics::count_sent(count);
                 self.totals.sent = self.totals.sent.saturating_add(count);
             }
-            SendOutcome::Rejected if queue.add_empty_strategies() => {}
             SendOutcome::Rejected => {
-                let count = queue.discard_in_flight();
-                self.count_dropped(DropReason::Rejected, count);
+                let next = BatchId::new(self.instance_id, self.batch_count);
+                self.batch_count += 1;
+                if !queue.add_empty_strategies(next) {
+                    let count = queue.discard_in_flight();
+                    self.count_dropped(DropReason::Rejected, count);
+                }
             }
             SendOutcome::TooLarge => {
                 let next = BatchId::new(self.instance_id, self.batch_count);
@@ -197,10 +216,25 @@ impl DeliveryQueue {
         }
     }
 
-    /// When the next batch becomes due, if one is delayed.
+    /// When the next batch becomes due, if one is delayed: by a failure, or because too many are parked.
     pub(super) fn next_retry_at(&self) -> Option<Instant> {
-        let waiting = self.queues.values().filter(|queue| !queue.is_sending && !queue.is_empty());
-        waiting.filter_map(|queue| queue.retry_at).min()
+        let waiting = self.queues.values().filter(|queue| !queue.is_sending && queue.has_unsent());
+        let delayed = |queue: &EnvironmentQueue| {
+            let is_full = queue.in_flight.is_none() && queue.parked.is_full();
+            let parked = queue.parked.next_check_at().filter(|_| is_full);
+            queue.retry_at.max(parked)
+        };
+        waiting.filter_map(delayed).min()
+    }
+
+    /// When to ask for the outcome of a parked batch next.
+    pub(super) fn next_check_at(&self) -> Option<Instant> {
+        let idle = self.queues.values().filter(|queue| !queue.is_sending);
+        let check = |queue: &EnvironmentQueue| {
+            let check_at = queue.parked.next_check_at()?;
+            Some(queue.retry_at.map_or(check_at, |retry_at| retry_at.max(check_at)))
+        };
+        idle.filter_map(check).min()
     }
 
     /// Cancels all delays, for the last attempt at shutdown.
@@ -210,7 +244,12 @@ impl DeliveryQueue {
 
     /// Makes batches in flight due again: their results will never be reported.
     pub(super) fn requeue_in_flight(&mut self) {
-        self.queues.values_mut().for_each(|queue| queue.is_sending = false);
+        for queue in self.queues.values_mut().filter(|queue| queue.is_sending) {
+            queue.is_sending = false;
+            if let Some(in_flight) = &mut queue.in_flight {
+                in_flight.may_be_parked = true;
+            }
+        }
     }
 
     /// Drops everything: there is no upstream.
@@ -226,18 +265,23 @@ impl DeliveryQueue {
         self.queues.values().map(|queue| queue.counters.weight()).sum()
     }
 
+    /// The number of parked batches.
+    pub(super) fn parked_count(&self) -> usize {
+        self.queues.values().map(|queue| queue.parked.len()).sum()
+    }
+
     fn is_empty(&self) -> bool {
         self.queues.values().all(EnvironmentQueue::is_empty)
     }
 
     /// How long the oldest pending usage has been waiting.
     pub(super) fn oldest_age(&self, now: Instant) -> Duration {
-        let since = self
-            .queues
-            .values()
-            .filter(|queue| !queue.is_empty())
-            .filter_map(|queue| queue.waiting_since);
-        since.min().map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
+        let queues = self.queues.values().filter(|queue| !queue.is_empty());
+        let since = queues.flat_map(|queue| {
+            let in_flight = queue.in_flight.as_ref().and_then(|it| it.waiting_since);
+            [queue.waiting_since, in_flight, queue.parked.waiting_since()]
+        });
+        since.flatten().min().map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
     }
 
     pub(super) fn totals(&self) -> &DeliveryTotals {
@@ -293,11 +337,13 @@ pub(super) struct EnvironmentQueue {
     /// large.
     pub(super) deferred: VecDeque<Item>,
     /// The batch that is being sent or will be retried.
-    pub(super) in_flight: Option<(BatchId, Batch)>,
+    pub(super) in_flight: Option<IssuedBatch>,
     is_sending: bool,
+    /// Batches that the destination holds.
+    pub(super) parked: ParkedBatches,
     /// Batches that were in flight when earlier instances ended, to be sent unchanged before anything
     /// else.
-    pub(super) restored_batches: VecDeque<(BatchId, Batch)>,
+    pub(super) restored_batches: VecDeque<IssuedBatch>,
     /// The size of body that upstream is assumed to accept, in bytes.
     body_limit: usize,
     /// Number of consecutive bodies that upstream accepted.
@@ -321,6 +367,7 @@ impl Default for EnvironmentQueue {
             deferred: VecDeque::new(),
             in_flight: None,
             is_sending: false,
+            parked: ParkedBatches::default(),
             restored_batches: VecDeque::new(),
             body_limit: MAX_BODY_BYTES,
             consecutive_successes: 0,
@@ -334,13 +381,19 @@ impl Default for EnvironmentQueue {
 
 impl EnvironmentQueue {
     pub(super) fn is_empty(&self) -> bool {
-        self.in_flight.is_none()
+        self.parked.is_empty() && !self.has_unsent()
+    }
+
+    /// Whether it has anything besides parked batches.
+    fn has_unsent(&self) -> bool {
+        let has_none = self.in_flight.is_none()
             && self.restored_batches.is_empty()
             && self.serialized.is_empty()
             && self.deferred.is_empty()
             && self.applications.is_empty()
             && self.counters.is_empty()
-            && self.impact.is_empty()
+            && self.impact.is_empty();
+        !has_none
     }
 
     /// Merges drained usage; returns what exceeds the counters' limits.
@@ -369,11 +422,18 @@ impl EnvironmentQueue {
         };
         let serialized = without_gauges(serialized.into());
         let batches = in_flight.into_iter().chain(restored_batches);
-        let batches =
-            batches.map(|(id, batch)| (id, Batch::new(without_gauges(batch.into_items()))));
-        self.restored_batches.extend(batches.filter(|(_, batch)| !batch.items().is_empty()));
+        let batches = batches.map(|IssuedBatch { id, batch, .. }| {
+            IssuedBatch::restored(id, Batch::new(without_gauges(batch.into_items())))
+        });
+        self.restored_batches.extend(batches.filter(|it| !it.batch.items().is_empty()));
         self.serialized.extend(serialized);
         lost
+    }
+
+    /// Removes a batch of an earlier run.
+    fn pop_restored(&mut self) -> Option<IssuedBatch> {
+        let batch = self.restored_batches.pop_front()?;
+        Some(IssuedBatch { waiting_since: self.waiting_since, ..batch })
     }
 
     /// Whether no delay is left after the last failure.
@@ -396,7 +456,15 @@ impl EnvironmentQueue {
     /// Drops the batch in flight, which upstream rejected; returns its evaluations.
     fn discard_in_flight(&mut self) -> u64 {
         self.reset_backoff();
-        self.in_flight.take().map_or(0, |(_, batch)| batch.evaluations())
+        self.in_flight.take().map_or(0, |in_flight| in_flight.batch.evaluations())
+    }
+
+    /// Parks the batch in flight, whose outcome is to be asked for at `check_at`.
+    fn park_in_flight(&mut self, check_at: Instant) {
+        self.reset_backoff();
+        if let Some(in_flight) = self.in_flight.take() {
+            self.parked.park(in_flight, check_at);
+        }
     }
 
     /// Removes the batch in flight, which upstream accepted; returns its evaluations. Raises the body
@@ -416,7 +484,8 @@ impl EnvironmentQueue {
     /// single item is dropped only if it is larger than the smallest limit and is rejected again after
     /// upstream has accepted other batches.
     fn split_in_flight(&mut self, next: BatchId, now: Instant, draw: f64) -> Option<Batch> {
-        let (_, mut batch) = self.in_flight.take()?;
+        let IssuedBatch { mut batch, waiting_since, .. } = self.in_flight.take()?;
+        let in_flight = |batch| IssuedBatch { waiting_since, ..IssuedBatch::new(next, batch) };
         let size = batch.body().len();
         let has_accepted = std::mem::take(&mut self.consecutive_successes) > 0;
         if batch.items().len() > 1 {
@@ -425,7 +494,7 @@ impl EnvironmentQueue {
             }
             self.body_limit = (size / 2).clamp(MIN_BODY_BYTES, self.body_limit.max(MIN_BODY_BYTES));
             let (front, back) = batch.split();
-            self.in_flight = Some((next, front));
+            self.in_flight = Some(in_flight(front));
             back.into_iter().rev().for_each(|item| self.serialized.push_front(item));
             return None;
         }
@@ -438,20 +507,21 @@ impl EnvironmentQueue {
         if size > MIN_BODY_BYTES && self.deferred.len() < MAX_DEFERRED {
             self.deferred.extend(batch.into_items());
         } else {
-            self.in_flight = Some((next, batch));
+            self.in_flight = Some(in_flight(batch));
         }
         None
     }
 
     /// Adds empty strategies to the batch in flight, for an upstream that requires lists of strategies.
-    /// False if the batch was rejected for another reason.
-    fn add_empty_strategies(&mut self) -> bool {
-        let in_flight = self.in_flight.as_mut();
-        let prepared = in_flight.is_some_and(|(_, batch)| batch.add_empty_strategies());
-        if prepared {
-            self.reset_backoff();
+    /// It becomes the batch `next`. False if the batch was rejected for another reason.
+    fn add_empty_strategies(&mut self, next: BatchId) -> bool {
+        let Some(in_flight) = &mut self.in_flight else { return false };
+        if !in_flight.batch.add_empty_strategies() {
+            return false;
         }
-        prepared
+        (in_flight.id, in_flight.may_be_parked) = (next, false);
+        self.reset_backoff();
+        true
     }
 
     /// Removes a batch of items of one kind, and returns how many evaluations were too large to be sent.
@@ -506,8 +576,8 @@ impl EnvironmentQueue {
 
     /// The items that are serialized already, including those of batches.
     pub(super) fn items(&self) -> impl Iterator<Item = &Item> {
-        let batches = self.in_flight.iter().chain(&self.restored_batches);
-        let items = batches.flat_map(|(_, batch)| batch.items());
+        let batches = self.in_flight.iter().chain(self.parked.iter()).chain(&self.restored_batches);
+        let items = batches.flat_map(|it| it.batch.items());
         items.chain(&self.serialized).chain(&self.deferred)
     }
 

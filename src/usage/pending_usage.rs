@@ -96,7 +96,7 @@ impl PendingUsage {
                 () = ending.requested.cancelled() => break,
                 _ = ticks.tick() => self.drain(monotonic_now()),
                 Some((id, outcome)) = in_flight.next() => self.record_sent(id, outcome),
-                () = self.wait_for_retry() => {}
+                () = wait_until(self.next_due_at()) => {}
             }
         }
         self.drain(monotonic_now());
@@ -109,7 +109,7 @@ impl PendingUsage {
                 }
                 tokio::select! {
                     Some((id, outcome)) = in_flight.next() => self.record_sent(id, outcome),
-                    () = self.wait_for_retry() => {}
+                    () = wait_until(self.next_retry_at()) => {}
                 }
             }
         };
@@ -160,15 +160,7 @@ impl PendingUsage {
         self.record_outcome(id, outcome, monotonic_now(), rand::random());
     }
 
-    /// Waits until a retry is due; forever if none is scheduled.
-    async fn wait_for_retry(&self) {
-        match self.next_retry_at() {
-            Some(at) => sleep_until(at.into()).await,
-            None => std::future::pending().await,
-        }
-    }
-
-    // These two are functions so that the lock is released before a caller acts on the result.
+    // These three are functions so that the lock is released before a caller acts on the result.
 
     pub(super) fn next_batch(&self, now: Instant) -> Option<OutgoingBatch> {
         self.queue().next_batch(now)
@@ -176,6 +168,13 @@ impl PendingUsage {
 
     pub(super) fn next_retry_at(&self) -> Option<Instant> {
         self.queue().next_retry_at()
+    }
+
+    /// When a batch is to be retried, or asked about, next.
+    fn next_due_at(&self) -> Option<Instant> {
+        let delivery_queue = self.queue();
+        let due = [delivery_queue.next_retry_at(), delivery_queue.next_check_at()];
+        due.into_iter().flatten().min()
     }
 
     pub(super) fn record_outcome(
@@ -197,6 +196,7 @@ impl PendingUsage {
         let delivery_queue = self.queue();
         usage_metrics::set_pending(
             self.aggregator.counter_weight() + delivery_queue.counter_weight(),
+            delivery_queue.parked_count(),
             delivery_queue.oldest_age(now),
         );
     }
@@ -268,6 +268,14 @@ impl PendingUsage {
 
     pub(super) fn queue(&self) -> MutexGuard<'_, DeliveryQueue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Waits until a time; forever without one.
+async fn wait_until(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time.into()).await,
+        None => std::future::pending().await,
     }
 }
 

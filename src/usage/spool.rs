@@ -14,7 +14,7 @@ use serde_json::value::RawValue;
 use super::{
     batch::{Batch, BatchId, to_raw_json},
     counters::{Counter, CounterKey, Hour, NameStatus},
-    delivery_queue::EnvironmentQueue,
+    delivery_queue::{EnvironmentQueue, IssuedBatch},
     impact_metrics::AppMetric,
     instances::Registration,
     quota_pool::{Quota, Reservation},
@@ -56,7 +56,7 @@ struct EnvironmentRecord {
     /// The ID of that batch; earlier versions wrote none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     batch_id: Option<String>,
-    /// Batches of earlier runs that have not been resent yet.
+    /// Parked batches, and batches of earlier runs that have not been resent yet.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     left: Vec<BatchRecord>,
     /// Serialized items that were not sent, each an [`Item`](super::batch::Item).
@@ -142,12 +142,11 @@ fn encode_environment(environment: &Environment, queue: &EnvironmentQueue) -> En
         }));
     }
     let pieces = |batch: &Batch| batch.items().iter().map(to_raw_json).collect();
-    let left =
-        |(id, batch): &(BatchId, Batch)| BatchRecord { id: id.to_string(), batch: pieces(batch) };
+    let left = |it: &IssuedBatch| BatchRecord { id: it.id.to_string(), batch: pieces(&it.batch) };
     EnvironmentRecord {
-        batch: queue.in_flight.as_ref().map(|(_, batch)| pieces(batch)).unwrap_or_default(),
-        batch_id: queue.in_flight.as_ref().map(|(id, _)| id.to_string()),
-        left: queue.restored_batches.iter().map(left).collect(),
+        batch: queue.in_flight.as_ref().map(|it| pieces(&it.batch)).unwrap_or_default(),
+        batch_id: queue.in_flight.as_ref().map(|it| it.id.to_string()),
+        left: queue.parked.iter().chain(&queue.restored_batches).map(left).collect(),
         pieces: queue.serialized.iter().chain(&queue.deferred).map(to_raw_json).collect(),
         applications: queue.applications.iter().map(|it| to_raw_json(it.application())).collect(),
         metrics: queue.counters.iter().map(metric).collect(),
@@ -190,13 +189,13 @@ fn decode_batch(
     id: Option<&str>,
     items: &[Box<RawValue>],
     unreadable: &mut usize,
-) -> Option<(BatchId, Batch)> {
+) -> Option<IssuedBatch> {
     let items = decode_items(items, decode_json, unreadable);
     if items.is_empty() {
         return None;
     }
     let id = id.and_then(BatchId::parse).unwrap_or_else(BatchId::random);
-    Some((id, Batch::new(items)))
+    Some(IssuedBatch::restored(id, Batch::new(items)))
 }
 
 /// Decodes items, skipping and counting unreadable ones.
@@ -274,17 +273,17 @@ mod tests {
         let Restored { queues, .. } = decode(VERSION_1.as_bytes()).unwrap();
         let again = decode(VERSION_1.as_bytes()).unwrap().queues;
         // Without IDs, two identical batches may count different evaluations.
-        let id = |queue: &EnvironmentQueue| queue.in_flight.as_ref().unwrap().0;
+        let id = |queue: &EnvironmentQueue| queue.in_flight.as_ref().unwrap().id;
         assert_ne!(id(&queues[0].1), id(&again[0].1));
 
         let mut queue = EnvironmentQueue::default();
         let _ = queue.restore(queues[0].1.clone());
         let item = Item::new(ItemKind::Metric, to_raw_json(&Value::Null), 1);
-        let other = (BatchId::new(7, 1), Batch::new(vec![item]));
+        let other = IssuedBatch::new(BatchId::new(7, 1), Batch::new(vec![item]));
         queue.in_flight = Some(other.clone());
         let saved = encode(&[(dev(), queue)]).unwrap();
         let restored = &decode(&saved).unwrap().queues[0].1;
-        let parts = |(id, batch): &(BatchId, Batch)| (*id, batch.body(), batch.evaluations());
+        let parts = |it: &IssuedBatch| (it.id, it.batch.body(), it.batch.evaluations());
         assert_eq!(restored.in_flight.as_ref().map(parts), Some(parts(&other)));
         let earlier = queues[0].1.in_flight.as_ref().map(parts);
         assert_eq!(

@@ -13,6 +13,7 @@ const DROPPED: &str = "parapet_usage_dropped_total";
 const ITEMS_DROPPED: &str = "parapet_usage_items_dropped_total";
 const BATCHES: &str = "parapet_usage_batches_total";
 const PENDING: &str = "parapet_usage_pending";
+const PARKED: &str = "parapet_usage_batches_parked";
 const OLDEST: &str = "parapet_usage_oldest_pending_seconds";
 
 /// The endpoint that received a report.
@@ -76,6 +77,7 @@ pub(super) fn describe_metrics() {
     describe_counter!(ITEMS_DROPPED, "Other reported items that were dropped, by kind.");
     describe_counter!(BATCHES, "Attempts to send a batch of usage, by outcome.");
     describe_gauge!(PENDING, "Counters that are waiting to be sent.");
+    describe_gauge!(PARKED, "Batches that the leader of the fleet has and has not sent yet.");
     describe_gauge!(
         OLDEST,
         Unit::Seconds,
@@ -126,7 +128,8 @@ pub(super) fn count_batch(outcome: &'static str) {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a gauge is a float")]
-pub(super) fn set_pending(counters: usize, oldest: Duration) {
+pub(super) fn set_pending(counters: usize, parked: usize, oldest: Duration) {
     gauge!(PENDING).set(counters as f64);
+    gauge!(PARKED).set(parked as f64);
     gauge!(OLDEST).set(oldest.as_secs_f64());
 }

@@ -82,6 +82,124 @@ fn batch_is_retried_unchanged_while_new_counts_wait() {
     assert_eq!(queue.totals(), &DeliveryTotals { sent: 7, dropped: 0 });
 }
 
+const CHECK: Duration = Duration::from_secs(5);
+
+/// Parks everything that is due.
+fn park_all(queue: &mut DeliveryQueue, now: Instant) -> Vec<OutgoingBatch> {
+    let mut parked = Vec::new();
+    while let Some(batch) = queue.next_batch(now) {
+        queue.record_outcome(batch.id, SendOutcome::Parked(CHECK), now, 0.5);
+        parked.push(batch);
+    }
+    parked
+}
+
+#[test]
+fn parked_batch_is_kept_and_asked_about_while_others_are_sent() {
+    let now = Instant::now();
+    let mut queue = DeliveryQueue::new(100, 7);
+    queue.enqueue(drained("dev", [(key(1, "a", "f"), 2)]), now);
+    let first = queue.next_batch(now).unwrap();
+    assert!(!first.may_be_parked);
+    queue.record_outcome(first.id, SendOutcome::Parked(CHECK), now, 0.5);
+    assert!((queue.next_retry_at(), queue.next_check_at()) == (None, Some(now + CHECK)));
+
+    let later = now + Duration::from_secs(1);
+    queue.enqueue(drained("dev", [(key(1, "a", "f"), 5)]), later);
+    let second = queue.next_batch(later).unwrap();
+    assert_eq!((yes(&second.body), second.may_be_parked), (5, false));
+    queue.record_outcome(second.id, SendOutcome::Sent, later, 0.5);
+    assert!(queue.next_batch(later).is_none());
+    assert!(queue.oldest_age(later) == Duration::from_secs(1));
+
+    for checks in 1..3 {
+        let at = now + CHECK * checks;
+        let check = queue.next_batch(at).unwrap();
+        assert_eq!((check.id, check.may_be_parked), (first.id, true));
+        assert_eq!(check.body, first.body);
+        assert_eq!(queue.next_check_at(), None);
+        queue.record_outcome(check.id, SendOutcome::Parked(CHECK), at, 0.5);
+        assert_eq!(queue.next_check_at(), Some(at + CHECK));
+    }
+    let at = now + CHECK * 3;
+    let check = queue.next_batch(at).unwrap();
+    queue.record_outcome(check.id, SendOutcome::Sent, at, 0.5);
+    assert!(queue.is_empty());
+    assert_eq!(queue.totals(), &DeliveryTotals { sent: 7, dropped: 0 });
+}
+
+#[test]
+fn parked_batch_that_is_too_large_or_rejected_is_treated_like_others() {
+    for outcome in [SendOutcome::TooLarge, SendOutcome::Rejected] {
+        let now = Instant::now();
+        let mut queue = DeliveryQueue::new(100, 7);
+        let flags = ["f", "g"].map(|flag| (key(1, "a", flag), 3));
+        queue.enqueue(drained("dev", flags), now);
+        let [parked] = &park_all(&mut queue, now)[..] else { panic!("one batch") };
+        let at = now + CHECK;
+        assert_eq!(queue.next_batch(at).unwrap().id, parked.id);
+        queue.record_outcome(parked.id, outcome, at, 0.5);
+        if outcome == SendOutcome::TooLarge {
+            let later = queue.next_retry_at().unwrap();
+            let half = queue.next_batch(later).unwrap();
+            assert_eq!((yes(&half.body), half.may_be_parked), (3, false));
+            assert_ne!(half.id, parked.id);
+        } else {
+            assert_eq!(queue.totals(), &DeliveryTotals { sent: 0, dropped: 6 });
+        }
+    }
+}
+
+#[test]
+fn usage_waits_while_too_many_batches_are_parked() {
+    let now = Instant::now();
+    let mut queue = DeliveryQueue::new(1000, 7);
+    let mut parked = Vec::new();
+    for _ in 0..40 {
+        queue.enqueue(drained("dev", [(key(1, "a", "f"), 1)]), now);
+        parked.extend(park_all(&mut queue, now));
+    }
+    assert_eq!((parked.len(), queue.parked_count()), (32, 32));
+    assert_eq!(queue.next_retry_at(), Some(now + CHECK), "the rest is delayed");
+    let at = now + CHECK;
+    let check = queue.next_batch(at).unwrap();
+    queue.record_outcome(check.id, SendOutcome::Sent, at, 0.5);
+    let ids: Vec<_> = park_all(&mut queue, at).iter().map(|batch| batch.id).collect();
+    assert_eq!(ids.len(), 32, "the others are asked about, and the rest is parked");
+    assert!(!parked.iter().any(|batch| batch.id == *ids.last().unwrap()));
+}
+
+#[test]
+fn parked_batches_are_stored_and_may_be_parked_after_a_restart() {
+    let now = Instant::now();
+    let mut queue = DeliveryQueue::new(100, 7);
+    queue.enqueue(drained("dev", [(key(1, "a", "f"), 2)]), now);
+    let parked = park_all(&mut queue, now);
+    let revision = queue.revision();
+    assert_eq!(queue.next_batch(now).map(|batch| batch.id), None);
+    assert_eq!(queue.revision(), revision, "nothing has changed");
+
+    let saved = spool::encode(&queue.copy_for_store()).unwrap();
+    let mut queue = DeliveryQueue::new(100, 8);
+    for (environment, restored) in spool::decode(&saved, &uncharged()).unwrap().queues {
+        queue.restore(environment, restored, now);
+    }
+    let restored = queue.next_batch(now).unwrap();
+    assert_eq!((restored.id, restored.may_be_parked), (parked[0].id, true));
+    assert_eq!(restored.body, parked[0].body);
+}
+
+#[test]
+fn batch_whose_outcome_was_lost_may_be_parked() {
+    let now = Instant::now();
+    let mut queue = DeliveryQueue::new(100, 7);
+    queue.enqueue(drained("dev", [(key(1, "a", "f"), 2)]), now);
+    let first = queue.next_batch(now).unwrap();
+    queue.requeue_in_flight();
+    let again = queue.next_batch(now).unwrap();
+    assert_eq!((again.id, again.may_be_parked), (first.id, true));
+}
+
 #[test]
 fn failing_environment_does_not_delay_another() {
     let now = Instant::now();

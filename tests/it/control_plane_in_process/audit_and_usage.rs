@@ -116,7 +116,8 @@ async fn deliver_usage(control: &ControlPlane, body: &Value) -> SendOutcome {
 /// Delivers it with a batch id.
 async fn deliver_usage_batch(control: &ControlPlane, id: BatchId, body: &Value) -> SendOutcome {
     let (environment, body) = (Environment::new("dev"), body.to_string().into());
-    control.usage_sink(configured_flags()).send(OutgoingBatch { id, environment, body }).await
+    let batch = OutgoingBatch { id, environment, body, may_be_parked: false };
+    control.usage_sink(configured_flags()).send(batch).await
 }
 
 /// The flag `blue` of `dev`, with the variants `a` and `b`.
