@@ -18,6 +18,8 @@
 //!   the number of instances ([`Role::Alone`]). A leader that loses Redis does so when its lease ends.
 //! * **A Redis that returns, even empty, is used again.** The next heartbeat acquires a lease, and the leader
 //!   writes its documents again.
+//! * **Usage** is appended to a log in Redis by all instances, and sent by the leader of [`Topic::Usage`]
+//!   ([`UsageLog`]).
 //!
 //! # Structure
 //!
@@ -42,6 +44,7 @@ mod shared_document;
 mod status;
 mod timing;
 mod topic;
+mod usage_log;
 
 use std::{sync::Arc, time::Duration};
 
@@ -62,6 +65,9 @@ pub use self::{
     status::{FleetStatus, TopicStatus},
     timing::Timing,
     topic::Topic,
+    usage_log::{
+        BatchState, CLAIM_DURATION, Claim, FinalOutcome, LogSize, Taken, UsageLog, WaitingBatch,
+    },
 };
 use self::{
     hub::Hub,
@@ -149,6 +155,11 @@ impl Fleet {
         let member = Member::new(Arc::clone(&exchange));
         let hub = Arc::clone(&inner.hub);
         (member, Coordinator::new(topic, inner.timing, hub, exchange, redis))
+    }
+
+    /// The usage of the fleet that its leader has not sent yet.
+    pub fn usage_log(&self) -> UsageLog {
+        UsageLog::new(self.0.client.clone(), self.0.keys.usage())
     }
 
     /// Receives notices and keeps this instance in the list of instances, until dropped.

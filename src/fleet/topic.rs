@@ -16,6 +16,8 @@ pub enum Topic {
     Tokens,
     /// The flags of an environment.
     Flags(Environment),
+    /// The usage of all instances. It has no document: its leader sends what is in the usage log.
+    Usage,
 }
 
 /// Braces delimit hash tags, colons the parts of a key, and spaces the parts of a notice.
@@ -31,6 +33,7 @@ impl Topic {
             Self::Environments => "environments".to_owned(),
             Self::Tokens => "tokens".to_owned(),
             Self::Flags(environment) => format!("flags:{}", escape(environment.as_str())),
+            Self::Usage => "usage".to_owned(),
         }
     }
 }
@@ -42,6 +45,7 @@ impl fmt::Display for Topic {
             Self::Environments => f.write_str("the environments"),
             Self::Tokens => f.write_str("the tokens"),
             Self::Flags(environment) => write!(f, "the flags of {environment}"),
+            Self::Usage => f.write_str("usage"),
         }
     }
 }
@@ -68,6 +72,51 @@ pub(super) struct TopicKeys {
     pub(super) document: String,
 }
 
+/// The keys of the usage log. They share a hash tag with the topic's other keys.
+#[derive(Debug)]
+pub(super) struct UsageKeys {
+    /// The last fence that was granted.
+    fence: String,
+    /// A hash: the bodies of batches and merged batches, by id.
+    bodies: String,
+    /// A hash: the environments of these.
+    environments: String,
+    /// A sorted set: the batches that wait, by the time from which they may be taken.
+    waiting: String,
+    /// A hash: the merged batch of each batch that is claimed.
+    claimed: String,
+    /// A hash: the parts of each merged batch, separated by spaces.
+    claims: String,
+    /// A hash: for each merged batch the fence of the leader that may send it, a colon, and until when.
+    deadlines: String,
+    /// A hash: the outcomes that instances have not seen yet, by batch.
+    outcomes: String,
+    /// A sorted set: these batches by the time of their outcome.
+    finished: String,
+    /// The size of all bodies, in bytes.
+    bytes: String,
+}
+
+impl UsageKeys {
+    /// All keys, in the order of their declaration.
+    pub(super) fn all(&self) -> [&str; 10] {
+        let Self { fence, bodies, environments, waiting, claimed, .. } = self;
+        let Self { claims, deadlines, outcomes, finished, bytes, .. } = self;
+        [
+            fence,
+            bodies,
+            environments,
+            waiting,
+            claimed,
+            claims,
+            deadlines,
+            outcomes,
+            finished,
+            bytes,
+        ]
+    }
+}
+
 impl Namespace {
     pub(super) fn new(prefix: &str, fleet: &str, upstream: &str) -> Self {
         let digest = Sha256::digest(upstream);
@@ -84,6 +133,24 @@ impl Namespace {
     /// The start of the keys of answers, with one hash tag.
     pub(super) fn answers(&self) -> String {
         format!("{}:fleet:{{{}:answers}}", self.prefix, self.fleet)
+    }
+
+    /// The keys of the usage log.
+    pub(super) fn usage(&self) -> UsageKeys {
+        let topic = Topic::Usage.name();
+        let key = |part: &str| format!("{}:fleet:{{{}:{topic}}}:{part}", self.prefix, self.fleet);
+        UsageKeys {
+            fence: self.topic(&topic).fence,
+            bodies: key("bodies"),
+            environments: key("environments"),
+            waiting: key("waiting"),
+            claimed: key("claimed"),
+            claims: key("claims"),
+            deadlines: key("deadlines"),
+            outcomes: key("outcomes"),
+            finished: key("finished"),
+            bytes: key("bytes"),
+        }
     }
 
     /// The channel of the notices.
@@ -114,6 +181,9 @@ mod tests {
         assert_eq!(lease, format!("p:fleet:{tag}:lease"));
         assert_eq!(fence, format!("p:fleet:{tag}:fence"));
         assert_eq!(document, format!("p:fleet:{tag}:document"));
+        let tag = "{eu%20%7B1%7D@4910400c12bcc617:usage}";
+        assert!(keys.usage().all().iter().all(|key| key.starts_with(&format!("p:fleet:{tag}:"))));
+        assert_eq!(keys.usage().all()[0], keys.topic(&Topic::Usage.name()).fence);
         assert_eq!(keys.instances(), "p:fleet:{eu%20%7B1%7D@4910400c12bcc617}:instances");
     }
 
