@@ -37,6 +37,7 @@ mod instances;
 mod lease;
 mod member;
 mod notice;
+mod recent_outcomes;
 mod redis_health;
 mod role;
 mod scripts;
@@ -44,7 +45,9 @@ mod shared_document;
 mod status;
 mod timing;
 mod topic;
+mod usage_leader;
 mod usage_log;
+mod usage_sink;
 
 use std::{sync::Arc, time::Duration};
 
@@ -65,9 +68,11 @@ pub use self::{
     status::{FleetStatus, TopicStatus},
     timing::Timing,
     topic::Topic,
+    usage_leader::UsageLeader,
     usage_log::{
         BatchState, CLAIM_DURATION, Claim, FinalOutcome, LogSize, Taken, UsageLog, WaitingBatch,
     },
+    usage_sink::FleetUsageSink,
 };
 use self::{
     hub::Hub,
@@ -76,7 +81,7 @@ use self::{
     scripts::{Instance, Scripts, TopicRedis},
     topic::Namespace,
 };
-use crate::{backoff::Backoff, redis_client::RedisClient};
+use crate::{backoff::Backoff, redis_client::RedisClient, usage::UsageSink};
 
 /// The delays before another attempt to subscribe to notices.
 const INITIAL_RESUBSCRIBE_DELAY: Duration = Duration::from_millis(500);
@@ -160,6 +165,18 @@ impl Fleet {
     /// The usage of the fleet that its leader has not sent yet.
     pub fn usage_log(&self) -> UsageLog {
         UsageLog::new(self.0.client.clone(), self.0.keys.usage())
+    }
+
+    /// Hands usage over to the leader, or sends it to `upstream` while that is impossible. `interval` is how
+    /// often usage is sent.
+    pub fn usage_sink(&self, upstream: Arc<dyn UsageSink>, interval: Duration) -> FleetUsageSink {
+        let (hub, timing) = (Arc::clone(&self.0.hub), self.0.timing);
+        FleetUsageSink::new(self.usage_log(), upstream, hub, timing, interval)
+    }
+
+    /// Sends the usage of all instances to `upstream` every `interval`, while this instance leads.
+    pub fn usage_leader(&self, upstream: Arc<dyn UsageSink>, interval: Duration) -> UsageLeader {
+        UsageLeader::new(self.usage_log(), Arc::clone(&self.0.hub), upstream, interval)
     }
 
     /// Receives notices and keeps this instance in the list of instances, until dropped.

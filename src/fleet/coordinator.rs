@@ -195,7 +195,10 @@ impl Coordinator {
         let TopicState { holder, holder_name, held_for, document } = state;
         let patience = patience(self.timing.patience, self.hub.instances(), rand::random());
         let has_shared = match holder {
-            Holder::Other(fence) => document.is_some_and(|head| head.version.fence == fence),
+            Holder::Other(fence) => {
+                !self.topic.has_documents()
+                    || document.is_some_and(|head| head.version.fence == fence)
+            }
             Holder::Own(_) | Holder::Nobody => true,
         };
         let is_vacant = match holder {
@@ -291,8 +294,10 @@ impl Coordinator {
                 %topic,
                 role = role.as_str(),
                 fence = self.lease.fence().map(Fence::get),
-                "This instance leads the fleet: it fetches {topic} from upstream and shares them"
+                "This instance leads the fleet: it {}",
+                topic.work_of_leader()
             ),
+            Role::Follower | Role::Alone if !topic.has_documents() => {}
             Role::Follower => info!(
                 %topic,
                 role = role.as_str(),

@@ -118,6 +118,11 @@ impl Member {
         self.exchange.for_coordinator.notify_one();
     }
 
+    /// The fence of the lease, if this instance leads.
+    pub(super) fn fence(&self) -> Option<Fence> {
+        self.exchange.lock().fence
+    }
+
     /// Upstream does not respond to this leader: it lets another instance lead.
     pub fn yield_leadership(&self) {
         self.exchange.lock().yields = true;

@@ -36,6 +36,21 @@ impl Topic {
             Self::Usage => "usage".to_owned(),
         }
     }
+
+    /// Whether the leader shares documents. If not, the other instances wait for none, and it is reported
+    /// elsewhere what they do without a leader.
+    pub(super) fn has_documents(&self) -> bool {
+        !matches!(self, Self::Usage)
+    }
+
+    /// The work of the leader, for logs.
+    pub(super) fn work_of_leader(&self) -> String {
+        if self.has_documents() {
+            format!("fetches {self} from upstream and shares them")
+        } else {
+            "sends the usage of all instances to upstream".to_owned()
+        }
+    }
 }
 
 /// Formats the topic for logs.
@@ -95,13 +110,15 @@ pub(super) struct UsageKeys {
     finished: String,
     /// The size of all bodies, in bytes.
     bytes: String,
+    /// A random text that changes when Redis loses its data.
+    epoch: String,
 }
 
 impl UsageKeys {
     /// All keys, in the order of their declaration.
-    pub(super) fn all(&self) -> [&str; 10] {
+    pub(super) fn all(&self) -> [&str; 11] {
         let Self { fence, bodies, environments, waiting, claimed, .. } = self;
-        let Self { claims, deadlines, outcomes, finished, bytes, .. } = self;
+        let Self { claims, deadlines, outcomes, finished, bytes, epoch, .. } = self;
         [
             fence,
             bodies,
@@ -113,6 +130,7 @@ impl UsageKeys {
             outcomes,
             finished,
             bytes,
+            epoch,
         ]
     }
 }
@@ -150,6 +168,7 @@ impl Namespace {
             outcomes: key("outcomes"),
             finished: key("finished"),
             bytes: key("bytes"),
+            epoch: key("epoch"),
         }
     }
 

@@ -20,6 +20,7 @@ mod scripts;
 use std::{fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use ulid::Ulid;
 
 use self::scripts::Scripts;
 use super::{role::Fence, topic::UsageKeys};
@@ -91,7 +92,7 @@ impl FinalOutcome {
 }
 
 /// How much the log holds.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct LogSize {
     /// The number of batches that wait to be taken.
     pub waiting: usize,
@@ -99,6 +100,8 @@ pub struct LogSize {
     pub bytes: usize,
     /// The number of merged batches whose outcome is not known yet.
     pub claims: usize,
+    /// Changes when Redis loses its data; empty if Redis has no memory for it.
+    pub epoch: String,
 }
 
 /// What a leader has to send.
@@ -168,15 +171,18 @@ impl UsageLog {
     /// How much the log holds.
     pub async fn size(&self) -> Result<LogSize, Error> {
         let Inner { client, keys, scripts } = &*self.0;
-        let (waiting, bytes, claims) =
-            client.run_script(&scripts.size, &keys.all(), &[""; 0]).await?;
-        Ok(LogSize { waiting, bytes, claims })
+        let arguments = (Ulid::generate().to_string(), millis(RETENTION));
+        let (waiting, bytes, claims, epoch) =
+            client.run_script(&scripts.size, &keys.all(), arguments).await?;
+        Ok(LogSize { waiting, bytes, claims, epoch })
     }
 
-    /// What the leader with this fence has to send; `None` if another instance leads.
-    pub async fn take(&self, fence: Fence) -> Result<Option<Taken>, Error> {
+    /// What the leader with this fence has to send; `None` if another instance leads. Without
+    /// `with_waiting` only claims.
+    pub async fn take(&self, fence: Fence, with_waiting: bool) -> Result<Option<Taken>, Error> {
         let Inner { client, keys, scripts } = &*self.0;
-        let arguments = (fence.get(), MAX_TAKEN_BYTES, MAX_TAKEN_BATCHES);
+        let max_batches = if with_waiting { MAX_TAKEN_BATCHES } else { 0 };
+        let arguments = (fence.get(), MAX_TAKEN_BYTES, max_batches);
         let reply: Option<(Vec<ClaimReply>, Vec<BatchReply>)> =
             client.run_script(&scripts.take, &keys.all(), arguments).await?;
         let taken = |(claims, batches): (Vec<_>, Vec<_>)| Taken {
@@ -186,18 +192,19 @@ impl UsageLog {
         Ok(reply.map(taken))
     }
 
-    /// Claims a merged batch, or prolongs its claim. The leader may send it if this returns true, and must
-    /// stop within [`CLAIM_DURATION`] of its call. False if another leader has a claim to any part.
+    /// Claims a merged batch, or changes how long its claim lasts. The leader may send it if this returns
+    /// true, and must stop within `duration` of its call. False if another leader has a claim to any part.
     pub async fn claim(
         &self,
         fence: Fence,
         environment: &Environment,
         batch: &MergedBatch,
+        duration: Duration,
     ) -> Result<bool, Error> {
         let Inner { client, keys, scripts } = &*self.0;
         let MergedBatch { id, parts, body } = batch;
         let batch = (id.to_string(), environment.as_str(), &**body);
-        let arguments = (fence.get(), batch, millis(CLAIM_DURATION), texts(parts));
+        let arguments = (fence.get(), batch, millis(duration), texts(parts));
         client.run_script(&scripts.claim, &keys.all(), arguments).await
     }
 

@@ -26,6 +26,10 @@ const BODY_END: &str = "]}";
 pub trait UsageSink: fmt::Debug + Send + Sync {
     /// Sends a batch. If the future is dropped, it is unknown whether the destination accepted it.
     fn send(&self, batch: OutgoingBatch) -> BoxFuture<'_, SendOutcome>;
+
+    /// This instance ends: every batch is sent for the last time, so that waiting for a better way to send
+    /// it has no use.
+    fn begin_shutdown(&self) {}
 }
 
 /// A batch to send now.
@@ -61,7 +65,8 @@ pub enum SendOutcome {
 }
 
 impl SendOutcome {
-    pub(super) fn as_str(self) -> &'static str {
+    /// The name in metrics.
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Sent => "sent",
             Self::Rejected => "rejected",

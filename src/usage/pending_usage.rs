@@ -99,6 +99,7 @@ impl PendingUsage {
                 () = wait_until(self.next_due_at()) => {}
             }
         }
+        sink.begin_shutdown();
         self.drain(monotonic_now());
         self.queue().reset_backoff();
         let flush = async {

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use parapet::fleet::{
-    BatchState, Claim, Fence, FinalOutcome, LogSize, Taken, UsageLog, WaitingBatch,
+    BatchState, CLAIM_DURATION, Claim, Fence, FinalOutcome, LogSize, Taken, UsageLog, WaitingBatch,
 };
 use parapet::token::Environment;
 use parapet::usage::{BatchId, MergedBatch, QueuedBatch, merge_batches};
@@ -50,7 +50,7 @@ async fn look(log: &UsageLog, n: u32) -> BatchState {
 }
 
 async fn take(log: &UsageLog, fence: Fence) -> Taken {
-    log.take(fence).await.unwrap().expect("it leads")
+    log.take(fence, true).await.unwrap().expect("it leads")
 }
 
 /// Several batches as one.
@@ -59,8 +59,13 @@ fn merged(n: u32, parts: &[u32]) -> MergedBatch {
     MergedBatch { id: id(n), parts, body: "merged".into() }
 }
 
+async fn is_empty(log: &UsageLog) -> bool {
+    let LogSize { waiting, bytes, claims, epoch: _ } = log.size().await.unwrap();
+    (waiting, bytes, claims) == (0, 0, 0)
+}
+
 async fn claim(log: &UsageLog, fence: Fence, batch: &MergedBatch) -> bool {
-    log.claim(fence, &dev(), batch).await.unwrap()
+    log.claim(fence, &dev(), batch, CLAIM_DURATION).await.unwrap()
 }
 
 #[tokio::test]
@@ -86,7 +91,7 @@ async fn batch_is_held_once_until_its_instance_has_seen_its_outcome() {
         let sent = BatchState::Finished(FinalOutcome::Sent);
         assert_eq!((look(&log, 1).await, append(&log, 1).await), (sent, sent));
     }
-    assert_eq!(log.size().await.unwrap(), LogSize::default());
+    assert!(is_empty(&log).await);
     assert_eq!(log.look(id(2), &[id(1)]).await.unwrap(), BatchState::Absent);
     assert_eq!(look(&log, 1).await, BatchState::Absent);
 }
@@ -97,7 +102,7 @@ async fn only_the_leader_takes_and_claims() {
     let (redis, log) = start().await;
     append(&log, 1).await;
     lead(&redis, NEW).await;
-    assert!(log.take(OLD).await.unwrap().is_none());
+    assert!(log.take(OLD, true).await.unwrap().is_none());
     let batch = merged(9, &[1]);
     assert!(!claim(&log, OLD, &batch).await);
     assert!(claim(&log, NEW, &batch).await);
@@ -121,7 +126,7 @@ async fn next_leader_sends_a_claimed_batch_unchanged_after_the_claim_has_ended()
     lead(&redis, NEW).await;
     let Taken { claims, .. } = take(&log, NEW).await;
     let held_for = claims[0].held_for;
-    assert!(held_for > Duration::from_secs(30) && held_for <= parapet::fleet::CLAIM_DURATION);
+    assert!(held_for > Duration::from_secs(30) && held_for <= CLAIM_DURATION);
     assert!(!claim(&log, NEW, &batch).await, "the old leader may still be sending it");
     // The time of the claim has passed.
     let key = format!("{KEY}:deadlines");
@@ -150,8 +155,11 @@ async fn parts_of_a_released_claim_wait_again() {
     assert_eq!(take(&log, NEW).await.batches.len(), 0, "only the holder may release it");
     log.release(OLD, &batch).await.unwrap();
     assert_eq!(take(&log, NEW).await.batches.len(), 2);
-    let size = log.size().await.unwrap();
-    assert_eq!(size, LogSize { waiting: 2, bytes: 2 * BODY.len(), claims: 0 });
+    let LogSize { waiting, bytes, claims, epoch } = log.size().await.unwrap();
+    assert_eq!((waiting, bytes, claims), (2, 2 * BODY.len(), 0));
+    assert_eq!(log.size().await.unwrap().epoch, epoch);
+    redis.cli(&["flushall"]).await;
+    assert_ne!(log.size().await.unwrap().epoch, epoch);
 }
 
 #[tokio::test]
@@ -171,7 +179,7 @@ async fn outcome_is_kept_by_a_redis_that_has_lost_its_data() {
     for n in [1, 2] {
         assert_eq!(look(&log, n).await, BatchState::Finished(FinalOutcome::Sent));
     }
-    assert_eq!(log.size().await.unwrap(), LogSize::default());
+    assert!(is_empty(&log).await);
 }
 
 #[tokio::test]

@@ -10,8 +10,8 @@ use redis::Script;
 
 /// Functions that the scripts share.
 const PRELUDE: &str = r"
-local fence, bodies, environments, waiting, claimed, claims, deadlines, outcomes, finished, bytes =
-  unpack(KEYS)
+local fence, bodies, environments, waiting, claimed, claims, deadlines, outcomes, finished, bytes,
+  epoch = unpack(KEYS)
 local function text(number)
   return string.format('%.0f', number)
 end
@@ -75,9 +75,14 @@ keep(ARGV[7])
 return 'waiting'
 ";
 
-/// Returns the number of batches that wait, the bytes of all bodies, and the number of claims.
+/// `ARGV`: a new epoch, retention in ms. Returns the number of batches that wait, the bytes of all bodies,
+/// the number of claims, and the epoch.
 const SIZE: &str = r"
-return {redis.call('ZCARD', waiting), used(), redis.call('HLEN', claims)}
+local current = redis.call('GET', epoch)
+if not current and type(redis.pcall('SET', epoch, ARGV[1], 'PX', ARGV[2])) == 'table' then
+  current = ARGV[1]
+end
+return {redis.call('ZCARD', waiting), used(), redis.call('HLEN', claims), current or ''}
 ";
 
 /// `ARGV`: fence, maximum bytes, maximum batches. Returns the claims and the oldest batches that wait, or
