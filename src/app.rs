@@ -39,6 +39,7 @@ use crate::{
     auth::{self, Authenticator},
     changes::ChangeFeed,
     config::{Config, ConfigErrors, Mode},
+    fleet::Topic,
     http::{
         admin::{self, AdminService, DataEndpoint, InstanceIdentity, InstanceStatus, Relay},
         authorizer::Authorizer,
@@ -118,7 +119,9 @@ impl App {
         let data_tls = config.data.tls.map(tls::TlsAcceptor::new).transpose()?;
         let admin_tls = config.admin.tls.map(tls::TlsAcceptor::new).transpose()?;
         let mut mode = match config.mode {
-            Mode::Edge(edge) => edge::build(*edge, &config.auth, &snapshots, ready_when).await?,
+            Mode::Edge(edge) => {
+                edge::build(*edge, &config.auth, &config.usage, &snapshots, ready_when).await?
+            }
             Mode::Offline(offline) => offline::build(offline, &snapshots, ready_when).await?,
             Mode::Standalone(standalone) => {
                 let addresses = (
@@ -385,9 +388,18 @@ impl App {
             grace: shutdown_timeout,
             forced: force.clone(),
         };
-        let parts = (persistence.usage.clone(), mode.usage_sink, shutdown);
-        flushers.spawn("usage", parts, |(usage, sink, shutdown)| async move {
+        let is_flushed = CancellationToken::new();
+        if let Some((leader, fleet)) = mode.usage_leader.zip(fleet.clone()) {
+            let parts = (leader, fleet, is_flushed.clone(), shutdown.clone());
+            flushers.spawn("usage of the fleet", parts, |parts| async move {
+                let (leader, fleet, is_flushed, shutdown) = parts;
+                leader.run(fleet.join(Topic::Usage), &is_flushed, &shutdown).await;
+            });
+        }
+        let parts = (persistence.usage.clone(), mode.usage_sink, shutdown, is_flushed);
+        flushers.spawn("usage", parts, |(usage, sink, shutdown, is_flushed)| async move {
             usage.run(sink.as_deref(), &shutdown).await;
+            is_flushed.cancel();
         });
         if let Some(writer) = writer {
             let parts = (writer, stop_working.clone());
@@ -437,12 +449,11 @@ impl App {
             listeners.shutdown().await;
             workers.abort_all().await;
             stop_working.cancel();
-            let leave = async {
-                if let Some(fleet) = fleet {
-                    fleet.leave().await;
-                }
-            };
-            tokio::join!(flushers.join_all(), leave);
+            flushers.join_all().await;
+            // Usage needs its lease until the end.
+            if let Some(fleet) = fleet {
+                fleet.leave().await;
+            }
             persistence.save_final().await;
         });
         loop {

@@ -78,8 +78,8 @@
 //!
 //! **A usage report.** [`http::metrics_ingest`] parses it, and [`usage`] aggregates it per environment,
 //! hour, application and flag. At each interval all aggregated counts move to the delivery queue, which
-//! decides what to send and when. A [`usage::UsageSink`] sends it upstream, or stores it in the control
-//! plane's database. Counts that it does not accept are kept, aggregated further, and stored at
+//! decides what to send and when. A [`usage::UsageSink`] sends it upstream, hands it over to the leader of
+//! the fleet ([`fleet::FleetUsageSink`]), or stores it in the control plane's database. Counts that it does not accept are kept, aggregated further, and stored at
 //! shutdown.
 //!
 //! **An operator's change.** The pages of [`http::console`] call the admin API, as `curl` does.

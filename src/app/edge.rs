@@ -27,6 +27,7 @@ use crate::{
     telemetry::{ReadinessCondition, error_chain},
     token::{Grant, Projects, Scope, Token, TokenKind},
     upstream::{AdminToken, EnvironmentTokens, Upstream, UpstreamUsageSink},
+    usage::{self, UsageSink},
 };
 
 /// Connects the components of an edge and serves the flags that an earlier run, of Parapet or of Unleash
@@ -34,6 +35,7 @@ use crate::{
 pub(super) async fn build(
     edge: config::EdgeConfig,
     auth: &auth::Config,
+    usage: &usage::Config,
     snapshots: &Snapshots,
     ready_when: ReadinessCondition,
 ) -> Result<ModeParts, Error> {
@@ -113,6 +115,16 @@ pub(super) async fn build(
     let (send_tokens, configured_tokens) = watch::channel(tokens);
     let edge_tokens = admin.clone().map_or(EdgeTokens::Backend(send_tokens), EdgeTokens::Admin);
     let reloadable = Reloadable::Edge { tokens: edge_tokens, refetch: Arc::clone(&token_added) };
+    let upstream_sink: Arc<dyn UsageSink> =
+        Arc::new(UpstreamUsageSink::new(upstream.clone(), credentials.clone()));
+    let (usage_sink, usage_leader): (Arc<dyn UsageSink>, _) =
+        match fleet.as_ref().filter(|_| edge.shares_usage) {
+            Some(fleet) => (
+                Arc::new(fleet.usage_sink(Arc::clone(&upstream_sink), usage.interval)),
+                Some(fleet.usage_leader(upstream_sink, usage.interval)),
+            ),
+            None => (upstream_sink, None),
+        };
     Ok(ModeParts {
         control_plane: None,
         saves_registry_copies: false,
@@ -140,9 +152,10 @@ pub(super) async fn build(
         }),
         reloadable: Some(reloadable),
         local_tokens,
-        usage_sink: Some(Arc::new(UpstreamUsageSink::new(upstream.clone(), credentials))),
+        usage_sink: Some(usage_sink),
         upstream: Some(upstream),
         fleet,
+        usage_leader,
         relays_admin_api: edge.admin_relay,
         store,
     })

@@ -10,7 +10,7 @@ use crate::{
     background_writer::BackgroundWriter,
     config::ConfigErrors,
     control_plane::{self, ControlPlane},
-    fleet::Fleet,
+    fleet::{Fleet, UsageLeader},
     store::Store,
     sync::file_source::{self, FileSource},
     telemetry::ReadinessCondition,
@@ -66,6 +66,8 @@ pub(super) struct ModeParts {
     pub(super) upstream: Option<Upstream>,
     /// The fleet, if this instance is in one.
     pub(super) fleet: Option<Fleet>,
+    /// Sends the usage of the fleet while this instance leads, if the fleet shares its usage.
+    pub(super) usage_leader: Option<UsageLeader>,
     /// The admin token for upstream, with everything that depends on it.
     pub(super) admin_token: Option<AdminTokenParts>,
     /// The parts that can be reconfigured at run time.
@@ -110,6 +112,7 @@ impl ModeParts {
             usage_sink: None,
             upstream: None,
             fleet: None,
+            usage_leader: None,
             admin_token: None,
             reloadable: Some(reloadable),
             relays_admin_api: false,

@@ -47,6 +47,12 @@ pub(super) fn edge(
         "off" => Some(false),
         _ => None,
     });
+    let parse_sharing = |text: &str| match text {
+        "shared" => Some(true),
+        "own" => Some(false),
+        _ => None,
+    };
+    let shares_usage = s.parse_or_default(&options::FLEET_USAGE, "shared or own", parse_sharing);
     let (upstream, credentials, store) = (upstream?, credentials?, store?);
     let fleet = match is_fleet {
         Some(false) => None,
@@ -64,7 +70,7 @@ pub(super) fn edge(
         ),
         (Some(_) | None, _, _) => {}
     }
-    Some(EdgeConfig { upstream, credentials, sync, store, fleet, admin_relay })
+    Some(EdgeConfig { upstream, credentials, sync, store, fleet, shares_usage, admin_relay })
 }
 
 /// The fleet, if the store and the credentials allow one.
@@ -373,6 +379,8 @@ mod tests {
         assert_eq!((&*found.name, &*found.instance_name), ("eu", "a"));
         assert_eq!((&*found.prefix, &*found.upstream), ("parapet", "http://unleash:4242/"));
         assert!(fleet("--fleet on --store redis://h?prefix=p", &[admin]).is_some());
+        let shares_usage = |line: &str| edge(&format!("{EDGE} {line}"), &[admin]).shares_usage;
+        assert!(shares_usage("") && !shares_usage("--fleet-usage own"));
         for env in [&[admin][..], &[redis], &[admin, redis, ("PARAPET_FLEET", "off")]] {
             assert!(fleet("", env).is_none(), "{env:?}");
         }
@@ -390,6 +398,8 @@ mod tests {
         assert!(found[0].starts_with("--fleet: needs an admin token"), "{found:?}");
         let expected = "--fleet: expected on or off, not `maybe`";
         assert_eq!(errors(&format!("{EDGE} --fleet maybe"), &[]), [expected]);
+        let expected = "--fleet-usage: expected shared or own, not `maybe`";
+        assert_eq!(errors(&format!("{EDGE} --fleet-usage maybe"), &[]), [expected]);
         let expected =
             "--fleet-name: expected at most 64 letters, digits, `-`, `_` or `.`, not `a b`";
         let env = [("UPSTREAM_ADMIN_TOKEN", ADMIN)];

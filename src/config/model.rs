@@ -81,6 +81,8 @@ pub struct EdgeConfig {
     pub store: StoreConfig,
     /// The fleet that this instance is part of; only with an admin token and a Redis as the store.
     pub fleet: Option<fleet::Config>,
+    /// Whether the leader of the fleet sends the usage of all instances.
+    pub shares_usage: bool,
     /// Whether upstream's admin API is relayed.
     pub admin_relay: bool,
 }

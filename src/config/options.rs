@@ -273,6 +273,9 @@ keys! {
         /// Whether the instances with the same --fleet-name act towards upstream as one: on or off. That
         /// needs a Redis as the store, and an admin token. Default: on if there are both.
         FLEET = one("fleet").env("PARAPET_FLEET");
+        /// Who sends the usage of a fleet to upstream: the leader for all instances (`shared`), or each
+        /// instance its own (`own`).
+        FLEET_USAGE = one("fleet-usage").default("shared");
         /// Without an admin token: backend tokens to fetch flags with from the start.
         TOKENS = list("tokens").short('t').secret();
         /// How flags are fetched from upstream: `auto` (by streaming if upstream supports it, else when

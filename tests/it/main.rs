@@ -45,6 +45,8 @@ mod fleet;
 mod fleet_processes;
 /// Edges that share a Redis: their flags, and their polls.
 mod fleet_sync;
+/// The usage of a fleet, read back from upstream.
+mod fleet_usage;
 /// The usage of a fleet in Redis.
 mod fleet_usage_log;
 /// An edge with overlapping tokens, stale replicas, a hanging disk, or no flags yet.
