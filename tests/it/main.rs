@@ -47,6 +47,8 @@ mod fleet_processes;
 mod fleet_sync;
 /// The usage of a fleet, read back from upstream.
 mod fleet_usage;
+/// The usage of a fleet, with a scripted upstream.
+mod fleet_usage_in_process;
 /// The usage of a fleet in Redis.
 mod fleet_usage_log;
 /// An edge with overlapping tokens, stale replicas, a hanging disk, or no flags yet.
