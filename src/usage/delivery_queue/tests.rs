@@ -9,6 +9,7 @@ use super::*;
 use crate::{
     protocol::usage::{BulkMetric, ClientApplication, ImpactMetric, ToggleStats},
     usage::{
+        batch::MAX_BODY_BYTES,
         counters::{Counter, CounterKey, Hour, MAX_NAME_BYTES, MAX_VARIANTS, NameStatus},
         instances::Registration,
         quota_pool::{Quota, QuotaPool, Reservation},
