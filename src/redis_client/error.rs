@@ -48,6 +48,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether the server denied the command or a key to this user.
+    pub fn is_permission_denied(&self) -> bool {
+        matches!(self, Self::Rejected { source, .. } if source.code() == Some("NOPERM"))
+    }
+
     /// Whether the command may have run although it failed.
     pub const fn is_outcome_unknown(&self) -> bool {
         matches!(self, Self::Disconnected { .. } | Self::Timeout { .. })

@@ -132,9 +132,12 @@ impl EdgeBackup {
                 // Bounded; a longer document would be cut, and malformed. A missing one is empty.
                 let mut get = redis::cmd("GETRANGE");
                 get.arg(name).arg(0).arg(MAX_RECORD_LEN);
-                let json: Vec<u8> =
-                    client.run(&get).await.map_err(|error| failed(io::Error::other(error)))?;
-                (!json.is_empty()).then_some(json)
+                match client.run::<Vec<u8>>(&get).await {
+                    Ok(json) => (!json.is_empty()).then_some(json),
+                    // A user for Parapet's own keys only.
+                    Err(error) if error.is_permission_denied() => None,
+                    Err(error) => return Err(failed(io::Error::other(error))),
+                }
             }
             Self::Bucket(Bucket { cloud: Cloud::Gcs | Cloud::Azure, .. }) => None,
             Self::Bucket(bucket) => {
