@@ -63,10 +63,14 @@ impl SharedTokenList {
     /// Records a list of upstream, and shares it if this instance leads.
     pub(super) fn on_listed(&mut self, listing: &TokenListing, started: Instant) {
         let Self::Member { member, role, encoded } = self else { return };
-        member.on_fetched(started);
         let new = Bytes::from(listing.encode());
         let is_changed = *encoded != new;
         *encoded = new;
+        if is_changed {
+            member.on_replaced(Some(started));
+        } else {
+            member.on_fetched(started);
+        }
         if *role == Role::Leader && is_changed {
             member.share(encoded.clone());
         }

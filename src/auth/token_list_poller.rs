@@ -113,7 +113,12 @@ impl TokenListPoller {
                     continue;
                 }
                 event = shared.next_event() => {
+                    // What this instance reads itself is newer.
+                    let is_foreign = matches!(event, ListEvent::Listing(..));
                     self.on_event(event, cache, validator, &mut list);
+                    if is_foreign {
+                        list.schedule = Schedule::At(Instant::now());
+                    }
                     continue;
                 }
             }

@@ -159,7 +159,7 @@ impl Coordinator {
     async fn renew_or_acquire(&self) -> Result<TopicState, Error> {
         let (duration, highest) = (self.timing.lease, self.lease.highest_fence());
         if let Some(fence) = self.lease.fence() {
-            let confirmed_at = self.exchange.lock().served.confirmed_at();
+            let confirmed_at = self.confirmation_of_written(fence);
             let state = self.redis.renew(fence, duration, confirmed_at).await?;
             // Redis has lost the lease. If nobody else has acquired it, this instance goes on.
             let is_other = matches!(state.holder, Holder::Other(other) if other >= highest);
@@ -191,13 +191,25 @@ impl Coordinator {
             && self.vacant_since.is_none_or(|since| since.elapsed() < deference)
     }
 
+    /// When upstream confirmed the document that this leader has written last. `None` once it serves
+    /// another one.
+    fn confirmation_of_written(&self, fence: Fence) -> Option<Instant> {
+        let written = self.written.filter(|written| written.version.fence == fence)?;
+        let state = self.exchange.lock();
+        let outgoing = state.outgoing()?;
+        if outgoing.number == written.number { state.served.confirmed_at() } else { None }
+    }
+
     fn apply(&mut self, state: TopicState, sent_at: Instant) {
         let TopicState { holder, holder_name, held_for, document } = state;
         let patience = patience(self.timing.patience, self.hub.instances(), rand::random());
         let has_shared = match holder {
             Holder::Other(fence) => {
+                // A document that this instance cannot read is none.
                 !self.topic.has_documents()
-                    || document.is_some_and(|head| head.version.fence == fence)
+                    || document.is_some_and(|head| {
+                        head.version.fence == fence && !self.exchange.is_unreadable(&head)
+                    })
             }
             Holder::Own(_) | Holder::Nobody => true,
         };
@@ -391,7 +403,9 @@ impl Coordinator {
         };
         let (outgoing, confirmed_at) = {
             let state = self.exchange.lock();
-            (state.outgoing().map(|it| it.number), state.served.confirmed_at())
+            // The member serves another document, which it shares next.
+            let Some(outgoing) = state.outgoing() else { return };
+            (Some(outgoing.number), state.served.confirmed_at())
         };
         let is_outdated = |confirmed_at| {
             stored.confirmed_at.is_none_or(|at| at + self.timing.lease < confirmed_at)

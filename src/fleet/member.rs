@@ -95,17 +95,20 @@ impl Member {
         self.exchange.lock().served = ServedDocument::Unconfirmed;
     }
 
-    /// The instance serves the document that upstream confirmed at this time.
+    /// Upstream confirmed the document being served at this time.
     pub fn on_fetched(&self, confirmed_at: Instant) {
+        self.exchange.lock().confirm(confirmed_at);
+    }
+
+    /// The instance serves another document than before, which it has fetched, and which upstream confirmed
+    /// at this time, if at all. The previous one is not shared any more: a confirmation of the new one
+    /// must not count for it.
+    pub fn on_replaced(&self, confirmed_at: Option<Instant>) {
         let mut state = self.exchange.lock();
-        let previous = match state.served {
-            ServedDocument::Fetched { confirmed_at } => Some(confirmed_at),
-            ServedDocument::Nothing | ServedDocument::Unconfirmed | ServedDocument::Shared(_) => {
-                None
-            }
-        };
-        let confirmed_at = previous.unwrap_or(confirmed_at).max(confirmed_at);
-        state.served = ServedDocument::Fetched { confirmed_at };
+        state.clear_outgoing();
+        if let Some(confirmed_at) = confirmed_at {
+            state.confirm(confirmed_at);
+        }
     }
 
     /// Shares the document being served. It is written once this instance leads, and again whenever Redis
@@ -237,6 +240,11 @@ impl Exchange {
         Adoption::Fetch
     }
 
+    /// Whether a document in Redis could not be read.
+    pub(super) fn is_unreadable(&self, head: &DocumentHead) -> bool {
+        self.lock().unreadable == Some((head.version, head.digest))
+    }
+
     /// A document in Redis is damaged.
     pub(super) fn on_damaged(&self, head: &DocumentHead) {
         self.lock().unreadable = Some((head.version, head.digest));
@@ -256,6 +264,17 @@ impl Exchange {
 }
 
 impl ExchangeState {
+    fn confirm(&mut self, confirmed_at: Instant) {
+        let previous = match self.served {
+            ServedDocument::Fetched { confirmed_at } => Some(confirmed_at),
+            ServedDocument::Nothing | ServedDocument::Unconfirmed | ServedDocument::Shared(_) => {
+                None
+            }
+        };
+        let confirmed_at = previous.unwrap_or(confirmed_at).max(confirmed_at);
+        self.served = ServedDocument::Fetched { confirmed_at };
+    }
+
     /// Whether the member has a document to decide on.
     pub(super) fn is_member_busy(&self) -> bool {
         !matches!(self.incoming, Incoming::None)
@@ -328,6 +347,20 @@ mod tests {
         assert!(matches!(member.next_update().await, Update::Confirmed(at) if at == later));
         assert_eq!(exchange.consider(&head(2, 1, later)), Adoption::Nothing);
         assert!(member.take_update().is_none());
+    }
+
+    #[test]
+    fn replaced_document_is_not_shared_or_confirmed_any_more() {
+        let exchange = Arc::<Exchange>::default();
+        let member = Member::new(Arc::clone(&exchange));
+        let now = Instant::now();
+        member.on_replaced(Some(now));
+        member.share(Bytes::from_static(b"first"));
+        member.on_fetched(now + Duration::from_secs(1));
+        assert!(exchange.lock().outgoing().is_some());
+        member.on_replaced(Some(now + Duration::from_secs(2)));
+        assert!(exchange.lock().outgoing().is_none());
+        assert_eq!(exchange.lock().served.confirmed_at(), Some(now + Duration::from_secs(2)));
     }
 
     #[tokio::test]

@@ -44,7 +44,8 @@ local function look()
   if lease[4] then held = text(math.max(0, now() - lease[4])) end
   local document = redis.call('HMGET', KEYS[3], 'fence', 'sequence', 'digest', 'confirmed')
   local age = false
-  if document[4] then age = text(math.max(0, now() - document[4])) end
+  -- Later than now only if the clock was set back.
+  if document[4] and tonumber(document[4]) <= now() then age = text(now() - document[4]) end
   local own = 0
   if lease[2] == ARGV[1] then own = 1 end
   return {{lease[1], own, lease[3], held}, {document[1], document[2], document[3], age}}
@@ -69,9 +70,8 @@ end
 return look()
 ";
 
-/// `ARGV`: instance, fence, lease in ms, age of the confirmation in ms or nothing, retention in ms.
-///
-/// A Redis without free memory refuses the confirmation, but still renews the lease.
+/// `ARGV`: instance, fence, lease in ms, age of the confirmation of the stored document in ms or nothing,
+/// retention in ms.
 const RENEW: &str = r"
 local lease = redis.call('HMGET', KEYS[1], 'fence', 'holder')
 if lease[1] == ARGV[2] and lease[2] == ARGV[1] then
@@ -79,7 +79,7 @@ if lease[1] == ARGV[2] and lease[2] == ARGV[1] then
   redis.call('PEXPIRE', KEYS[2], ARGV[5])
   redis.call('PEXPIRE', KEYS[3], ARGV[5])
   if ARGV[4] ~= '' and redis.call('HGET', KEYS[3], 'fence') == ARGV[2] then
-    redis.pcall('HSET', KEYS[3], 'confirmed', text(now() - ARGV[4]))
+    redis.call('HSET', KEYS[3], 'confirmed', text(now() - ARGV[4]))
   end
 end
 return look()
@@ -101,9 +101,12 @@ return 0
 /// `ARGV`: instance, fence, sequence, digest, document, age of the confirmation in ms or nothing,
 /// retention in ms, channel, notice. Returns whether the document is stored.
 ///
-/// A repetition of a write whose reply was lost succeeds.
+/// A repetition of a write whose reply was lost succeeds. A write that Redis runs after the end of the lease,
+/// because it did not respond for a while, is refused: its confirmation would seem as new as that moment.
 const WRITE: &str = r"
 if redis.call('GET', KEYS[2]) ~= ARGV[2] then return 0 end
+local lease = redis.call('HMGET', KEYS[1], 'fence', 'holder')
+if lease[1] ~= ARGV[2] or lease[2] ~= ARGV[1] then return 0 end
 local stored = redis.call('HMGET', KEYS[3], 'fence', 'sequence', 'digest')
 if stored[1] and tonumber(stored[1]) > tonumber(ARGV[2]) then return 0 end
 if stored[1] == ARGV[2] and tonumber(stored[2]) >= tonumber(ARGV[3]) then

@@ -9,8 +9,9 @@
 //!
 //! Times are never compared between the clocks of two instances. A leader tells Redis how old its
 //! confirmation is, and Redis, whose clock all of them share, tells the others how old it is now.
-//! The time that a request takes makes a confirmation appear older, never newer: at worst a document is
-//! accepted a few seconds later, at the leader's next confirmation.
+//! A confirmation belongs to one document: a leader reports it only while the document that it has written
+//! last is the one being served. The time that a write takes makes its confirmation appear newer, but by less
+//! than a lease, because Redis accepts a write only during the lease.
 //!
 //! Pure, except that compressing takes CPU time: milliseconds per megabyte.
 

@@ -256,8 +256,10 @@ impl EnvironmentSync {
                 let scope = Scope { environment: environment.clone(), projects };
                 let published = publish(snapshots, scope, confirmed_at, make).await?;
                 self.state.on_published();
-                if let Some(at) = confirmed_at {
-                    self.fleet.on_fetched(at);
+                match (&published, confirmed_at) {
+                    (Some(_), _) => self.fleet.on_replaced(confirmed_at),
+                    (None, Some(at)) => self.fleet.on_fetched(at),
+                    (None, None) => {}
                 }
                 self.fleet.set_previous_run(run);
                 if let Some(snapshot) = published {

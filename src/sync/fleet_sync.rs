@@ -132,6 +132,13 @@ impl FleetSync {
         }
     }
 
+    /// The served flags were replaced by fetched ones, which upstream confirmed at this time, if at all.
+    pub(super) fn on_replaced(&self, at: Option<Instant>) {
+        if let Self::Member { member, .. } = self {
+            member.on_replaced(at);
+        }
+    }
+
     /// The served flags leave this state to a later run.
     pub(super) fn set_previous_run(&mut self, new: PreviousRun) {
         if let Self::Member { run, .. } = self {

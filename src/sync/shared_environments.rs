@@ -70,8 +70,12 @@ impl SharedEnvironments {
     /// Records a list of upstream, and shares it if this instance leads.
     pub(super) fn on_listed(&mut self, new: EnvironmentList) {
         let Self::Member { member, role, list } = self else { return };
-        member.on_fetched(Instant::now());
         let is_changed = list.as_ref() != Some(&new);
+        if is_changed {
+            member.on_replaced(Some(Instant::now()));
+        } else {
+            member.on_fetched(Instant::now());
+        }
         let list = list.insert(new);
         if *role == Role::Leader && is_changed {
             member.share(encode(list).into());
