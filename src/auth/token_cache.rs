@@ -42,6 +42,10 @@ use crate::{
 /// less than that (Unleash refreshes them every minute).
 const REVOCATION_TTL: Duration = Duration::from_mins(10);
 
+/// How long before the creation of the cache the requests of other instances can have been sent whose
+/// results it applies; longer than such results are kept.
+const MAX_EVENT_AGE: Duration = Duration::from_hours(2);
+
 /// A token that upstream does not know or whose use it forbids.
 #[derive(Debug)]
 struct RejectedToken {
@@ -163,10 +167,13 @@ impl TokenCache {
         RequestStart { sequence: self.sequence_at(at), at: Some(at), wall }
     }
 
-    /// The sequence number of an event at this time: the nanoseconds since this cache was created, so that
-    /// requests of other instances take their place in the order.
+    /// The sequence number of an event at this time: the nanoseconds since [`MAX_EVENT_AGE`] before this
+    /// cache was created, so that requests of other instances take their place in the order.
     fn sequence_at(&self, time: Instant) -> u64 {
-        let since = time.checked_duration_since(self.created).unwrap_or_default();
+        let since = match time.checked_duration_since(self.created) {
+            Some(since) => MAX_EVENT_AGE + since,
+            None => MAX_EVENT_AGE.saturating_sub(self.created.duration_since(time)),
+        };
         u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
     }
 

@@ -98,7 +98,8 @@ fn shared_list_counts_as_of_the_request_of_the_other_instance() {
     cache.apply_token_list(&shared(&[whole(&a)], start), &served(), start);
     assert!(refuses(&cache, &a));
     let before = requested_at.checked_sub(Duration::from_mins(1)).unwrap();
-    assert_eq!(cache.request_started_at(before).sequence, 0, "before this process");
+    let before = cache.request_started_at(before).sequence;
+    assert!(before < cache.start_request().sequence, "it was before this process");
     let start = cache.request_started_at(Instant::now());
     cache.apply_token_list(&shared(&[whole(&a)], start), &served(), start);
     assert!(!refuses(&cache, &a));
@@ -114,6 +115,17 @@ fn verdict_of_another_instance_is_superseded_by_a_later_list_without_the_token()
     assert!(cache.is_superseded_by_list(&other, before));
     assert!(!cache.is_superseded_by_list(&listed, before));
     assert!(!cache.is_superseded_by_list(&other, cache.start_request()));
+}
+
+/// Both were requested before this process started.
+#[test]
+fn earlier_verdict_is_superseded_by_an_earlier_list_without_the_token() {
+    let (cache, now) = (cache(), Instant::now());
+    let revoked = token("*:dev.revoked");
+    let ago = |minutes| now.checked_sub(Duration::from_mins(minutes)).unwrap();
+    let [verdict, list] = [50, 1].map(|minutes| cache.request_started_at(ago(minutes)));
+    cache.apply_token_list(&shared(&[], list), &served(), list);
+    assert!(cache.is_superseded_by_list(&revoked, verdict));
 }
 
 #[test]
