@@ -352,12 +352,9 @@ impl<'a> Delivery<'a> {
                 self.request(log.release(fence, &batch)).await;
                 self.next_round = Instant::now();
             }
-            SendOutcome::Unauthorized => {
-                self.fail(environment, None);
-                self.request(log.release(fence, &batch)).await;
-            }
-            // Perhaps accepted: it stays claimed. Any leader may retry it at once.
-            SendOutcome::Retry(_) | SendOutcome::Parked(_) => {
+            // Perhaps accepted, now or at an earlier attempt: it stays claimed and unchanged. Any leader may
+            // retry it at once.
+            SendOutcome::Retry(_) | SendOutcome::Unauthorized | SendOutcome::Parked(_) => {
                 let delay = if let SendOutcome::Retry(delay) = outcome { delay } else { None };
                 let ended = log.claim(fence, &environment, &batch, Duration::ZERO);
                 self.request(ended).await;

@@ -106,7 +106,8 @@ impl FleetUsageSink {
             return self.upstream.send(batch).await;
         }
         let parked = SendOutcome::Parked(self.check_interval);
-        let seen = self.state().seen_before(Instant::now() - FORGET_AFTER);
+        let seen = Instant::now().checked_sub(FORGET_AFTER);
+        let seen = seen.map(|before| self.state().seen_before(before)).unwrap_or_default();
         let mut known = match self.log.look(*id, &seen).await {
             Ok(known) => known,
             Err(_) if *may_be_parked => return parked,

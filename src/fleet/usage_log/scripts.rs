@@ -86,11 +86,12 @@ return {redis.call('ZCARD', waiting), used(), redis.call('HLEN', claims), curren
 ";
 
 /// `ARGV`: fence, maximum bytes, maximum batches. Returns the claims and the oldest batches that wait, or
-/// nothing if another instance leads.
+/// nothing if another instance leads. Batches of an environment with a claim are left out, so that one whose
+/// usage upstream does not accept does not delay others.
 const TAKE: &str = r"
 if redis.call('GET', fence) ~= ARGV[1] then return false end
 local time = now()
-local open = {}
+local open, busy = {}, {}
 local all = redis.call('HGETALL', claims)
 for n = 1, #all, 2 do
   local id, deadline = all[n], redis.call('HGET', deadlines, all[n]) or '0:0'
@@ -99,18 +100,21 @@ for n = 1, #all, 2 do
   if holder ~= ARGV[1] then rest = math.max(0, tonumber(ends) - time) end
   local body = redis.call('HGET', bodies, id)
   if body then
-    open[#open + 1] = {id, redis.call('HGET', environments, id) or '', body, all[n + 1], text(rest)}
+    local environment = redis.call('HGET', environments, id) or ''
+    busy[environment] = true
+    open[#open + 1] = {id, environment, body, all[n + 1], text(rest)}
   end
 end
-local batches, size = {}, 0
-local ids = redis.call('ZRANGEBYSCORE', waiting, '-inf', time, 'LIMIT', 0, ARGV[3])
+local batches, size, max_batches = {}, 0, tonumber(ARGV[3])
+local ids = max_batches > 0 and redis.call('ZRANGEBYSCORE', waiting, '-inf', time) or {}
 for _, id in ipairs(ids) do
-  local body = redis.call('HGET', bodies, id)
+  local environment = redis.call('HGET', environments, id) or ''
+  local body = not busy[environment] and redis.call('HGET', bodies, id)
   if body then
-    batches[#batches + 1] = {id, redis.call('HGET', environments, id) or '', body}
+    batches[#batches + 1] = {id, environment, body}
     size = size + #body
-    if size >= tonumber(ARGV[2]) then break end
-  else
+    if size >= tonumber(ARGV[2]) or #batches >= max_batches then break end
+  elseif not busy[environment] then
     redis.call('ZREM', waiting, id)
   end
 end
