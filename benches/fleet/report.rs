@@ -44,7 +44,7 @@ impl Report {
         fs::create_dir_all(&plots)?;
         fs::write(plots.join("requests.svg"), self.plot())?;
         let text = format!(
-            "# What a fleet costs upstream\n\n{INTRODUCTION}\n```sh\n{command}\n```\n\n{machine}\n\n\
+            "# The cost of a fleet for upstream\n\n{INTRODUCTION}\n```sh\n{command}\n```\n\n{machine}\n\n\
              ![Requests to upstream by the number of instances](fleet/requests.svg)\n\n{}\n{}",
             self.tables(),
             self.beyond()
@@ -187,7 +187,7 @@ request of an instance that got the change until then. A new token is presented 
 Evaluations are those that the instances were told of, and those that upstream received.";
 
 const BEYOND: &str = "\
-What grows is the work of Redis: each instance keeps two connections, reads the version of each environment
+The work of Redis grows: each instance keeps two connections, reads the version of each environment
 every two seconds, and fetches each changed snapshot once. 10,000 instances with four environments run 35,000
 small scripts a second. Redis runs scripts on one core, and tens of thousands a second are what that core can do,
 so it breaks first. A change of a snapshot of 200 kB, which is 20 kB compressed, is 200 MB at once: 0.2 seconds at

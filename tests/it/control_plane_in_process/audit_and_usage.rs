@@ -231,19 +231,16 @@ async fn old_usage_and_events_are_deleted_after_retention(db: TestDatabase) {
 
 async fn repeated_batch_is_counted_once(db: TestDatabase) {
     let control = db.open().await;
-    let id = |text: &str| BatchId::parse(text).unwrap();
+    let id = |n: u8| BatchId::parse(&format!("{n:032x}")).unwrap();
     let body = usage_report("2026-05-05T12:20:00Z", 2, &json!({ "a": 2 }));
-    for batch in ["1", "1", "2", "1", "2"] {
+    for batch in [1, 1, 2, 1, 2] {
         assert_eq!(deliver_usage_batch(&control, id(batch), &body).await, SendOutcome::Sent);
     }
     let hours = control.flag_usage("blue", Timestamp::UNIX_EPOCH).await.unwrap();
     assert_eq!((hours[0].yes, hours[0].variants["a"]), (4, 4));
     // A batch that could not be stored is not remembered.
-    assert_eq!(
-        deliver_usage_batch(&control, id("3"), &json!("usage")).await,
-        SendOutcome::Rejected
-    );
-    assert_eq!(deliver_usage_batch(&control, id("3"), &body).await, SendOutcome::Sent);
+    assert_eq!(deliver_usage_batch(&control, id(3), &json!("usage")).await, SendOutcome::Rejected);
+    assert_eq!(deliver_usage_batch(&control, id(3), &body).await, SendOutcome::Sent);
     let hours = control.flag_usage("blue", Timestamp::UNIX_EPOCH).await.unwrap();
     assert_eq!(hours[0].yes, 6);
 }
