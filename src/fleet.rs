@@ -35,6 +35,7 @@ mod coordinator;
 mod hub;
 mod instances;
 mod lease;
+mod lua;
 mod member;
 mod notice;
 mod recent_outcomes;

@@ -14,8 +14,15 @@ mod connection;
 mod connection_state;
 mod error;
 
+use std::time::Duration;
+
 pub use self::{
     client::RedisClient,
     config::{Config, Credentials, Server, Timeouts, Tls, Topology},
     error::{ConfigError, Error},
 };
+
+/// A duration as commands and scripts take it, in whole milliseconds.
+pub fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

@@ -10,11 +10,11 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use redis::Script;
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 
-use super::hub::Hub;
+use super::{hub::Hub, lua};
 use crate::{
-    redis_client::{Error, RedisClient},
+    redis_client::{RedisClient, millis},
     token::TokenDigest,
 };
 
@@ -24,13 +24,12 @@ const CLAIM_DURATION: Duration = Duration::from_secs(3);
 /// The longest that Redis delays a question.
 const REQUEST_TIMEOUT: Duration = Duration::from_millis(500);
 
-const PRELUDE: &str = r"
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+const FUNCTIONS: &str = r"
 local function found(key)
   local stored = redis.call('HMGET', key, 'claim', 'answer', 'asked')
-  if stored[2] then
-    return {'answer', stored[2], string.format('%.0f', math.max(0, now - stored[3]))}
+  local age = stored[2] and age_since(stored[3])
+  if age then
+    return {'answer', stored[2], age}
   elseif stored[1] then
     return {'claimed', '', 0}
   end
@@ -66,7 +65,7 @@ const SETTLE: &str = r"
 for n, key in ipairs(KEYS) do
   redis.call('DEL', key)
   if tonumber(ARGV[2 * n + 1]) > 0 then
-    redis.call('HSET', key, 'answer', ARGV[2 * n], 'asked', string.format('%.0f', now - ARGV[1]))
+    redis.call('HSET', key, 'answer', ARGV[2 * n], 'asked', text(now() - ARGV[1]))
     redis.call('PEXPIRE', key, ARGV[2 * n + 1])
   end
 end
@@ -103,7 +102,7 @@ struct AnswerScripts {
 
 impl SharedAnswers {
     pub(super) fn new(client: RedisClient, hub: Arc<Hub>, prefix: &str, instance: &str) -> Self {
-        let script = |code: &str| Script::new(&format!("{PRELUDE}{code}"));
+        let script = |code| lua::script(FUNCTIONS, code);
         let scripts =
             AnswerScripts { claim: script(CLAIM), look: script(LOOK), settle: script(SETTLE) };
         Self {
@@ -118,8 +117,8 @@ impl SharedAnswers {
     /// The answers about these tokens, in their order. Claims those that are open. `None` while Redis
     /// fails: then this instance has to ask. Takes at most half a second.
     pub async fn claim(&self, tokens: &[TokenDigest]) -> Option<Vec<Answer>> {
-        let duration = u64::try_from(CLAIM_DURATION.as_millis()).unwrap_or(u64::MAX);
-        self.read(&self.scripts.claim, tokens, (&*self.instance, duration)).await
+        let arguments = (&*self.instance, millis(CLAIM_DURATION));
+        self.read(&self.scripts.claim, tokens, arguments).await
     }
 
     /// Like [`claim`](Self::claim), without a claim.
@@ -134,7 +133,6 @@ impl SharedAnswers {
             return;
         }
         let keys: Vec<_> = answers.iter().map(|(token, ..)| self.key(token)).collect();
-        let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
         let mut arguments = vec![Bytes::from(millis(asked_at.elapsed()).to_string())];
         for (_, answer, duration) in answers {
             arguments.extend([answer.clone(), Bytes::from(millis(*duration).to_string())]);
@@ -142,7 +140,7 @@ impl SharedAnswers {
         let arguments: Vec<&[u8]> = arguments.iter().map(|it| &**it).collect();
         let keys: Vec<_> = keys.iter().map(String::as_str).collect();
         let settle = self.client.run_script::<u64>(&self.scripts.settle, &keys, arguments);
-        self.hub.request(limited(settle, &self.client)).await;
+        self.hub.request_within(REQUEST_TIMEOUT, settle).await;
     }
 
     async fn read(
@@ -158,7 +156,7 @@ impl SharedAnswers {
         let keys: Vec<_> = tokens.iter().map(|token| self.key(token)).collect();
         let keys: Vec<_> = keys.iter().map(String::as_str).collect();
         let read = self.client.run_script::<Vec<(String, Vec<u8>, u64)>>(script, &keys, arguments);
-        let found = self.hub.request(limited(read, &self.client)).await?;
+        let found = self.hub.request_within(REQUEST_TIMEOUT, read).await?;
         let answers = found.into_iter().map(|(state, answer, age)| match &*state {
             "answer" => match sent_at.checked_sub(Duration::from_millis(age)) {
                 Some(asked_at) => Answer::Known(answer.into(), asked_at),
@@ -173,15 +171,4 @@ impl SharedAnswers {
     fn key(&self, token: &TokenDigest) -> String {
         format!("{}:{}", self.prefix, token.to_hex())
     }
-}
-
-/// Ends a request to Redis before the client would.
-async fn limited<T>(
-    request: impl Future<Output = Result<T, Error>>,
-    client: &RedisClient,
-) -> Result<T, Error> {
-    timeout(REQUEST_TIMEOUT, request).await.unwrap_or_else(|_| {
-        let location = client.location().into();
-        Err(Error::Timeout { location, timeout: REQUEST_TIMEOUT })
-    })
 }

@@ -155,9 +155,18 @@ impl Hub {
         &self,
         request: impl Future<Output = Result<T, Error>>,
     ) -> Option<T> {
-        let result = timeout(self.request_timeout, request).await.unwrap_or_else(|_| {
+        self.request_within(self.request_timeout, request).await
+    }
+
+    /// Like [`request`](Self::request), with another timeout.
+    pub(super) async fn request_within<T>(
+        &self,
+        limit: Duration,
+        request: impl Future<Output = Result<T, Error>>,
+    ) -> Option<T> {
+        let result = timeout(limit, request).await.unwrap_or_else(|_| {
             let location = self.location.as_str().into();
-            Err(Error::Timeout { location, timeout: self.request_timeout })
+            Err(Error::Timeout { location, timeout: limit })
         });
         let now = Instant::now();
         match result {

@@ -12,7 +12,7 @@ use super::{
     hub::{Hub, Instances},
     scripts::Instance,
 };
-use crate::redis_client::{Error, RedisClient};
+use crate::redis_client::{Error, RedisClient, millis};
 
 /// How often an instance adds itself again.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -69,7 +69,7 @@ impl Registry {
     }
 
     async fn register(&self) -> Result<Instances, Error> {
-        let expiry = u64::try_from(EXPIRY.as_millis()).unwrap_or(u64::MAX);
+        let expiry = millis(EXPIRY);
         let arguments = (&self.entry, expiry, MAX_NAMES);
         let (count, entries): (u32, Vec<String>) =
             self.client.run_script(&self.script, &[&self.key], arguments).await?;

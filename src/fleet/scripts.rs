@@ -19,33 +19,26 @@ use tokio::time::Instant;
 
 use super::{
     lease::Holder,
+    lua,
     notice::Notice,
     role::Fence,
     shared_document::{DocumentDigest, DocumentHead, EncodedDocument, Version, confirmed_at},
     topic::TopicKeys,
 };
-use crate::redis_client::{Error, RedisClient};
+use crate::redis_client::{Error, RedisClient, millis};
 
 /// How long keys stay in Redis after the last use.
 const RETENTION: Duration = Duration::from_hours(7 * 24);
 
 /// Functions that the scripts share. `KEYS` are lease, fence and document; `ARGV[1]` is the instance.
-const PRELUDE: &str = r"
-local function now()
-  local time = redis.call('TIME')
-  return time[1] * 1000 + math.floor(time[2] / 1000)
-end
-local function text(number)
-  return string.format('%.0f', number)
-end
+const FUNCTIONS: &str = r"
 local function look()
   local lease = redis.call('HMGET', KEYS[1], 'fence', 'holder', 'name', 'since')
   local held = false
-  if lease[4] then held = text(math.max(0, now() - lease[4])) end
+  if lease[4] then held = age_since(lease[4]) end
   local document = redis.call('HMGET', KEYS[3], 'fence', 'sequence', 'digest', 'confirmed')
   local age = false
-  -- Later than now only if the clock was set back.
-  if document[4] and tonumber(document[4]) <= now() then age = text(now() - document[4]) end
+  if document[4] then age = age_since(document[4]) end
   local own = 0
   if lease[2] == ARGV[1] then own = 1 end
   return {{lease[1], own, lease[3], held}, {document[1], document[2], document[3], age}}
@@ -142,7 +135,7 @@ pub(super) struct Scripts {
 
 impl Scripts {
     pub(super) fn new() -> Self {
-        let script = |code: &str| Script::new(&format!("{PRELUDE}{code}"));
+        let script = |code| lua::script(FUNCTIONS, code);
         Self {
             acquire: script(ACQUIRE),
             renew: script(RENEW),
@@ -318,10 +311,6 @@ impl TopicRedis {
     fn keys(&self) -> [&str; 3] {
         [&self.keys.lease, &self.keys.fence, &self.keys.document]
     }
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// The age of a confirmation in ms, or nothing.

@@ -144,19 +144,19 @@ impl Namespace {
 
     /// The keys of the topic with this name.
     pub(super) fn topic(&self, topic: &str) -> TopicKeys {
-        let key = |part: &str| format!("{}:fleet:{{{}:{topic}}}:{part}", self.prefix, self.fleet);
+        let key = |part: &str| format!("{}:{part}", self.tagged(topic));
         TopicKeys { lease: key("lease"), fence: key("fence"), document: key("document") }
     }
 
     /// The start of the keys of answers, with one hash tag.
     pub(super) fn answers(&self) -> String {
-        format!("{}:fleet:{{{}:answers}}", self.prefix, self.fleet)
+        self.tagged("answers")
     }
 
     /// The keys of the usage log.
     pub(super) fn usage(&self) -> UsageKeys {
         let topic = Topic::Usage.name();
-        let key = |part: &str| format!("{}:fleet:{{{}:{topic}}}:{part}", self.prefix, self.fleet);
+        let key = |part: &str| format!("{}:{part}", self.tagged(&topic));
         UsageKeys {
             fence: self.topic(&topic).fence,
             bodies: key("bodies"),
@@ -170,6 +170,11 @@ impl Namespace {
             bytes: key("bytes"),
             epoch: key("epoch"),
         }
+    }
+
+    /// The start of keys that have a hash tag of their own.
+    fn tagged(&self, name: &str) -> String {
+        format!("{}:fleet:{{{}:{name}}}", self.prefix, self.fleet)
     }
 
     /// The channel of the notices.

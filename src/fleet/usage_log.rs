@@ -25,7 +25,7 @@ use ulid::Ulid;
 use self::scripts::Scripts;
 use super::{role::Fence, topic::UsageKeys};
 use crate::{
-    redis_client::{Error, RedisClient},
+    redis_client::{Error, RedisClient, millis},
     token::Environment,
     usage::{BatchId, MergedBatch},
 };
@@ -265,8 +265,4 @@ fn parse_batch((id, environment, body): BatchReply) -> Option<WaitingBatch> {
 
 fn texts(ids: &[BatchId]) -> Vec<String> {
     ids.iter().map(BatchId::to_string).collect()
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

@@ -32,7 +32,7 @@ use super::{
     save_metrics,
     store_trait::{Error, LEASE_DURATION, Lease, RecordLock, Store},
 };
-use crate::redis_client::{self, RedisClient};
+use crate::redis_client::{self, RedisClient, millis};
 
 /// A [`Store`] in Redis.
 pub struct RedisStore {
@@ -285,8 +285,4 @@ async fn within<T>(
         }
     };
     Err(Error::Unavailable { store: client.location().to_owned(), source })
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

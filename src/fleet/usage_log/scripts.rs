@@ -8,17 +8,12 @@
 
 use redis::Script;
 
+use super::super::lua;
+
 /// Functions that the scripts share.
-const PRELUDE: &str = r"
+const FUNCTIONS: &str = r"
 local fence, bodies, environments, waiting, claimed, claims, deadlines, outcomes, finished, bytes,
   epoch = unpack(KEYS)
-local function text(number)
-  return string.format('%.0f', number)
-end
-local function now()
-  local time = redis.call('TIME')
-  return time[1] * 1000 + math.floor(time[2] / 1000)
-end
 local function state(id)
   local outcome = redis.call('HGET', outcomes, id)
   if outcome then return outcome end
@@ -215,7 +210,7 @@ pub(super) struct Scripts {
 
 impl Scripts {
     pub(super) fn new() -> Self {
-        let script = |code: &str| Script::new(&format!("{PRELUDE}{code}"));
+        let script = |code| lua::script(FUNCTIONS, code);
         Self {
             look: script(LOOK),
             append: script(APPEND),
