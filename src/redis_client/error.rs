@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use redis::RedisError;
+use redis::{ErrorKind, RedisError, ServerErrorKind};
 
 /// The settings cannot be used, for instance because a certificate is malformed.
 #[derive(Debug, thiserror::Error)]
@@ -54,7 +54,24 @@ impl Error {
     }
 
     /// Whether the command may have run although it failed.
-    pub const fn is_outcome_unknown(&self) -> bool {
-        matches!(self, Self::Disconnected { .. } | Self::Timeout { .. })
+    ///
+    /// The library sends a command to a Cluster again if a node is lost, so that the last node may reject
+    /// what an earlier one has run.
+    pub fn is_outcome_unknown(&self) -> bool {
+        match self {
+            Self::NotConnected { .. } => false,
+            Self::Disconnected { .. } | Self::Timeout { .. } => true,
+            Self::Rejected { source, .. } => matches!(
+                source.kind(),
+                ErrorKind::Server(
+                    ServerErrorKind::ClusterDown
+                        | ServerErrorKind::MasterDown
+                        | ServerErrorKind::TryAgain
+                        | ServerErrorKind::BusyLoading
+                        | ServerErrorKind::Moved
+                        | ServerErrorKind::Ask
+                )
+            ),
+        }
     }
 }
