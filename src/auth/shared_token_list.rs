@@ -34,7 +34,7 @@ pub(super) enum SharedTokenList {
     },
 }
 
-/// What a poller of the list has to do.
+/// The next task of a poller of the list.
 #[derive(Debug)]
 pub(super) enum ListEvent {
     /// Read the list: this instance begins to use upstream.

@@ -27,7 +27,7 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 /// waits for a first-seen token: there must be time to validate it.
 const WAIT_SHARE: u32 = 3;
 
-/// What other instances know about some tokens.
+/// The verdicts of other instances about some tokens.
 #[derive(Debug, Default)]
 pub(super) struct SharedVerdicts {
     /// Tokens that another instance has validated, with the time of its request.
@@ -49,7 +49,7 @@ struct GrantRecord {
     projects: Vec<String>,
 }
 
-/// What other instances know about `tokens`; claims those about which they know nothing.
+/// The verdicts of other instances about `tokens`; claims those without one.
 pub(super) async fn claim(answers: &SharedAnswers, tokens: Vec<Token>) -> SharedVerdicts {
     let digests: Vec<_> = tokens.iter().map(Token::digest).collect();
     sort(tokens, answers.claim(&digests).await)

@@ -30,6 +30,7 @@ use super::{
     upstream_validator::{RECHECK_DELAY, UpstreamValidator},
 };
 use crate::{
+    backoff::jittered,
     event_log::{Observed, RECONCILE_INTERVAL, next_list_at},
     fleet::{Coordinator, Topic},
     protocol::tokens::TokenList,
@@ -44,6 +45,10 @@ const SERVED_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// How much longer than the interval the confirmation of a shared list may take: another instance may have
 /// to lead first.
 const MAX_SHARING_DELAY: Duration = Duration::from_secs(15);
+
+/// How often an instance checks by itself whether upstream still accepts the admin token, while it gets no
+/// list from the leader.
+const FOLLOWER_CHECK_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Polls upstream's token list.
 #[derive(Debug)]
@@ -98,7 +103,7 @@ impl TokenListPoller {
         let mut event_log = validator.event_log.clone();
         loop {
             if !shared.uses_upstream() {
-                self.follow(cache, validator, &mut list, &mut shared).await;
+                self.follow(cache, validator, admin, &mut list, &mut shared).await;
             }
             let next = list.next_poll(event_log.tokens(), self.interval);
             tokio::select! {
@@ -113,7 +118,7 @@ impl TokenListPoller {
                     continue;
                 }
                 event = shared.next_event() => {
-                    // What this instance reads itself is newer.
+                    // A list that this instance reads itself is newer.
                     let is_foreign = matches!(event, ListEvent::Listing(..));
                     self.on_event(event, cache, validator, &mut list);
                     if is_foreign {
@@ -131,10 +136,12 @@ impl TokenListPoller {
         &self,
         cache: &TokenCache,
         validator: &UpstreamValidator,
+        admin: &AdminToken,
         list: &mut PolledList,
         shared: &mut SharedTokenList,
     ) {
         let started = Instant::now();
+        let mut next_admin_check = started;
         while !shared.uses_upstream() {
             let confirmed_at = list.shared.as_ref().map_or(started, |(_, at)| started.max(*at));
             let deadline = confirmed_at + self.interval + MAX_SHARING_DELAY;
@@ -153,6 +160,13 @@ impl TokenListPoller {
                 }
                 () = sleep_until(deadline), if !is_late => {
                     self.report_unavailable("the fleet's leader has not confirmed it in time");
+                    next_admin_check = Instant::now() + jittered(RECHECK_DELAY, rand::random());
+                }
+                // Only the leader sees that upstream rejects its requests for the list.
+                () = sleep_until(next_admin_check), if is_late => {
+                    let is_denied = list.admin_check.needs_recheck(&validator.upstream, admin).await;
+                    let delay = if is_denied { RECHECK_DELAY } else { FOLLOWER_CHECK_INTERVAL };
+                    next_admin_check = Instant::now() + jittered(delay, rand::random());
                 }
             }
         }

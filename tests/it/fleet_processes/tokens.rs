@@ -6,7 +6,8 @@ use futures_util::future::join_all;
 use reqwest::StatusCode;
 
 use super::fixture::{
-    ADMIN, TIMEOUT, TOKEN, edge, start_edges, upstream_with_flags, wait_for_leader,
+    ADMIN, TIMEOUT, TOKEN, edge, start_edges, start_three_edges, upstream_with_flags,
+    wait_for_leader,
 };
 use crate::rig::{Parapet, RedisServer, secret_leak_check, wait_until};
 
@@ -97,4 +98,25 @@ async fn first_seen_token_is_validated_by_one_edge_for_all() {
     redis.kill();
     let statuses = present("*:development.fleet-without-redis-0123456789".to_owned()).await;
     assert_eq!(statuses, [StatusCode::OK; 3]);
+}
+
+/// Only a leader lists tokens; the others notice by themselves.
+#[tokio::test]
+#[ignore = "needs redis-server, see tests/run"]
+async fn rejected_admin_token_opens_no_edge_any_more() {
+    let (redis, upstream) = (RedisServer::start().await, upstream_with_flags(&["p/one"]).await);
+    upstream.state().listed_tokens = [ADMIN, TOKEN].into();
+    let edges = start_three_edges(&upstream, &redis).await;
+    for edge in &edges {
+        assert_eq!(edge.admin_get_as("/status", ADMIN).await.0, StatusCode::OK);
+    }
+    upstream.state().revoked.insert(ADMIN);
+    for edge in &edges {
+        wait_until("the admin token is rejected", TIMEOUT * 3, async || {
+            let (status, _) = edge.admin_get_as("/status", ADMIN).await;
+            (status == StatusCode::UNAUTHORIZED).then_some(())
+        })
+        .await;
+        assert_eq!(edge.features_status(TOKEN).await, StatusCode::OK);
+    }
 }
