@@ -14,7 +14,7 @@ use tempfile::NamedTempFile;
 
 use crate::rig::{
     ChaosProxy, LogEvent, Parapet, RedisServer, Setup, TokenKind, Unleash, UnleashVersion,
-    secret_leak_check, wait_until,
+    find_only, start_standalone_for_usage, wait_until,
 };
 
 const ENVIRONMENT: &str = "development";
@@ -35,19 +35,7 @@ struct Upstream {
 
 impl Upstream {
     async fn start(admin: &'static str, client: &'static str) -> Self {
-        for token in [admin, client] {
-            secret_leak_check::register(token);
-        }
-        let flags = NamedTempFile::new().unwrap();
-        let content = json!({ "features": [{ "name": FLAG, "enabled": true }] });
-        std::fs::write(flags.path(), content.to_string()).unwrap();
-        let standalone = Parapet::mode("standalone")
-            .flag("--flags", flags.path())
-            .flag("--metrics-interval-seconds", "0.5")
-            .env("INIT_ADMIN_API_TOKENS", admin)
-            .env("INIT_CLIENT_API_TOKENS", client)
-            .start()
-            .await;
+        let (standalone, flags) = start_standalone_for_usage(FLAG, admin, client).await;
         Self { standalone, admin, _flags: flags }
     }
 
@@ -96,16 +84,7 @@ async fn start_edges(setups: impl IntoIterator<Item = Setup>) -> Vec<Parapet> {
 
 /// The position of the only edge that sends the usage of the fleet, once there is one.
 async fn wait_for_leader(edges: &[Parapet]) -> usize {
-    wait_until("one edge leads", TIMEOUT, async || {
-        let mut leaders = Vec::new();
-        for (n, edge) in edges.iter().enumerate() {
-            if edge.metric(LEADS).await == Some(1.0) {
-                leaders.push(n);
-            }
-        }
-        <[usize; 1]>::try_from(leaders).ok().map(|[leader]| leader)
-    })
-    .await
+    wait_until("one edge leads", TIMEOUT, async || find_only(edges, LEADS).await).await
 }
 
 /// Reports evaluations. Returns whether they were accepted.

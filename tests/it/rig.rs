@@ -44,7 +44,7 @@ pub(crate) use net::{
     BUSY_MACHINE_FACTOR, free_port, http, send_json, session_cookies, wait_until,
 };
 pub(crate) use nginx_load_balancer::Nginx;
-pub(crate) use parapet::{FEATURES, Parapet, Setup};
+pub(crate) use parapet::{FEATURES, Parapet, Setup, find_only, start_standalone_for_usage};
 pub(crate) use persistent_connection::{PersistentConnection, Protocol, SendOutcome};
 pub(crate) use postgres::Postgres;
 pub(crate) use postgres_proxy::{PostgresProxy, SilencePoint};

@@ -14,7 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::rig::{
     ChaosProxy, Fault, LogEvent, Parapet, Postgres, STORE_TIMEOUT, TokenKind, Unleash,
-    UnleashVersion, http, secret_leak_check, send_json, wait_until,
+    UnleashVersion, http, secret_leak_check, send_json, start_standalone_for_usage, wait_until,
 };
 
 const ENVIRONMENT: &str = "development";
@@ -168,18 +168,7 @@ async fn usage_of_flag_newer_than_the_snapshot_is_counted() {
 #[tokio::test]
 async fn standalone_stores_usage_under_the_hour_of_its_bucket_end() {
     let (admin, client) = ("*:*.counts-standalone-admin", "*:development.counts-standalone-client");
-    for token in [admin, client] {
-        secret_leak_check::register(token);
-    }
-    let flags = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(flags.path(), r#"{"features":[{"name":"f","enabled":true}]}"#).unwrap();
-    let parapet = Parapet::mode("standalone")
-        .flag("--flags", flags.path())
-        .flag("--metrics-interval-seconds", "0.5")
-        .env("INIT_ADMIN_API_TOKENS", admin)
-        .env("INIT_CLIENT_API_TOKENS", client)
-        .start()
-        .await;
+    let (parapet, _flags) = start_standalone_for_usage("f", admin, client).await;
     let now = Timestamp::now();
     for (case, start, stop, _) in hour_boundary_buckets(now) {
         let body = metrics_report(&format!("counts-{case}"), "f", 1, start, stop);
@@ -309,18 +298,7 @@ async fn edge_behind_proxy(upstream: &Parapet, token: &str) -> (ChaosProxy, Para
 #[tokio::test]
 async fn batch_without_response_is_counted_once_by_edges_and_a_standalone() {
     let (admin, client) = ("*:*.counts-repeat-admin", "*:development.counts-repeat-client");
-    for token in [admin, client] {
-        secret_leak_check::register(token);
-    }
-    let flags = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(flags.path(), r#"{"features":[{"name":"f","enabled":true}]}"#).unwrap();
-    let standalone = Parapet::mode("standalone")
-        .flag("--flags", flags.path())
-        .flag("--metrics-interval-seconds", "0.5")
-        .env("INIT_ADMIN_API_TOKENS", admin)
-        .env("INIT_CLIENT_API_TOKENS", client)
-        .start()
-        .await;
+    let (standalone, _flags) = start_standalone_for_usage("f", admin, client).await;
     let (to_standalone, first) = edge_behind_proxy(&standalone, client).await;
     let (to_first, second) = edge_behind_proxy(&first, client).await;
     for proxy in [&to_standalone, &to_first] {

@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use super::fixture::{
     ADMIN, LEADS, Load, TIMEOUT, TOKEN, change_flags, edge, logged_outages, start_edges,
-    upstream_with_flags, wait_for_end_of_outage, wait_for_leader, wait_for_one_leader,
-    wait_until_alone, wait_until_shared,
+    start_three_edges, upstream_with_flags, wait_for_end_of_outage, wait_for_leader,
+    wait_for_one_leader, wait_until_alone, wait_until_shared,
 };
 use crate::rig::{
     BUSY_MACHINE_FACTOR, ChaosProxy, Fault, Parapet, RedisServer, TcpProxy, wait_until,
@@ -15,8 +15,7 @@ use crate::rig::{
 #[ignore = "needs redis-server, see tests/run"]
 async fn killed_leader_is_replaced_and_every_request_is_answered() {
     let (redis, upstream) = (RedisServer::start().await, upstream_with_flags(&["p/one"]).await);
-    let setups = ["a", "b", "c"].map(|name| edge(&upstream, &redis.url(), name));
-    let mut edges = start_edges(setups, &["one"]).await;
+    let mut edges = start_three_edges(&upstream, &redis).await;
     let leader = edges.swap_remove(wait_for_one_leader(&edges).await);
     wait_until_shared(&redis, [&leader]).await;
     let load = Load::start(&edges);
@@ -35,8 +34,7 @@ async fn killed_leader_is_replaced_and_every_request_is_answered() {
 #[ignore = "needs redis-server, see tests/run"]
 async fn leader_that_was_suspended_beyond_its_lease_follows_and_never_goes_back() {
     let (redis, upstream) = (RedisServer::start().await, upstream_with_flags(&["p/one"]).await);
-    let setups = ["a", "b", "c"].map(|name| edge(&upstream, &redis.url(), name));
-    let mut edges = start_edges(setups, &["one"]).await;
+    let mut edges = start_three_edges(&upstream, &redis).await;
     let suspended = edges.swap_remove(wait_for_one_leader(&edges).await);
     wait_until_shared(&redis, [&suspended]).await;
     let load = Load::start(&edges);
@@ -64,8 +62,7 @@ async fn leader_that_was_suspended_beyond_its_lease_follows_and_never_goes_back(
 #[ignore = "needs redis-server, see tests/run"]
 async fn edges_serve_on_while_redis_is_dead_and_fill_it_again() {
     let (mut redis, upstream) = (RedisServer::start().await, upstream_with_flags(&["p/one"]).await);
-    let setups = ["a", "b", "c"].map(|name| edge(&upstream, &redis.url(), name));
-    let mut edges = start_edges(setups, &["one"]).await;
+    let mut edges = start_three_edges(&upstream, &redis).await;
     wait_for_one_leader(&edges).await;
     let load = Load::start(&edges);
     redis.kill();
@@ -87,8 +84,7 @@ async fn edges_serve_on_while_redis_is_dead_and_fill_it_again() {
 #[ignore = "needs redis-server, see tests/run"]
 async fn edges_serve_current_flags_while_redis_has_no_memory() {
     let (redis, upstream) = (RedisServer::start().await, upstream_with_flags(&["p/one"]).await);
-    let setups = ["a", "b", "c"].map(|name| edge(&upstream, &redis.url(), name));
-    let edges = start_edges(setups, &["one"]).await;
+    let edges = start_three_edges(&upstream, &redis).await;
     wait_for_one_leader(&edges).await;
     wait_until_shared(&redis, &edges).await;
     for edge in &edges {
@@ -116,8 +112,7 @@ async fn edges_serve_current_flags_while_redis_has_no_memory() {
 #[ignore = "needs redis-server, see tests/run"]
 async fn edges_serve_on_while_redis_does_not_respond() {
     let (redis, upstream) = (RedisServer::start().await, upstream_with_flags(&["p/one"]).await);
-    let setups = ["a", "b", "c"].map(|name| edge(&upstream, &redis.url(), name));
-    let edges = start_edges(setups, &["one"]).await;
+    let edges = start_three_edges(&upstream, &redis).await;
     wait_for_one_leader(&edges).await;
     let load = Load::start(&edges);
     redis.send_signal("STOP");

@@ -10,7 +10,7 @@ use serde_json::Value;
 use tokio::task::JoinHandle;
 
 use crate::rig::{
-    FEATURES, LogEvent, Parapet, RedisServer, ScriptedUpstream, Setup, http, wait_until,
+    FEATURES, LogEvent, Parapet, RedisServer, ScriptedUpstream, Setup, find_only, http, wait_until,
 };
 
 /// Several times the duration of a lease.
@@ -48,33 +48,29 @@ pub(super) async fn start_edges<const N: usize>(
     edges.into()
 }
 
+/// Starts three edges, and waits until each serves the flag `one`.
+pub(super) async fn start_three_edges(
+    upstream: &ScriptedUpstream,
+    redis: &RedisServer,
+) -> Vec<Parapet> {
+    let setups = ["a", "b", "c"].map(|name| edge(upstream, &redis.url(), name));
+    start_edges(setups, &["one"]).await
+}
+
 /// The position of the only edge that leads, once there is one.
 pub(super) async fn wait_for_leader(edges: &[Parapet]) -> usize {
-    wait_until("one edge leads", TIMEOUT, async || {
-        let mut leaders = Vec::new();
-        for (n, edge) in edges.iter().enumerate() {
-            if edge.metric(LEADS).await == Some(1.0) {
-                leaders.push(n);
-            }
-        }
-        <[usize; 1]>::try_from(leaders).ok().map(|[leader]| leader)
-    })
-    .await
+    wait_until("one edge leads", TIMEOUT, async || find_only(edges, LEADS).await).await
 }
 
 /// Waits until one edge leads and the others follow.
 pub(super) async fn wait_for_one_leader(edges: &[Parapet]) -> usize {
     wait_until("one edge leads, and the others follow", TIMEOUT, async || {
-        let mut leaders = Vec::new();
-        for (n, edge) in edges.iter().enumerate() {
+        for edge in edges {
             if edge.metric(ALONE).await != Some(0.0) {
                 return None;
             }
-            if edge.metric(LEADS).await == Some(1.0) {
-                leaders.push(n);
-            }
         }
-        <[usize; 1]>::try_from(leaders).ok().map(|[leader]| leader)
+        find_only(edges, LEADS).await
     })
     .await
 }

@@ -584,3 +584,35 @@ fn fetch_raw(port: u16, path: &str, token: &str) -> Vec<u8> {
     let _ = exchange();
     response
 }
+
+/// The position of the only instance with the value 1 for this metric, if there is exactly one.
+pub(crate) async fn find_only(instances: &[Parapet], metric: &str) -> Option<usize> {
+    let mut found = Vec::new();
+    for (n, instance) in instances.iter().enumerate() {
+        if instance.metric(metric).await == Some(1.0) {
+            found.push(n);
+        }
+    }
+    <[usize; 1]>::try_from(found).ok().map(|[position]| position)
+}
+
+/// A standalone with one flag and these tokens, which stores usage at short intervals, and the file of the
+/// flag.
+pub(crate) async fn start_standalone_for_usage(
+    flag: &str,
+    admin: &str,
+    client: &str,
+) -> (Parapet, tempfile::NamedTempFile) {
+    for token in [admin, client] {
+        secret_leak_check::register(token);
+    }
+    let flags = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(flags.path(), format!(r#"{{"features":[{{"name":"{flag}","enabled":true}}]}}"#))
+        .unwrap();
+    let standalone = Parapet::mode("standalone")
+        .flag("--flags", flags.path())
+        .flag("--metrics-interval-seconds", "0.5")
+        .env("INIT_ADMIN_API_TOKENS", admin)
+        .env("INIT_CLIENT_API_TOKENS", client);
+    (standalone.start().await, flags)
+}

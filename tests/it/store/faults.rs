@@ -68,15 +68,20 @@ async fn edge_serves_while_its_redis_does_not_respond_or_rejects_its_password() 
 }
 
 #[tokio::test]
-#[ignore = "needs moto: tests/run installs it"]
+#[ignore = "needs moto and Azurite: tests/run installs them"]
 async fn edge_serves_without_its_bucket_or_with_wrong_credentials_or_a_damaged_record() {
     let (s3, upstream) = (S3Server::start().await, ScriptedUpstream::start().await);
+    let azure = AzureServer::start().await;
+    azure.create_container("flags").await;
+    let [endpoint, account, _] = azure.settings().try_into().unwrap();
+    let wrong_key = ("azure_storage_account_key", "d3Jvbmcta2V5".to_owned());
     s3.create_bucket("flags").await;
     s3.put("flags", "damaged/flags-development.parapet", "damaged").await;
     let mut away = s3.settings();
     away[0].1 = unused_url();
     for (store_url, settings) in [
         ("s3://flags/away", away),
+        ("az://flags", vec![endpoint, account, wrong_key]),
         ("s3://missing", s3.settings()),
         ("s3://flags/damaged", s3.settings()),
     ] {
