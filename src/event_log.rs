@@ -40,7 +40,7 @@ const MAX_RETRY_DELAY: Duration = Duration::from_mins(1);
 /// The maximum number of environments whose changes are told apart.
 const MAX_ENVIRONMENTS: usize = 1_000;
 
-/// What the log has shown about one kind of object.
+/// The latest changes of one kind of object that the log has shown.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Observed {
     /// A request that started before this time may have missed the last change.

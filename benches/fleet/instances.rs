@@ -19,7 +19,7 @@ use super::{
 /// How long instances may take to start, to get a change, or to accept a token.
 const TIMEOUT: Duration = Duration::from_mins(2);
 
-/// How often an instance is asked whether it has a change.
+/// The interval at which an instance is checked for a change.
 const CHECK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// How the instances are connected.

@@ -1,4 +1,4 @@
-//! What many instances cost upstream: `cargo bench --bench fleet`, `-- --help` for more.
+//! The cost of many instances for upstream: `cargo bench --bench fleet`, `-- --help` for more.
 //!
 //! It starts real instances, alone and as a fleet on one Redis, in front of a stand-in for Unleash that
 //! counts requests. Nothing is compared by time but the arrival of changes.

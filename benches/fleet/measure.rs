@@ -1,4 +1,4 @@
-//! What a number of instances costs upstream, and how soon they know of a change.
+//! The requests of a number of instances to upstream, and the time until they serve a change.
 
 use std::{
     collections::BTreeMap,

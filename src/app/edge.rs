@@ -99,8 +99,8 @@ pub(super) async fn build(
     environments.restore().await;
     // These only check which records exist; problems with them are reported when they are loaded.
     let stored = store.list().await;
-    // A remote store is asked for a backup only before Parapet has stored anything itself, and only if
-    // it responds.
+    // The backup in a remote store is read only before Parapet has stored anything itself, and only if
+    // the store responds.
     let is_first_start = stored.as_ref().is_ok_and(Vec::is_empty);
     let imported = if is_first_start || !store.is_remote() {
         import_edge_backup(&edge_backup, &environments).await

@@ -273,8 +273,8 @@ keys! {
         /// Whether the instances with the same --fleet-name act towards upstream as one: on or off. That
         /// needs a Redis as the store, and an admin token. Default: on if there are both.
         FLEET = one("fleet").env("PARAPET_FLEET");
-        /// Who sends the usage of a fleet to upstream: the leader for all instances (`shared`), or each
-        /// instance its own (`own`).
+        /// The sender of a fleet's usage: the leader for all instances (`shared`), or each instance for
+        /// itself (`own`).
         FLEET_USAGE = one("fleet-usage").default("shared");
         /// Without an admin token: backend tokens to fetch flags with from the start.
         TOKENS = list("tokens").short('t').secret();

@@ -22,7 +22,7 @@ pub(super) struct Position {
     total: Option<u64>,
 }
 
-/// What was added to the log.
+/// The additions to the log since an earlier position.
 #[derive(Debug, Eq, PartialEq)]
 pub(super) enum Difference {
     Nothing,
