@@ -15,10 +15,12 @@ mod result_cache;
 mod scope_cache;
 mod served_snapshot;
 mod snapshots;
+mod state_id;
 
 pub use self::{
     evaluation_cache::{CacheKey, EvaluationCache},
     prewarm_candidates::HotContext,
     served_snapshot::ServedSnapshot,
     snapshots::{EnvironmentFilter, Snapshots},
+    state_id::StateId,
 };

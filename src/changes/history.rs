@@ -12,7 +12,7 @@ use crate::{
         delta::{self, Change},
         features::Document,
     },
-    served::ServedSnapshot,
+    served::{ServedSnapshot, StateId},
 };
 
 /// Maximum number of states, the same as in Unleash Edge.
@@ -20,11 +20,6 @@ const MAX_STATES: usize = 100;
 
 /// Memory limit of all states but the current one, in bytes.
 const MAX_BYTES: usize = 32 << 20;
-
-/// The id of a state within its environment, from 1 to 2^31 - 1. Subscribers see it as an event id,
-/// which also depends on their scope ([`SubscriptionKey::event_id`](super::SubscriptionKey::event_id)).
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-pub struct StateId(pub(super) u32);
 
 /// One state.
 #[derive(Clone, Debug)]
@@ -34,6 +29,16 @@ pub(super) struct State {
     pub(super) document: Arc<Document>,
     /// When its source sent it.
     pub(super) received_at: Instant,
+}
+
+impl State {
+    fn of(snapshot: &ServedSnapshot) -> Self {
+        Self {
+            id: snapshot.state_id(),
+            document: Arc::clone(snapshot.document()),
+            received_at: snapshot.received_at(),
+        }
+    }
 }
 
 /// The latest states of one environment, at least the current one.
@@ -53,12 +58,10 @@ struct States {
 }
 
 impl StateHistory {
-    /// Starts with this state. Its id is random, so that it is unlikely to repeat an id that an earlier
-    /// process sent.
+    /// Starts with this state.
     pub(super) fn new(snapshot: &ServedSnapshot) -> Self {
-        let id = StateId(rand::random_range(1..1 << 30));
-        let document = Arc::clone(snapshot.document());
-        let current = State { id, document, received_at: snapshot.received_at() };
+        let current = State::of(snapshot);
+        let id = current.id;
         let states = States { previous: VecDeque::new(), previous_bytes: 0, current };
         Self { states: Mutex::new(states), current: watch::Sender::new(id) }
     }
@@ -102,23 +105,13 @@ impl StateHistory {
 }
 
 impl States {
-    /// Makes the snapshot's document the current state, unless it has the same content. Returns whether
-    /// the state is new.
+    /// Makes the snapshot's state the current one. Returns whether it is new.
     fn push_if_changed(&mut self, snapshot: &ServedSnapshot) -> bool {
-        let document = snapshot.document();
-        if Arc::ptr_eq(document, &self.current.document) {
+        if snapshot.state_id() == self.current.id {
             return false;
         }
-        let lost = delta::diff(document, &self.current.document);
-        if lost.is_empty() {
-            self.current.document = Arc::clone(document);
-            return false;
-        }
-        let StateId(last) = self.current.id;
-        let id = StateId(if last < u32::MAX >> 1 { last + 1 } else { 1 });
-        let next =
-            State { id, document: Arc::clone(document), received_at: snapshot.received_at() };
-        let before = std::mem::replace(&mut self.current, next);
+        let lost = delta::diff(snapshot.document(), &self.current.document);
+        let before = std::mem::replace(&mut self.current, State::of(snapshot));
         let weight = exclusive_bytes(&before.document, &lost);
         self.previous_bytes += weight;
         self.previous.push_back((before, weight));
@@ -147,27 +140,28 @@ mod tests {
     use super::*;
     use crate::token::{Environment, Projects, Scope};
 
-    fn snapshot(text: &str) -> Arc<ServedSnapshot> {
-        let scope = Scope { environment: Environment::new("development"), projects: Projects::All };
-        let document = Document::parse(text.as_bytes()).unwrap();
-        Arc::new(ServedSnapshot::build(scope, document, None))
-    }
-
     #[test]
     fn history_is_limited_in_number_and_in_bytes() {
-        let history = StateHistory::new(&snapshot(r#"{"features":[]}"#));
-        let StateId(first) = *history.subscribe().borrow();
+        let scope = Scope { environment: Environment::new("development"), projects: Projects::All };
+        let document = |text: &str| Document::parse(text.as_bytes()).unwrap();
+        let empty = document(r#"{"features":[]}"#);
+        let mut served = Arc::new(ServedSnapshot::build(scope.clone(), empty, None));
+        let history = StateHistory::new(&served);
+        let first = history.subscribe().borrow().get();
+        let mut replace = |text: &str| {
+            let next = ServedSnapshot::rebuild_from(&served, scope.clone(), document(text), None);
+            served = Arc::new(next);
+            history.refresh(|| Some(Arc::clone(&served)));
+        };
         for n in 1..=300 {
-            history
-                .refresh(|| Some(snapshot(&format!(r#"{{"features":[{{"name":"a","x":{n}}}]}}"#))));
+            replace(&format!(r#"{{"features":[{{"name":"a","x":{n}}}]}}"#));
         }
-        assert_eq!(*history.subscribe().borrow(), StateId(first + 300));
-        let known = |id| history.base_and_current(Some(StateId(id))).0.is_some();
+        assert_eq!(history.subscribe().borrow().get(), first + 300);
+        let known = |id| history.base_and_current(StateId::new(id)).0.is_some();
         assert!(!known(first + 200) && known(first + 201) && known(first + 300));
         for large in ["x", "y", "z"] {
             let text = large.repeat(20 << 20);
-            let text = format!(r#"{{"features":[{{"name":"a","x":"{text}"}}]}}"#);
-            history.refresh(|| Some(snapshot(&text)));
+            replace(&format!(r#"{{"features":[{{"name":"a","x":"{text}"}}]}}"#));
         }
         assert!(!known(first + 301) && known(first + 302) && known(first + 303));
         assert!(history.lock().previous_bytes <= MAX_BYTES);

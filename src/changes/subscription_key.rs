@@ -8,16 +8,16 @@ use std::hash::{Hash as _, Hasher as _};
 
 use xxhash_rust::xxh3::Xxh3Default;
 
-use super::history::StateId;
 use crate::{
     protocol::delta::EventId,
+    served::StateId,
     snapshot::Filter,
     token::{Environment, Projects},
 };
 
 /// The largest event id. The first is 1. All fit into a signed 32-bit integer, because SDKs may store
 /// them in one.
-const MAX_EVENT_ID: u32 = EventId::MAX >> 1;
+const MAX_EVENT_ID: EventId = StateId::MAX.get();
 
 /// Number of offsets. State ids start below this, too, so that event ids grow by one per state for a
 /// long time before they wrap around.
@@ -51,16 +51,15 @@ impl SubscriptionKey {
     }
 
     /// The event id of a state.
-    pub fn event_id(&self, StateId(id): StateId) -> EventId {
+    pub fn event_id(&self, id: StateId) -> EventId {
         // No overflow: both are below 2^31.
-        (id - 1 + self.id_offset) % MAX_EVENT_ID + 1
+        (id.get() - 1 + self.id_offset) % MAX_EVENT_ID + 1
     }
 
     /// The id of the state with this event id; `None` if the event id is out of range.
     pub(super) fn state_id(&self, id: EventId) -> Option<StateId> {
-        (1..=MAX_EVENT_ID)
-            .contains(&id)
-            .then(|| StateId((id - 1 + MAX_EVENT_ID - self.id_offset) % MAX_EVENT_ID + 1))
+        let id = (1..=MAX_EVENT_ID).contains(&id).then_some(id)?;
+        StateId::new((id - 1 + MAX_EVENT_ID - self.id_offset) % MAX_EVENT_ID + 1)
     }
 }
 
@@ -75,6 +74,10 @@ mod tests {
         SubscriptionKey::new(Environment::new("development"), projects, filter)
     }
 
+    fn state_id(number: u32) -> StateId {
+        StateId::new(number).expect("in range")
+    }
+
     proptest! {
         #[test]
         fn event_ids_are_positive_fit_a_signed_integer_and_convert_back(
@@ -82,9 +85,9 @@ mod tests {
             project in "[a-z]{1,8}",
         ) {
             let key = key(Projects::from_list([&*project]), None);
-            let id = key.event_id(StateId(state));
+            let id = key.event_id(state_id(state));
             prop_assert!(i32::try_from(id).unwrap() > 0);
-            prop_assert_eq!(key.state_id(id), Some(StateId(state)));
+            prop_assert_eq!(key.state_id(id), Some(state_id(state)));
             prop_assert_eq!(key.state_id(id + (MAX_EVENT_ID + 1)), None);
         }
     }
@@ -92,7 +95,7 @@ mod tests {
     #[test]
     fn event_ids_are_equal_for_equal_scopes_and_differ_for_others() {
         let (one, other) = (Projects::from_list(["a", "b"]), Projects::from_list(["a", "c"]));
-        let id = |projects: &Projects, prefix| key(projects.clone(), prefix).event_id(StateId(7));
+        let id = |projects: &Projects, prefix| key(projects.clone(), prefix).event_id(state_id(7));
         assert_eq!(id(&one, None), id(&Projects::from_list(["b", "a"]), None));
         let ids = [id(&one, None), id(&other, None), id(&Projects::All, None), id(&one, Some("x"))];
         for (n, id) in ids.iter().enumerate() {

@@ -42,11 +42,12 @@ use super::{
 };
 use crate::{
     auth::AuthenticatedToken,
-    changes::{ChangeFeed, StateId},
+    changes::ChangeFeed,
     protocol::{
         self,
         context::{FrontendContext, MAX_CONTEXT_BYTES},
     },
+    served::StateId,
     server::{ConnectionInfo, HttpService, ServiceResponse},
     snapshot::Include,
     token::{Environment, Scope, TokenKind},

@@ -22,7 +22,7 @@ use self::{
 use super::response::{self, HttpError, HttpResponse};
 use crate::{
     auth::Authenticator,
-    changes::StateId,
+    served::StateId,
     token::{Grant, TokenDigest},
 };
 

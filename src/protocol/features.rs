@@ -49,6 +49,8 @@ pub struct Document {
 pub struct PreviousRun {
     /// The upstream revision of the document, if upstream's revisions can be compared.
     pub upstream_revision: Option<u64>,
+    /// The id of the state, from which event ids are derived.
+    pub state_id: Option<u32>,
 }
 
 /// The field that Parapet adds to a stored listing.
@@ -635,7 +637,7 @@ mod tests {
         assert_eq!((document.revision(), document.stored_revision()), (None, Some(7)));
         assert_eq!(document.previous_run(), None, "not stored by Parapet");
         for upstream_revision in [None, Some(9)] {
-            let run = PreviousRun { upstream_revision };
+            let run = PreviousRun { upstream_revision, state_id: Some(5) };
             let document = Document::parse_stored(&Document::encode_stored(text, run)).unwrap();
             assert_eq!((document.stored_revision(), document.previous_run()), (Some(7), Some(run)));
         }

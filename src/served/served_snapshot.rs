@@ -13,7 +13,11 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{evaluation_cache::EvaluationCache, scope_cache::ScopeCache};
+use super::{
+    evaluation_cache::EvaluationCache,
+    scope_cache::ScopeCache,
+    state_id::{AssignedId, StateId},
+};
 use crate::{
     cache::BoundedCache,
     protocol::features::Document,
@@ -36,6 +40,7 @@ const MAX_INHERITED_FILTERS: usize = 64;
 #[derive(Debug)]
 pub struct ServedSnapshot {
     snapshot: Snapshot,
+    state_id: AssignedId,
     /// When the source last confirmed this state; `None` if it has not since the process started.
     confirmed_at: Mutex<Option<Instant>>,
     scopes: ScopeCache,
@@ -67,7 +72,10 @@ impl Deref for ServedSnapshot {
 impl ServedSnapshot {
     /// Builds a snapshot with empty caches, as [`Snapshot::build`].
     pub fn build(scope: Scope, document: Document, confirmed_at: Option<Instant>) -> Self {
-        Self::new(Snapshot::build(scope, document), confirmed_at, EvaluationCache::new(None))
+        let stored_id = StateId::stored_with(&document).map(AssignedId::Elsewhere);
+        let state_id = stored_id.unwrap_or_else(AssignedId::first);
+        let cache = EvaluationCache::new(None);
+        Self::new(Snapshot::build(scope, document), state_id, confirmed_at, cache)
     }
 
     /// Like [`ServedSnapshot::build`], to replace a snapshot of the same environment. Builds in advance
@@ -80,15 +88,18 @@ impl ServedSnapshot {
         document: Document,
         confirmed_at: Option<Instant>,
     ) -> Self {
+        let stored_id = StateId::stored_with(&document).map(AssignedId::Elsewhere);
+        let state_id = stored_id.unwrap_or_else(|| previous.state_id.next());
         let snapshot = Snapshot::rebuild_from(&previous.snapshot, scope, document);
         let cache = EvaluationCache::new(Some(&previous.evaluation_cache));
-        let served = Self::new(snapshot, confirmed_at, cache);
+        let served = Self::new(snapshot, state_id, confirmed_at, cache);
         served.prebuild_requested(previous);
         served
     }
 
     fn new(
         snapshot: Snapshot,
+        state_id: AssignedId,
         confirmed_at: Option<Instant>,
         evaluation_cache: EvaluationCache,
     ) -> Self {
@@ -98,11 +109,18 @@ impl ServedSnapshot {
             });
         Self {
             snapshot,
+            state_id,
             confirmed_at: Mutex::new(confirmed_at),
             scopes: ScopeCache::default(),
             filtered_bodies,
             evaluation_cache,
         }
+    }
+
+    /// The id of the state: of two snapshots of an environment with the same id, the flags are equal. A
+    /// document that was stored or shared brings its id along.
+    pub fn state_id(&self) -> StateId {
+        self.state_id.id()
     }
 
     /// When the source last confirmed that this is the current state; `None` if it has not since the

@@ -214,7 +214,10 @@ impl EnvironmentState {
                 input: documents.merge_input(),
                 projects: documents.projects(),
                 confirmed_at: confirmed_at.max(served.and_then(ServedSnapshot::confirmed_at)),
-                run: PreviousRun { upstream_revision: documents.common_revision() },
+                run: PreviousRun {
+                    upstream_revision: documents.common_revision(),
+                    ..PreviousRun::default()
+                },
                 replaced: documents.take_replaced(),
             };
         }

@@ -361,6 +361,7 @@ async fn parse_events(
 fn serialize_for_store(snapshot: &ServedSnapshot, run: PreviousRun) -> Bytes {
     let all =
         snapshot.client_features(snapshot.projects(), Filter::default(), SegmentFormat::Separate);
+    let run = PreviousRun { state_id: Some(snapshot.state_id().get()), ..run };
     Document::encode_stored(&all.get_or_encode(ContentCoding::Identity).bytes, run).into()
 }
 

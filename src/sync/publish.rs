@@ -16,7 +16,7 @@ use super::stream_events::differences;
 use crate::{
     evaluation,
     protocol::features::Document,
-    served::{ServedSnapshot, Snapshots},
+    served::{ServedSnapshot, Snapshots, StateId},
     token::Scope,
 };
 
@@ -27,7 +27,8 @@ const MAX_LOGGED_PROBLEMS: usize = 10;
 /// swaps it in. Readers never wait.
 ///
 /// Returns the new snapshot; `None` if the same flags are already served, whose confirmation time is
-/// then updated.
+/// then updated. The same flags are published again if they come with another state id, so that
+/// subscribers can continue from either.
 ///
 /// # Errors
 /// If compiling panics. The served snapshot then stays.
@@ -44,7 +45,9 @@ pub(super) async fn publish(
             return Some(ServedSnapshot::build(scope, make(), confirmed));
         };
         let document = make();
-        if *previous.projects() == scope.projects && !differences(previous.document(), &document).0
+        if *previous.projects() == scope.projects
+            && StateId::stored_with(&document).is_none_or(|id| id == previous.state_id())
+            && !differences(previous.document(), &document).0
         {
             if let Some(at) = confirmed {
                 previous.confirm(at);
@@ -98,5 +101,44 @@ fn log_published(snapshot: &ServedSnapshot) {
     if problems.len() > MAX_LOGGED_PROBLEMS {
         let more = problems.len() - MAX_LOGGED_PROBLEMS;
         warn!(environment = %environment, "{more} more problems; /status lists all");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        protocol::features::PreviousRun,
+        token::{Environment, Projects},
+    };
+
+    fn document(flag: &str) -> Document {
+        Document::parse(format!(r#"{{"features":[{{"name":"{flag}"}}]}}"#).as_bytes()).unwrap()
+    }
+
+    /// The document as another instance has shared it.
+    fn shared(flag: &str, state_id: u32) -> Document {
+        let listing = format!(r#"{{"features":[{{"name":"{flag}"}}]}}"#);
+        let run = PreviousRun { state_id: Some(state_id), ..PreviousRun::default() };
+        Document::parse_stored(&Document::encode_stored(listing.as_bytes(), run)).unwrap()
+    }
+
+    #[tokio::test]
+    async fn shared_flags_keep_their_state_id_and_own_flags_get_a_later_one() {
+        let snapshots = Snapshots::default();
+        let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
+        let publish_next = async |document: Document| {
+            let published = publish(&snapshots, scope.clone(), None, || document).await.unwrap();
+            let id = snapshots.load(&scope.environment).unwrap().state_id().get();
+            (published.is_some(), id)
+        };
+        assert_eq!(publish_next(shared("a", 7)).await, (true, 7));
+        assert_eq!(publish_next(shared("a", 7)).await, (false, 7));
+        assert_eq!(publish_next(document("a")).await, (false, 7), "fetched, and the same");
+        assert_eq!(publish_next(shared("a", 3)).await, (true, 3), "of another leader");
+        let (is_published, first) = publish_next(document("b")).await;
+        assert!(is_published && first > 3);
+        assert_eq!(publish_next(document("c")).await, (true, first + 1));
+        assert_eq!(publish_next(shared("d", 9)).await, (true, 9));
     }
 }

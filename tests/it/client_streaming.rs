@@ -7,14 +7,15 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use crate::in_process_parapet::{CLIENT, FRONTEND, InProcessParapet, WEB_CLIENT, send};
-use crate::rig::{EventStream, Parapet, Sdk, TokenKind, Unleash, http, wait_until};
+use crate::rig::{
+    DeltaStream, Parapet, STREAM, Sdk, TokenKind, Unleash, event_summary, summary, wait_until,
+};
 
 const ADMIN: &str = "*:*.admin-0123456789abcdef0123456789abcdef";
 
 /// The timeout for anything in these tests.
 const TIMEOUT: Duration = Duration::from_mins(1);
 
-const STREAM: &str = "/api/client/streaming";
 const DELTA: &str = "/api/client/delta";
 
 /// Flags of the projects `web` and `default`, the first with a segment.
@@ -35,45 +36,8 @@ fn write_flags(parapet: &InProcessParapet, flags: &str) {
     std::fs::write(parapet.flags_file(), flags).unwrap();
 }
 
-/// The type of each event, and the flag or segment that it names.
-fn event_summary(events: &Value) -> Vec<(String, String)> {
-    let name = |event: &Value| match event["type"].as_str().unwrap() {
-        "hydration" => {
-            let names = event["features"].as_array().unwrap().iter();
-            names.map(|it| it["name"].as_str().unwrap()).collect::<Vec<_>>().join(",")
-        }
-        "feature-updated" => event["feature"]["name"].as_str().unwrap().to_owned(),
-        "feature-removed" => event["featureName"].as_str().unwrap().to_owned(),
-        "segment-updated" => event["segment"]["id"].to_string(),
-        _ => event["segmentId"].to_string(),
-    };
-    let events = events["events"].as_array().unwrap().iter();
-    events.map(|it| (it["type"].as_str().unwrap().to_owned(), name(it))).collect()
-}
-
-fn summary(kind: &str, name: &str) -> (String, String) {
-    (kind.to_owned(), name.to_owned())
-}
-
-/// A stream of delta events.
-struct DeltaStream(EventStream);
-
-impl DeltaStream {
-    async fn open(url: &str, token: &str, last: Option<&str>) -> Self {
-        let request = http().get(format!("{url}{STREAM}"));
-        Self(EventStream::open(request.header("authorization", token), last).await)
-    }
-
-    async fn open_at(parapet: &InProcessParapet, token: &str, last: Option<&str>) -> Self {
-        Self::open(&format!("http://{}", parapet.address()), token, last).await
-    }
-
-    /// The next event's name and id, and a summary of its data.
-    async fn next_update(&mut self) -> (String, String, Vec<(String, String)>) {
-        let event = self.0.next().await.expect("the stream continues");
-        let data = serde_json::from_str(&event.data).unwrap();
-        (event.name, event.id, event_summary(&data))
-    }
+async fn open_at(parapet: &InProcessParapet, token: &str, last: Option<&str>) -> DeltaStream {
+    DeltaStream::open(&format!("http://{}", parapet.address()), token, last).await
 }
 
 #[tokio::test]
@@ -121,8 +85,8 @@ async fn delta_contains_changes_since_the_clients_state() {
 #[tokio::test]
 async fn stream_begins_with_snapshot_or_missed_changes_and_sends_each_change() {
     let parapet = InProcessParapet::offline(&flags(false, false)).await;
-    let mut all = DeltaStream::open_at(&parapet, CLIENT, None).await;
-    let mut web = DeltaStream::open_at(&parapet, WEB_CLIENT, None).await;
+    let mut all = open_at(&parapet, CLIENT, None).await;
+    let mut web = open_at(&parapet, WEB_CLIENT, None).await;
     let (name, first, events) = all.next_update().await;
     assert_eq!((&*name, events), ("unleash-connected", vec![summary("hydration", "in-web,other")]));
     assert_eq!(web.next_update().await.2, [summary("hydration", "in-web")]);
@@ -138,19 +102,16 @@ async fn stream_begins_with_snapshot_or_missed_changes_and_sends_each_change() {
 
     // A client that reconnects gets the changes it missed in one event, or no change if it is up to
     // date.
-    let resumed = DeltaStream::open_at(&parapet, CLIENT, Some(&first)).await.next_update().await;
+    let resumed = open_at(&parapet, CLIENT, Some(&first)).await.next_update().await;
     let missed = vec![summary("feature-updated", "in-web"), summary("feature-updated", "other")];
     assert_eq!(resumed, ("unleash-connected".to_owned(), third.clone(), missed));
-    let resumed = DeltaStream::open_at(&parapet, CLIENT, Some(&second)).await.next_update().await;
+    let resumed = open_at(&parapet, CLIENT, Some(&second)).await.next_update().await;
     assert_eq!(resumed.2, [summary("feature-updated", "in-web")]);
-    assert!(
-        DeltaStream::open_at(&parapet, CLIENT, Some(&third)).await.next_update().await.2.is_empty()
-    );
-    let unknown = DeltaStream::open_at(&parapet, CLIENT, Some("1")).await.next_update().await;
+    assert!(open_at(&parapet, CLIENT, Some(&third)).await.next_update().await.2.is_empty());
+    let unknown = open_at(&parapet, CLIENT, Some("1")).await.next_update().await;
     assert_eq!(unknown.2, [summary("hydration", "in-web,other")]);
     // The state of another token's stream counts as unknown.
-    let narrowed =
-        DeltaStream::open_at(&parapet, WEB_CLIENT, Some(&third)).await.next_update().await;
+    let narrowed = open_at(&parapet, WEB_CLIENT, Some(&third)).await.next_update().await;
     assert_eq!(narrowed.2, [summary("hydration", "in-web")]);
 
     write_flags(&parapet, r#"{"features":[]}"#);
@@ -171,15 +132,13 @@ async fn stream_closes_when_its_token_is_deleted_and_others_continue() {
     let made = send(admin(Method::POST, "").body(body.to_string())).await;
     assert_eq!(made.status, StatusCode::CREATED);
     let secret = made.json()["secret"].as_str().unwrap().to_owned();
-    let (mut doomed, mut other) = (
-        DeltaStream::open_at(&parapet, &secret, None).await,
-        DeltaStream::open_at(&parapet, CLIENT, None).await,
-    );
+    let (mut doomed, mut other) =
+        (open_at(&parapet, &secret, None).await, open_at(&parapet, CLIENT, None).await);
     doomed.next_update().await;
     other.next_update().await;
     let deleted = send(admin(Method::DELETE, &format!("/{secret}"))).await;
     assert_eq!(deleted.status, StatusCode::OK);
-    assert_eq!(doomed.0.next().await, None, "the stream ends");
+    assert_eq!(doomed.next_event().await, None, "the stream ends");
     write_flags(&parapet, &flags(true, false));
     assert_eq!(other.next_update().await.2, [summary("feature-updated", "in-web")]);
 }
@@ -188,7 +147,7 @@ async fn stream_closes_when_its_token_is_deleted_and_others_continue() {
 async fn stream_beyond_the_limit_gets_429_with_retry_after() {
     let parapet =
         InProcessParapet::offline_with(&flags(false, false), &["--max-streams", "1"]).await;
-    let first = DeltaStream::open_at(&parapet, CLIENT, None).await;
+    let first = open_at(&parapet, CLIENT, None).await;
     let refused = parapet.get(STREAM, CLIENT).await;
     assert_eq!(refused.status, StatusCode::TOO_MANY_REQUESTS);
     assert_eq!(refused.header("retry-after"), "60");
@@ -260,9 +219,9 @@ async fn fetch_mode_event_switches_sdks_to_streaming_or_polling() {
     let args = ["--sdk-fetch-mode", "polling"];
     let parapet = InProcessParapet::offline_with(&flags(false, false), &args).await;
     assert_eq!(parapet.get("/api/client/features", CLIENT).await.header("fetch-mode"), "");
-    let mut stream = DeltaStream::open_at(&parapet, CLIENT, None).await;
+    let mut stream = open_at(&parapet, CLIENT, None).await;
     assert_eq!(stream.next_update().await.2, [summary("hydration", "in-web,other")]);
-    let sent = stream.0.next().await.unwrap();
+    let sent = stream.next_event().await.unwrap();
     assert_eq!((&*sent.name, &*sent.data), ("fetch-mode", "polling"));
     // The stream of an SDK that cannot poll continues.
     write_flags(&parapet, &flags(true, false));
@@ -278,16 +237,16 @@ async fn streams_end_cleanly_at_shutdown_and_at_maximum_age() {
     let parapet = offline.flag("--client-tokens", CLIENT).start().await;
     let mut stream = DeltaStream::open(&parapet.url(), CLIENT, None).await;
     stream.next_update().await;
-    let (end, status) = tokio::join!(stream.0.next(), parapet.terminate());
+    let (end, status) = tokio::join!(stream.next_event(), parapet.terminate());
     assert_eq!(end, None);
     assert!(status.success(), "{}", parapet.log());
     assert!(!parapet.log().contains(" WARN "), "{}", parapet.log());
 
     let args = ["--stream-max-age-seconds", "1"];
     let parapet = InProcessParapet::offline_with(&flags(false, false), &args).await;
-    let mut stream = DeltaStream::open_at(&parapet, CLIENT, None).await;
+    let mut stream = open_at(&parapet, CLIENT, None).await;
     stream.next_update().await;
-    assert_eq!(stream.0.next().await, None);
+    assert_eq!(stream.next_event().await, None);
 }
 
 #[tokio::test]

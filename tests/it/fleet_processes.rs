@@ -4,6 +4,7 @@
 
 mod faults;
 mod fixture;
+mod streams;
 mod tokens;
 mod topologies;
 

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 use crate::{
-    changes::{ChangeFeed, StateId, SubscriptionKey, UpdateKind},
+    changes::{ChangeFeed, SubscriptionKey, UpdateKind},
     http::streaming::{ChunkKind, EventSource, FetchMode, SseChunk},
     protocol::{delta::EventId, sse},
+    served::StateId,
 };
 
 /// Delta events for one subscription key.
@@ -106,7 +107,11 @@ mod tests {
         let text = format!(r#"{{"features":[{{"name":"a","n":{n}}},{{"name":"b{n}"}}]}}"#);
         let document = Document::parse(text.as_bytes()).unwrap();
         let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
-        snapshots.swap(ServedSnapshot::build(scope, document, None));
+        let next = match snapshots.load(&scope.environment) {
+            None => ServedSnapshot::build(scope, document, None),
+            Some(previous) => ServedSnapshot::rebuild_from(&previous, scope, document, None),
+        };
+        snapshots.swap(next);
     }
 
     /// Applies all pending chunks to `has`, and returns the kind of the last one.

@@ -19,7 +19,7 @@ use tokio::{
 use tokio_util::sync::{ReusableBoxFuture, WaitForCancellationFutureOwned};
 
 use super::{event_source::EventSource, stream_limiter::StreamPermit};
-use crate::{changes::StateId, protocol::sse};
+use crate::{protocol::sse, served::StateId};
 
 /// Longest interval between keep-alive comments: Node's SDK reconnects after 60 s without data.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(25);

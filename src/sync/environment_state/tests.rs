@@ -353,7 +353,7 @@ fn changed_tokens_are_polled_at_once_even_if_all_have_streams() {
 
 #[test]
 fn response_that_does_not_count_yet_is_confirmed_in_time_but_not_again_and_again() {
-    let run = PreviousRun { upstream_revision: Some(7) };
+    let run = PreviousRun { upstream_revision: Some(7), state_id: None };
     let flags = br#"{"features":[{"name":"served","project":"a"}]}"#;
     let document_of_run = Document::parse_stored(&Document::encode_stored(flags, run)).unwrap();
     let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };

@@ -333,7 +333,7 @@ fn restarted(documents: &FetchedDocuments, now: Instant) -> FetchedDocuments {
     let segments: Vec<_> = document.segments().iter().map(Segment::raw).collect();
     let (flags, segments) = (flags.join(","), segments.join(","));
     let text = format!(r#"{{"features":[{flags}],"segments":[{segments}]}}"#);
-    let run = PreviousRun { upstream_revision: documents.common_revision() };
+    let run = PreviousRun { upstream_revision: documents.common_revision(), state_id: None };
     let stored = Document::encode_stored(text.as_bytes(), run);
     let document = Document::parse_stored(&stored).unwrap();
     let scope = Scope { environment: Environment::new("dev"), projects: documents.projects() };
