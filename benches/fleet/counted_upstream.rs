@@ -194,8 +194,10 @@ impl State {
         }
         self.first_seen.entry(self.revision).or_insert_with(Instant::now);
         let flag = json!({
-            "name": CHANGED_FLAG, "enabled": true, "description": self.revision.to_string(),
-            "strategies": [],
+            "name": CHANGED_FLAG, "type": "release", "enabled": true, "stale": false,
+            "description": self.revision.to_string(), "impressionData": false,
+            // Unleash Edge serves no flag without a project.
+            "project": "default", "strategies": [], "variants": [],
         });
         let mut body = self.document.clone();
         body["features"].as_array_mut().expect("the document has flags").push(flag);
