@@ -88,7 +88,9 @@ impl Instances {
     /// first did.
     pub(crate) async fn wait_until_served(&self, revision: Option<u64>) -> Result<Vec<Instant>> {
         let wait = |process: &ServerProcess| {
-            let url = format!("http://{}/api/client/features/{CHANGED_FLAG}", process.address);
+            // Unleash Edge responds to the path of a single flag with 404.
+            let query = format!("namePrefix={CHANGED_FLAG}");
+            let url = format!("http://{}/api/client/features?{query}", process.address);
             let revision = revision.map(|it| it.to_string());
             async move {
                 let started = Instant::now();
@@ -111,8 +113,9 @@ impl Instances {
     async fn served_revision(&self, url: &str) -> Option<String> {
         let response =
             self.client.get(url).header("Authorization", &self.token).send().await.ok()?;
-        let flag: serde_json::Value = serde_json::from_slice(&response.bytes().await.ok()?).ok()?;
-        flag["description"].as_str().map(str::to_owned)
+        let flags: serde_json::Value =
+            serde_json::from_slice(&response.bytes().await.ok()?).ok()?;
+        flags["features"][0]["description"].as_str().map(str::to_owned)
     }
 
     /// Presents a token to every instance at the same time, and waits until each accepts it.
