@@ -2,10 +2,10 @@
 //! between them.
 //!
 //! Subscribers pull. A state is a document that shares unchanged parts with its neighbours; its snapshot
-//! has its id. A subscriber
-//! remembers the id that it received last and requests the changes since. Nothing is queued per
-//! subscriber: a slow one skips the states in between, and one that was disconnected for too long gets
-//! the whole state. An update is written once for all subscribers with the same scope and base state.
+//! has its id. A subscriber remembers the id that it received last and requests the changes since. Nothing
+//! is queued per subscriber: a slow one skips the states in between, and one that was disconnected for too
+//! long gets the whole state. An update is written once for all subscribers with the same scope and base
+//! state.
 //!
 //! Permissions and connections are not handled here.
 
@@ -150,7 +150,6 @@ mod tests {
             delta,
             features::{Document, Feature, Segment},
         },
-        served::ServedSnapshot,
         snapshot::{Filter, filter_document},
         token::{Projects, Scope},
     };
@@ -165,11 +164,7 @@ mod tests {
             document = document.reuse_unchanged(previous.document());
         }
         let scope = Scope { environment: development(), projects: Projects::All };
-        let next = match snapshots.load(&development()) {
-            None => ServedSnapshot::build(scope, document, None),
-            Some(previous) => ServedSnapshot::rebuild_from(&previous, scope, document, None),
-        };
-        snapshots.swap(next);
+        snapshots.replace(scope, document);
     }
 
     fn key(projects: Projects, prefix: Option<&str>) -> Arc<SubscriptionKey> {

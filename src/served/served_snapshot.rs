@@ -72,8 +72,7 @@ impl Deref for ServedSnapshot {
 impl ServedSnapshot {
     /// Builds a snapshot with empty caches, as [`Snapshot::build`].
     pub fn build(scope: Scope, document: Document, confirmed_at: Option<Instant>) -> Self {
-        let stored_id = StateId::stored_with(&document).map(AssignedId::Elsewhere);
-        let state_id = stored_id.unwrap_or_else(AssignedId::first);
+        let state_id = AssignedId::of(&document, None);
         let cache = EvaluationCache::new(None);
         Self::new(Snapshot::build(scope, document), state_id, confirmed_at, cache)
     }
@@ -88,8 +87,7 @@ impl ServedSnapshot {
         document: Document,
         confirmed_at: Option<Instant>,
     ) -> Self {
-        let stored_id = StateId::stored_with(&document).map(AssignedId::Elsewhere);
-        let state_id = stored_id.unwrap_or_else(|| previous.state_id.next());
+        let state_id = AssignedId::of(&document, Some(previous.state_id));
         let snapshot = Snapshot::rebuild_from(&previous.snapshot, scope, document);
         let cache = EvaluationCache::new(Some(&previous.evaluation_cache));
         let served = Self::new(snapshot, state_id, confirmed_at, cache);

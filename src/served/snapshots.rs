@@ -10,6 +10,8 @@ use foldhash::fast::RandomState;
 use tokio::sync::watch;
 
 use super::served_snapshot::ServedSnapshot;
+#[cfg(test)]
+use crate::protocol::features::Document;
 use crate::token::{Environment, Scope};
 
 /// The snapshots of all environments. A cheap handle.
@@ -105,6 +107,15 @@ impl Snapshots {
         });
         self.0.swap_count.send_modify(|count| *count += 1);
         snapshot
+    }
+
+    /// Replaces the flags of an environment, as publishing does.
+    #[cfg(test)]
+    pub(crate) fn replace(&self, scope: Scope, document: Document) {
+        self.swap(match self.load(&scope.environment) {
+            None => ServedSnapshot::build(scope, document, None),
+            Some(previous) => ServedSnapshot::rebuild_from(&previous, scope, document, None),
+        });
     }
 
     /// Notifies of each swap and of each change of the served environments.

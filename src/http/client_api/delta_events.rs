@@ -98,7 +98,7 @@ mod tests {
             features::Document,
             sse::Decoder,
         },
-        served::{ServedSnapshot, Snapshots},
+        served::Snapshots,
         snapshot::Filter,
         token::{Environment, Projects, Scope},
     };
@@ -107,11 +107,7 @@ mod tests {
         let text = format!(r#"{{"features":[{{"name":"a","n":{n}}},{{"name":"b{n}"}}]}}"#);
         let document = Document::parse(text.as_bytes()).unwrap();
         let scope = Scope { environment: Environment::new("dev"), projects: Projects::All };
-        let next = match snapshots.load(&scope.environment) {
-            None => ServedSnapshot::build(scope, document, None),
-            Some(previous) => ServedSnapshot::rebuild_from(&previous, scope, document, None),
-        };
-        snapshots.swap(next);
+        snapshots.replace(scope, document);
     }
 
     /// Applies all pending chunks to `has`, and returns the kind of the last one.
