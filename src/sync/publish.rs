@@ -135,6 +135,9 @@ mod tests {
         assert_eq!(publish_next(shared("a", 7)).await, (true, 7));
         assert_eq!(publish_next(shared("a", 7)).await, (false, 7));
         assert_eq!(publish_next(document("a")).await, (false, 7), "fetched, and the same");
+        let revised = br#"{"features":[{"name":"a"}],"meta":{"revisionId":2}}"#;
+        let revised = Document::parse(revised).unwrap();
+        assert_eq!(publish_next(revised).await, (false, 7), "with another revision only");
         assert_eq!(publish_next(shared("a", 3)).await, (true, 3), "of another leader");
         let (is_published, first) = publish_next(document("b")).await;
         assert!(is_published && first > 3);
